@@ -1,0 +1,1 @@
+"""The options this package adds to Hydra's search path, importable as ``hydra_ckpt.conf``."""

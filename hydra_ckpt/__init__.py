@@ -1,0 +1,79 @@
+"""Hydra-configured checkpointing for PyTorch: the checkpoint is the model, written once, in parallel, by every rank.
+
+Public names are resolved when first used: importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    KeyMismatchError,
+    SaveFailedError,
+    TopologyError,
+)
+
+if TYPE_CHECKING:
+    from hydra_ckpt.callback import CheckpointCallback
+    from hydra_ckpt.checkpointer import Checkpointer
+    from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode
+    from hydra_ckpt.pending import PendingSave
+    from hydra_ckpt.registry import register
+    from hydra_ckpt.report import LoadReport
+    from hydra_ckpt.state.app_state import AppState
+    from hydra_ckpt.state.dataloader import resumable
+    from hydra_ckpt.store.catalog import Checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AppState",
+    "Checkpoint",
+    "CheckpointCallback",
+    "CheckpointConfigError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "CheckpointingConfig",
+    "CorruptCheckpointError",
+    "KeyMismatchError",
+    "LoadReport",
+    "PendingSave",
+    "SaveConsolidatedMode",
+    "SaveFailedError",
+    "TopologyError",
+    "register",
+    "resumable",
+]
+
+_HOMES = {
+    "AppState": "hydra_ckpt.state.app_state",
+    "Checkpoint": "hydra_ckpt.store.catalog",
+    "CheckpointCallback": "hydra_ckpt.callback",
+    "Checkpointer": "hydra_ckpt.checkpointer",
+    "CheckpointingConfig": "hydra_ckpt.config",
+    "LoadReport": "hydra_ckpt.report",
+    "PendingSave": "hydra_ckpt.pending",
+    "SaveConsolidatedMode": "hydra_ckpt.config",
+    "register": "hydra_ckpt.registry",
+    "resumable": "hydra_ckpt.state.dataloader",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

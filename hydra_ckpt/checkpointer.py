@@ -1,0 +1,527 @@
+"""The conductor: in what order a run saves and loads. How each step is done stands elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hydra_ckpt import metrics as metric
+from hydra_ckpt.config import ResolvedConfig, SaveConsolidatedMode
+from hydra_ckpt.contents import Contents, Sources
+from hydra_ckpt.directory import Directory
+from hydra_ckpt.distributed import Group
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError
+from hydra_ckpt.exporting import AddExport
+from hydra_ckpt.files import Files
+from hydra_ckpt.loading import PARTS, Load
+from hydra_ckpt.pending import PendingSave
+from hydra_ckpt.report import LoadReport
+from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.capture import Captured, Extractor
+from hydra_ckpt.staged import Staged
+from hydra_ckpt.storage.staging import BufferPool
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.transaction import Transaction, perform
+from hydra_ckpt.worker import Worker
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+_JOIN_PATIENCE_S = 60.0
+_FRESH = {"none", "null", "no", "false"}
+
+
+@dataclass
+class Stats:
+    """What checkpointing has cost so far on this rank.
+
+    Attributes:
+        saves: Saves begun.
+        blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
+        waited_s: Of these, seconds spent waiting for the save before.
+        written_bytes: Bytes of tensors this rank wrote.
+    """
+
+    saves: int = 0
+    blocked_s: float = 0.0
+    waited_s: float = 0.0
+    written_bytes: int = 0
+
+
+@dataclass
+class SaveRequest:
+    """What a caller of `save` asked for.
+
+    Attributes:
+        step: Number of completed optimizer steps.
+        epoch: The epoch they were done in.
+        metrics: Known so far; floats once `check_metrics` has run.
+        consolidated: Whether models are written as Hugging Face directories.
+        adds_export: Whether the step is published and only lacks these.
+    """
+
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    consolidated: bool
+    adds_export: bool
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return names.checkpoint_name(self.epoch, self.step)
+
+    def check_metrics(self, key: str) -> None:
+        """Make the metrics floats, and see that it can be told which of them decides."""
+        self.metrics = metric.as_floats(self.metrics)
+        metric.deciding_key(self.metrics, key, required=False)
+
+
+class Checkpointer:
+    """Saves and loads the state of one training run. Made by `CheckpointingConfig.build`; a context manager.
+
+    Collective: every rank of the group makes the same calls in the same order.
+
+    Args:
+        config: The settings, resolved.
+        dp_rank: Data-parallel rank.
+        tp_rank: Tensor-parallel rank.
+        pp_rank: Pipeline-parallel rank: the stage.
+        moe_mesh: The mesh of expert parallelism.
+        process_group: The ranks that checkpoint together; None for all.
+        pp_group: The ranks of this rank's pipeline.
+        files: The file layer; tests pass one that records or fails.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        *,
+        dp_rank: int,
+        tp_rank: int,
+        pp_rank: int,
+        moe_mesh: DeviceMesh | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        pp_group: dist.ProcessGroup | None = None,
+        files: Files | None = None,
+    ) -> None:
+        self.config = config
+        self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
+        self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self.stats = Stats()
+        self._pending: PendingSave | None = None
+        self._closed = not config.write.enabled
+        if self._closed:
+            return
+        self.group = Group.create(process_group, config.write.timeout_s)
+        self._channel = self.group.channel("main")
+        self._save_channel = self.group.channel("save")
+        root = self._channel.coordinator_step(
+            "agreeing on checkpoint.checkpoint_dir", lambda: str(config.where.checkpoint_dir)
+        )
+        self.root = Path(root)
+        self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
+        self._extractor = Extractor()
+        self._contents = Contents(config, self._channel, pp_rank)
+        self._pool = BufferPool(pinned=torch.cuda.is_available())
+        self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
+        self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._hooks: list[Any] = []
+        self._start_step: int | None = None
+        self._passed_over: dict[str, str] = {}
+        self._published: set[str] = set()
+        self._exported: set[str] = set()
+        self._opened = self._settled = False
+        self._best_value: float | None = None
+        self._longest_save_s = 0.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether checkpointing is on; if not, saves and loads do nothing."""
+        return self.config.write.enabled
+
+    @property
+    def best_value(self) -> float | None:
+        """The best metric among the published checkpoints when the run began."""
+        return self._best_value
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has failed and nobody has seen it yet."""
+        return self._pending is not None and self._pending.unseen_error is not None
+
+    @property
+    def longest_save_s(self) -> float:
+        """The longest time from a save's beginning to its end, in seconds."""
+        return self._longest_save_s
+
+    def pointed(self, pointer: str) -> Checkpoint | None:
+        """The checkpoint that LATEST, BEST or another pointer leads to."""
+        return scan(self.root).pointed(pointer) if self.enabled else None
+
+    def from_rank_0(self, what: str, value: bool) -> bool:
+        """Collective: rank 0's value on all ranks."""
+        return bool(self._channel.receive(what, (lambda: value) if self._channel.is_coordinator else None))
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def start(self, state: AppState) -> LoadReport | None:
+        """Collective: begin a run: take the directory, finish or sweep what a crash left, resume as configured.
+
+        Returns:
+            What was loaded, or None for a fresh start.
+        """
+        if not self.enabled:
+            return self._ignore_restore()
+        self._open_run()
+        self._extractor.try_dataloader(state)
+        report = self.load(state)
+        self._settle()
+        return report
+
+    def load(
+        self, state: AppState, restore_from: str | None = None, parts: list[str] | None = None
+    ) -> LoadReport | None:
+        """Collective: load a checkpoint. The directory is not changed.
+
+        Args:
+            state: The objects to load into.
+            restore_from: Which checkpoint; see CheckpointingConfig. None for the configured one.
+            parts: Which parts; None for the configured ones. Without `progress` the step starts at 0.
+
+        Returns:
+            What was loaded, or None for a fresh start.
+
+        Raises:
+            CheckpointNotFoundError: The checkpoint asked for is not there.
+            CorruptCheckpointError: It is damaged; nothing was installed.
+            KeyMismatchError: It does not fit; nothing was installed.
+            CheckpointExistsError: Training would go on below steps that are published already.
+        """
+        if not self.enabled:
+            return self._ignore_restore()
+        self.wait()
+        wanted = self._wanted_parts(parts)
+        selector = self.config.read.restore_from if restore_from is None else restore_from
+        if selector is not None and str(selector).strip().lower() in _FRESH:
+            selector = None
+        report = None if selector is None else self._load_selected(state, selector, wanted)
+        self._start_step = report.step if report else 0
+        if report is None or "progress" in wanted:
+            self._channel.coordinator_step("looking for later steps", self._refuse_later)
+        return report
+
+    def _wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
+        wanted = tuple(parts) if parts is not None else self.config.read.parts or PARTS
+        unknown = sorted(set(wanted) - set(PARTS))
+        if unknown:
+            raise ValueError(f"restore_parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+        return wanted
+
+    def _refuse_later(self) -> None:
+        self._directory.refuse_later(self._start_step, self.config.read.on_conflict)
+
+    def _ignore_restore(self) -> None:
+        if self.config.read.restore_from not in ("auto", None):
+            log.warning(
+                "checkpoint.enabled=false: restore_from=%s is not followed", self.config.read.restore_from
+            )
+
+    def _load_selected(self, state: AppState, selector: str, parts: tuple[str, ...]) -> LoadReport | None:
+        automatic = selector == "auto"
+        while True:
+            choice = self._channel.coordinator_step(
+                f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self._passed_over)
+            )
+            self._pass_over(choice["passed_over"])
+            if choice["path"] is None:
+                return None
+            path = Path(choice["path"])
+            try:
+                return self._load_one(state, path, parts)
+            except CorruptCheckpointError as error:
+                if not automatic:
+                    raise
+                self._pass_over({path.name: str(error)})
+
+    def _pass_over(self, damaged: Mapping[str, str]) -> None:
+        for name in sorted(set(damaged) - set(self._passed_over)):
+            log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
+        self._passed_over.update(damaged)
+
+    def _load_one(self, state: AppState, path: Path, parts: tuple[str, ...]) -> LoadReport:
+        error: Exception | None = None
+        checkpoint = None
+        try:
+            checkpoint = Checkpoint.open(path)
+        except CheckpointError as known:
+            error = known
+        self._channel.raise_together(f"opening {path}", error)
+        assert checkpoint is not None  # raise_together has raised otherwise
+        load = Load(checkpoint, state, self._extractor, self._channel, parts, self.config.read.verify)
+        report = load.run()
+        for note in report.notes:
+            log.warning("%s: %s", path.name, note)
+        log.info("loaded %s (step %d): %s", path, checkpoint.step, ", ".join(report.loaded))
+        return LoadReport(**{**vars(report), "passed_over": dict(self._passed_over)})
+
+    # -- a run ---------------------------------------------------------------------------------------------------
+
+    def _open_run(self) -> None:
+        """Collective, once: become the directory's writer."""
+        if not self._opened:
+            self._channel.coordinator_step(
+                "opening the checkpoint directory", lambda: self._directory.open(self._start_step)
+            )
+            self._opened = True
+
+    def _settle(self) -> None:
+        """Collective, once: clear the way for the steps to come."""
+        if not self._settled:
+            found = self._channel.coordinator_step(
+                "clearing the way for new steps",
+                lambda: self._directory.settle(self._start_step, self._passed_over, self.config.read.on_conflict),
+            )
+            self._published |= set(found["published"])
+            self._exported |= set(found["exported"])
+            self._best_value = found["best"]
+            self._settled = True
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: AppState,
+        *,
+        step: int,
+        epoch: int = 0,
+        metrics: Mapping[str, Any] | None = None,
+        is_final: bool = False,
+    ) -> PendingSave:
+        """Collective: save the state as it is now.
+
+        With `is_async` it returns as soon as training may go on; the optimizers' next step waits for what is still
+        being copied. A final save of a step that this run has published without its export adds the export.
+
+        Args:
+            state: What to save.
+            step: Number of completed optimizer steps.
+            epoch: The epoch they were done in.
+            metrics: Known so far; more may come (`add_metrics`).
+            is_final: Whether this is the end of training.
+
+        Raises:
+            SaveFailedError: An earlier save failed, or this one did and is not asynchronous.
+            CheckpointExistsError: The step is published already.
+        """
+        if not self.enabled:
+            return PendingSave.nothing(step)
+        if self._closed:
+            raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
+        begun = time.monotonic()
+        self.wait()
+        self.stats.waited_s += time.monotonic() - begun
+        self.raise_failure()
+        self._open_run()
+        self._settle()
+        pending = self._begin_save(state, self._request(step, epoch, metrics, is_final))
+        try:
+            if not self.config.write.is_async:
+                pending.result()
+        finally:
+            self.stats.blocked_s += time.monotonic() - begun
+        return pending
+
+    def _request(self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool) -> SaveRequest:
+        mode = self.config.write.consolidated
+        consolidated = mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+        name = names.checkpoint_name(epoch, step)
+        adds = is_final and consolidated and name in self._published and name not in self._exported
+        return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds)
+
+    def wants(self, step: int, epoch: int) -> bool:
+        """Whether a final save of this step would add anything to what is published."""
+        request = self._request(step, epoch, None, is_final=True)
+        return self.enabled and (request.name not in self._published or request.adds_export)
+
+    def _begin_save(self, state: AppState, request: SaveRequest) -> PendingSave:
+        name = request.name
+        if name in self._published and not request.adds_export:
+            raise CheckpointExistsError(f"{self.root / name} is published already; a step is saved once")
+        pending = self._pending = PendingSave(request.step)
+        first = not self._contents.agreed
+        captured, error = self._capture(state, request)
+        if first:
+            self._channel.raise_together("taking the state apart", error)
+        transaction: Transaction
+        staged, written = Staged(), 0
+        if captured is None:
+            transaction = FailedSave(request.step, error or CheckpointError("the state could not be taken apart"))
+        else:
+            content, sources = self._contents.make(
+                state, captured, consolidated=request.consolidated, export_only=request.adds_export
+            )
+            staged = self._stage(state, sources)
+            written = content.plan.nbytes
+            transaction = self._transaction(request, content, staged)
+        self.stats.saves += 1
+        self._published.add(name)
+        if request.consolidated:
+            self._exported.add(name)
+        self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged, written))
+        return pending
+
+    def _capture(self, state: AppState, request: SaveRequest) -> tuple[Captured | None, Exception | None]:
+        """Take the state apart; an error is handed on, because the other ranks have to hear of it."""
+        try:
+            request.check_metrics(self.config.keep.best_metric_key)
+            return self._extractor.capture(state), None
+        except Exception as error:
+            return None, error
+
+    def _stage(self, state: AppState, sources: Sources) -> Staged:
+        """Copy what training may change before the next optimizer step; look at the rest where it lies."""
+        if not self.config.write.is_async:
+            return Staged.borrowed(sources)
+        self._hook(state)
+        wait = self.config.write.wait_for_staging
+        return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)
+
+    def _transaction(self, request: SaveRequest, content: Content, staged: Staged) -> Transaction:
+        writer = DraftWriter(
+            self._directory.files,
+            self.group.rank,
+            self.group.world_size,
+            content,
+            staged.snapshot,
+            "export" if request.adds_export else "rank",
+            min(_JOIN_PATIENCE_S, self.config.write.timeout_s),
+        )
+        fence = self._directory.fence
+        if request.adds_export:
+            return AddExport(writer, self.root, request.step, request.name, fence)
+        return Save(
+            writer, self.root, request.step, request.epoch, request.metrics, fence, self._directory.point_to
+        )
+
+    def _carry_out(
+        self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int
+    ) -> None:
+        """In the background: finish staging, write, publish, prune."""
+        begun = time.monotonic()
+        try:
+            staged.finish()
+            pending.staged()
+            perform(transaction, self._save_channel)
+        except Exception as error:
+            log.error("%s", error)
+            if not request.adds_export:
+                self._published.discard(request.name)
+            self._exported.discard(request.name)
+            staged.release()
+            pending.fail(error)
+            return
+        staged.release()
+        self.stats.written_bytes += written
+        self._longest_save_s = max(self._longest_save_s, time.monotonic() - begun)
+        pending.finish(Checkpoint(self.root / request.name, request.step, request.epoch))
+        if self.group.rank == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        try:
+            self._directory.prune()
+        except (OSError, CheckpointError) as error:
+            log.warning("old checkpoints could not be pruned: %s", error)
+
+    def _hook(self, state: AppState) -> None:
+        """Let every optimizer's step wait for the copies it would spoil."""
+        for optimizer in state.optimizers:
+            if optimizer not in self._hooked:
+                self._hooked.add(optimizer)
+                self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _before_step(self, *_: Any) -> None:
+        if self._pending is not None:
+            begun = time.monotonic()
+            self._pending.wait_staged(self.config.write.timeout_s)
+            self.stats.blocked_s += time.monotonic() - begun
+
+    def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Add metrics to a step this run has saved, when it is published; rank 0's count.
+
+        Raises:
+            CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
+        """
+        values = metric.as_floats(metrics)
+        metric.deciding_key(values, self.config.keep.best_metric_key, required=True)
+        name = names.checkpoint_name(epoch, step)
+        if self.enabled and self.group.rank == 0 and name in self._published:
+            self._worker.submit(lambda: self._add_metrics(name, values))
+
+    def _add_metrics(self, name: str, values: Mapping[str, float]) -> None:
+        try:
+            self._directory.add_metrics(name, values)
+        except (OSError, CheckpointError) as error:
+            log.warning("metrics of %s could not be added: %s", name, error)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> PendingSave | None:
+        """The last save begun."""
+        return self._pending
+
+    def wait(self) -> None:
+        """Return when no save is under way; errors are left to `raise_failure`."""
+        if self._pending is not None:
+            self._pending.wait()
+
+    def drain(self) -> None:
+        """Return when everything begun in the background is done: saves, added metrics, pruning."""
+        if not self._closed:
+            self._worker.drain()
+
+    def raise_failure(self) -> None:
+        """Raise the last save's error, unless somebody has seen it already."""
+        if self._pending is not None and self._pending.unseen_error is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        """Finish what is under way, end the background threads, let go of the directory. Idempotent.
+
+        Raises:
+            SaveFailedError: The last save failed and nobody has seen it yet.
+        """
+        if not self._closed:
+            self._closed = True
+            self._worker.close()
+            self._directory.close()
+            for hook in self._hooks:
+                hook.remove()
+            self._pool.clear()
+            self.group.close()
+        self.raise_failure()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)

@@ -1,0 +1,474 @@
+"""The settings a user types, checked once, and the frozen parts the engine is given.
+
+`CheckpointingConfig` is what Hydra, YAML and Python callers fill in. It checks itself, because a configuration read
+back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: below the
+conductor nobody reads the flat settings, each part gets the few values it needs. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.hydra_run import HydraRun
+from hydra_ckpt.values import Check, choice, count, minutes, optional, refuse, rules, switch, text, texts, word
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from hydra_ckpt.checkpointer import Checkpointer
+
+__all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
+
+_log = logging.getLogger(__name__)
+
+_SAFETENSORS, _TORCH_SAVE = "safetensors", "torch_save"
+_FRESH_START = frozenset({"none", "null", "no", "false", "off"})
+_SELECTORS = frozenset({"auto", "latest", "best"})
+_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "progress")
+
+_CHECKS: dict[str, Check] = {
+    "enabled": switch,
+    "checkpoint_dir": text,
+    "model_save_format": choice(_SAFETENSORS, _TORCH_SAVE),
+    "model_cache_dir": text,
+    "model_repo_id": optional(text),
+    "is_peft": switch,
+    "model_state_dict_keys": optional(texts()),
+    "is_async": switch,
+    "dequantize_base_checkpoint": optional(switch),
+    "original_model_root_dir": optional(text),
+    "skip_task_head_prefixes_for_base_model": optional(texts()),
+    "single_rank_consolidation": switch,
+    "staging_dir": optional(text),
+    "v4_compatible": switch,
+    "diffusers_compatible": switch,
+    "best_metric_key": text,
+    "restore_from": optional(text),
+    "restore_parts": optional(texts(*_PARTS)),
+    "on_conflict": choice("raise", "set_aside"),
+    "best_metric_mode": choice("min", "max"),
+    "max_recent_checkpoints": optional(count),
+    "retention": optional(rules("newest", "best", "every_n_steps")),
+    "wait_for_staging": switch,
+    "cpu_offload": switch,
+    "consolidation_timeout_minutes": minutes,
+    "allow_legacy_pickle_restore": switch,
+    "verify_on_load": switch,
+}
+
+
+class SaveConsolidatedMode(Enum):
+    """When whole-tensor Hugging Face files are written."""
+
+    FALSE = "false"
+    FINAL = "final"
+    EVERY = "every"
+
+
+_MODES = {
+    "true": SaveConsolidatedMode.EVERY,
+    "every": SaveConsolidatedMode.EVERY,
+    "always": SaveConsolidatedMode.EVERY,
+    "final": SaveConsolidatedMode.FINAL,
+    "false": SaveConsolidatedMode.FALSE,
+    "no": SaveConsolidatedMode.FALSE,
+    "off": SaveConsolidatedMode.FALSE,
+    "never": SaveConsolidatedMode.FALSE,
+    "none": SaveConsolidatedMode.FALSE,
+}
+
+
+def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> SaveConsolidatedMode:
+    """The mode meant by what a user wrote.
+
+    Args:
+        value: A mode, a bool, or one of the words, in any case and with surrounding space.
+
+    Returns:
+        The mode.
+
+    Raises:
+        CheckpointConfigError: Another value (a ValueError too).
+    """
+    if isinstance(value, SaveConsolidatedMode):
+        return value
+    mode = _MODES.get(word(value))
+    if mode is None:
+        refuse("save_consolidated", value, "every (also true, always), final, or false (also no, off, never, none)")
+    return mode
+
+
+def _is_geq_torch_2_9() -> bool:
+    """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False where there is none."""
+    # Reading the version of the installed package spares the import; an imported torch knows better what it is.
+    from importlib import metadata
+
+    torch = sys.modules.get("torch")
+    try:
+        version = torch.__version__ if torch is not None else metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return False
+    release = re.match(r"(\d+)\.(\d+)", str(version))
+    return release is not None and (int(release[1]), int(release[2])) >= (2, 9)
+
+
+@dataclass(frozen=True)
+class Where:
+    """The directory all checkpoints of a run lie in.
+
+    Attributes:
+        checkpoint_dir: Absolute; below Hydra's run directory where a relative one was given and Hydra runs.
+        owner: Sweep directory and job number where the run is one job of a sweep, else None.
+    """
+
+    checkpoint_dir: Path
+    owner: str | None
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a save is written.
+
+    Attributes:
+        enabled: Whether anything is written at all.
+        format: "safetensors" or "torch_save".
+        consolidated: When consolidated files are written; never with "torch_save".
+        is_async: Whether training goes on while the files are written.
+        wait_for_staging: Whether `save()` waits until everything is copied.
+        cpu_offload: Whether tensors are moved to host memory one by one as they are extracted.
+        timeout_s: Longest wait of one rank for the others.
+        single_rank_consolidation: Whether rank 0 alone writes the consolidated files.
+        staging_dir: Where consolidated files are written before they are copied into place, absolute.
+        is_peft: Whether only adapter weights are saved.
+        state_dict_keys: The model's names before parallelization, in order, or None.
+    """
+
+    enabled: bool
+    format: str
+    consolidated: SaveConsolidatedMode
+    is_async: bool
+    wait_for_staging: bool
+    cpu_offload: bool
+    timeout_s: float
+    single_rank_consolidation: bool
+    staging_dir: Path | None
+    is_peft: bool
+    state_dict_keys: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is resumed from, and how carefully.
+
+    Attributes:
+        restore_from: "auto", "latest", "best", a directory name or a path; None for a fresh start.
+        parts: The parts to restore, or None for all.
+        verify: Whether digests are compared while reading.
+        allow_pickle: Whether pickled data of other tools may be read.
+        on_conflict: "raise" or "set_aside", for published steps later than the one started from.
+    """
+
+    restore_from: str | None
+    parts: tuple[str, ...] | None
+    verify: bool
+    allow_pickle: bool
+    on_conflict: str
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Hugging Face in and out.
+
+    Attributes:
+        repo_id: Hub id or local directory of the reference model, or None.
+        cache_dir: The hub cache the reference is looked for in.
+        dequantize: True permits, False forbids, None detects.
+        original_model_root_dir: Where the original config, tokenizer and code come from, absolute, or None.
+        skip_prefixes: Names beginning so keep their initialization in a base load.
+        v4_compatible: Whether the original config.json is exported.
+        diffusers_compatible: Whether files and index are named as diffusers names them.
+    """
+
+    repo_id: str | None
+    cache_dir: Path
+    dequantize: bool | None
+    original_model_root_dir: Path | None
+    skip_prefixes: tuple[str, ...]
+    v4_compatible: bool
+    diffusers_compatible: bool
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """Which checkpoint is best, and which ones stay.
+
+    Attributes:
+        best_metric_key: The metric that decides.
+        best_metric_mode: "min" or "max".
+        max_recent: How many of the newest stay, or None for all.
+        retention: Further rules as plain data, or None.
+    """
+
+    best_metric_key: str
+    best_metric_mode: str
+    max_recent: int | None
+    retention: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The settings in the parts the engine hands down, with every path absolute.
+
+    Attributes:
+        where: For the store.
+        write: For saving.
+        read: For loading.
+        hub: For the reference model and the export.
+        keep: For pointers and retention.
+        hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
+    """
+
+    where: Where
+    write: WriteOptions
+    read: ReadOptions
+    hub: HubOptions
+    keep: KeepOptions
+    hydra_texts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class CheckpointingConfig:
+    """All settings of checkpointing. docs/configuration.md explains each at length.
+
+    Attributes:
+        enabled: False: nothing is written, nothing is resumed.
+        checkpoint_dir: Relative: below Hydra's run directory when Hydra runs, else below the working directory.
+        model_save_format: "safetensors", or "torch_save" for PyTorch's own ``.distcp`` files.
+        model_cache_dir: Where the reference model is looked for; None becomes the Hugging Face hub cache.
+        model_repo_id: The reference model, a hub id or a local directory; unset: taken from the model.
+        save_consolidated: Never ("false"), at the end ("final") or at every save ("every").
+        is_peft: Only adapter weights are saved.
+        model_state_dict_keys: The model's names before parallelization, where a rank sees only part of them.
+        is_async: Training goes on while the files are written.
+        dequantize_base_checkpoint: True permits, False forbids, None detects.
+        original_model_root_dir: Where the export takes the original config, tokenizer and code from.
+        skip_task_head_prefixes_for_base_model: Names beginning so keep their initialization in a base load.
+        single_rank_consolidation: Only rank 0 writes the consolidated files.
+        staging_dir: Consolidated files are written there first, then copied into place.
+        v4_compatible: The original config.json is exported, without its quantization settings.
+        diffusers_compatible: Files and index are named as diffusers names them.
+        best_metric_key: Which metric decides BEST.
+        restore_from: auto, none, latest, best, a directory name, or a path.
+        restore_parts: The parts to restore, None for all; ``[model]`` takes over weights only.
+        on_conflict: Later steps than the one started from: "raise" an error or "set_aside".
+        best_metric_mode: Whether the smallest ("min") or largest ("max") value is best.
+        max_recent_checkpoints: How many of the newest stay; None keeps all.
+        retention: Further rules, as plain data.
+        wait_for_staging: `save()` returns only after everything is copied.
+        cpu_offload: Tensors are moved to host memory one by one as they are extracted.
+        consolidation_timeout_minutes: Longest wait of one rank for the others.
+        allow_legacy_pickle_restore: Pickled data of other tools may be read, which can run code.
+        verify_on_load: Digests are compared while reading.
+    """
+
+    enabled: bool = True
+    checkpoint_dir: str | Path = "checkpoints/"
+    model_save_format: str = _SAFETENSORS
+    model_cache_dir: str | Path | None = None
+    model_repo_id: str | None = None
+    save_consolidated: bool | str | SaveConsolidatedMode = "final"
+    is_peft: bool = False
+    model_state_dict_keys: list[str] | None = None
+    is_async: bool = False
+    dequantize_base_checkpoint: bool | None = None
+    original_model_root_dir: str | None = None
+    skip_task_head_prefixes_for_base_model: list[str] | None = None
+    single_rank_consolidation: bool = False
+    staging_dir: str | None = None
+    v4_compatible: bool = False
+    diffusers_compatible: bool = False
+    best_metric_key: str = "default"
+    restore_from: str | None = "auto"
+    restore_parts: list[str] | None = None
+    on_conflict: str = "raise"
+    best_metric_mode: str = "min"
+    max_recent_checkpoints: int | None = None
+    retention: dict[str, Any] | None = None
+    wait_for_staging: bool = False
+    cpu_offload: bool = False
+    consolidation_timeout_minutes: float = 30
+    allow_legacy_pickle_restore: bool = False
+    verify_on_load: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value and settle what excludes each other.
+
+        Raises:
+            CheckpointConfigError: A value is of the wrong type or not among the choices, or two contradict.
+        """
+        if self.model_cache_dir is None:
+            self.model_cache_dir = _hub_cache()
+        if word(self.restore_from) == "false":  # what YAML makes of a bare `no`, as a bool or through the schema
+            self.restore_from = None
+        for name, check in _CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
+        self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
+        self._check_limits()
+        self._settle()
+
+    def build(
+        self,
+        dp_rank: int,
+        tp_rank: int,
+        pp_rank: int,
+        moe_mesh: DeviceMesh | None = None,
+        *,
+        process_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+    ) -> Checkpointer:
+        """Make the engine. Collective where a process group is up: every rank of it.
+
+        Args:
+            dp_rank: This process's data-parallel rank.
+            tp_rank: Its tensor-parallel rank.
+            pp_rank: Its pipeline-parallel rank.
+            moe_mesh: The mesh experts are spread over, if any.
+            process_group: The ranks that save together; None: all.
+            pp_group: The ranks holding the stages of one pipeline, if any.
+
+        Returns:
+            The engine, to be closed after use.
+        """
+        from hydra_ckpt.checkpointer import Checkpointer
+
+        return Checkpointer(
+            self.resolve(),
+            dp_rank=dp_rank,
+            tp_rank=tp_rank,
+            pp_rank=pp_rank,
+            moe_mesh=moe_mesh,
+            process_group=process_group,
+            pp_group=pp_group,
+        )
+
+    def resolve(self) -> ResolvedConfig:
+        """The settings as frozen parts, with paths made absolute for the run this process is part of."""
+        run = HydraRun.current()
+        base = Path.cwd() if run is None else run.output_dir
+        return ResolvedConfig(
+            where=Where(
+                checkpoint_dir=base / Path(self.checkpoint_dir).expanduser(),
+                owner=None if run is None else run.owner,
+            ),
+            write=self._write_options(),
+            read=self._read_options(),
+            hub=self._hub_options(),
+            keep=KeepOptions(
+                best_metric_key=self.best_metric_key,
+                best_metric_mode=self.best_metric_mode,
+                max_recent=self.max_recent_checkpoints,
+                retention=copy.deepcopy(self.retention),
+            ),
+            hydra_texts=() if run is None else run.texts,
+        )
+
+    def _check_limits(self) -> None:
+        most, newest = self.max_recent_checkpoints, (self.retention or {}).get("newest")
+        if most is not None and newest is not None and most != newest:
+            raise CheckpointConfigError(
+                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest} "
+                "say different things; give one of them."
+            )
+
+    def _settle(self) -> None:
+        """Settle settings that exclude each other. What is changed no longer warns the next time."""
+        if self.is_peft and self.model_save_format == _TORCH_SAVE:
+            _log.warning(
+                "checkpoint.model_save_format=torch_save cannot hold an adapter in the form peft loads: with "
+                "checkpoint.is_peft=true it becomes safetensors, and checkpoint.save_consolidated becomes final."
+            )
+            self.model_save_format, self.save_consolidated = _SAFETENSORS, SaveConsolidatedMode.FINAL
+        if self.model_save_format == _TORCH_SAVE and self.save_consolidated is not SaveConsolidatedMode.FALSE:
+            _log.warning(
+                "checkpoint.save_consolidated=%s has no effect with checkpoint.model_save_format=torch_save; "
+                "make a Hugging Face directory of such a checkpoint with `hydra-ckpt export`.",
+                _normalize_save_consolidated(self.save_consolidated).value,
+            )
+        if self.is_async and not _is_geq_torch_2_9():
+            _log.error("checkpoint.is_async=true needs torch 2.9 or newer and is switched off; saves will block.")
+            self.is_async = False
+        if not self.enabled and self._source() not in {None, "auto"}:
+            _log.warning(
+                "checkpoint.restore_from=%s is ignored: with checkpoint.enabled=false nothing is resumed.",
+                self.restore_from,
+            )
+
+    def _source(self) -> str | None:
+        """What to resume from, with the several words for a fresh start and for the selectors made one."""
+        source = word(self.restore_from)
+        if self.restore_from is None or source in _FRESH_START:
+            return None
+        return source if source in _SELECTORS else self.restore_from
+
+    def _write_options(self) -> WriteOptions:
+        torch_save = self.model_save_format == _TORCH_SAVE
+        mode = _normalize_save_consolidated(self.save_consolidated)
+        return WriteOptions(
+            enabled=self.enabled,
+            format=self.model_save_format,
+            consolidated=SaveConsolidatedMode.FALSE if torch_save else mode,
+            is_async=self.is_async,
+            wait_for_staging=self.wait_for_staging,
+            cpu_offload=self.cpu_offload,
+            timeout_s=self.consolidation_timeout_minutes * 60.0,
+            single_rank_consolidation=self.single_rank_consolidation,
+            staging_dir=_absolute(self.staging_dir),
+            is_peft=self.is_peft,
+            state_dict_keys=_frozen(self.model_state_dict_keys),
+        )
+
+    def _read_options(self) -> ReadOptions:
+        return ReadOptions(
+            restore_from=self._source(),
+            parts=_frozen(self.restore_parts),
+            verify=self.verify_on_load,
+            allow_pickle=self.allow_legacy_pickle_restore,
+            on_conflict=self.on_conflict,
+        )
+
+    def _hub_options(self) -> HubOptions:
+        return HubOptions(
+            repo_id=self.model_repo_id,
+            cache_dir=Path(self.model_cache_dir or _hub_cache()).expanduser().absolute(),
+            dequantize=self.dequantize_base_checkpoint,
+            original_model_root_dir=_absolute(self.original_model_root_dir),
+            skip_prefixes=tuple(self.skip_task_head_prefixes_for_base_model or ()),
+            v4_compatible=self.v4_compatible,
+            diffusers_compatible=self.diffusers_compatible,
+        )
+
+
+def _frozen(names: list[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
+
+
+def _absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
+
+
+def _hub_cache() -> str:
+    """The Hugging Face hub cache, by the rules of huggingface_hub and without importing it."""
+    given = os.environ.get
+    home = given("HF_HOME") or f"{given('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = given("HF_HUB_CACHE") or given("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return os.path.expandvars(os.path.expanduser(cache))  # noqa: PTH111 - pathlib expands no variables

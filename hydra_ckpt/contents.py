@@ -1,0 +1,148 @@
+"""What each rank contributes to a save: its plan, agreed once and kept, and the small files around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from hydra_ckpt.config import ResolvedConfig
+from hydra_ckpt.distributed import Channel
+from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
+from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.planning import (
+    Agreement,
+    PartLayout,
+    agree,
+    consolidated_layout,
+    make_plan,
+    shard_layout,
+    signature,
+    state_layout,
+    tensors_of,
+)
+from hydra_ckpt.layout.plan import WritePlan
+from hydra_ckpt.saving import Content
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.capture import Captured, part_of
+from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.store import names
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and the choices it was made by."""
+
+    agreement: Agreement
+    layouts: tuple[PartLayout, ...]
+    plan: WritePlan
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The live tensors of a plan's shares.
+
+    Attributes:
+        tensors: Position of the share to exactly the rows it writes, live.
+        late: Positions whose copying may wait for the next optimizer step.
+    """
+
+    tensors: Mapping[int, torch.Tensor]
+    late: frozenset[int]
+
+
+class Contents:
+    """Makes the contents of saves for one Checkpointer.
+
+    Args:
+        config: The settings.
+        channel: To the other ranks.
+        stage: The pipeline rank.
+    """
+
+    def __init__(self, config: ResolvedConfig, channel: Channel, stage: int) -> None:
+        self._config = config
+        self._channel = channel
+        self._stage = stage
+        self._plans: dict[tuple[str, bool, bool], Planned] = {}
+        self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks have agreed on a layout before."""
+        return bool(self._plans)
+
+    def make(
+        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool
+    ) -> tuple[Content, Sources]:
+        """What this rank contributes; collective the first time a state of this layout is seen.
+
+        Args:
+            state: The live objects.
+            captured: The same, taken apart.
+            consolidated: Whether models are written as Hugging Face directories.
+            export_only: Whether only those are written.
+
+        Raises:
+            TopologyError: The ranks do not fit together.
+        """
+        parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
+        planned = self._plan(parts, consolidated, export_only)
+        leads = planned.agreement.leads and not export_only
+        content = Content(
+            planned.layouts,
+            planned.plan,
+            captured.shared if leads else None,
+            None if export_only else captured.own,
+            self._assets(state, consolidated, export_only) if self._channel.is_coordinator else {},
+            {part: f"{part}/{names.CONSOLIDATED}" for part in parts if _is_model(part)} if consolidated else {},
+        )
+        return content, _sources(tensors_of(parts), planned.plan.shares)
+
+    def _plan(self, parts: Mapping[str, list[LocalTensor]], consolidated: bool, export_only: bool) -> Planned:
+        key = (signature(parts), consolidated, export_only)
+        if key not in self._plans:
+            order = self._config.write.state_dict_keys
+            agreement = agree(parts, self._channel, self._stage, order)
+            layouts = tuple(self._layout(part, agreement, consolidated) for part, specs in agreement.specs.items() if specs)
+            plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
+            self._plans[key] = Planned(agreement, layouts, plan)
+        return self._plans[key]
+
+    def _layout(self, part: str, agreement: Agreement, consolidated: bool) -> PartLayout:
+        if not _is_model(part):
+            nbytes = sum(spec.nbytes for spec in agreement.specs[part])
+            return state_layout(part, nbytes, self._channel.world_size)
+        if consolidated:
+            return consolidated_layout(part, self._config.hub.diffusers_compatible)
+        return shard_layout(part)
+
+    def _assets(self, state: AppState, consolidated: bool, export_only: bool) -> dict[str, bytes]:
+        """Coordinator only: the small files by path in the checkpoint."""
+        found = {}
+        if not export_only:
+            found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
+        for name, modules in state.models.items() if consolidated else ():
+            place = f"{part_of(name)}/{names.CONSOLIDATED}"
+            assets = {**model_assets(modules[0]), **self._tokenizer(state.tokenizer)}
+            found.update({f"{place}/{path}": data for path, data in assets.items()})
+        return found
+
+    def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
+        """A tokenizer's files; saving a large one takes long, so only once."""
+        if self._tokenizer_files[0] is not tokenizer:
+            self._tokenizer_files = (tokenizer, tokenizer_assets(tokenizer))
+        return self._tokenizer_files[1]
+
+
+def _is_model(part: str) -> bool:
+    return part.split("/")[0] == names.MODEL
+
+
+def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
+    found = {}
+    for position, share in shares.items():
+        local = tensors[position].tensor
+        found[position] = local[share.start : share.stop] if local.dim() else local
+    return Sources(found, frozenset(position for position in found if tensors[position].late))

@@ -1,0 +1,176 @@
+"""A run's hold on its checkpoint directory. Everything here is done by the coordinator alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt import metrics as metric
+from hydra_ckpt.config import KeepOptions
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.store import lease, names
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
+from hydra_ckpt.store.draft import discard
+from hydra_ckpt.store.manifest import seal
+from hydra_ckpt.store.pointers import move_pointer
+from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint_latest, set_aside
+from hydra_ckpt.store.retention import Context, policies, retire, superfluous
+from hydra_ckpt.worker import Heart
+
+log = logging.getLogger(__name__)
+
+
+class Directory:
+    """The checkpoint directory of this run.
+
+    Args:
+        root: The directory, absolute.
+        files: The file layer.
+        keep: What decides about best and superfluous checkpoints.
+        run: The sweep and job number it belongs to, if any.
+    """
+
+    def __init__(self, root: Path, files: Files, keep: KeepOptions, run: str | None) -> None:
+        self.root = root
+        self.files = files
+        self._keep = keep
+        self._policies = policies(keep.retention, keep.max_recent)
+        self._owner = lease.Owner.here(run or "")
+        self._heart: Heart | None = None
+        self._best: float | None = None
+        self._metric = keep.best_metric_key
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
+        """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
+
+        Raises:
+            CheckpointNotFoundError: An explicit one is not there.
+            CorruptCheckpointError: An explicit one is damaged.
+        """
+        catalog = scan(self.root)
+        if selector != "auto":
+            chosen = select(catalog, selector, self._metric_in(catalog), self._keep.best_metric_mode)
+            chosen.check_files()
+            return {"path": str(chosen.path), "passed_over": {}}
+        damaged = {**catalog.damaged, **passed_over}
+        for candidate in catalog.candidates():
+            if candidate.name in damaged:
+                continue
+            try:
+                candidate.check_files()
+            except CheckpointError as error:
+                damaged[candidate.name] = str(error)
+                continue
+            return {"path": str(candidate.path), "passed_over": damaged}
+        return {"path": None, "passed_over": damaged}
+
+    def _metric_in(self, catalog: Catalog) -> str:
+        """The deciding metric: under the default key the only one the checkpoints have."""
+        key = self._keep.best_metric_key
+        found = {name for item in catalog.checkpoints for name in item.metrics}
+        return next(iter(found)) if key == metric.DEFAULT_KEY and key not in found and len(found) == 1 else key
+
+    # -- a run begins --------------------------------------------------------------------------------------------
+
+    def open(self, not_beyond: int | None) -> None:
+        """Become the writer and bring the directory into order.
+
+        Raises:
+            CheckpointExistsError: Another live run writes here.
+            CheckpointConfigError: The directory cannot be written.
+        """
+        try:
+            self.files.make_dir(self.root)
+            lease.acquire(self.files, self.root, self._owner)
+            recover(self.files, self.root, not_beyond=not_beyond)
+        except OSError as error:
+            raise CheckpointConfigError(
+                f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "
+                "choose another directory, or mend its permissions or space"
+            ) from error
+        self._heart = Heart(lease.HEARTBEAT_S, lambda: lease.beat(self.root, self._owner))
+
+    def settle(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> dict[str, Any]:
+        """Move out of the way what is damaged, or lies beyond the step the run starts from.
+
+        Returns:
+            Names of the published checkpoints that stay, those with an export, and the best metric among them.
+
+        Raises:
+            CheckpointExistsError: There are later steps, and they are not to be set aside.
+        """
+        self.refuse_later(start_step, on_conflict)
+        set_aside(self.files, [self.root / name for name in corrupt if (self.root / name).is_dir()], "corrupt")
+        if start_step is not None:
+            set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
+        repoint_latest(self.files, self.root)
+        catalog = scan(self.root)
+        self._metric = self._metric_in(catalog)
+        best = catalog.best(self._metric, self._keep.best_metric_mode)
+        self._best = best.metrics[self._metric] if best else None
+        return {
+            "published": [item.name for item in catalog.checkpoints],
+            "exported": [item.name for item in catalog.checkpoints if item.manifest.exports],
+            "best": self._best,
+        }
+
+    def refuse_later(self, start_step: int | None, on_conflict: str) -> None:
+        """Raise if published steps lie beyond the start and are not to be set aside. Changes nothing."""
+        later = [] if start_step is None else in_the_way(scan(self.root), start_step)
+        if later and on_conflict != "set_aside":
+            raise conflict_error(later, start_step or 0)
+
+    def fence(self) -> None:
+        """Raise if another incarnation has taken the directory over."""
+        lease.check(self.root, self._owner)
+
+    def close(self) -> None:
+        """Let go of the directory. Idempotent."""
+        if self._heart is not None:
+            self._heart.stop()
+            lease.release(self.root, self._owner)
+            self._heart = None
+
+    # -- a checkpoint is published -------------------------------------------------------------------------------
+
+    def point_to(self, name: str) -> None:
+        """Move the pointers to a new checkpoint; failing to never takes the checkpoint back."""
+        try:
+            move_pointer(self.files, self.root, names.LATEST, name)
+            self._consider(Checkpoint.open(self.root / name))
+            self.files.unlink(self.root / name / names.TOKEN)
+        except OSError as error:
+            log.warning("%s is published, but its pointers could not be moved: %s", self.root / name, error)
+
+    def _consider(self, checkpoint: Checkpoint) -> None:
+        metrics = checkpoint.metrics
+        key = metric.deciding_key(metrics, self._keep.best_metric_key, required=False)
+        if key is None:
+            return
+        self._metric = key
+        if metric.is_better(metrics[key], self._best, self._keep.best_metric_mode):
+            self._best = metrics[key]
+            move_pointer(self.files, self.root, names.BEST, checkpoint.name)
+
+    def add_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Add metrics that arrived after the save, atomically, and move BEST if they are better."""
+        checkpoint = Checkpoint.open(self.root / name)
+        body = seal({"metrics": {**checkpoint.metrics, **metrics}})
+        write_atomically(self.files, checkpoint.path / names.METRICS, body, names.nonce())
+        self._consider(checkpoint)
+
+    def prune(self) -> None:
+        """Unpublish what no policy keeps and no pointer leads to, then delete it."""
+        if not self._policies:
+            return
+        catalog = scan(self.root)
+        context = Context(self._metric, self._keep.best_metric_mode, time.time())
+        hidden = [retire(self.files, item) for item in superfluous(catalog, self._policies, context)]
+        for path in hidden:
+            discard(self.files, path)

@@ -1,0 +1,353 @@
+"""The ranks of a run talking to each other; nothing else in the package does.
+
+A `Group` is made once, collectively, and then needs the training's process group no more: a TCPStore of its own,
+hosted by rank 0, carries everything. Each thread that talks has a `Channel` of its own (a wait on one store object
+blocks the other threads that use it). On a channel every rank makes the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hydra_ckpt import errors
+from hydra_ckpt.errors import CheckpointError
+
+# A farewell needs no longer than any other message; whoever is later has died.
+_FAREWELL_S = 20.0
+
+
+class RankTimeoutError(CheckpointError):
+    """Some ranks did not answer within the limit.
+
+    Attributes:
+        ranks: Those ranks.
+    """
+
+    def __init__(self, what: str, ranks: Sequence[int], limit_s: float) -> None:
+        self.ranks = list(ranks)
+        super().__init__(
+            f"{what}: no answer from rank {', '.join(map(str, ranks))} within {limit_s:.0f} s "
+            "(checkpoint.consolidation_timeout_minutes); a rank has died, is stuck, or took another path"
+        )
+
+
+class Channel(ABC):
+    """Messages between the ranks, one thread a rank. Payloads are plain data (JSON)."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def gather(self, what: str, payload: Any) -> list[Any] | None:
+        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None."""
+
+    @abstractmethod
+    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
+        """Collective: the coordinator's value on every rank; the coordinator passes `send` to make it."""
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @abstractmethod
+    def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
+        """Collective: the coordinator hands each rank a payload of its own; others pass None."""
+
+    @abstractmethod
+    def farewell(self) -> None:
+        """Collective: rank 0, who hosts the store, returns when all others have heard everything, or are late."""
+
+    def coordinator_step(self, what: str, step: Callable[[], Any]) -> Any:
+        """Collective: let rank 0 do something; all ranks get its result, or raise its error."""
+
+        def attempt() -> dict[str, Any]:
+            try:
+                return {"value": step()}
+            except Exception as error:
+                return {"error": error_to_data(error)}
+
+        reply = self.receive(what, attempt if self.is_coordinator else None)
+        if "error" in reply:
+            raise error_from_data(reply["error"])
+        return reply["value"]
+
+    def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Collective: rank 0 decides from the payloads of all; all get the decision, or raise its error."""
+        gathered = self.gather(what, payload)
+        return self.coordinator_step(what, lambda: decide(gathered or []))
+
+    def raise_together(self, what: str, error: Exception | None) -> None:
+        """Collective: if any rank has an error, raise on every rank: its own, or else the first rank's."""
+
+        def first(payloads: list[Any]) -> Any:
+            failed = {rank: data for rank, data in enumerate(payloads) if data is not None}
+            return next(({"rank": rank, "error": data} for rank, data in failed.items()), None)
+
+        found = self.agree(what, error_to_data(error) if error else None, first)
+        if error is not None:
+            raise error
+        if found is not None:
+            raise error_from_data(found["error"], prefix=f"rank {found['rank']}: ")
+
+
+def error_to_data(error: BaseException) -> dict[str, Any]:
+    """An error as plain data."""
+    attributes = {key: value for key, value in vars(error).items() if _is_plain(value)}
+    return {"kind": type(error).__name__, "text": str(error), "attributes": attributes}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def error_from_data(data: Mapping[str, Any], prefix: str = "") -> CheckpointError:
+    """The error that `error_to_data` described; one from outside our tree becomes a `CheckpointError`."""
+    kind = getattr(errors, data["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
+        return CheckpointError(f"{prefix}{data['kind']}: {data['text']}")
+    error: CheckpointError = kind.__new__(kind)
+    Exception.__init__(error, prefix + data["text"])
+    error.__dict__.update({**data["attributes"], "_text": prefix + data["text"]})
+    return error
+
+
+class SoloChannel(Channel):
+    """One rank that talks to itself."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, what: str, payload: Any) -> list[Any]:
+        """The payload alone."""
+        return [payload]
+
+    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
+        """The value itself."""
+        if send is None:
+            raise RuntimeError(f"{what}: the only rank is the coordinator and has to send")
+        return send()
+
+    def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
+        """The payload alone."""
+        return (payloads or [None])[0]
+
+    def farewell(self) -> None:
+        """Nobody to wait for."""
+
+
+class StoreChannel(Channel):
+    """A channel over a TCPStore connection of its own.
+
+    Keys are `<incarnation>/<lane>/<number of the message>/…`. The coordinator removes a message once every rank
+    has sent the next one, so the store does not grow.
+    """
+
+    def __init__(self, store: dist.Store, lane: str, rank: int, world_size: int, limit_s: float) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._store = store
+        self._lane = lane
+        self._limit_s = limit_s
+        self._number = 0
+        self._spent: list[str] = []
+
+    def gather(self, what: str, payload: Any) -> list[Any] | None:
+        """Collective; see `Channel.gather`."""
+        self._number += 1
+        keys = [f"{self._lane}/{self._number}/from/{rank}" for rank in range(self.world_size)]
+        if not self.is_coordinator:
+            self._set(what, keys[self.rank], payload)
+            return None
+        payloads = [payload, *self._wait(what, keys[1:])]
+        for key in self._spent:
+            self._store.delete_key(key)
+        self._spent = keys[1:]
+        return payloads
+
+    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
+        """Collective; see `Channel.receive`."""
+        self._number += 1
+        key = f"{self._lane}/{self._number}/to"
+        if send is None:
+            return self._wait(what, [key])[0]
+        value = send()
+        self._set(what, key, value)
+        self._spent.append(key)
+        return value
+
+    def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
+        """Collective; see `Channel.scatter`."""
+        self._number += 1
+        keys = [f"{self._lane}/{self._number}/to/{rank}" for rank in range(self.world_size)]
+        if payloads is None:
+            return self._wait(what, [keys[self.rank]])[0]
+        for key, payload in list(zip(keys, payloads, strict=True))[1:]:
+            self._set(what, key, payload)
+        self._spent += keys[1:]
+        return payloads[0]
+
+    def farewell(self) -> None:
+        """Collective; see `Channel.farewell`."""
+        key = f"{self._lane}/farewell"
+        try:
+            if not self.is_coordinator:
+                self._store.set(f"{key}/{self.rank}", b"1")
+            else:
+                wanted = [f"{key}/{rank}" for rank in range(1, self.world_size)]
+                self._store.wait(wanted, timedelta(seconds=min(_FAREWELL_S, self._limit_s)))
+        except RuntimeError:
+            return  # the others have died, or rank 0 has: nobody is left to wait for
+
+    def _set(self, what: str, key: str, value: Any) -> None:
+        try:
+            self._store.set(key, json.dumps(value))
+        except RuntimeError as error:
+            raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
+
+    def _wait(self, what: str, keys: list[str]) -> list[Any]:
+        if not keys:
+            return []
+        try:
+            self._store.wait(keys, timedelta(seconds=self._limit_s))
+            return [json.loads(value) for value in self._store.multi_get(keys)]
+        except dist.DistStoreError as error:
+            missing = [key for key in keys if not self._store.check([key])]
+            ranks = [int(key.rsplit("/", 1)[1]) for key in missing if "/from/" in key] or [0]
+            raise RankTimeoutError(what, ranks, self._limit_s) from error
+        except RuntimeError as error:
+            raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
+
+
+class Group:
+    """The ranks that checkpoint together.
+
+    Args:
+        rank: This process among them.
+        world_size: Their number.
+        limit_s: Longest wait for an answer, in seconds.
+        store: The store that carries their messages; None for a single rank.
+        incarnation: Random text, the same on all ranks, new at every start.
+        votes: A gloo group for `StepVote`; None for a single rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        limit_s: float,
+        store: dist.TCPStore | None = None,
+        incarnation: str = "solo",
+        votes: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.world_size, self.limit_s = rank, world_size, limit_s
+        self._store = store
+        self._incarnation = incarnation
+        self._votes = votes
+
+    @classmethod
+    def create(cls, process_group: dist.ProcessGroup | None, limit_s: float) -> Group:
+        """Collective, where a process group is up: make the store and tell everyone where it is."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
+            return cls(0, 1, limit_s)
+        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        rank = dist.get_rank(process_group)
+        note: list[Any] = [None]
+        store = None
+        if rank == 0:
+            store = dist.TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)
+            note[0] = {"host": socket.gethostname(), "port": store.port, "incarnation": os.urandom(6).hex()}
+        dist.broadcast_object_list(note, src=ranks[0], group=process_group)
+        where = note[0]
+        if store is None:
+            store = _connect(where["host"], where["port"], limit_s)
+        votes = dist.new_group(
+            ranks, backend="gloo", timeout=timedelta(seconds=limit_s), use_local_synchronization=process_group is not None
+        )
+        return cls(rank, len(ranks), limit_s, store, where["incarnation"], votes)
+
+    @property
+    def gloo(self) -> dist.ProcessGroup | None:
+        """A process group of these ranks on the CPU that training does not use."""
+        return self._votes
+
+    def channel(self, lane: str) -> Channel:
+        """A channel of its own for one thread; `lane` names it, equal on all ranks."""
+        if self._store is None:
+            return SoloChannel()
+        return StoreChannel(
+            self._store.clone(), f"{self._incarnation}/{lane}", self.rank, self.world_size, self.limit_s
+        )
+
+
+    def close(self) -> None:
+        """Free the gloo group, if the process groups are still up. Idempotent."""
+        if self._votes is not None and dist.is_initialized():
+            dist.destroy_process_group(self._votes)
+        self._votes = None
+        self._store = None
+
+
+def _connect(host: str, port: int, limit_s: float) -> dist.TCPStore:
+    """Reach rank 0's store: on this host through the loopback, else by its name or the job's master address."""
+    if host == socket.gethostname():
+        addresses = ["127.0.0.1"]
+    else:
+        addresses = [address for address in (os.environ.get("MASTER_ADDR"), host) if address]
+    timeout = timedelta(seconds=min(limit_s, 60.0))
+    failures = []
+    for address in dict.fromkeys(addresses):
+        try:
+            return dist.TCPStore(address, port, None, is_master=False, timeout=timeout)
+        except RuntimeError as error:
+            failures.append(f"{address}: {error}")
+    raise CheckpointError(f"rank 0's store at port {port} cannot be reached: {'; '.join(failures)}")
+
+
+class StepVote:
+    """Flags that ranks raise at a step and all ranks see at the next one.
+
+    `post` starts a reduction that runs beside the training step; `collect` at the next step finds it finished.
+    So agreement costs no round trip of its own, and every rank acts at the same step.
+    """
+
+    def __init__(self, group: Group, size: int) -> None:
+        self._group = group.gloo
+        self._limit_s = group.limit_s
+        self._flags = torch.zeros(size, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def post(self, flags: Sequence[bool]) -> None:
+        """Collective: raise flags; the vote before must have been collected."""
+        self._flags = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def collect(self) -> list[bool]:
+        """Which flags any rank raised in the last vote.
+
+        Raises:
+            CheckpointError: A rank did not vote within the limit, or has died.
+        """
+        if self._work is not None:
+            started = time.monotonic()
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                waited = time.monotonic() - started
+                raise CheckpointError(f"a rank left the training loop (waited {waited:.0f} s): {error}") from error
+            self._work = None
+        return [bool(flag) for flag in self._flags.tolist()]

@@ -1,0 +1,139 @@
+"""Every error this package raises on purpose.
+
+    CheckpointError
+    ├── CheckpointConfigError    (ValueError)         names the key, the value, the choices
+    ├── CheckpointNotFoundError  (FileNotFoundError)  lists what there is
+    ├── CheckpointExistsError    (FileExistsError)    names what is in the way
+    ├── CorruptCheckpointError                        file, byte range, expected, found
+    ├── KeyMismatchError         (KeyError)           all missing, all unexpected, all shapes
+    ├── SaveFailedError                               step, {rank: cause}; raised on every rank
+    └── TopologyError            (ValueError)         what the mesh or the ranks disagree about
+
+Each message says what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = [
+    "CheckpointConfigError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "KeyMismatchError",
+    "SaveFailedError",
+    "TopologyError",
+]
+
+_LISTED = 20
+
+
+class CheckpointError(Exception):
+    """Root of the tree: catch this to catch everything raised on purpose."""
+
+
+class CheckpointConfigError(CheckpointError, ValueError):
+    """A setting is wrong, or two settings exclude each other."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """What was asked for is not there."""
+
+    # OSError.__str__ would rebuild the text from errno and filename.
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """Something that must not be overwritten is in the way."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The bytes on disk are not what was written.
+
+    Attributes:
+        file: The damaged file.
+        byte_range: Half-open range of bytes in ``file``, or None where the whole file is meant.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        problem: str,
+        *,
+        byte_range: tuple[int, int] | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        self.file = str(file)
+        self.byte_range = byte_range
+        where = self.file if byte_range is None else f"{self.file}, bytes {byte_range[0]} to {byte_range[1]}"
+        detail = "" if expected is None and found is None else f" (expected {expected}, found {found})"
+        super().__init__(f"{where}: {problem}{detail}")
+
+
+class KeyMismatchError(CheckpointError, KeyError):
+    """Names, shapes or dtypes in a checkpoint and in the live objects differ.
+
+    Attributes:
+        missing: Names the live objects need and the checkpoint lacks.
+        unexpected: Names the checkpoint holds and the live objects lack.
+        mismatched: Name to a sentence about the shapes or dtypes that differ.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        mismatched: Mapping[str, str] | None = None,
+        remedy: str = "",
+    ) -> None:
+        self.missing = sorted(missing)
+        self.unexpected = sorted(unexpected)
+        self.mismatched = dict(sorted((mismatched or {}).items()))
+        lines = [f"{where}: the names or shapes differ; nothing was changed."]
+        for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                lines.append(f"  {title} ({len(names)}): " + ", ".join(names))
+        if self.mismatched:
+            lines.append(f"  different ({len(self.mismatched)}):")
+            lines += [f"    {name}: {text}" for name, text in self.mismatched.items()]
+        if remedy:
+            lines.append(f"  {remedy}")
+        self._text = "\n".join(lines)
+        super().__init__(self._text)
+
+    # KeyError.__str__ would show the repr, with the line breaks escaped.
+    def __str__(self) -> str:
+        return self._text
+
+
+class SaveFailedError(CheckpointError):
+    """A save failed on at least one rank; raised on every rank. What was published before stays.
+
+    Attributes:
+        step: The step whose save failed.
+        causes: Rank to a one-line description of what went wrong there.
+    """
+
+    def __init__(self, step: int, causes: Mapping[int, str], *, remedy: str = "") -> None:
+        self.step = step
+        self.causes = dict(sorted(causes.items()))
+        shown = [f"rank {rank}: {cause}" for rank, cause in list(self.causes.items())[:_LISTED]]
+        more = len(self.causes) - _LISTED
+        if more > 0:
+            shown.append(f"and {more} more ranks")
+        tail = remedy or "Checkpoints published before are untouched; mend the cause and save again."
+        super().__init__(f"saving step {step} failed: " + "; ".join(shown) + f". {tail}")
+
+
+class TopologyError(CheckpointError, ValueError):
+    """The ranks or the mesh do not fit the checkpoint, the model, or each other."""

@@ -1,0 +1,79 @@
+"""Adding a Hugging Face export to a checkpoint that is published already; training state is not written again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.files import write_atomically
+from hydra_ckpt.saving import DraftWriter
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.draft import Draft, discard, join_draft, sync_tree
+from hydra_ckpt.store.manifest import to_bytes
+
+
+@dataclass
+class AddExport:
+    """The transaction: written beside, moved in, and visible once the manifest lists it.
+
+    Args:
+        writer: Fills the draft; its content has consolidated files only.
+        root: The checkpoint directory.
+        step: The checkpoint's step.
+        name: The checkpoint's name.
+        fence: Raises if this process may not publish any more.
+    """
+
+    writer: DraftWriter
+    root: Path
+    step: int
+    name: str
+    fence: Callable[[], None]
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        self.fence()
+        draft = self.writer.prepare(self.root, f"{self.name}.export")
+        return {"path": str(draft.path), "token": draft.token}
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank; see `Transaction`."""
+        draft = join_draft(Path(note["path"]), self.name, note["token"], patience_s=self.writer.patience_s)
+        return self.writer.write(draft)
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        draft = Draft(Path(note["path"]), self.name, note["token"])
+        checkpoint = Checkpoint.open(self.root / self.name)
+        found = self.writer.collect(draft, receipts)
+        exports = dict(self.writer.content.exports)
+        sidecars = [path for path in found if path.startswith(f"{names.DIGESTS}/")]
+        sync_tree(self.writer.files, draft.path)
+        self.fence()
+        for place in [*exports.values(), *sidecars]:
+            self._move_in(draft, checkpoint, place)
+        manifest = replace(
+            checkpoint.manifest,
+            files={**checkpoint.manifest.files, **found},
+            digests=(*checkpoint.manifest.digests, *sorted(sidecars)),
+            exports={**checkpoint.manifest.exports, **exports},
+        )
+        write_atomically(self.writer.files, checkpoint.path / names.MANIFEST, to_bytes(manifest), names.nonce())
+        discard(self.writer.files, draft.path)
+        return {"name": self.name, "bytes": manifest.nbytes}
+
+    def _move_in(self, draft: Draft, checkpoint: Checkpoint, place: str) -> None:
+        """Move a file or directory to its place; what an interrupted attempt left there is in no manifest and goes."""
+        files, target = self.writer.files, checkpoint.path / place
+        if target.is_dir():
+            files.remove_tree(target)
+        files.unlink(target)
+        files.rename(draft.path / place, target)
+        files.sync_dir(target.parent)
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Coordinator only; see `Transaction`."""
+        discard(self.writer.files, Path(note["path"]))

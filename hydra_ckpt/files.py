@@ -1,0 +1,135 @@
+"""The seam to the file system: every change on disk passes through one `Files` object.
+
+Tests wrap it to record or to fail operations (`hydra_ckpt.testing`); reading needs no seam and does not use it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+# Linux caps one write at 2 GiB - 4 KiB; smaller calls also let a failing disk be noticed earlier.
+_WRITE_BYTES = 64 << 20
+
+
+class OpenFile:
+    """A file open for writing at given positions."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> None:
+        """Write all bytes of `data` from `offset` on."""
+        view = memoryview(data).cast("B")
+        while view:
+            written = os.pwrite(self._descriptor, view[:_WRITE_BYTES], offset)
+            view, offset = view[written:], offset + written
+
+    def write_runs(self, offset: int, run: int, count: int, stride: int, data: memoryview) -> None:
+        """Write `count` runs of `run` bytes, one every `stride` bytes, from contiguous `data`.
+
+        Through a memory map in one strided copy: thousands of short writes would each wait for the
+        interpreter's lock beside a busy training thread.
+        """
+        page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = offset - page + (count - 1) * stride + run
+        with mmap.mmap(self._descriptor, length, offset=page) as window:
+            target = np.ndarray((count, run), np.uint8, buffer=window, offset=offset - page, strides=(stride, 1))
+            target[...] = np.frombuffer(data, np.uint8).reshape(count, run)
+            del target  # a map cannot close while an array looks into it
+
+    def sync(self) -> None:
+        """Return when everything written to the file is on disk."""
+        os.fsync(self._descriptor)
+
+
+class Files:
+    """The local file system. Paths are absolute; errors are the operating system's own (`OSError`)."""
+
+    def make_dir(self, path: Path) -> None:
+        """Create a directory and its missing parents; one that exists is fine."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def allocate(self, path: Path, nbytes: int) -> None:
+        """Create a new file of this size with its space reserved, so that a full disk shows now."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            if nbytes:
+                _reserve(descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[OpenFile]:
+        """Open an existing file for writing at positions."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            yield OpenFile(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write_new(self, path: Path, data: bytes) -> None:
+        """Create a small file with this content, durably."""
+        self.allocate(path, 0)
+        with self.open(path) as file:
+            file.write_at(0, data)
+            file.sync()
+
+    def sync_dir(self, path: Path) -> None:
+        """Return when the directory's entries are on disk."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or directory a name nobody has yet."""
+        # rename(2) of a directory silently replaces an empty one.
+        if target.exists() or target.is_symlink():
+            raise FileExistsError(errno.EEXIST, "already there", str(target))
+        source.rename(target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file the name of another, replacing it atomically."""
+        os.replace(source, target)
+
+    def symlink(self, text: str, path: Path) -> None:
+        """Create a symbolic link with this text."""
+        path.symlink_to(text)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file or link; one that is gone already is fine."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all below it; links are removed, not followed."""
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, nbytes)
+
+
+def write_atomically(files: Files, path: Path, data: bytes, nonce: str) -> None:
+    """Replace or create a small file so that a reader, or a crash, sees the old or the new content, whole."""
+    beside = path.with_name(f".{path.name}.{nonce}")
+    files.unlink(beside)
+    files.write_new(beside, data)
+    files.replace(beside, path)
+    files.sync_dir(path.parent)

@@ -1,0 +1,96 @@
+"""Files: which tensor lies in which safetensors file, and where.
+
+The safetensors format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian;
+a JSON header; the tensors' bytes, row-major, without holes. The header may end in spaces, which we use to start the
+data at a multiple of 4096.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hydra_ckpt.layout.specs import TensorSpec
+
+DATA_ALIGNMENT = 4096
+DEFAULT_FILE_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One safetensors file: all of its bytes but the tensors' values.
+
+    Attributes:
+        path: Where it lies, relative to the checkpoint's directory.
+        tensors: Its tensors in the order of their bytes.
+        metadata: The header's `__metadata__`.
+    """
+
+    path: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length, JSON and padding: everything before the first tensor."""
+        entries: dict[str, object] = {"__metadata__": dict(self.metadata)}
+        end = 0
+        for spec in self.tensors:
+            start, end = end, end + spec.nbytes
+            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        padded = -(-(len(text) + 8) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
+        return padded.to_bytes(8, "little") + text.ljust(padded)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name to the tensor's first byte, counted from the start of the file."""
+        position, offsets = len(self.header), {}
+        for spec in self.tensors:
+            offsets[spec.name] = position
+            position += spec.nbytes
+        return offsets
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors)
+
+
+def by_size(specs: Iterable[TensorSpec], max_bytes: int = DEFAULT_FILE_BYTES) -> list[list[TensorSpec]]:
+    """Cut a sequence of tensors into groups of at most `max_bytes`; a larger tensor has a group of its own."""
+    groups: list[list[TensorSpec]] = []
+    filled = 0
+    for spec in specs:
+        if not groups or (filled + spec.nbytes > max_bytes and filled):
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    return groups
+
+
+def file_names(stem: str, count: int) -> list[str]:
+    """Names as transformers gives them: `stem.safetensors`, or `stem-00001-of-0000N.safetensors`."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def lay_out(groups: Sequence[Sequence[TensorSpec]], directory: str, stem: str) -> list[FileLayout]:
+    """One file a group. Wide elements come first, so that every tensor's offset is a multiple of its element size."""
+    names = file_names(stem, len(groups))
+    return [
+        FileLayout(f"{directory}/{name}", tuple(sorted(group, key=lambda spec: -spec.itemsize)))
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def index_json(files: Sequence[FileLayout]) -> bytes:
+    """The `*.safetensors.index.json` of a set of files in one directory."""
+    weight_map = {spec.name: file.path.rsplit("/", 1)[-1] for file in files for spec in file.tensors}
+    total = sum(spec.nbytes for file in files for spec in file.tensors)
+    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(body, indent=2) + "\n").encode()

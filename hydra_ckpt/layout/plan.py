@@ -1,0 +1,191 @@
+"""Plans: a save or a load written out as byte ranges of files and positions in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hydra_ckpt.layout.boxes import Box, Region, regions
+from hydra_ckpt.layout.files import FileLayout
+from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.specs import TensorSpec
+
+CELL_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes with one digest: a region of a file, filled from one share.
+
+    Attributes:
+        file: Index into the plan's files.
+        region: Where the bytes belong.
+        share: Position of the share they come from.
+        start: First byte within the share's own row-major bytes.
+    """
+
+    file: int
+    region: Region
+    share: int
+    start: int
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What one rank writes in one save.
+
+    Attributes:
+        files: The files that all ranks fill together, equal on every rank; the coordinator creates them.
+        own_files: Files that only this rank fills, and creates itself.
+        shares: What this rank writes, by the position of the holding it is taken from.
+        pieces: Where; file indices count through `files`, then `own_files`.
+        fingerprint: Equal on ranks whose plans fit together.
+    """
+
+    files: tuple[FileLayout, ...]
+    own_files: tuple[FileLayout, ...]
+    shares: Mapping[int, Share]
+    pieces: tuple[Piece, ...]
+    fingerprint: str
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensor values this rank writes, each file counted."""
+        return sum(piece.region.nbytes for piece in self.pieces)
+
+    @property
+    def all_files(self) -> tuple[FileLayout, ...]:
+        """Shared files, then this rank's own: what `Piece.file` indexes."""
+        return self.files + self.own_files
+
+    @cached_property
+    def coverage(self) -> int:
+        """A sum over this rank's byte ranges of the shared files; see `full_coverage`."""
+        total = 0
+        for piece in self.pieces:
+            if piece.file < len(self.files):
+                total += _boundary_sum(piece.file, piece.region)
+        return total % (1 << 64)
+
+
+def full_coverage(files: Sequence[FileLayout]) -> int:
+    """What the ranks' `coverage` must add up to (modulo 2**64) if every byte is written exactly once.
+
+    Each range contributes g(end) - g(start) for a fixed pseudo-random g. Ranges that tile a file telescope to
+    g(end of file) - g(start of data); any gap or overlap leaves boundaries that do not cancel.
+    """
+    return sum(
+        _boundary_sum(index, Region(len(file.header), file.nbytes - len(file.header)))
+        for index, file in enumerate(files)
+    ) % (1 << 64)
+
+
+def _boundary_sum(file: int, region: Region) -> int:
+    starts = region.offset + np.arange(region.count, dtype=np.uint64) * np.uint64(region.stride)
+    ends = starts + np.uint64(region.run)
+    return int(_mix(file, ends).sum(dtype=np.uint64)) - int(_mix(file, starts).sum(dtype=np.uint64))
+
+
+def _mix(file: int, positions: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele, Lea, Flood 2014) of the positions, seeded by the file."""
+    with np.errstate(over="ignore"):
+        x = positions + np.uint64((file + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def fill_files(files: Sequence[FileLayout], shares: Mapping[int, Share], first_file: int = 0) -> Iterator[Piece]:
+    """The pieces that put whole-tensor shares where they belong in files of whole tensors."""
+    located = {spec.name: (index, file.offsets[spec.name]) for index, file in enumerate(files) for spec in file.tensors}
+    for position, share in shares.items():
+        if share.spec.name not in located:
+            continue
+        index, base = located[share.spec.name]
+        start = 0
+        for region in regions(share.box, share.spec.shape, share.spec.itemsize, base):
+            for cell in _cells(region):
+                yield Piece(first_file + index, cell, position, start)
+                start += cell.nbytes
+
+
+def _cells(region: Region) -> Iterator[Region]:
+    """Cut a region into parts of at most `CELL_BYTES`: runs on the file's grid, strided ones by whole runs."""
+    if region.count == 1:
+        position, end = region.offset, region.offset + region.run
+        while position < end:
+            stop = min(end, (position // CELL_BYTES + 1) * CELL_BYTES)
+            yield Region(position, stop - position)
+            position = stop
+        return
+    step = max(CELL_BYTES // region.run, 1)
+    for first in range(0, region.count, step):
+        count = min(step, region.count - first)
+        yield Region(region.offset + first * region.stride, region.run, count, region.stride if count > 1 else 0)
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """A short digest of a sequence of texts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def describe(specs: Iterable[TensorSpec]) -> Iterator[str]:
+    """Specs as texts to fingerprint."""
+    return (f"{spec.name}|{spec.dtype}|{list(spec.shape)}" for spec in specs)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A box of a tensor as it lies in a file: row-major from byte `offset` on."""
+
+    box: Box
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a checkpoint: one chunk where files hold whole tensors, several where they hold shards."""
+
+    spec: TensorSpec
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One box to fetch.
+
+    Attributes:
+        file: The file that holds it.
+        box: The box, in the coordinates of the whole tensor.
+        regions: Its bytes in the file, in the box's row-major order.
+    """
+
+    file: str
+    box: Box
+    regions: tuple[Region, ...]
+
+
+def reads(stored: StoredTensor, wanted: Box) -> list[Read]:
+    """What to read for one box of a stored tensor; each of its elements exactly once.
+
+    Raises:
+        LookupError: The stored chunks do not cover the box, or cover a part twice.
+    """
+    found = []
+    for chunk in stored.chunks:
+        common = chunk.box.intersect(wanted)
+        if common is not None:
+            inner = regions(common.within(chunk.box), chunk.box.sizes, stored.spec.itemsize, chunk.offset)
+            found.append(Read(chunk.file, common, tuple(inner)))
+    covered = sum(read.box.numel for read in found)
+    if covered != wanted.numel:
+        raise LookupError(f"{stored.spec.name}: the stored parts hold {covered} of the {wanted.numel} elements wanted")
+    return found

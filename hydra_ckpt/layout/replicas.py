@@ -1,0 +1,103 @@
+"""Who writes what: ranks that hold the same values divide the work among themselves, without talking."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.specs import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A part of a tensor that this rank holds, perhaps together with others.
+
+    Attributes:
+        spec: The whole tensor.
+        box: The part held.
+        replica: This rank's index among the ranks holding the same box, and their number.
+        group: Equal for tensors replicated over the same ranks; these are divided together.
+        divisible: False where replicas may differ (buffers): then the first of them writes it all.
+    """
+
+    spec: TensorSpec
+    box: Box
+    replica: tuple[int, int] = (0, 1)
+    group: Hashable = None
+    divisible: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part held."""
+        return self.box.numel * self.spec.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What this rank writes of a holding: its rows from `start` to `stop` of the first dimension.
+
+    Attributes:
+        spec: The whole tensor.
+        box: The part to write, in the whole tensor's coordinates.
+        start: First row, counted within the holding. 0 for a scalar.
+        stop: Row behind the last one. 1 for a scalar.
+    """
+
+    spec: TensorSpec
+    box: Box
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        return self.box.numel * self.spec.itemsize
+
+
+def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
+    """This rank's shares by the position of the holding; a holding that others write has none.
+
+    The holdings of a group, laid end to end in the order given (the order of the files), are cut into equal
+    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes.
+    """
+    mine: dict[int, Share] = {}
+    divided: dict[Hashable, list[int]] = defaultdict(list)
+    for position, holding in enumerate(holdings):
+        if holding.box.numel == 0:
+            continue
+        if holding.divisible and holding.replica[1] > 1:
+            divided[holding.group].append(position)
+        elif holding.replica[0] == 0:
+            mine[position] = _rows(holding, 0, _row_count(holding))
+    for positions in divided.values():
+        mine.update(_divide(holdings, positions))
+    return mine
+
+
+def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, Share]:
+    """Cut one group's holdings; every replica computes the same cuts."""
+    positions = list(positions)
+    index, count = holdings[positions[0]].replica
+    total = sum(holdings[position].nbytes for position in positions)
+    first, last = total * index // count, total * (index + 1) // count
+    mine, begin = {}, 0
+    for position in positions:
+        holding = holdings[position]
+        rows = _row_count(holding)
+        row_bytes = holding.nbytes // rows
+        start, stop = (min(max(-(-(cut - begin) // row_bytes), 0), rows) for cut in (first, last))
+        if start < stop:
+            mine[position] = _rows(holding, start, stop)
+        begin += holding.nbytes
+    return mine
+
+
+def _row_count(holding: Holding) -> int:
+    return holding.box.sizes[0] if holding.box.sizes else 1
+
+
+def _rows(holding: Holding, start: int, stop: int) -> Share:
+    box = holding.box.rows(start, stop) if holding.box.sizes else holding.box
+    return Share(holding.spec, box, start, stop)

@@ -1,0 +1,54 @@
+"""What the layout knows of a tensor: its name, element type and global shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+# Element types as the safetensors format spells them, with their size in bytes.
+ITEMSIZE: dict[str, int] = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A whole tensor.
+
+    Attributes:
+        name: Its key in the file.
+        dtype: Element type in safetensors' spelling, a key of `ITEMSIZE`.
+        shape: Global shape; `()` for a scalar.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return prod(self.shape) * self.itemsize

@@ -1,0 +1,323 @@
+"""One load: compare, check, read, install. Nothing is changed before everything fits and every byte is right."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_ckpt.distributed import Channel
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.report import LoadReport
+from hydra_ckpt.state import optimizer as optimizer_state
+from hydra_ckpt.state import rng
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
+from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.storage.tree import decode, tensor_names
+from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
+from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+
+log = logging.getLogger(__name__)
+
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "progress")
+
+
+@dataclass
+class _Mismatch:
+    """What does not fit between a checkpoint and the live objects."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Load:
+    """Loads one checkpoint into an AppState.
+
+    Args:
+        checkpoint: What to load.
+        state: Into what.
+        extractor: Knows the models' maps.
+        channel: To the other ranks.
+        parts: Which parts are wanted.
+        verify: Whether every byte is checked against its digest first.
+    """
+
+    checkpoint: Checkpoint
+    state: AppState
+    extractor: Extractor
+    channel: Channel
+    parts: Collection[str]
+    verify: bool
+    _shared: dict[str, Any] = field(default_factory=dict)
+    _own: dict[str, Any] | None = None
+    _fetches: list[Fetch] = field(default_factory=list)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _notes: list[str] = field(default_factory=list)
+    _read_bytes: int = 0
+
+    def run(self) -> LoadReport:
+        """Collective: load.
+
+        Raises:
+            CorruptCheckpointError: Bytes are not what was written; the same on all ranks.
+            KeyMismatchError: Names, shapes or element types differ; nothing was changed.
+        """
+        self._together("reading the checkpoint's progress", self._read_progress)
+        self._compare()
+        if self.verify:
+            self._together("verifying the checkpoint", self._verify)
+        self._together("reading the checkpoint", self._read)
+        self._together("installing the checkpoint", self._install)
+        step, epoch = (self.checkpoint.step, self.checkpoint.epoch) if "progress" in self.parts else (0, 0)
+        loaded = tuple(part for part in PARTS if part in self._available())
+        return LoadReport(
+            step=step,
+            epoch=epoch,
+            path=self.checkpoint.path,
+            metrics=self.checkpoint.metrics,
+            loaded=loaded,
+            skipped=tuple(part for part in PARTS if part not in loaded and self._holds(part)),
+            notes=tuple(self._notes),
+            read_bytes=self._read_bytes,
+        )
+
+    def _together(self, what: str, step: Callable[[], None]) -> None:
+        """Collective: do a local step and raise everywhere if it fails anywhere."""
+        error: Exception | None = None
+        try:
+            step()
+        except CheckpointError as known:
+            error = known
+        except Exception as unknown:
+            log.debug("%s failed", what, exc_info=True)
+            error = CheckpointError(f"{what} ({self.checkpoint.path}): {type(unknown).__name__}: {unknown}")
+            error.__cause__ = unknown
+        self.channel.raise_together(what, error)
+
+    @property
+    def _root(self) -> Path:
+        return self.checkpoint.path
+
+    def _holds(self, part: str) -> bool:
+        """Whether the checkpoint has something of this part."""
+        if part in ("rng", "dataloader"):
+            return self._own is not None and self._own.get(part) is not None
+        return part in ("model", "progress") or bool(self._shared.get(part))
+
+    def _available(self) -> set[str]:
+        """The parts that are wanted, in the checkpoint, and have an object to take them."""
+        takers = {
+            "model": True,
+            "optimizer": bool(self.state.optimizers),
+            "lr_scheduler": bool(self.state.lr_schedulers),
+            "dataloader": hasattr(self.state.dataloader, "load_state_dict"),
+            "rng": True,
+            "extras": bool(set(self.state.extras) & set(self._shared.get("extras", {}))),
+            "progress": True,
+        }
+        return {part for part in self.parts if takers[part] and self._holds(part)}
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    def _read_progress(self) -> None:
+        files = self.checkpoint.manifest.files
+        shared = [name for name in files if name.startswith(f"{names.PROGRESS}/shared-")]
+        documents = [self._json(name) for name in sorted(shared)]
+        if not documents:
+            raise CorruptCheckpointError(self._root, "it holds no progress")
+        self._shared = self._fitting(documents)
+        own = f"{names.PROGRESS}/rank-{self.channel.rank:05d}.safetensors"
+        if own in files:
+            self._own = unpack(self._root / own, read_small(self._root, own, files[own]))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        data = read_small(self._root, name, self.checkpoint.manifest.files[name])
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptCheckpointError(self._root / name, f"is not JSON of ours: {error}") from None
+
+    def _fitting(self, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The document of this rank's pipeline stage."""
+        held = set(self.extractor.parameter_names(self.state).values())
+        for document in documents:
+            known = document.get("optimizer", {}).get("state", {})
+            if known and set(known) <= held:
+                return document
+        return documents[0]
+
+    # -- comparing -----------------------------------------------------------------------------------------------
+
+    def _compare(self) -> None:
+        """Collective: find out what to read, and list everything that does not fit."""
+        mismatch = _Mismatch()
+        self._together("comparing the checkpoint with the live objects", lambda: self._match(mismatch))
+        found = self.channel.agree("comparing keys", vars(mismatch), _merge_mismatches)
+        if any(found.values()):
+            raise KeyMismatchError(
+                f"{self._root} does not fit",
+                missing=found["missing"],
+                unexpected=found["unexpected"],
+                mismatched=found["different"],
+                remedy="Load it into the model and optimizer it was saved from, or choose another checkpoint or "
+                "fewer parts (restore_from, restore_parts).",
+            )
+
+    def _match(self, mismatch: _Mismatch) -> None:
+        if "model" in self._available():
+            self._match_models(mismatch)
+        if "optimizer" in self._available():
+            self._match_optimizers(mismatch)
+        self._match_extras()
+
+    def _stored(self, part: str) -> dict[str, StoredTensor]:
+        record = self.checkpoint.manifest.parts.get(part)
+        return read_tensors(self._root, list(record.files)) if record else {}
+
+    def _match_models(self, mismatch: _Mismatch) -> None:
+        maps = self.extractor.maps(self.state)
+        saved = {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+        live = {part_of(name) for name in maps}
+        mismatch.unexpected += [f"the model {part}" for part in saved - live]
+        for name, mapped in maps.items():
+            part = part_of(name)
+            stored = self._stored(part)
+            prefix = f"{name}/" if name else ""
+            locals_ = mapped.locals()
+            held = {item.spec.name for item in locals_}
+            mismatch.unexpected += [prefix + key for key in stored.keys() - held]
+            for item in locals_:
+                self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
+        key = prefix + item.spec.name
+        if stored is None:
+            mismatch.missing.append(key)
+        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.shape, item.spec.dtype):
+            mismatch.different[key] = (
+                f"{stored.spec.dtype} {list(stored.spec.shape)} in the checkpoint, "
+                f"{item.spec.dtype} {list(item.spec.shape)} in the model"
+            )
+        else:
+            self._fetches.append(Fetch(stored, item.box, item.tensor))
+
+    def _match_optimizers(self, mismatch: _Mismatch) -> None:
+        described = self._shared["optimizer"]
+        parameters = self.extractor.parameter_names(self.state)
+        try:
+            optimizer_state.check_fits(described, self.state.optimizers, parameters)
+        except KeyMismatchError as error:
+            mismatch.different.update(error.mismatched)
+            return
+        stored = self._stored(names.OPTIMIZER)
+        shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
+        wanted = optimizer_state.targets(described, shapes, self.state.optimizers, parameters)
+        self._want(stored, set(tensor_names(described)), wanted)
+
+    def _match_extras(self) -> None:
+        available = self._available()
+        trees = [self._shared.get("extra_state", {})] if "model" in available else []
+        if "lr_scheduler" in available:
+            trees.append(self._shared["lr_scheduler"])
+        if "extras" in available:
+            trees += [tree for name, tree in self._shared["extras"].items() if name in self.state.extras]
+        live = templates(self.state) if "extras" in available else {}
+        # Never into the live tensors: the objects take their state over themselves.
+        fresh = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in live.items()}
+        self._want(self._stored(names.EXTRAS), set(tensor_names(trees)), fresh)
+
+    def _want(
+        self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Read stored tensors into the targets that fit; into whole ones of their own where none does."""
+        for name in sorted(wanted):
+            if name not in stored:
+                raise CorruptCheckpointError(self._root, f"the tensor {name} is missing from its files")
+            spec = stored[name].spec
+            target = targets.get(name)
+            if target is None or (tuple(target.shape), SAFETENSORS_DTYPE[target.dtype]) != (spec.shape, spec.dtype):
+                target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
+            self._tensors[name] = target
+            item = localize(name, target)
+            self._fetches.append(Fetch(stored[name], item.box, item.tensor))
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def _verify(self) -> None:
+        manifest = self.checkpoint.manifest
+        everything = checks(self._root, manifest.files, manifest.digests)
+        for error in findings(self._root, share_out(everything, self.channel.rank, self.channel.world_size)):
+            raise error
+
+    def _read(self) -> None:
+        ordered = sorted(self._fetches, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
+        self._read_bytes = fetch(self._root, ordered)
+
+    # -- installing ----------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        available = self._available()
+        if "model" in available:
+            for name, mapped in self.extractor.maps(self.state).items():
+                mapped.set_extra_state(decode(self._shared.get("extra_state", {}).get(name, {}), self._tensors))
+        if "optimizer" in available:
+            self._install_optimizers()
+        if "lr_scheduler" in available:
+            saved = self._shared["lr_scheduler"]
+            for scheduler, tree in zip(self.state.lr_schedulers, saved, strict=True):
+                scheduler.load_state_dict(decode(tree, self._tensors))
+        if "extras" in available:
+            for name, extra in self.state.extras.items():
+                if name in self._shared["extras"]:
+                    extra.load_state_dict(decode(self._shared["extras"][name], self._tensors))
+                else:
+                    self._notes.append(f"extras[{name!r}] is not in the checkpoint and stays as it is")
+        if "dataloader" in available and self._own is not None:
+            self.state.dataloader.load_state_dict(self._own["dataloader"])
+        self._continue_rng()
+
+    def _install_optimizers(self) -> None:
+        described = self._shared["optimizer"]
+        options = [
+            [decode(group["options"], self._tensors) for group in optimizer["groups"]]
+            for optimizer in described["optimizers"]
+        ]
+        optimizer_state.install(
+            decode(described["state"], self._tensors),
+            options,
+            self.state.optimizers,
+            self.extractor.parameter_names(self.state),
+        )
+
+    def _continue_rng(self) -> None:
+        if "rng" not in self.parts:
+            return
+        if self._own is not None and self.checkpoint.manifest.world_size == self.channel.world_size:
+            rng.restore(self._own["rng"])
+            return
+        rng.derive(self.checkpoint.step, self.channel.rank)
+        self._notes.append(
+            f"random numbers are derived anew from step and rank: the checkpoint was written by "
+            f"{self.checkpoint.manifest.world_size} ranks, this run has {self.channel.world_size}"
+        )
+
+
+def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Coordinator only: missing is what any rank misses; unexpected is what no rank holds."""
+    unexpected = set(found[0]["unexpected"]).intersection(*(item["unexpected"] for item in found[1:]))
+    missing = {name for item in found for name in item["missing"]}
+    different = {name: text for item in found for name, text in item["different"].items()}
+    return {"missing": sorted(missing), "unexpected": sorted(unexpected), "different": different}

@@ -1,0 +1,56 @@
+"""Metrics: numbers from whatever training hands over, and which of them decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointConfigError
+
+DEFAULT_KEY = "default"
+
+
+def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Each metric as a float.
+
+    Raises:
+        CheckpointConfigError: A value that `float()` does not take.
+    """
+    found = {}
+    for name, value in (metrics or {}).items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointConfigError(f"metric {name!r}: {value!r} is not a number ({error})") from None
+    return found
+
+
+def deciding_key(metrics: Mapping[str, float], key: str, *, required: bool) -> str | None:
+    """The metric that decides: the configured one, or under the default key the only one given.
+
+    Args:
+        metrics: What was given.
+        key: `checkpoint.best_metric_key`.
+        required: Whether a configured key must be among them.
+
+    Raises:
+        CheckpointConfigError: It cannot be told; lists the keys.
+    """
+    if not metrics or key in metrics:
+        return key if metrics else None
+    if key == DEFAULT_KEY and len(metrics) == 1:
+        return next(iter(metrics))
+    if key == DEFAULT_KEY or required:
+        raise CheckpointConfigError(
+            f"checkpoint.best_metric_key={key}: the metrics given are {', '.join(sorted(metrics))}; "
+            "set best_metric_key to the one that decides which checkpoint is best"
+        )
+    return None
+
+
+def is_better(value: float, than: float | None, mode: str) -> bool:
+    """Whether a metric improves on the best so far; NaN and infinities never do."""
+    if not math.isfinite(value):
+        return False
+    return than is None or (value < than if mode == "min" else value > than)

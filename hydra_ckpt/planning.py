@@ -1,0 +1,275 @@
+"""From what each rank holds to what it writes: the one place where ranks agree on a layout.
+
+A rank knows the global shape of everything it holds, so it computes the files' layout alone. What it cannot know is
+settled once, with a few bytes a rank: that the others hold the same (or, under pipeline parallelism, what they hold
+instead), and how many copies of each device mesh there are. The result serves every later save of the same state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_ckpt.distributed import Channel
+from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_size, lay_out
+from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
+from hydra_ckpt.layout.replicas import Holding, Share, shares
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
+from hydra_ckpt.store import names
+
+# Fewer bytes than this are not worth a file of their own.
+_MIN_FILE_BYTES = 64 << 20
+_MAX_WRITERS = 64
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks settled.
+
+    Attributes:
+        specs: Part to all tensors of it, whoever holds them, in the order of the files.
+        copies: Mesh (its global ranks; empty for plain tensors) to this rank's copy of it and the number of copies.
+        leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
+        fingerprint: Equal on all ranks.
+    """
+
+    specs: Mapping[str, tuple[TensorSpec, ...]]
+    copies: Mapping[tuple[int, ...], tuple[int, int]]
+    leads: bool
+    fingerprint: str
+
+
+Parts = Mapping[str, Sequence[LocalTensor]]
+
+
+def signature(parts: Parts) -> str:
+    """A digest of everything a plan depends on; recomputed at each save to see whether the plan still holds."""
+    return str(
+        hash(tuple((part, tuple((t.spec, t.box, t.mesh, t.replica) for t in items)) for part, items in parts.items()))
+    )
+
+
+def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str] | None) -> Agreement:
+    """Collective: settle what all ranks hold.
+
+    Args:
+        parts: What this rank holds.
+        channel: To the other ranks.
+        stage: The pipeline rank; ranks of one stage must hold the same tensors.
+        global_order: The model's keys in the order of its files, if known.
+
+    Raises:
+        TopologyError: Ranks of one stage hold different tensors, or stages disagree about one of the same name.
+    """
+    local = {part: [item.spec for item in items] for part, items in parts.items()}
+    text = fingerprint(itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items()))
+    meshes = list(dict.fromkeys(item.mesh for items in parts.values() for item in items))
+    note = {"stage": stage, "holds": text, "meshes": [fingerprint(map(str, mesh)) for mesh in meshes]}
+    gathered = channel.gather("agreeing on the layout", note)
+    positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
+    specs: Mapping[str, Sequence[TensorSpec]] = local
+    if positions["several"]:
+        specs = _union(local, channel, stage, positions["leads"])
+    ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
+    texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
+    copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
+    return Agreement(ordered, copies, positions["leads"], fingerprint(texts))
+
+
+def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Coordinator only: tell each rank which copy of its meshes it belongs to among the ranks that hold the same."""
+    kinds = [(note["stage"], note["holds"]) for note in notes]
+    seen: dict[Any, dict[str, int]] = defaultdict(dict)
+    own: list[list[tuple[Any, int]]] = []
+    for rank, (kind, note) in enumerate(zip(kinds, notes, strict=True)):
+        places = []
+        for position, mesh in enumerate(note["meshes"]):
+            # Plain tensors have no mesh: each rank is a copy of its own.
+            identity = mesh if mesh != _NO_MESH else str(rank)
+            table = seen[kind, position]
+            places.append(((kind, position), table.setdefault(identity, len(table))))
+        own.append(places)
+    several = len(set(kinds)) > 1
+    return [
+        {
+            "several": several,
+            "leads": kinds.index(kinds[rank]) == rank,
+            "copies": [(copy, len(seen[key])) for key, copy in places],
+        }
+        for rank, places in enumerate(own)
+    ]
+
+
+_NO_MESH = fingerprint(())
+
+
+def _union(local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool) -> dict[str, list[TensorSpec]]:
+    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
+    data = {part: [(spec.name, spec.dtype, spec.shape) for spec in specs] for part, specs in local.items()}
+    payload = {"stage": stage, "parts": data} if leads else None
+    merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
+    return {
+        part: [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in rows] for part, rows in merged.items()
+    }
+
+
+def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
+    """Coordinator only: the union, in the order of the stages.
+
+    Raises:
+        TopologyError: See `agree`.
+    """
+    speaking = {rank: payload for rank, payload in enumerate(payloads) if payload is not None}
+    _refuse_unequal_stages(speaking)
+    merged: dict[str, dict[str, Any]] = defaultdict(dict)
+    clashes = []
+    for rank, payload in sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0])):
+        for part, rows in payload["parts"].items():
+            for name, dtype, shape in rows:
+                known = merged[part].setdefault(name, (name, dtype, shape))
+                if known[1:] != (dtype, shape):
+                    clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
+    if clashes:
+        raise TopologyError("the ranks disagree about tensors of the same name; nothing was written. " + "; ".join(clashes))
+    return {part: list(rows.values()) for part, rows in merged.items()}
+
+
+def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
+    first: dict[int, tuple[int, set[tuple[str, str]]]] = {}
+    for rank, payload in speaking.items():
+        keys = {
+            (part, f"{name} {dtype} {list(shape)}") for part, rows in payload["parts"].items() for name, dtype, shape in rows
+        }
+        known_rank, known = first.setdefault(payload["stage"], (rank, keys))
+        if known != keys:
+            lines = [f"only on rank {known_rank}: {part}: {key}" for part, key in sorted(known - keys)]
+            lines += [f"only on rank {rank}: {part}: {key}" for part, key in sorted(keys - known)]
+            raise TopologyError(
+                "ranks of the same pipeline stage hold different tensors; nothing was written.\n  "
+                + "\n  ".join(lines)
+                + "\n  Build the same model on every rank, or pass each stage's pp_rank to build()"
+            )
+
+
+def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | None) -> list[TensorSpec]:
+    if not order or part != names.MODEL:
+        return list(specs)
+    place = {name: number for number, name in enumerate(order)}
+    held = {spec.name for spec in specs}
+    missing = [name for name in order if name not in held]
+    unknown = sorted(held - set(place))
+    if missing or unknown:
+        raise TopologyError(
+            f"checkpoint.model_state_dict_keys does not fit the model: no rank holds {missing or 'nothing of it'}, "
+            f"and it lacks {unknown or 'nothing'}"
+        )
+    return sorted(specs, key=lambda spec: place[spec.name])
+
+
+@dataclass(frozen=True, slots=True)
+class PartLayout:
+    """How one part is laid out.
+
+    Attributes:
+        part: Its name.
+        directory: Where its files go.
+        stem: How they are called.
+        max_bytes: Size at which a new file begins.
+        own: Whether each rank writes a file of its own instead of all filling the same.
+    """
+
+    part: str
+    directory: str
+    stem: str
+    max_bytes: int = DEFAULT_FILE_BYTES
+    own: bool = False
+
+
+def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
+    """A Hugging Face directory."""
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    return PartLayout(part, f"{part}/{names.CONSOLIDATED}", stem)
+
+
+def shard_layout(part: str) -> PartLayout:
+    """One file a rank."""
+    return PartLayout(part, part, "shard", own=True)
+
+
+def state_layout(part: str, nbytes: int, world_size: int) -> PartLayout:
+    """Whole tensors in so many files that ranks need not queue on one."""
+    files = min(world_size, _MAX_WRITERS)
+    return PartLayout(part, part, part, min(max(-(-nbytes // files), _MIN_FILE_BYTES), DEFAULT_FILE_BYTES))
+
+
+def make_plan(
+    parts: Parts, agreement: Agreement, layouts: Sequence[PartLayout], rank: int, world_size: int
+) -> WritePlan:
+    """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`)."""
+    files: list[FileLayout] = []
+    own_files: list[FileLayout] = []
+    all_shares: dict[int, Share] = {}
+    pieces: list[Piece] = []
+    pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
+    starts = _starts(parts)
+    for layout in layouts:
+        items = parts.get(layout.part, ())
+        mine = {starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()}
+        all_shares.update(mine)
+        if layout.own:
+            pending_own.append((layout, mine))
+            continue
+        groups = by_size(agreement.specs.get(layout.part, ()), layout.max_bytes)
+        laid = lay_out(groups, layout.directory, layout.stem) if groups else []
+        pieces += fill_files(laid, mine, len(files))
+        files += laid
+    for layout, mine in pending_own:
+        file = _own_file(layout, mine, rank, world_size)
+        local = {position: _as_whole(share) for position, share in mine.items()}
+        pieces += fill_files([file], local, len(files) + len(own_files))
+        own_files.append(file)
+    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
+    return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice)
+
+
+def _starts(parts: Parts) -> dict[str, int]:
+    counts = itertools.accumulate((len(items) for items in parts.values()), initial=0)
+    return dict(zip(parts, counts, strict=False))
+
+
+def tensors_of(parts: Parts) -> list[LocalTensor]:
+    """All tensors of all parts in order."""
+    return list(itertools.chain.from_iterable(parts.values()))
+
+
+def _holdings(items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
+    holdings = []
+    for item in items:
+        copy, copies = agreement.copies[item.mesh]
+        index, count = item.replica
+        replica = (copy * count + index, copies * count)
+        holdings.append(Holding(item.spec, item.box, replica, (item.mesh, item.group), item.divisible))
+    return holdings
+
+
+def _own_file(layout: PartLayout, mine: Mapping[int, Share], rank: int, world_size: int) -> FileLayout:
+    boxes = {share.spec.name: (share.spec.shape, share.box) for share in mine.values()}
+    specs = [_as_whole(share).spec for share in mine.values()]
+    return FileLayout(
+        f"{layout.directory}/{layout.stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors",
+        tuple(sorted(specs, key=lambda spec: -spec.itemsize)),
+        {"format": "pt", BOXES_KEY: encode_boxes(boxes)},
+    )
+
+
+def _as_whole(share: Share) -> Share:
+    """A share as a tensor of its own."""
+    spec = TensorSpec(share.spec.name, share.spec.dtype, share.box.sizes)
+    return Share(spec, Box.whole(spec.shape), share.start, share.stop)

@@ -1,0 +1,226 @@
+"""The training loop: the one the library asks for, written out for a small language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from torch.utils.data import DataLoader
+
+from hydra_ckpt.recipe.data import load_windows
+from hydra_ckpt.recipe.mesh import plan_parallelism, shard_model
+from hydra_ckpt.recipe.model import build_model
+from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
+from hydra_ckpt.recipe.reporting import Report
+from hydra_ckpt.recipe.session import seed_everything, session, world_size
+from hydra_ckpt.recipe.settings import read_settings
+from hydra_ckpt.recipe.tokenizer import byte_tokenizer
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.dataloader import resumable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from omegaconf import DictConfig
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import LlamaForCausalLM
+
+    from hydra_ckpt.callback import CheckpointCallback
+    from hydra_ckpt.recipe.data import Windows
+    from hydra_ckpt.recipe.mesh import Parallelism
+    from hydra_ckpt.recipe.settings import Settings
+    from hydra_ckpt.state.dataloader import ResumableLoader
+
+__all__ = ["train"]
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains as the configuration says, going on from a checkpoint where there is one.
+
+    Collective: every rank of the launch.
+
+    Returns:
+        The best validation metric, which is the objective of a sweep; NaN where none was measured.
+    """
+    settings = read_settings(cfg)
+    parallelism = plan_parallelism(settings.mesh, world_size(), settings.model)
+    with session(settings.trainer, Path(HydraConfig.get().runtime.output_dir)) as accelerator:
+        run = _prepare(settings, parallelism, accelerator)
+        with (
+            Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report,
+            instantiate(cfg.callbacks.checkpoint) as checkpoints,
+        ):
+            _train(run, checkpoints, report)
+            best = checkpoints.best_metric
+    return float("nan") if best is None else float(best)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything the loop works on.
+
+    Attributes:
+        settings: The recipe's part of the configuration.
+        accelerator: Drives device, precision, gradient accumulation, clipping and trackers.
+        mesh: None for a single process.
+        model: What holds the parameters, and what checkpoints see.
+        forward: What is called: `model`, or accelerate's wrapper of it.
+        optimizer: What checkpoints see.
+        stepper: The optimizer as accelerate wraps it: it does nothing while gradients accumulate.
+        schedule: Of the learning rate, one step an optimizer step.
+        training: Shuffled batches of this data-parallel rank, without end over the epochs.
+        validation: The batches of this rank, in order.
+    """
+
+    settings: Settings
+    accelerator: Accelerator
+    mesh: DeviceMesh | None
+    model: LlamaForCausalLM
+    forward: nn.Module
+    optimizer: AdamW
+    stepper: Any
+    schedule: LambdaLR
+    training: ResumableLoader[Tensor]
+    validation: ResumableLoader[Tensor]
+
+    def app_state(self) -> AppState:
+        return AppState(
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.schedule,
+            dataloader=self.training,
+            tokenizer=byte_tokenizer(),
+        )
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean loss of a batch of token ids, shape (batch, seq_len)."""
+        tokens = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            loss: Tensor = self.forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        return float(self.accelerator.reduce(value, reduction="mean"))
+
+
+def _prepare(settings: Settings, parallelism: Parallelism, accelerator: Accelerator) -> _Run:
+    mesh = parallelism.device_mesh(accelerator.device.type)
+    model = build_model(settings.model, settings.seed).to(accelerator.device)
+    if mesh is not None and parallelism.is_sharded:
+        # accelerate refuses to shard on a CPU; so that it is the same everywhere, it never sees the sharded model.
+        shard_model(model, mesh)
+    forward = model if parallelism.is_sharded else accelerator.prepare_model(model)
+    optimizer = build_optimizer(model, settings.optimizer)
+    train_windows, val_windows = load_windows(settings.data)
+    data_rank = parallelism.data_rank(accelerator.process_index)
+    seed_everything(settings.seed, data_rank)
+    accelerator.init_trackers("hydra_ckpt")
+    return _Run(
+        settings=settings,
+        accelerator=accelerator,
+        mesh=mesh,
+        model=model,
+        forward=forward,
+        optimizer=optimizer,
+        stepper=accelerator.prepare_optimizer(optimizer),
+        schedule=build_schedule(optimizer, settings.optimizer, settings.trainer.max_steps),
+        training=_batches(train_windows, settings, data_rank, parallelism.data_ranks, shuffle=True),
+        validation=_batches(val_windows, settings, data_rank, parallelism.data_ranks, shuffle=False),
+    )
+
+
+def _batches(
+    windows: Windows, settings: Settings, data_rank: int, data_ranks: int, *, shuffle: bool
+) -> ResumableLoader[Tensor]:
+    workers = settings.trainer.num_workers if shuffle else 0
+    loader = DataLoader(
+        windows,
+        batch_size=settings.trainer.batch_size,
+        shuffle=shuffle,
+        # Ranks average their losses, so every batch has to weigh the same.
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return resumable(loader, settings.seed, rank=data_rank, world_size=data_ranks)
+
+
+def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
+    start = checkpoints.on_train_begin(run.app_state(), mesh=run.mesh)
+    step = start.step if start else 0
+    report.begin(step)
+    meter = _Meter(run, report)
+    trainer = run.settings.trainer
+    while step < trainer.max_steps and not checkpoints.should_stop:
+        epoch = run.training.epoch
+        for batch in run.training:
+            if not _train_on(batch, run, meter):
+                continue
+            step += 1
+            checkpoints.on_step_end(step, epoch)
+            meter.step(step)
+            if trainer.validate_every and step % trainer.validate_every == 0:
+                checkpoints.on_validation_end({"val_loss": _validate(run, step, report)})
+            if step == trainer.max_steps or checkpoints.should_stop:
+                break
+        else:
+            checkpoints.on_epoch_end(epoch)
+    checkpoints.on_train_end()
+    report.summary(step, checkpoints.checkpointer.stats)
+
+
+def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:
+    """Learns from one micro-batch; True where that completed an optimizer step."""
+    accelerator = run.accelerator
+    with accelerator.accumulate(run.forward):
+        loss = run.loss(batch)
+        meter.add(loss)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(run.model.parameters(), run.settings.trainer.max_grad_norm)
+        run.stepper.step()
+        run.stepper.zero_grad()
+    if accelerator.sync_gradients:
+        run.schedule.step()
+    return bool(accelerator.sync_gradients)
+
+
+@torch.no_grad()
+def _validate(run: _Run, step: int, report: Report) -> float:
+    """Mean loss over the first validation batches of all ranks; the same ones each time, without dropout."""
+    run.forward.eval()
+    losses = [run.loss(batch) for batch in islice(run.validation, run.settings.trainer.validate_batches)]
+    run.forward.train()
+    loss = run.mean_over_ranks(torch.stack(losses).mean())
+    run.accelerator.log({"val_loss": loss}, step=step)
+    report.validated(step, loss)
+    return loss
+
+
+class _Meter:
+    """The training loss since it was last shown. Losses stay on their device until then."""
+
+    def __init__(self, run: _Run, report: Report) -> None:
+        self._run = run
+        self._report = report
+        self._losses: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def step(self, step: int) -> None:
+        self._report.step(step)
+        if step % self._run.settings.trainer.log_every:
+            return
+        loss = self._run.mean_over_ranks(torch.stack(self._losses).mean())
+        self._losses.clear()
+        lr = float(self._run.schedule.get_last_lr()[0])
+        speed = self._report.losses(step, loss, lr)
+        self._run.accelerator.log({"loss": loss, "lr": lr, "steps_per_s": speed}, step=step)

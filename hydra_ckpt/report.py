@@ -1,0 +1,33 @@
+"""What a load did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The result of a load.
+
+    Attributes:
+        step: Completed optimizer steps; 0 where progress was not loaded.
+        epoch: The epoch to go on in; 0 where progress was not loaded.
+        path: The checkpoint.
+        metrics: Its metrics.
+        loaded: Parts that were installed.
+        skipped: Parts of the checkpoint that were not asked for, or for which the AppState has no object.
+        notes: What could not be continued exactly, and why.
+        passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong.
+        read_bytes: Bytes of tensors this rank read.
+    """
+
+    step: int
+    epoch: int
+    path: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    passed_over: dict[str, str] = field(default_factory=dict)
+    read_bytes: int = 0

@@ -1,0 +1,265 @@
+"""One save, from a staged snapshot to a published checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.files import Files
+from hydra_ckpt.layout.files import index_json
+from hydra_ckpt.layout.plan import WritePlan, full_coverage
+from hydra_ckpt.planning import PartLayout
+from hydra_ckpt.storage.digests import Digested, encode, hex_digest
+from hydra_ckpt.storage.staging import Snapshot
+from hydra_ckpt.storage.write import create_files, write_plan
+from hydra_ckpt.store import names
+from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
+from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+
+log = logging.getLogger(__name__)
+
+_JOIN_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank contributes to a save, fixed at the moment of the save.
+
+    Attributes:
+        layouts: How the parts with tensors are laid out.
+        plan: What this rank writes.
+        shared: What is the same on all ranks that hold the same tensors; on the rank that leads these, else None.
+        own: What belongs to this rank alone; None where only an export is written.
+        assets: Small files by path in the checkpoint. Coordinator only.
+        exports: Part to its Hugging Face directory.
+    """
+
+    layouts: tuple[PartLayout, ...]
+    plan: WritePlan
+    shared: bytes | None
+    own: bytes | None
+    assets: Mapping[str, bytes]
+    exports: Mapping[str, str]
+
+
+@dataclass
+class DraftWriter:
+    """The steps by which ranks fill a draft together; a save and an added export share them.
+
+    Args:
+        files: The file layer.
+        rank: This rank.
+        world_size: All ranks.
+        content: What this rank contributes.
+        snapshot: Gives the tensors' bytes; called once, in the background.
+        sidecar: What the digest files' names begin with.
+        patience_s: How long to look for the coordinator's draft, in seconds.
+    """
+
+    files: Files
+    rank: int
+    world_size: int
+    content: Content
+    snapshot: Callable[[], Snapshot]
+    sidecar: str = "rank"
+    patience_s: float = _JOIN_PATIENCE_S
+    _headers: list[Digested] = field(default_factory=list)
+    _small: dict[str, FileRecord] = field(default_factory=dict)
+
+    def prepare(self, root: Path, name: str) -> Draft:
+        """Coordinator only: the draft with its directories, shared files and small files."""
+        draft = create_draft(self.files, root, name)
+        try:
+            self._fill(draft)
+        except Exception:
+            discard(self.files, draft.path)
+            raise
+        return draft
+
+    def _fill(self, draft: Draft) -> None:
+        plan = self.content.plan
+        small = {**self.content.assets, **self._indices()}
+        places = [*(file.path for file in plan.files), *small, f"{names.DIGESTS}/x", f"{names.PROGRESS}/x"]
+        places += [f"{layout.directory}/x" for layout in self.content.layouts]
+        for directory in sorted({str(Path(place).parent) for place in places}):
+            self.files.make_dir(draft.path / directory)
+        self._headers = create_files(self.files, draft.path, plan)
+        for path, data in small.items():
+            self._write_small(draft.path, path, data)
+
+    def _indices(self) -> dict[str, bytes]:
+        """The index of every Hugging Face directory with more than one file."""
+        found = {}
+        for layout in self.content.layouts:
+            files = [file for file in self.content.plan.files if file.path.startswith(f"{layout.directory}/")]
+            if len(files) > 1 and layout.directory in self.content.exports.values():
+                found[f"{layout.directory}/{layout.stem}.safetensors.index.json"] = index_json(files)
+        return found
+
+    def _write_small(self, root: Path, path: str, data: bytes) -> None:
+        self.files.write_new(root / path, data)
+        self._small[path] = FileRecord(len(data), hex_digest(data))
+
+    def write(self, draft: Draft) -> dict[str, Any]:
+        """Every rank: tensors, digests and progress; returns the receipt."""
+        plan, content = self.content.plan, self.content
+        snapshot = self.snapshot()
+        try:
+            records = write_plan(self.files, draft.path, plan, snapshot.sources, start_with=self.rank)
+        finally:
+            snapshot.release()
+        listed = [file.path for file in plan.all_files]
+        label = f"{self.rank:05d}"
+        self._write_small(draft.path, f"{names.DIGESTS}/{self.sidecar}-{label}.bin", encode(listed, self._headers + records))
+        if content.own is not None:
+            self._write_small(draft.path, f"{names.PROGRESS}/rank-{label}.safetensors", content.own)
+        if content.shared is not None:
+            self._write_small(draft.path, f"{names.PROGRESS}/shared-{label}.json", content.shared)
+        small = {path: [record.bytes, record.xxh3] for path, record in self._small.items()}
+        own = {file.path: [file.nbytes, None] for file in plan.own_files}
+        return {
+            "token": draft.token,
+            "plan": plan.fingerprint,
+            "coverage": plan.coverage,
+            "bytes": plan.nbytes,
+            "files": {**small, **own},
+        }
+
+    def collect(self, draft: Draft, receipts: Sequence[dict[str, Any]]) -> dict[str, FileRecord]:
+        """Coordinator only: every file of the draft, once the receipts agree.
+
+        Raises:
+            CheckpointError: A rank wrote elsewhere, by another plan, or the ranges do not tile the files.
+        """
+        plan = self.content.plan
+        for rank, receipt in enumerate(receipts):
+            if receipt["token"] != draft.token or receipt["plan"] != plan.fingerprint:
+                raise CheckpointError(
+                    f"rank {rank} wrote by another plan ({receipt['plan']}, here {plan.fingerprint}); "
+                    "the ranks hold different tensors"
+                )
+        covered = sum(receipt["coverage"] for receipt in receipts) % (1 << 64)
+        if covered != full_coverage(plan.files):
+            raise CheckpointError(
+                "the ranks' byte ranges do not cover every file exactly once; the sharding of the tensors is not "
+                "what their placements say. Nothing was published"
+            )
+        found = {file.path: FileRecord(file.nbytes) for file in plan.files}
+        for receipt in receipts:
+            found.update({path: FileRecord(size, digest) for path, (size, digest) in receipt["files"].items()})
+        return found
+
+    def parts(self, found: Mapping[str, FileRecord]) -> dict[str, PartRecord]:
+        """Where the tensors of each part lie."""
+        return {
+            layout.part: PartRecord("safetensors", _tensor_files(layout, found)) for layout in self.content.layouts
+        }
+
+
+def _tensor_files(layout: PartLayout, found: Mapping[str, FileRecord]) -> tuple[str, ...]:
+    start = f"{layout.directory}/{layout.stem}"
+    return tuple(sorted(path for path in found if path.startswith(start) and path.endswith(".safetensors")))
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """The transaction of a save that failed before it began on this rank; tells all the others.
+
+    Attributes:
+        step: The step that was to be saved.
+        error: What went wrong here.
+    """
+
+    step: int
+    error: Exception
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        raise self.error
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank; see `Transaction`."""
+        raise self.error
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Never reached: this rank's receipt is its error."""
+        raise self.error
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Nothing was prepared."""
+
+
+@dataclass
+class Save:
+    """The transaction of a save.
+
+    Args:
+        writer: Fills the draft.
+        root: The checkpoint directory.
+        step: Completed optimizer steps.
+        epoch: The epoch.
+        metrics: Known at the save.
+        fence: Raises if this process may not publish any more.
+        published: Coordinator only: called with the new checkpoint's name to move pointers.
+    """
+
+    writer: DraftWriter
+    root: Path
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+    fence: Callable[[], None]
+    published: Callable[[str], None]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return names.checkpoint_name(self.epoch, self.step)
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        self.fence()
+        draft = self.writer.prepare(self.root, self.name)
+        return {"path": str(draft.path), "token": draft.token}
+
+    def _draft(self, note: Mapping[str, Any]) -> Draft:
+        return Draft(Path(note["path"]), self.name, note["token"])
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank; see `Transaction`."""
+        draft = join_draft(Path(note["path"]), self.name, note["token"], patience_s=self.writer.patience_s)
+        return self.writer.write(draft)
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        draft = self._draft(note)
+        found = self.writer.collect(draft, receipts)
+        content = self.writer.content
+        manifest = Manifest(
+            step=self.step,
+            epoch=self.epoch,
+            created=time.time(),
+            world_size=self.writer.world_size,
+            parts=self.writer.parts(found),
+            files=found,
+            digests=tuple(sorted(path for path in found if path.startswith(f"{names.DIGESTS}/"))),
+            exports=content.exports,
+            metrics=self.metrics,
+            plan=content.plan.fingerprint,
+            details={"host": socket.gethostname()},
+        )
+        complete_draft(self.writer.files, draft, manifest)
+        self.fence()
+        publish_draft(self.writer.files, draft)
+        self.published(self.name)
+        return {"name": self.name, "bytes": manifest.nbytes}
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Coordinator only; see `Transaction`."""
+        discard(self.writer.files, Path(note["path"]))

@@ -1,0 +1,85 @@
+"""When a save is due. Pure: it is told steps, epochs and the time, and decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hydra_ckpt.errors import CheckpointConfigError
+
+DEFAULT_INTERVAL_S = 1800.0
+# Of the time left before the limit, what the last save may take beyond the longest seen so far.
+_MARGIN_S = 5.0
+
+
+@dataclass
+class Schedule:
+    """The cadences of a callback; any of them makes a save due."""
+
+    every_n_steps: int | None = None
+    every_n_seconds: float | None = None
+    every_n_epochs: int | None = None
+    at_steps: frozenset[int] = frozenset()
+    on_improvement: bool = False
+    max_run_time_s: float | None = None
+    _began: float = field(default=0.0, init=False)
+    _last: float = field(default=0.0, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        every_n_steps: int | None,
+        every_n_seconds: float | None,
+        every_n_epochs: int | None,
+        at_steps: Iterable[int] | None,
+        on_improvement: bool,
+        max_run_time_s: float | None,
+    ) -> Schedule:
+        """Check the cadences; without any, saves are due every 30 minutes.
+
+        Raises:
+            CheckpointConfigError: A number that is not positive.
+        """
+        steps = frozenset(at_steps or ())
+        numbers = {
+            "every_n_steps": every_n_steps,
+            "every_n_seconds": every_n_seconds,
+            "every_n_epochs": every_n_epochs,
+            "max_run_time_s": max_run_time_s,
+            **{f"at_steps: {step}": step for step in steps},
+        }
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a positive number")
+        for name in ("every_n_steps", "every_n_epochs"):
+            value = numbers[name]
+            if value is not None and not isinstance(value, int):
+                raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a whole number")
+        if not (every_n_steps or every_n_seconds or every_n_epochs or steps or on_improvement):
+            every_n_seconds = DEFAULT_INTERVAL_S
+        return cls(every_n_steps, every_n_seconds, every_n_epochs, steps, on_improvement, max_run_time_s)
+
+    def begin(self, now: float) -> None:
+        """Training begins; times are seconds of one clock."""
+        self._began = self._last = now
+
+    def saved(self, now: float) -> None:
+        """A save has begun."""
+        self._last = now
+
+    def is_due_at(self, step: int) -> bool:
+        """Whether this step is to be saved."""
+        return step in self.at_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether the end of this epoch (counted from 0) is to be saved."""
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
+
+    def is_due_by_time(self, now: float) -> bool:
+        """Whether the interval since the last save is over."""
+        return self.every_n_seconds is not None and now - self._last >= self.every_n_seconds
+
+    def is_time_up(self, now: float, save_s: float) -> bool:
+        """Whether there is just time enough left for a save that takes `save_s` seconds."""
+        return self.max_run_time_s is not None and now - self._began + save_s + _MARGIN_S >= self.max_run_time_s

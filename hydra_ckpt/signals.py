@@ -1,0 +1,75 @@
+"""Signals that ask a run to save and stop, chained to whatever handles them already."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointConfigError
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signal.Signals]:
+    """Signals from names or numbers.
+
+    Raises:
+        CheckpointConfigError: There is no such signal.
+    """
+    if signals is None:
+        return []
+    given = [signals] if isinstance(signals, str | int) else list(signals)
+    found = []
+    for item in given:
+        try:
+            found.append(signal.Signals[item] if isinstance(item, str) and not item.isdigit() else signal.Signals(int(item)))
+        except (KeyError, ValueError):
+            raise CheckpointConfigError(
+                f"callbacks.checkpoint.signals: there is no signal {item!r}; give names such as SIGTERM, or numbers"
+            ) from None
+    return found
+
+
+class SignalWatch:
+    """Notes that a signal came; earlier handlers are called as well, and put back at the end.
+
+    Args:
+        signals: Names or numbers.
+    """
+
+    def __init__(self, signals: Iterable[str | int] | str | int | None) -> None:
+        self._signals = parse_signals(signals)
+        self._previous: dict[signal.Signals, Any] = {}
+        self.received = False
+
+    def install(self) -> None:
+        """Start watching; only the main thread can."""
+        if not self._signals or self._previous:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            names = ", ".join(item.name for item in self._signals)
+            log.warning("signals (%s) are not watched: training does not run in the main thread", names)
+            return
+        for item in self._signals:
+            self._previous[item] = signal.signal(item, self._note)
+
+    def remove(self) -> None:
+        """Put the earlier handlers back. Idempotent."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        while self._previous:
+            item, previous = self._previous.popitem()
+            # None: the earlier handler was not set from Python and cannot be put back.
+            signal.signal(item, signal.SIG_DFL if previous is None else previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        previous = self._previous.get(signal.Signals(number))
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)

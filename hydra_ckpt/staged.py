@@ -1,0 +1,65 @@
+"""The tensors of one save between the training thread and the background."""
+
+from __future__ import annotations
+
+from hydra_ckpt.contents import Sources
+from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow
+
+
+class Staged:
+    """Bytes that the background will write: copied, still being copied, or looked at where they lie.
+
+    Made empty for a save that has nothing to write.
+    """
+
+    def __init__(self) -> None:
+        self._sources: Sources | None = None
+        self._staging: Staging | None = None
+        self._snapshot: Snapshot | None = None
+        self._error: Exception | None = None
+
+    @classmethod
+    def borrowed(cls, sources: Sources) -> Staged:
+        """For a save that training waits for: no copies of what lies in host memory."""
+        staged = cls()
+        staged._sources = sources
+        return staged
+
+    @classmethod
+    def copied(cls, sources: Sources, pool: BufferPool, late: frozenset[int]) -> Staged:
+        """Copy now, except for what may wait until `finish`.
+
+        An error (no memory) is kept and raised in the background, where the other ranks hear of it.
+        """
+        staged = cls()
+        try:
+            staged._staging = Staging(sources.tensors, pool)
+            staged._snapshot = staged._staging.snapshot
+            staged._staging.copy(sources.tensors.keys() - late)
+        except Exception as error:
+            staged._error = error
+        return staged
+
+    def finish(self) -> None:
+        """Copy what is left. Afterwards the live tensors may change, if they were copied."""
+        try:
+            if self._staging is not None and self._error is None:
+                self._staging.copy()
+        except Exception as error:
+            self._error = error
+        self._staging = None
+
+    def snapshot(self) -> Snapshot:
+        """The bytes to write; raises what went wrong in copying them."""
+        if self._error is not None:
+            raise self._error
+        if self._snapshot is None:
+            assert self._sources is not None  # made by `borrowed`
+            self._snapshot = borrow(self._sources.tensors)
+        return self._snapshot
+
+    def release(self) -> None:
+        """Let go of the memory. Idempotent."""
+        if self._snapshot is not None:
+            self._snapshot.release()
+        self._sources = self._staging = None

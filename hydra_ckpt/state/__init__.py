@@ -1,0 +1,1 @@
+"""Live objects to named tensors and plain data, and back."""

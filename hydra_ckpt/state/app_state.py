@@ -1,0 +1,117 @@
+"""What a checkpoint is taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hydra_ckpt.errors import CheckpointConfigError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with a state that can be taken and given back."""
+
+    def state_dict(self) -> Any:
+        """The state as plain data and tensors."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take a state over."""
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class AppState:
+    """The live objects of a training run. Everything but the model is optional.
+
+    Attributes:
+        model: A module, a list of modules (pipeline parts of one model), or a dict of independent models.
+        optimizer: One, a list or a dict; a parameter's state belongs to the optimizer that holds it.
+        lr_scheduler: One, a list or a dict.
+        dataloader: Resumable if its `state_dict()` works; see `hydra_ckpt.resumable`.
+        tokenizer: Saved with the export by its `save_pretrained`.
+        extras: Further objects with `state_dict` and `load_state_dict`, by name.
+    """
+
+    model: nn.Module | list[nn.Module] | dict[str, nn.Module]
+    optimizer: Optimizer | list[Optimizer] | dict[str, Optimizer] | None = None
+    lr_scheduler: Any = None
+    dataloader: Any = None
+    tokenizer: Any = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.extras = dict(self.extras or {})
+        for name, extra in self.extras.items():
+            if not isinstance(extra, Stateful):
+                raise CheckpointConfigError(
+                    f"extras[{name!r}] ({type(extra).__name__}) has no state_dict() and load_state_dict(); "
+                    "give it both, or keep it out of extras"
+                )
+            if "/" in name or ":" in name:
+                raise CheckpointConfigError(f"extras[{name!r}]: the name must not contain '/' or ':'")
+        for name in self.model if isinstance(self.model, dict) else ():
+            if not name.isidentifier():
+                raise CheckpointConfigError(f"model[{name!r}]: names of models must be identifiers")
+
+    @classmethod
+    def from_accelerator(cls, accelerator: Any, extras: Mapping[str, Any] | None = None, tokenizer: Any = None) -> AppState:
+        """The objects that `accelerator.prepare` was given, unwrapped, and its gradient scaler."""
+        extras = dict(extras or {})
+        if accelerator.scaler is not None:
+            extras.setdefault("grad_scaler", accelerator.scaler)
+        return cls(
+            model=_one_or_list(accelerator._models),
+            optimizer=_one_or_list(accelerator._optimizers),
+            lr_scheduler=_one_or_list(accelerator._schedulers),
+            dataloader=accelerator._dataloaders[0] if accelerator._dataloaders else None,
+            tokenizer=tokenizer,
+            extras=extras,
+        )
+
+    @property
+    def models(self) -> dict[str, list[nn.Module]]:
+        """Modules by the model's name; the only model's name is empty."""
+        if isinstance(self.model, dict):
+            return {name: [model] for name, model in self.model.items()}
+        return {"": as_list(self.model)}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers themselves, without accelerate's wrappers."""
+        return [unwrap_optimizer(optimizer) for optimizer in as_list(self.optimizer)]
+
+    @property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers in order."""
+        return as_list(self.lr_scheduler)
+
+
+def _one_or_list(items: list[T]) -> Any:
+    return items[0] if len(items) == 1 else (list(items) or None)
+
+
+def as_list(value: Any) -> list[Any]:
+    """One, several or no objects as a list."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, nn.Module) else [value]
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside accelerate's wrapper, which refuses hooks."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise CheckpointConfigError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+    return optimizer

@@ -1,0 +1,155 @@
+"""Extraction: all of an AppState at one moment, as named tensors and plain data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_bytes
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.state import optimizer as optimizer_state
+from hydra_ckpt.state import rng
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.storage.tree import decode, encode
+from hydra_ckpt.store import names
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An AppState taken apart.
+
+    Attributes:
+        parts: Name of a part (`model`, `model/<name>`, `optim`, `extras`) to its tensors, live.
+        shared: What is the same on all ranks of a pipeline stage, as JSON.
+        own: What belongs to this rank alone: generators and the place in the data, as a safetensors file.
+    """
+
+    parts: dict[str, list[LocalTensor]]
+    shared: bytes
+    own: bytes
+
+
+@dataclass
+class Extractor:
+    """Takes AppStates apart; keeps the map of a model, which is walked only once."""
+
+    _maps: dict[str, ModelMap] = field(default_factory=dict)
+    _mapped: tuple[int, ...] = ()
+    _resumable: bool = True
+
+    def maps(self, state: AppState) -> dict[str, ModelMap]:
+        """Model name to where its tensors live."""
+        identity = tuple(id(module) for modules in state.models.values() for module in modules)
+        if identity != self._mapped:
+            self._maps = {name: ModelMap.of(modules) for name, modules in state.models.items()}
+            self._mapped = identity
+        return self._maps
+
+    def try_dataloader(self, state: AppState) -> None:
+        """See once whether the data loader can tell its place; if not, say so and leave it out."""
+        self._resumable = True
+        if state.dataloader is None:
+            return
+        try:
+            pack(state.dataloader.state_dict())
+        except Exception as error:
+            self._resumable = False
+            log.warning(
+                "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
+                "Wrap it: hydra_ckpt.resumable(loader, seed=...)",
+                type(state.dataloader).__name__,
+                type(error).__name__,
+                error,
+            )
+
+    def parameter_names(self, state: AppState) -> dict[int, str]:
+        """Identity of every parameter to its name, with the model's name before it where there are several."""
+        return {
+            identity: f"{model}/{name}" if model else name
+            for model, mapped in self.maps(state).items()
+            for identity, name in mapped.parameter_names().items()
+        }
+
+    def capture(self, state: AppState) -> Captured:
+        """Take the state apart as it is now; tensors stay live, all else is fixed.
+
+        Raises:
+            CheckpointError: Something can be stored neither as JSON nor as a tensor.
+        """
+        maps = self.maps(state)
+        stepped = {
+            id(parameter) for optimizer in state.optimizers for group in optimizer.param_groups for parameter in group["params"]
+        }
+        parts = {part_of(name): mapped.locals(stepped) for name, mapped in maps.items()}
+        shared: dict[str, Any] = {}
+        if state.optimizers:
+            described, tensors = optimizer_state.describe(state.optimizers, self.parameter_names(state))
+            shared["optimizer"] = described
+            parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors)
+        extras: dict[str, torch.Tensor] = {}
+        shared["lr_scheduler"] = [
+            encode(scheduler.state_dict(), f"lr_scheduler:{number}", extras)
+            for number, scheduler in enumerate(state.lr_schedulers)
+        ]
+        shared["extra_state"] = {
+            name: encode(mapped.extra_state(), f"extra_state:{name}", extras) for name, mapped in maps.items()
+        }
+        shared["extras"] = {
+            name: encode(extra.state_dict(), f"{name}:", extras) for name, extra in state.extras.items()
+        }
+        parts[names.EXTRAS] = [localize(name, tensor, divisible=False) for name, tensor in extras.items()]
+        own = {"rng": rng.capture(), "dataloader": self._dataloader_state(state)}
+        return Captured(parts, json.dumps(shared, separators=(",", ":")).encode(), pack(own))
+
+    def _dataloader_state(self, state: AppState) -> Any:
+        take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
+        return take() if self._resumable and take is not None else None
+
+
+def part_of(model: str) -> str:
+    """The part of a checkpoint that holds a model."""
+    return f"{names.MODEL}/{model}" if model else names.MODEL
+
+
+def pack(value: Any) -> bytes:
+    """A nested value as one safetensors file: its tensors, and the rest as JSON in the metadata."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = encode(value, "", tensors)
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors_bytes(plain, metadata={"tree": json.dumps(tree, separators=(",", ":"))})
+
+
+def unpack(path: Path, data: bytes) -> Any:
+    """The value that `pack` was given.
+
+    Raises:
+        CorruptCheckpointError: The data was not made by `pack`.
+    """
+    try:
+        tensors = safetensors_load(data)
+        length = int.from_bytes(data[:8], "little")
+        tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["tree"])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
+    return decode(tree, tensors)
+
+
+def templates(state: AppState) -> Mapping[str, torch.Tensor]:
+    """The live tensors of extras, schedulers and extra state by their names in a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, extra in state.extras.items():
+        encode(extra.state_dict(), f"{name}:", tensors)
+    return tensors

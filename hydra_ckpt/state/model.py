@@ -1,0 +1,154 @@
+"""Models: every parameter and persistent buffer under its canonical name, tied weights once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.state.local import LocalTensor, localize
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside data-parallel, activation-checkpointing and compile wrappers."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    while True:
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            module = module.module
+        elif isinstance(module, ActivationWrapper):
+            module = module._checkpoint_wrapped_module
+        elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            module = module._orig_mod
+        else:
+            return module
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a module where a tensor lives.
+
+    Attributes:
+        name: Canonical name.
+        owner: The module.
+        attribute: The tensor's name in it.
+        is_parameter: Else a persistent buffer.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    is_parameter: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What lives there now; frameworks may exchange the object between steps."""
+        home = self.owner._parameters if self.is_parameter else self.owner._buffers
+        tensor = home[self.attribute]
+        assert tensor is not None  # slots are made of places that hold something
+        return tensor
+
+
+@dataclass
+class ModelMap:
+    """Where the tensors of one model live.
+
+    Attributes:
+        slots: One place for each stored tensor, in the model's order.
+        aliases: Other names of tied tensors, to the name they are stored under.
+        extra_states: Modules with state beyond tensors (`get_extra_state`), by canonical name.
+    """
+
+    slots: list[Slot]
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra_states: dict[str, nn.Module] = field(default_factory=dict)
+    fsdp_modules: list[FSDPModule] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
+        """Walk the parts of a model.
+
+        Raises:
+            TopologyError: Two parts hold different tensors under one name.
+        """
+        found = cls([])
+        tied = set()
+        places: dict[str, Slot] = {}
+        for module in modules:
+            core = unwrap(module)
+            tied |= set(getattr(core, "_tied_weights_keys", None) or ())  # transformers' word for dropped names
+            for slot in found._walk(core, ""):
+                if slot.name in places and places[slot.name].tensor is not slot.tensor:
+                    raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
+                places[slot.name] = slot
+        found._choose_names(list(places.values()), tied)
+        return found
+
+    def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
+        module = unwrap(module)
+        if isinstance(module, FSDPModule):
+            self.fsdp_modules.append(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Slot(prefix + name, module, name, True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield Slot(prefix + name, module, name, False)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            self.extra_states[prefix + "_extra_state"] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from self._walk(child, f"{prefix}{name}.")
+
+    def _choose_names(self, slots: list[Slot], tied: set[str]) -> None:
+        """Store a tied tensor under its first name, passing over names that transformers drops."""
+        by_tensor: dict[int, list[Slot]] = {}
+        for slot in slots:
+            by_tensor.setdefault(id(slot.tensor), []).append(slot)
+        for names in by_tensor.values():
+            chosen = next((slot for slot in names if slot.name not in tied), names[0])
+            self.slots.append(chosen)
+            self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
+
+    def reshard(self) -> None:
+        """Bring FSDP parameters that a forward pass left gathered back to their shards."""
+        for module in self.fsdp_modules:
+            module.reshard()
+
+    def locals(self, late: Container[int] = frozenset()) -> list[LocalTensor]:
+        """This rank's part of every tensor, as it is now.
+
+        Args:
+            late: Identities of parameters that only a hooked optimizer changes.
+        """
+        self.reshard()
+        return [
+            localize(
+                slot.name,
+                slot.tensor,
+                divisible=slot.is_parameter,  # buffers differ between data-parallel ranks
+                late=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in late,
+            )
+            for slot in self.slots
+        ]
+
+    def extra_state(self) -> dict[str, Any]:
+        """The modules' own extra state."""
+        return {name: module.get_extra_state() for name, module in self.extra_states.items()}
+
+    def set_extra_state(self, states: dict[str, Any]) -> None:
+        """Give extra state back to the modules that have it."""
+        for name, state in states.items():
+            if name in self.extra_states:
+                self.extra_states[name].set_extra_state(state)
+
+    def parameter_names(self) -> dict[int, str]:
+        """Identity of a parameter to its name."""
+        return {id(slot.tensor): slot.name for slot in self.slots if slot.is_parameter}

@@ -1,0 +1,189 @@
+"""Optimizers: state by parameter name, read off and put back without ever stepping or creating state.
+
+Going through the optimizers' own `state_dict` would number the parameters, and PyTorch's helper for names steps a
+fresh optimizer to make it have a state. Here absent state is recorded as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from torch.optim import Optimizer
+
+from hydra_ckpt.errors import CheckpointError, KeyMismatchError, TopologyError
+from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.storage.tree import encode
+
+SEPARATOR = ":"
+
+
+def describe(optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Options and state of all optimizers.
+
+    Args:
+        optimizers: In the order of the AppState.
+        names: Identity of a parameter to its name.
+
+    Returns:
+        JSON data, and the tensors it refers to by name (`<parameter>:<key>`), live.
+
+    Raises:
+        CheckpointError: A parameter belongs to no model of the AppState, or to two optimizers.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    groups, state = [], {}
+    for number, optimizer in enumerate(optimizers):
+        described = []
+        for index, group in enumerate(optimizer.param_groups):
+            members = [_name(parameter, names, number, index) for parameter in group["params"]]
+            options = {key: value for key, value in group.items() if key != "params"}
+            described.append(
+                {"params": members, "options": encode(options, f"{number}.{index}{SEPARATOR}options", tensors)}
+            )
+            for name, parameter in zip(members, group["params"], strict=True):
+                if name in state:
+                    raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
+                held = optimizer.state.get(parameter)
+                state[name] = {
+                    key: encode(value, f"{name}{SEPARATOR}{key}", tensors) for key, value in (held or {}).items()
+                }
+        groups.append({"class": type(optimizer).__qualname__, "groups": described})
+    return {"optimizers": groups, "state": state, "placements": _placements(tensors)}, tensors
+
+
+def _name(parameter: torch.Tensor, names: Mapping[int, str], number: int, index: int) -> str:
+    try:
+        return names[id(parameter)]
+    except KeyError:
+        raise CheckpointError(
+            f"optimizer {number}, group {index} holds a parameter of shape {list(parameter.shape)} that is in no model "
+            "of the AppState. Build the optimizer after wrapping or sharding the model, and give AppState both"
+        ) from None
+
+
+def _placements(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int | None]]:
+    """For DTensors the sharded dimension on each mesh dimension, to create such a state where none exists yet."""
+    return {
+        name: [placement.dim if isinstance(placement, Shard) else None for placement in tensor.placements]
+        for name, tensor in tensors.items()
+        if isinstance(tensor, DTensor)
+    }
+
+
+def locals_of(tensors: Mapping[str, torch.Tensor]) -> list[LocalTensor]:
+    """The state's tensors, by name, as this rank holds them; only the optimizers' steps change them."""
+    return [localize(name, tensor, late=True) for name, tensor in tensors.items()]
+
+
+def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> None:
+    """Compare a saved description with live optimizers.
+
+    Raises:
+        KeyMismatchError: They hold other parameters, or group them otherwise.
+    """
+    saved = {
+        f"optimizer {number}, group {index}": set(group["params"])
+        for number, optimizer in enumerate(described["optimizers"])
+        for index, group in enumerate(optimizer["groups"])
+    }
+    live = {
+        f"optimizer {number}, group {index}": {names[id(parameter)] for parameter in group["params"]}
+        for number, optimizer in enumerate(optimizers)
+        for index, group in enumerate(optimizer.param_groups)
+    }
+    different = {}
+    for place in sorted(set(saved) | set(live)):
+        if saved.get(place) != live.get(place):
+            only_saved = sorted(saved.get(place, set()) - live.get(place, set()))
+            only_live = sorted(live.get(place, set()) - saved.get(place, set()))
+            different[place] = f"only in the checkpoint: {only_saved or 'nothing'}; only in the optimizer: {only_live or 'nothing'}"
+    if different:
+        raise KeyMismatchError(
+            "optimizer",
+            mismatched=different,
+            remedy="Build the optimizers as in the run that saved, or load without them: restore_parts=[model]",
+        )
+
+
+def targets(
+    described: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    optimizers: Sequence[Optimizer], names: Mapping[int, str],
+) -> dict[str, torch.Tensor]:
+    """A tensor to read each saved state tensor into: the live one where it fits, else a fresh one of its kind.
+
+    Args:
+        described: The saved description.
+        tensor_shapes: Name to global shape and element type of every saved tensor.
+        optimizers: The live optimizers.
+        names: Identity of a parameter to its name.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                held = optimizer.state.get(parameter) or {}
+                for key, value in described["state"].get(name, {}).items():
+                    full = f"{name}{SEPARATOR}{key}"
+                    if not (isinstance(value, dict) and value.get("~") == "tensor") or full not in tensor_shapes:
+                        continue
+                    shape, dtype = tensor_shapes[full]
+                    live = held.get(key)
+                    if isinstance(live, torch.Tensor) and tuple(live.shape) == shape and live.dtype == dtype:
+                        found[full] = live
+                    else:
+                        on_device = bool(group.get("capturable") or group.get("fused"))
+                        placement = described["placements"].get(full)
+                        found[full] = _fresh(full, parameter, shape, dtype, placement, on_device)
+    return found
+
+
+def _fresh(
+    name: str, parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dims: list[int | None] | None, on_device: bool
+) -> torch.Tensor:
+    """A state tensor as the optimizer itself would have created it for this parameter."""
+    parameter = parameter.detach()
+    if shape == tuple(parameter.shape) and shape:
+        return torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    if shape == () and dims is None:
+        # A step counter: beside the parameter only where the optimizer's kernels want it there.
+        return torch.empty((), dtype=dtype, device=parameter.device if on_device else "cpu")
+    if not isinstance(parameter, DTensor) or dims is None:
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    mesh = parameter.device_mesh
+    if len(dims) != mesh.ndim:
+        raise TopologyError(
+            f"{name}: its placement cannot be told on this mesh; take one optimizer step before loading, "
+            "so that the optimizer has created its state"
+        )
+    placements: list[Placement] = [Replicate() if dim is None else Shard(dim) for dim in dims]
+    return torch.distributed.tensor.empty(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+
+def install(
+    decoded_state: Mapping[str, dict[str, Any]],
+    decoded_options: Sequence[Sequence[dict[str, Any]]],
+    optimizers: Sequence[Optimizer],
+    names: Mapping[int, str],
+) -> None:
+    """Put saved state and options into live optimizers; state that was absent becomes absent.
+
+    Args:
+        decoded_state: Parameter name to its state, tensors in place.
+        decoded_options: For each optimizer and group its options.
+        optimizers: The live optimizers.
+        names: Identity of a parameter to its name.
+    """
+    for optimizer, options in zip(optimizers, decoded_options, strict=True):
+        for group, saved in zip(optimizer.param_groups, options, strict=True):
+            group.update(saved)
+            for parameter in group["params"]:
+                state = decoded_state.get(names[id(parameter)])
+                if state:
+                    optimizer.state[parameter] = dict(state)
+                else:
+                    optimizer.state.pop(parameter, None)

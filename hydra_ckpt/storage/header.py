@@ -1,0 +1,184 @@
+"""Reading safetensors headers, with nothing taken on trust."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
+from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
+
+# The limit of the safetensors reference implementation.
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
+BOXES_KEY = "hydra_ckpt.boxes"
+
+
+def open_inside(root: Path, relative: str) -> int:
+    """Open a file below `root` for reading; no link on the way is followed.
+
+    Raises:
+        CorruptCheckpointError: The name leads outside, passes a link, or names no regular file.
+    """
+    parts = Path(relative).parts
+    if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
+        raise CorruptCheckpointError(root, f"the file name {relative!r} leads out of the checkpoint")
+    for depth in range(1, len(parts) + 1):
+        if root.joinpath(*parts[:depth]).is_symlink():
+            raise CorruptCheckpointError(root / relative, "is, or lies behind, a symbolic link, which is not followed")
+    path = root / relative
+    if path.exists() and not path.is_file():
+        raise CorruptCheckpointError(path, "is not a regular file")
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise CorruptCheckpointError(path, "the file is missing") from None
+
+
+def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str, str]]:
+    """The tensors of a file, in the order of their bytes, and the header's metadata.
+
+    Raises:
+        CorruptCheckpointError: The header does not describe exactly the bytes that follow it.
+    """
+    path = root / relative
+    descriptor = open_inside(root, relative)
+    try:
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CorruptCheckpointError(
+                path, "the header is longer than the file", byte_range=(0, 8), expected=f"at most {size - 8}", found=length
+            )
+        text = os.pread(descriptor, length, 8)
+    finally:
+        os.close(descriptor)
+    return _parse(path, relative, text, 8 + length, size)
+
+
+def _parse(
+    path: Path, relative: str, text: bytes, data_start: int, size: int
+) -> tuple[list[StoredTensor], dict[str, str]]:
+    fail = _failure(path, (8, data_start))
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"the header is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise fail("the header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise fail("__metadata__ must map texts to texts")
+    found = sorted((_entry(name, entry, fail) for name, entry in entries.items()), key=lambda item: item[1:])
+    position = 0
+    for spec, start, end in found:
+        if start != position:
+            raise fail(f"{spec.name}: its bytes start at {start}, the ones before end at {position}")
+        position = end
+    if position != size - data_start:
+        raise CorruptCheckpointError(
+            path, "the file has not the size its header says", expected=data_start + position, found=size
+        )
+    boxes = _boxes(metadata, fail)
+    return [_stored(spec, relative, data_start + start, boxes, fail) for spec, start, _ in found], metadata
+
+
+def _failure(path: Path, byte_range: tuple[int, int]) -> Callable[[str], CorruptCheckpointError]:
+    return lambda problem: CorruptCheckpointError(path, problem, byte_range=byte_range)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key stands twice")
+    return unique
+
+
+def _entry(name: str, entry: Any, fail: Callable[[str], CorruptCheckpointError]) -> tuple[TensorSpec, int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail(f"{name}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise fail(f"{name}: unknown dtype {dtype!r}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise fail(f"{name}: invalid shape {shape!r}")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise fail(f"{name}: invalid data_offsets {offsets!r}")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise fail(f"{name}: shape {shape} of {dtype} takes {spec.nbytes} bytes, not {offsets[1] - offsets[0]}")
+    return spec, offsets[0], offsets[1]
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
+    """Say in a header's metadata which box of which global shape each tensor of the file is."""
+    body = {name: [list(shape), list(box.offsets)] for name, (shape, box) in boxes.items()}
+    return json.dumps(body, separators=(",", ":"))
+
+
+def _boxes(
+    metadata: dict[str, str], fail: Callable[[str], CorruptCheckpointError]
+) -> dict[str, tuple[list[int], list[int]]] | None:
+    if BOXES_KEY not in metadata:
+        return None
+    try:
+        body = json.loads(metadata[BOXES_KEY], object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"{BOXES_KEY}: {error}") from None
+    if not isinstance(body, dict):
+        raise fail(f"{BOXES_KEY}: not a JSON object")
+    return body
+
+
+def _stored(
+    spec: TensorSpec,
+    file: str,
+    offset: int,
+    boxes: dict[str, tuple[list[int], list[int]]] | None,
+    fail: Callable[[str], CorruptCheckpointError],
+) -> StoredTensor:
+    if boxes is None:
+        return StoredTensor(spec, (StoredChunk(Box.whole(spec.shape), file, offset),))
+    entry = boxes.get(spec.name)
+    if not isinstance(entry, list) or len(entry) != 2 or not all(_naturals(part) for part in entry):
+        raise fail(f"{spec.name}: {BOXES_KEY} does not say which part of the tensor this is")
+    shape, corner = tuple(entry[0]), tuple(entry[1])
+    inside = len(shape) == len(corner) == len(spec.shape) and all(
+        start + size <= whole for start, size, whole in zip(corner, spec.shape, shape, strict=True)
+    )
+    if not inside or prod(shape) >= 1 << 62:
+        raise fail(f"{spec.name}: the part at {corner} does not lie within shape {shape}")
+    whole = TensorSpec(spec.name, spec.dtype, shape)
+    return StoredTensor(whole, (StoredChunk(Box(corner, spec.shape), file, offset),))
+
+
+def read_tensors(root: Path, files: list[str]) -> dict[str, StoredTensor]:
+    """All tensors of a set of files by name, shards of one tensor brought together.
+
+    Raises:
+        CorruptCheckpointError: A header is damaged, or two files disagree about a tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for stored in read_header(root, file)[0]:
+            known = tensors.get(stored.spec.name)
+            if known is None:
+                tensors[stored.spec.name] = stored
+                continue
+            chunks = known.chunks + stored.chunks
+            if known.spec != stored.spec or any(a.box.intersect(stored.chunks[0].box) for a in known.chunks):
+                raise CorruptCheckpointError(
+                    root / file, f"{stored.spec.name} stands in {known.chunks[0].file} too, and the two do not fit"
+                )
+            tensors[stored.spec.name] = StoredTensor(known.spec, chunks)
+    return tensors

@@ -1,0 +1,118 @@
+"""Reading boxes of stored tensors into memory, each rank only the bytes it needs."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.plan import Read, StoredTensor, reads
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """One box of a stored tensor and the tensor of the box's shape that receives it, on any device."""
+
+    stored: StoredTensor
+    box: Box
+    into: torch.Tensor
+
+
+class OpenFiles:
+    """Files of one checkpoint kept open while it is read; a context manager."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def read_into(self, file: str, region: Region, target: memoryview) -> None:
+        """Fill `target` with the region's bytes.
+
+        Raises:
+            CorruptCheckpointError: The file ends before the region does.
+        """
+        if file not in self._descriptors:
+            self._descriptors[file] = open_inside(self.root, file)
+        descriptor = self._descriptors[file]
+        if region.end > os.fstat(descriptor).st_size:
+            raise CorruptCheckpointError(
+                self.root / file, "the file is too short", byte_range=(region.offset, region.end)
+            )
+        if region.count > 1:
+            _gather(descriptor, region, target)
+            return
+        position = 0
+        while position < region.run:
+            count = os.preadv(descriptor, [target[position:]], region.offset + position)
+            if not count:
+                raise CorruptCheckpointError(
+                    self.root / file, "the file ends early", byte_range=(region.offset + position, region.end)
+                )
+            position += count
+
+
+def _gather(descriptor: int, region: Region, target: memoryview) -> None:
+    page = region.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(descriptor, region.end - page, offset=page, access=mmap.ACCESS_READ) as window:
+        shape, strides = (region.count, region.run), (region.stride, 1)
+        source = np.ndarray(shape, np.uint8, buffer=window, offset=region.offset - page, strides=strides)
+        np.frombuffer(target, np.uint8).reshape(shape)[...] = source
+        del source  # a map cannot close while an array looks into it
+
+
+@torch.no_grad()
+def fetch(root: Path, wanted: Iterable[Fetch]) -> int:
+    """Fetch every box.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        CorruptCheckpointError: A file is missing, too short, or does not hold the whole box.
+    """
+    total = 0
+    with OpenFiles(root) as files:
+        for item in wanted:
+            if item.box.numel == 0:
+                continue
+            try:
+                parts = reads(item.stored, item.box)
+            except LookupError as error:
+                raise CorruptCheckpointError(root / item.stored.chunks[0].file, str(error)) from None
+            for part in parts:
+                total += _fetch_part(files, part, item)
+    return total
+
+
+def _fetch_part(files: OpenFiles, part: Read, item: Fetch) -> int:
+    inner = part.box.within(item.box)
+    target = item.into.detach()
+    for dim, (start, size) in enumerate(zip(inner.offsets, inner.sizes, strict=True)):
+        target = target.narrow(dim, start, size)
+    dtype = TORCH_DTYPE[item.stored.spec.dtype]
+    direct = is_plain_memory(target) and target.dtype == dtype
+    landing = target if direct else torch.empty(inner.sizes, dtype=dtype)
+    view, position = bytes_of(landing), 0
+    for region in part.regions:
+        files.read_into(part.file, region, view[position : position + region.nbytes])
+        position += region.nbytes
+    if not direct:
+        target.copy_(landing)
+    return position

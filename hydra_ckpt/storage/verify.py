@@ -1,0 +1,108 @@
+"""Checking bytes against the digests taken when they were written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.boxes import Region
+from hydra_ckpt.storage.digests import decode, digest_of, hex_digest
+from hydra_ckpt.storage.read import OpenFiles
+from hydra_ckpt.store.manifest import FileRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Bytes to read and the digest they must have.
+
+    Attributes:
+        file: Relative to the checkpoint.
+        region: Which bytes.
+        digest: Their xxh3 64-bit digest.
+    """
+
+    file: str
+    region: Region
+    digest: int
+
+
+def read_small(root: Path, file: str, record: FileRecord) -> bytes:
+    """A file whose digest stands in the manifest, read whole and checked.
+
+    Raises:
+        CorruptCheckpointError: It is missing or its bytes differ.
+    """
+    data = bytearray(record.bytes)
+    path = root / file
+    with OpenFiles(root) as files:
+        if record.bytes:
+            files.read_into(file, Region(0, record.bytes), memoryview(data))
+    found = hex_digest(bytes(data))
+    if record.xxh3 is None or found != record.xxh3 or path.stat().st_size != record.bytes:
+        raise CorruptCheckpointError(path, "its digest does not match", expected=record.xxh3, found=found)
+    return bytes(data)
+
+
+def checks(root: Path, files: Mapping[str, FileRecord], digests: Sequence[str]) -> list[Check]:
+    """Everything that can be checked in a checkpoint: the records of all sidecars, then small files whole.
+
+    Raises:
+        CorruptCheckpointError: A sidecar is damaged, or a file has bytes that no digest covers.
+    """
+    sizes = {name: record.bytes for name, record in files.items()}
+    covered: dict[str, int] = dict.fromkeys(files, 0)
+    found = []
+    for sidecar in digests:
+        named, records = decode(root / sidecar, read_small(root, sidecar, files[sidecar]), sizes)
+        for record in records:
+            found.append(Check(named[record.file], record.region, record.digest))
+            covered[named[record.file]] += record.region.nbytes
+    for name, file in files.items():
+        if file.xxh3 is not None:
+            found.append(Check(name, Region(0, file.bytes), int(file.xxh3, 16)))
+        elif covered[name] != file.bytes:
+            raise CorruptCheckpointError(
+                root / name, "its digests do not cover all of it", expected=file.bytes, found=covered[name]
+            )
+    return found
+
+
+def share_out(everything: Sequence[Check], rank: int, world_size: int) -> list[Check]:
+    """One rank's part of the checks, equal in bytes."""
+    total = sum(check.region.nbytes for check in everything)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    mine, position = [], 0
+    for check in everything:
+        if first <= position < last or (total == 0 and rank == 0):
+            mine.append(check)
+        position += check.region.nbytes
+    return mine
+
+
+def findings(root: Path, wanted: Sequence[Check]) -> Iterator[CorruptCheckpointError]:
+    """Read and compare; one error for every mismatch."""
+    buffer = bytearray(max((check.region.nbytes for check in wanted), default=0))
+    with OpenFiles(root) as files:
+        for check in wanted:
+            if not check.region.nbytes:
+                continue
+            view = memoryview(buffer)[: check.region.nbytes]
+            try:
+                files.read_into(check.file, check.region, view)
+            except CorruptCheckpointError as error:
+                yield error
+                continue
+            found = digest_of(view)
+            if found != check.digest:
+                yield CorruptCheckpointError(
+                    root / check.file,
+                    "the bytes are not those that were written",
+                    byte_range=(check.region.offset, check.region.end),
+                    expected=f"xxh3 {check.digest:016x}",
+                    found=f"{found:016x}",
+                )

@@ -1,0 +1,66 @@
+"""Writing a plan: every piece of every share to its place, digested on the way and durable at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+
+from hydra_ckpt.files import Files, OpenFile
+from hydra_ckpt.layout.boxes import Region
+from hydra_ckpt.layout.plan import Piece, WritePlan
+from hydra_ckpt.storage.digests import Digested, digest_of
+
+
+def create_files(files: Files, root: Path, plan: WritePlan) -> list[Digested]:
+    """Coordinator only: create the files that ranks fill together, with their headers, at full size.
+
+    Returns:
+        The headers' digests.
+    """
+    return [_create(files, root, plan, index) for index in range(len(plan.files))]
+
+
+def _create(files: Files, root: Path, plan: WritePlan, index: int) -> Digested:
+    layout = plan.all_files[index]
+    path = root / layout.path
+    files.allocate(path, layout.nbytes)
+    with files.open(path) as file:
+        file.write_at(0, layout.header)
+        file.sync()
+    return Digested(index, Region(0, len(layout.header)), digest_of(layout.header))
+
+
+def write_plan(
+    files: Files, root: Path, plan: WritePlan, sources: Mapping[int, memoryview], *, start_with: int = 0
+) -> list[Digested]:
+    """Write this rank's part of a plan, durably.
+
+    Args:
+        files: The file layer.
+        root: The draft's directory, in which the coordinator has created the shared files.
+        plan: What goes where.
+        sources: The bytes of each share, by the plan's position of the share.
+        start_with: The file to begin with, so that ranks do not queue on the same one.
+
+    Returns:
+        A digest for every piece written, and for the headers of this rank's own files.
+    """
+    records = [_create(files, root, plan, index) for index in range(len(plan.files), len(plan.all_files))]
+    count = max(len(plan.all_files), 1)
+    ordered = sorted(plan.pieces, key=lambda piece: ((piece.file - start_with) % count, piece.region.offset))
+    for index, pieces in groupby(ordered, key=lambda piece: piece.file):
+        with files.open(root / plan.all_files[index].path) as file:
+            records += [_write(file, piece, sources[piece.share]) for piece in pieces]
+            file.sync()
+    return records
+
+
+def _write(file: OpenFile, piece: Piece, source: memoryview) -> Digested:
+    region = piece.region
+    data = source[piece.start : piece.start + region.nbytes]
+    if region.count == 1:
+        file.write_at(region.offset, data)
+    else:
+        file.write_runs(region.offset, region.run, region.count, region.stride, data)
+    return Digested(piece.file, region, digest_of(data))

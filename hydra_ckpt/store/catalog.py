@@ -1,0 +1,179 @@
+"""What a checkpoint directory holds, and which checkpoint a selector means. Reads only."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.store import names
+from hydra_ckpt.store.manifest import Manifest, read_manifest, read_sealed
+from hydra_ckpt.store.pointers import read_pointer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint.
+
+    Attributes:
+        path: Its directory, absolute.
+        step: Completed optimizer steps.
+        epoch: Epoch at the save.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read and check the manifest.
+
+        Raises:
+            CheckpointNotFoundError: The directory is no finished checkpoint.
+            CorruptCheckpointError: The manifest is damaged.
+        """
+        manifest = read_manifest(path)
+        checkpoint = cls(path, manifest.step, manifest.epoch)
+        checkpoint.__dict__["manifest"] = manifest
+        return checkpoint
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What it holds."""
+        return read_manifest(self.path)
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics known at the save, and those added since."""
+        metrics = dict(self.manifest.metrics)
+        try:
+            metrics.update(read_sealed(self.path / names.METRICS)["metrics"])
+        except FileNotFoundError:
+            pass
+        except (CorruptCheckpointError, KeyError, TypeError, ValueError) as error:
+            log.warning("metrics of %s are left out: %s", self.path, error)
+        return metrics
+
+    @property
+    def pointers_pending(self) -> bool:
+        """Whether a crash came between its publication and the moving of its pointers."""
+        return (self.path / names.TOKEN).exists()
+
+    def check_files(self) -> None:
+        """Compare presence and size of every file with the manifest; contents are not read.
+
+        Raises:
+            CorruptCheckpointError: A file is missing, no plain file, or of another size.
+        """
+        for name, record in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise CorruptCheckpointError(path, "the file is missing")
+            if path.stat().st_size != record.bytes:
+                raise CorruptCheckpointError(
+                    path, "the file has another size", expected=record.bytes, found=path.stat().st_size
+                )
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The published checkpoints of a directory.
+
+    Attributes:
+        root: The directory.
+        checkpoints: Those with a whole manifest, by step.
+        damaged: Name to what is wrong, for directories that have a checkpoint's name.
+    """
+
+    root: Path
+    checkpoints: tuple[Checkpoint, ...]
+    damaged: dict[str, str]
+
+    def find(self, name: str) -> Checkpoint | None:
+        """The checkpoint of this name."""
+        return next((item for item in self.checkpoints if item.name == name), None)
+
+    def pointed(self, pointer: str) -> Checkpoint | None:
+        """The checkpoint a pointer leads to."""
+        target = read_pointer(self.root, pointer)
+        return self.find(target) if target else None
+
+    def best(self, key: str, mode: str) -> Checkpoint | None:
+        """The checkpoint with the best value of a metric; the earlier one of equals."""
+        sign = 1.0 if mode == "min" else -1.0
+        rated = [(sign * item.metrics[key], item.step, item) for item in self.checkpoints if _rates(item, key)]
+        return min(rated, key=lambda entry: entry[:2])[2] if rated else None
+
+    def candidates(self) -> list[Checkpoint]:
+        """What an automatic resume tries, best first: what LATEST names, then from new to old.
+
+        A newer one whose pointers were never moved (a crash in between) comes before LATEST.
+        """
+        newest_first = sorted(self.checkpoints, key=lambda item: -item.step)
+        latest = self.pointed(names.LATEST)
+        if latest is None:
+            return newest_first
+        newer = [item for item in newest_first if item.step > latest.step and item.pointers_pending]
+        rest = [item for item in newest_first if item is not latest and item not in newer]
+        return [*newer, latest, *rest]
+
+    def describe(self) -> str:
+        """One line that lists what there is, for error messages."""
+        there = ", ".join(item.name for item in self.checkpoints) or "no checkpoint"
+        bad = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
+        return f"{self.root} holds {there}{bad}"
+
+
+def _rates(checkpoint: Checkpoint, key: str) -> bool:
+    value = checkpoint.metrics.get(key)
+    return isinstance(value, float | int) and value == value and abs(value) != float("inf")
+
+
+def scan(root: Path) -> Catalog:
+    """Look through a directory; one that does not exist holds nothing."""
+    found, damaged = [], {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if not names.is_checkpoint_name(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            found.append(Checkpoint.open(path))
+        except CheckpointError as error:
+            damaged[path.name] = str(error)
+    return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged)
+
+
+def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
+    """The one checkpoint an explicit selector means: latest, best, a name, or a path.
+
+    Raises:
+        CheckpointNotFoundError: It is not there; the message lists what is.
+        CorruptCheckpointError: It is there, damaged.
+    """
+    if selector == "latest":
+        # What a crash kept from being pointed to is the latest all the same.
+        candidates = catalog.candidates()
+        if candidates and (catalog.pointed(names.LATEST) or candidates[0].pointers_pending):
+            return candidates[0]
+        raise CheckpointNotFoundError(f"restore_from=latest: no LATEST leads to a checkpoint; {catalog.describe()}")
+    if selector == "best":
+        best = catalog.pointed(names.BEST) or catalog.best(key, mode)
+        if best is None:
+            raise CheckpointNotFoundError(f"restore_from=best: none has a metric {key!r}; {catalog.describe()}")
+        return best
+    for path in (catalog.root / selector, Path.cwd() / selector):
+        if path.is_dir():
+            return Checkpoint.open(path.resolve())
+    raise CheckpointNotFoundError(
+        f"restore_from={selector}: there is no such directory in {catalog.root} or {Path.cwd()}; {catalog.describe()}. "
+        "Choose one of these, or auto, latest, best, none"
+    )

@@ -1,0 +1,107 @@
+"""From draft to checkpoint: an unfinished directory becomes visible whole, or never.
+
+    create   .epoch_0_step_9.draft-1f…/ with a random token in it
+    (write)  every rank, having read the token back
+    publish  manifest written whole; directories flushed; renamed; parent flushed
+
+A draft with a whole manifest has everything: whoever finds it may finish it. Any other draft is debris.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.files import Files
+from hydra_ckpt.store import names
+from hydra_ckpt.store.manifest import Manifest, to_bytes
+
+_RETRY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A directory being written.
+
+    Attributes:
+        path: The hidden directory.
+        name: What it will be called.
+        token: The random text in it.
+    """
+
+    path: Path
+    name: str
+    token: str
+
+    @property
+    def target(self) -> Path:
+        """Where it will be published."""
+        return self.path.parent / self.name
+
+
+def create_draft(files: Files, root: Path, name: str) -> Draft:
+    """Coordinator only: make the hidden directory.
+
+    Raises:
+        CheckpointExistsError: A checkpoint of this name is published already.
+    """
+    if (root / name).exists():
+        raise CheckpointExistsError(
+            f"{root / name} exists already; it is not overwritten. Save under another step, "
+            f"or move that directory away first"
+        )
+    draft = Draft(root / names.hidden_name(name, "draft"), name, names.nonce())
+    files.make_dir(draft.path)
+    files.write_new(draft.path / names.TOKEN, draft.token.encode())
+    return draft
+
+
+def join_draft(path: Path, name: str, token: str, *, patience_s: float) -> Draft:
+    """Find the coordinator's draft from another process, perhaps on another host.
+
+    Raises:
+        CheckpointError: It does not show up: the directory is not the coordinator's.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            found = (path / names.TOKEN).read_bytes().decode(errors="replace")
+        except OSError as error:
+            found = str(error)
+        if found == token:
+            return Draft(path, name, token)
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path} is not the directory that rank 0 writes to (its token reads {found!r} here). "
+                "checkpoint.checkpoint_dir must be one directory shared by all hosts, not a local disk"
+            )
+        time.sleep(_RETRY_S)
+
+
+def complete_draft(files: Files, draft: Draft, manifest: Manifest) -> None:
+    """Coordinator only: write the manifest; from here on the draft is whole."""
+    sync_tree(files, draft.path)
+    files.write_new(draft.path / names.MANIFEST, to_bytes(manifest))
+    files.sync_dir(draft.path)
+
+
+def sync_tree(files: Files, root: Path) -> None:
+    """Flush the entries of a directory and of all directories below it."""
+    for directory in sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True):
+        files.sync_dir(directory)
+    files.sync_dir(root)
+
+
+def publish_draft(files: Files, draft: Draft) -> Path:
+    """Coordinator only: give a whole draft its name, atomically and durably."""
+    files.rename(draft.path, draft.target)
+    files.sync_dir(draft.path.parent)
+    return draft.target
+
+
+def discard(files: Files, path: Path) -> None:
+    """Remove a draft, or what is left of one."""
+    if path.exists():
+        files.remove_tree(path)

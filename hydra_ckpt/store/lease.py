@@ -1,0 +1,136 @@
+"""The lease: which run may write to a checkpoint directory.
+
+`owner.json` names the run, its incarnation (new at every start), host and process; its modification time is the
+heartbeat. A second live writer is refused. A lease whose process is gone from this host, whose run comes back
+(a requeued job), or whose heartbeat is old is taken over at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.store import names
+
+HEARTBEAT_S = 15.0
+STALE_S = 120.0
+# Identity of a job that schedulers keep when they start it again.
+_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes.
+
+    Attributes:
+        incarnation: Random, new at every start.
+        host: Name of the host of rank 0.
+        pid: Its process.
+        started: When that process started, Unix time in seconds: a reused pid has another.
+        job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
+        run: The sweep and job number the directory belongs to; empty outside a sweep.
+    """
+
+    incarnation: str
+    host: str
+    pid: int
+    started: float
+    job: str = ""
+    run: str = ""
+
+    @classmethod
+    def here(cls, run: str = "") -> Owner:
+        """This process."""
+        jobs = (f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name, "none") != "none")
+        started = psutil.Process().create_time()
+        return cls(names.nonce(), socket.gethostname(), os.getpid(), started, next(jobs, ""), run)
+
+
+def read_owner(root: Path) -> tuple[Owner, float] | None:
+    """The owner on record and the age of its heartbeat in seconds; None where there is none, or no readable one."""
+    path = root / names.OWNER
+    try:
+        age = time.time() - path.stat().st_mtime
+        return Owner(**json.loads(path.read_text())), age
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def acquire(files: Files, root: Path, owner: Owner) -> None:
+    """Coordinator only: become the directory's writer.
+
+    Raises:
+        CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
+    """
+    record = read_owner(root)
+    if record is not None:
+        other, age = record
+        if other.run and owner.run and other.run != owner.run:
+            raise CheckpointExistsError(
+                f"{root} belongs to the sweep job {other.run}; this is {owner.run}. "
+                "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
+            )
+        if _is_alive(other, age, owner):
+            raise CheckpointExistsError(
+                f"{root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
+                f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
+            )
+    write_atomically(files, root / names.OWNER, _text(owner), owner.incarnation)
+
+
+def _text(owner: Owner) -> bytes:
+    return (json.dumps(asdict(owner), indent=1) + "\n").encode()
+
+
+def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
+    if other.host == owner.host:
+        if other.pid == owner.pid and abs(other.started - owner.started) < 1:
+            # An earlier Checkpointer of this very process: alive until it was closed.
+            return other.incarnation not in _RELEASED
+        try:
+            return abs(psutil.Process(other.pid).create_time() - other.started) < 1
+        except psutil.NoSuchProcess:
+            return False
+    if other.job and other.job == owner.job:
+        return False
+    return age < STALE_S
+
+
+# Incarnations of this process that have let go of their directories.
+_RELEASED: set[str] = set()
+
+
+def release(root: Path, owner: Owner) -> None:
+    """Let go of the directory; the record of who wrote it stays."""
+    _RELEASED.add(owner.incarnation)
+
+
+def check(root: Path, owner: Owner) -> None:
+    """Make sure that nobody has taken over.
+
+    Raises:
+        CheckpointError: Another incarnation holds the lease: this process must not publish.
+    """
+    record = read_owner(root)
+    if record is None or record[0].incarnation != owner.incarnation:
+        holder = f"host {record[0].host}, process {record[0].pid}" if record else "nobody (owner.json is gone)"
+        raise CheckpointError(
+            f"{root} is no longer held by this run but by {holder}; this process was taken for dead and must not publish"
+        )
+
+
+def beat(root: Path, owner: Owner) -> None:
+    """Give a sign of life."""
+    try:
+        check(root, owner)
+        os.utime(root / names.OWNER)
+    except (OSError, CheckpointError):
+        return  # the next save says what is wrong

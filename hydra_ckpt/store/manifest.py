@@ -1,0 +1,173 @@
+"""The manifest: what a checkpoint holds, in a form in which no changed byte goes unnoticed.
+
+`manifest.json` is canonical JSON (sorted keys, one space of indent) that ends with the xxh3 of itself without that
+field. A reader serializes what it read again and compares: any difference is damage. It is written last; a directory
+with a whole manifest is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.store import names
+
+FORMAT = 1
+_DIGEST_FIELD = "~xxh3"  # sorts last
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the checkpoint.
+
+    Attributes:
+        bytes: Its size.
+        xxh3: The digest of all of it; None where records in a digest sidecar cover it.
+    """
+
+    bytes: int
+    xxh3: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """Where one part's tensors lie.
+
+    Attributes:
+        format: `safetensors`, or `distcp` (PyTorch's own files).
+        files: The files, relative to the checkpoint.
+    """
+
+    format: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: Completed optimizer steps.
+        epoch: Epoch at the save.
+        created: Unix time in seconds.
+        world_size: Ranks that wrote it.
+        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to where its tensors lie.
+        exports: Hugging Face directories in the checkpoint, by the part they show.
+        files: Every file but the manifest and what is added beside it later.
+        digests: The sidecars with digests of tensor files.
+        metrics: Metrics known at the save.
+        plan: Fingerprint of the write plan.
+        details: Plain data for people: versions, host, incarnation.
+    """
+
+    step: int
+    epoch: int
+    created: float
+    world_size: int
+    parts: Mapping[str, PartRecord]
+    files: Mapping[str, FileRecord]
+    digests: tuple[str, ...] = ()
+    exports: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    plan: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files listed."""
+        return sum(record.bytes for record in self.files.values())
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The file's content."""
+    body = {"format": FORMAT, **asdict(manifest)}
+    return seal(body)
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """Canonical JSON of `body` with its digest in the last field."""
+    digest = xxhash.xxh3_64_hexdigest(_dump(body))
+    return _dump({**body, _DIGEST_FIELD: digest})
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def unseal(path: Path, data: bytes) -> dict[str, Any]:
+    """The body of a sealed file.
+
+    Raises:
+        CorruptCheckpointError: Any byte differs from what `seal` wrote.
+    """
+    try:
+        body = json.loads(data.decode())
+        digest = body.pop(_DIGEST_FIELD)
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        raise CorruptCheckpointError(path, "it is torn or not JSON of ours") from None
+    if seal(body) != data:
+        raise CorruptCheckpointError(
+            path, "its digest does not match", expected=digest, found=xxhash.xxh3_64_hexdigest(_dump(body))
+        )
+    return dict(body)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read and check a sealed file.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        CorruptCheckpointError: It is damaged, a link, or far too large.
+    """
+    if path.is_symlink():
+        raise CorruptCheckpointError(path, "is a symbolic link, which is not followed")
+    if path.stat().st_size > _MAX_BYTES:
+        raise CorruptCheckpointError(path, f"is larger than {_MAX_BYTES} bytes")
+    return unseal(path, path.read_bytes())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint's directory.
+
+    Raises:
+        CheckpointNotFoundError: There is none: the directory is no checkpoint.
+        CorruptCheckpointError: It is damaged, names files outside, or is of a later format.
+    """
+    path = directory / names.MANIFEST
+    try:
+        body = read_sealed(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointNotFoundError(f"{directory} holds no {names.MANIFEST}: it is no finished checkpoint") from None
+    if body.pop("format", None) != FORMAT:
+        raise CorruptCheckpointError(path, "is of a format this version does not know; a newer hydra_ckpt wrote it")
+    try:
+        return _from_body(path, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(path, f"a field is missing or of the wrong kind: {error!r}") from None
+
+
+def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
+    files = {name: FileRecord(int(entry["bytes"]), entry["xxh3"]) for name, entry in body["files"].items()}
+    parts = {name: PartRecord(entry["format"], tuple(entry["files"])) for name, entry in body["parts"].items()}
+    exports = {str(name): str(place) for name, place in body["exports"].items()}
+    manifest = Manifest(**{**body, "files": files, "parts": parts, "exports": exports, "digests": tuple(body["digests"])})
+    for name in [*files, *exports.values()]:
+        if not _is_inside(name):
+            raise CorruptCheckpointError(path, f"the file name {name!r} leads out of the checkpoint")
+    listed = [*manifest.digests, *(name for part in parts.values() for name in part.files)]
+    unknown = sorted(set(listed) - set(files))
+    if unknown or any(type(value) is not int or value < 0 for value in (manifest.step, manifest.epoch)):
+        raise CorruptCheckpointError(path, f"it contradicts itself: {unknown or 'step and epoch'}")
+    return manifest
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,0 +1,59 @@
+"""Names on disk, each spelled once."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+OWNER = "owner.json"
+LATEST = "LATEST"
+BEST = "BEST"
+# In a draft: the coordinator's token. In a checkpoint: its pointers have not been moved yet.
+TOKEN = ".token"
+
+MODEL = "model"
+CONSOLIDATED = "consolidated"
+OPTIMIZER = "optim"
+EXTRAS = "extras"
+PROGRESS = "progress"
+CONFIG = "config"
+DIGESTS = "digests"
+
+_CHECKPOINT = re.compile(r"epoch_(\d{1,18})_step_(\d{1,18})")
+_HIDDEN = re.compile(r"\.(?P<name>[^/]+)\.(?P<kind>draft|deleting|corrupt|aside)-(?P<nonce>[0-9a-f]+)")
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """The directory name of a checkpoint."""
+    return f"epoch_{epoch}_step_{step}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of this name may be a checkpoint of ours."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+def step_of(name: str) -> int:
+    """The step that a checkpoint's name tells."""
+    match = _CHECKPOINT.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no checkpoint name")
+    return int(match[2])
+
+
+def hidden_name(name: str, kind: str) -> str:
+    """A fresh hidden name beside a checkpoint; `kind` is draft, deleting, corrupt or aside."""
+    return f".{name}.{kind}-{nonce()}"
+
+
+def parse_hidden(name: str) -> tuple[str, str] | None:
+    """The checkpoint's name and the kind of a hidden name, or None for any other name."""
+    match = _HIDDEN.fullmatch(name)
+    return (match["name"], match["kind"]) if match else None
+
+
+def nonce() -> str:
+    """A short random text."""
+    return secrets.token_hex(6)

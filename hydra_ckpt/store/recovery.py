@@ -1,0 +1,99 @@
+"""What a run does to a directory before it writes there: finish what was whole, sweep what was not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.files import Files
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
+from hydra_ckpt.store.draft import Draft, discard, publish_draft
+from hydra_ckpt.store.pointers import move_pointer, read_pointer
+
+log = logging.getLogger(__name__)
+
+
+def recover(files: Files, root: Path, *, not_beyond: int | None = None) -> None:
+    """Coordinator only, holding the lease: bring the directory into order after a crash.
+
+    Args:
+        files: The file layer.
+        root: The checkpoint directory.
+        not_beyond: The step the run has loaded already; whole drafts of later steps are swept, not published,
+            because the run will write those steps itself.
+    """
+    for path in sorted(root.iterdir()):
+        hidden = names.parse_hidden(path.name)
+        if hidden is None:
+            _sweep_remnant(files, path)
+            continue
+        name, kind = hidden
+        if kind == "draft":
+            _finish_or_sweep(files, path, name, not_beyond)
+        elif kind == "deleting":
+            discard(files, path)
+    _move_left_pointers(files, scan(root))
+
+
+def _sweep_remnant(files: Files, path: Path) -> None:
+    """Remove what an interrupted replacement of a pointer or small file left beside it."""
+    if path.name.startswith((f".{names.LATEST}", f".{names.BEST}", f".{names.OWNER}.")):
+        files.unlink(path)
+
+
+def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None) -> None:
+    try:
+        draft = Checkpoint.open(path)
+        draft.check_files()
+    except CheckpointError:
+        discard(files, path)
+        return
+    wanted = not_beyond is None or draft.step <= not_beyond
+    if wanted and names.is_checkpoint_name(name) and not (path.parent / name).exists():
+        publish_draft(files, Draft(path, name, ""))
+        log.info("%s was complete when its run ended; it is published now", path.parent / name)
+    else:
+        discard(files, path)
+
+
+def _move_left_pointers(files: Files, catalog: Catalog) -> None:
+    pending = [item for item in catalog.checkpoints if item.pointers_pending]
+    for item in pending:
+        latest = catalog.pointed(names.LATEST)
+        if latest is None or latest.step < item.step:
+            move_pointer(files, catalog.root, names.LATEST, item.name)
+        files.unlink(item.path / names.TOKEN)
+
+
+def set_aside(files: Files, paths: Iterable[Path], kind: str) -> None:
+    """Coordinator only: hide directories without deleting them; `kind` is corrupt or aside."""
+    for path in paths:
+        hidden = path.with_name(names.hidden_name(path.name, kind))
+        files.rename(path, hidden)
+        log.warning("%s was set aside as %s", path, hidden.name)
+
+
+def in_the_way(catalog: Catalog, start_step: int) -> list[Path]:
+    """The published checkpoints beyond the step a run starts from; they stand in its way."""
+    return [item.path for item in catalog.checkpoints if item.step > start_step]
+
+
+def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
+    """The error for checkpoints in the way of a run that goes back."""
+    listed = ", ".join(path.name for path in paths)
+    return CheckpointExistsError(
+        f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. "
+        "Set checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, "
+        "or restore_from=auto to go on from the newest; to read weights only, restore_parts=[model]"
+    )
+
+
+def repoint_latest(files: Files, root: Path) -> None:
+    """Coordinator only: let LATEST lead to the newest published checkpoint if what it names is gone."""
+    catalog = scan(root)
+    target = read_pointer(root, names.LATEST)
+    if target and catalog.find(target) is None and catalog.checkpoints:
+        move_pointer(files, root, names.LATEST, catalog.checkpoints[-1].name)

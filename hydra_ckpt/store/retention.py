@@ -1,0 +1,111 @@
+"""Retention: which checkpoints stay, as small policies that each keep some; what no policy keeps may go.
+
+Policies come as plain data, `{newest: 3, best: 2, every_n_steps: 1000, younger_than_s: 3600}`; a checkpoint stays
+if any of them keeps it. Whatever a pointer in the directory leads to stays in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.files import Files
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Catalog, Checkpoint
+from hydra_ckpt.store.pointers import read_pointer
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What policies judge by: the metric that decides, and the time."""
+
+    metric: str
+    mode: str
+    now: float
+
+
+Policy = Callable[[Sequence[Checkpoint], Context], set[str]]
+
+
+def _newest(count: int) -> Policy:
+    return lambda items, _: {item.name for item in sorted(items, key=lambda item: -item.step)[:count]}
+
+
+def _best(count: int) -> Policy:
+    def keep(items: Sequence[Checkpoint], context: Context) -> set[str]:
+        sign = 1.0 if context.mode == "min" else -1.0
+        rated = [(sign * value, item.step, item.name) for item in items if (value := _value(item, context)) is not None]
+        return {name for _, _, name in sorted(rated)[:count]}
+
+    return keep
+
+
+def _value(item: Checkpoint, context: Context) -> float | None:
+    value = item.metrics.get(context.metric)
+    return value if value is not None and abs(value) < float("inf") else None
+
+
+def _every_n_steps(interval: int) -> Policy:
+    return lambda items, _: {item.name for item in items if item.step % interval == 0}
+
+
+def _younger_than_s(age: float) -> Policy:
+    return lambda items, context: {item.name for item in items if context.now - item.manifest.created < age}
+
+
+_POLICIES: dict[str, Callable[[Any], Policy]] = {
+    "newest": _newest,
+    "best": _best,
+    "every_n_steps": _every_n_steps,
+    "younger_than_s": _younger_than_s,
+}
+
+
+def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> list[Policy]:
+    """Policies from plain data; none at all keeps everything.
+
+    Raises:
+        CheckpointConfigError: An unknown policy, or a number that is not positive.
+    """
+    wanted = dict(retention or {})
+    if max_recent is not None:
+        wanted.setdefault("newest", max_recent)
+    made = []
+    for name, value in wanted.items():
+        if name not in _POLICIES:
+            raise CheckpointConfigError(
+                f"checkpoint.retention.{name}: unknown policy; choose from {', '.join(_POLICIES)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise CheckpointConfigError(f"checkpoint.retention.{name}: expected a positive number, got {value!r}")
+        made.append(_POLICIES[name](value))
+    return made
+
+
+def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
+    """The checkpoints that may go: neither kept by a policy nor led to by a pointer."""
+    if not keeping:
+        return []
+    kept = set().union(*(policy(catalog.checkpoints, context) for policy in keeping))
+    kept |= {target for pointer in pointers_in(catalog.root) if (target := read_pointer(catalog.root, pointer))}
+    return [item for item in catalog.checkpoints if item.name not in kept]
+
+
+def pointers_in(root: Path) -> set[str]:
+    """Names of all pointers in a directory, the user's own included."""
+    return {path.name.removesuffix(".txt") for path in root.iterdir() if path.is_symlink() or path.suffix == ".txt"}
+
+
+def retire(files: Files, checkpoint: Checkpoint) -> Path:
+    """Coordinator only: unpublish a checkpoint at once, so that its bytes can be deleted at leisure.
+
+    Returns:
+        The hidden directory to delete.
+    """
+    hidden = checkpoint.path.with_name(names.hidden_name(checkpoint.name, "deleting"))
+    files.unlink(checkpoint.path / names.MANIFEST)
+    files.rename(checkpoint.path, hidden)
+    return hidden

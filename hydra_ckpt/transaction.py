@@ -1,0 +1,110 @@
+"""Something done to the directory by all ranks together, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from hydra_ckpt.distributed import Channel, RankTimeoutError
+from hydra_ckpt.errors import CheckpointError, SaveFailedError
+
+log = logging.getLogger(__name__)
+
+
+class Transaction(Protocol):
+    """The steps; notes, receipts and results are plain data."""
+
+    step: int
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only: prepare; the note tells the others where."""
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank: do its part, durably; the receipt tells what."""
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Coordinator only: check the receipts and make the result visible."""
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Coordinator only: remove what was prepared."""
+
+
+def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
+    """Collective: carry a transaction out.
+
+    Returns:
+        What `finish` returned, on every rank.
+
+    Raises:
+        SaveFailedError: Any rank failed, died, or was late; the same on every rank.
+    """
+    step = transaction.step
+    try:
+        note = channel.receive(f"waiting for step {step} to begin", _guard(transaction.begin) if channel.is_coordinator else None)
+        _raise_causes(step, note)
+        receipt = _guard(lambda: transaction.work(note))()
+        receipts = _collect(channel, step, receipt)
+        outcome = channel.receive(
+            f"waiting for step {step} to be published",
+            _guard(lambda: _conclude(transaction, note, receipts)) if receipts is not None else None,
+        )
+    except SaveFailedError:
+        raise
+    except CheckpointError as error:
+        raise SaveFailedError(step, {0: f"no answer: {error}"}) from error
+    _raise_causes(step, outcome)
+    return dict(outcome)
+
+
+def _guard(step: Any) -> Any:
+    """Turn a step's error into data that every rank understands."""
+
+    def attempt() -> dict[str, Any]:
+        try:
+            return dict(step())
+        except SaveFailedError as error:
+            return {"causes": error.causes}
+        except Exception as error:
+            log.debug("a step of a save failed", exc_info=True)
+            return {"causes": {0: describe(error)}}
+
+    return attempt
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    kind = type(error).__name__
+    return f"{kind}: {error}"
+
+
+def _raise_causes(step: int, data: dict[str, Any]) -> None:
+    if "causes" in data:
+        raise SaveFailedError(step, {int(rank): text for rank, text in data["causes"].items()})
+
+
+def _collect(channel: Channel, step: int, receipt: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The receipts at the coordinator; a rank that did not answer has one that says so."""
+    try:
+        return channel.gather(f"waiting for the ranks to write step {step}", receipt)
+    except RankTimeoutError as error:
+        late = {"causes": {0: str(error)}}
+        return [late if rank in error.ranks else {} for rank in range(channel.world_size)]
+
+
+def _conclude(transaction: Transaction, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    causes = {rank: receipt["causes"] for rank, receipt in enumerate(receipts) if "causes" in receipt}
+    try:
+        if causes:
+            texts = {rank: next(iter(found.values())) for rank, found in causes.items()}
+            raise SaveFailedError(transaction.step, texts)
+        return transaction.finish(note, receipts)
+    except Exception:
+        _abort(transaction, note)
+        raise
+
+
+def _abort(transaction: Transaction, note: dict[str, Any]) -> None:
+    try:
+        transaction.abort(note)
+    except OSError as error:
+        log.warning("what step %s left behind could not be removed and is swept at the next start: %s", transaction.step, error)

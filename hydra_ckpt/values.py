@@ -1,0 +1,137 @@
+"""Checks for the values of settings: each takes what was typed and returns it as it is meant, or refuses it by name.
+
+A schema has checked most of this before, but a configuration read back from plain YAML, or written in Python, has none.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from hydra_ckpt.errors import CheckpointConfigError
+
+__all__ = [
+    "Check",
+    "choice",
+    "count",
+    "minutes",
+    "optional",
+    "refuse",
+    "rules",
+    "switch",
+    "text",
+    "texts",
+    "word",
+]
+
+Check = Callable[[str, Any], Any]
+
+# About two years: clocks and sockets count in smaller units and must not overflow.
+_ENDLESS_MINUTES = 1_000_000
+
+
+def refuse(name: str, value: object, choices: str) -> NoReturn:
+    """Refuse a value.
+
+    Args:
+        name: The setting's name below ``checkpoint``.
+        value: What was typed.
+        choices: What the setting takes instead.
+
+    Raises:
+        CheckpointConfigError: Always.
+    """
+    raise CheckpointConfigError(f"checkpoint.{name}={value!r} is not valid; it takes {choices}.")
+
+
+def word(value: object) -> str:
+    """What was typed as one of a few words, in lower case; empty where it is neither a text nor a bool."""
+    return str(value).strip().lower() if isinstance(value, (bool, str)) else ""
+
+
+def optional(check: Check) -> Check:
+    """A check that also takes null."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def choice(*words: str) -> Check:
+    """A check that takes one of the words, in any case and with surrounding space."""
+
+    def check(name: str, value: object) -> str:
+        if word(value) not in words:
+            refuse(name, value, " or ".join(words))
+        return word(value)
+
+    return check
+
+
+def switch(name: str, value: object) -> bool:
+    """Takes true and false, and no number or text in their place."""
+    if not isinstance(value, bool):
+        refuse(name, value, "true or false")
+    return value
+
+
+def text(name: str, value: object) -> str:
+    """Takes a text that is not blank; a path becomes one, because not every YAML reader understands a path."""
+    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(given, str) or not given.strip():
+        refuse(name, value, "a text that is not empty")
+    return given
+
+
+def texts(*among: str) -> Check:
+    """A check that takes a list of texts: any texts, or, where some are given, at least one of those."""
+
+    def check(name: str, value: object) -> list[str]:
+        items = _plain(value)
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            refuse(name, items, "a list of texts")
+        if among and not (items and set(items) <= set(among)):
+            refuse(name, items, f"a list of some of {', '.join(among)}")
+        return items
+
+    return check
+
+
+def count(name: str, value: object) -> int:
+    """Takes a whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        refuse(name, value, "a whole number from 1")
+    return value
+
+
+def minutes(name: str, value: object) -> float:
+    """Takes a number of minutes above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _ENDLESS_MINUTES:
+        refuse(name, value, f"a number of minutes above 0 and below {_ENDLESS_MINUTES}")
+    return float(value)
+
+
+def rules(*counts: str) -> Check:
+    """A check that takes a mapping of rules as plain data, those named here being whole numbers from 1."""
+
+    def check(name: str, value: object) -> dict[str, Any]:
+        given = _plain(value)
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            refuse(name, given, "a mapping like {newest: 3, best: 2, every_n_steps: 1000}")
+        for key in given.keys() & set(counts):
+            count(f"{name}.{key}", given[key])
+        return copy.deepcopy(given)
+
+    return check
+
+
+def _plain(value: Any) -> Any:
+    """The same data without omegaconf's containers, which nobody can hold who has not imported omegaconf."""
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
+        return omegaconf.OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

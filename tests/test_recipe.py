@@ -1,0 +1,358 @@
+"""The training application: its settings, its parts, its command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError
+from hydra_ckpt.recipe import launch
+from hydra_ckpt.recipe.data import load_windows
+from hydra_ckpt.recipe.mesh import plan_parallelism
+from hydra_ckpt.recipe.model import build_model
+from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
+from hydra_ckpt.recipe.settings import DataSettings, MeshSettings, Settings, read_settings
+from hydra_ckpt.recipe.tokenizer import byte_tokenizer
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def resolvers() -> None:
+    launch.register_resolvers()
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("hydra_ckpt.conf", version_base="1.3"):
+        return compose("hydra_ckpt_train", overrides=list(overrides))
+
+
+def settings(*overrides: str) -> Settings:
+    return read_settings(composed(*overrides))
+
+
+# --- settings
+
+
+def test_the_defaults_are_valid() -> None:
+    assert settings().trainer.max_steps == 200
+    assert composed().callbacks.checkpoint.every_n_steps == 50
+
+
+@pytest.mark.parametrize("option", ["llama_tiny", "llama_small"])
+def test_every_model_has_between_one_and_five_million_parameters(option: str) -> None:
+    model = build_model(settings(f"hydra_ckpt_model={option}").model, seed=0)
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.max_steps=many", r"trainer\.max_steps: Value 'many'"),
+        ("trainer.max_steps=0", r"trainer\.max_steps=0 must be at least 1"),
+        ("trainer.mixed_precision=fp16", r"trainer\.mixed_precision=fp16 is not one of: no, bf16"),
+        ("trainer.tracker=nowhere", "one of: null, tensorboard"),
+        ("data.seq_len=4096", r"longer than model\.max_position_embeddings"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(override: str, says: str) -> None:
+    with pytest.raises(CheckpointConfigError, match=says):
+        settings(override)
+
+
+# --- data
+
+
+def data_settings(**changes: Any) -> DataSettings:
+    return replace(DataSettings(path=None, max_bytes=100_000, seq_len=100, val_fraction=0.1), **changes)
+
+
+def test_the_standard_library_is_the_default_text() -> None:
+    train, validation = load_windows(data_settings())
+    assert (len(train), len(validation)) == (900, 100)
+    first = bytes((train[0] - 3).tolist())
+    assert first == (Path(sysconfig.get_path("stdlib")) / "__future__.py").read_bytes()[:100]
+
+
+def test_token_ids_are_the_tokenizer_s(tmp_path: Path) -> None:
+    text = "def größe(x):\n\treturn x  # <pad>"
+    (tmp_path / "text").write_text(text * 10, encoding="utf-8")
+    length = len(text.encode())
+    train, _ = load_windows(data_settings(path=str(tmp_path), seq_len=length))
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for tokenizer in (byte_tokenizer(), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")):
+        assert tokenizer.decode(train[0].tolist()) == text
+        plain = text.replace("<pad>", "pad")
+        assert tokenizer(plain, add_special_tokens=False).input_ids == [byte + 3 for byte in plain.encode()]
+
+
+def test_a_directory_is_read_in_order_without_what_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, content in {"b/c": b"C" * 5, "z": b"Z" * 5, "a": b"A" * 5, ".hidden": b"H", "binary": b"\0"}.items():
+        (tmp_path / name).write_bytes(content)
+    train, validation = load_windows(data_settings(path=str(tmp_path), seq_len=7))
+    windows = [bytes((windows[i] - 3).tolist()) for windows in (train, validation) for i in range(len(windows))]
+    assert windows == [b"AAAAA\n\n", b"ZZZZZ\n\n", b"CCCCC\n\n"]
+
+
+def test_text_that_is_missing_or_too_short_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointConfigError, match=r"data\.path=.*nowhere"):
+        load_windows(data_settings(path=str(tmp_path / "nowhere")))
+    (tmp_path / "short").write_text("x")
+    with pytest.raises(CheckpointConfigError, match="3 bytes of text: too few"):
+        load_windows(data_settings(path=str(tmp_path / "short")))
+
+
+# --- mesh
+
+
+def mesh(**sizes: int) -> MeshSettings:
+    return MeshSettings(**{"dp_replicate": 1, "dp_shard": -1, "tp": 1, "pp": 1, "ep": 1, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "expected"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 4, (1, 4, 1)),
+        ({"dp_replicate": 2}, 8, (2, 4, 1)),
+        ({"dp_replicate": -1, "dp_shard": 1}, 4, (4, 1, 1)),
+        ({"tp": 2}, 8, (1, 4, 2)),
+        ({"dp_replicate": 2, "dp_shard": 2, "tp": 2}, 8, (2, 2, 2)),
+    ],
+)
+def test_meshes_are_filled(sizes: dict[str, int], world_size: int, expected: tuple[int, int, int]) -> None:
+    plan = plan_parallelism(mesh(**sizes), world_size, settings().model)
+    assert (plan.dp_replicate, plan.dp_shard, plan.tp) == expected
+    ranks = [plan.data_rank(rank) for rank in range(world_size)]
+    assert set(ranks) == set(range(plan.data_ranks))
+    assert all(ranks.count(rank) == plan.tp for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "says"),
+    [
+        ({"dp_shard": 3}, 2, r"mesh\.dp_shard=3.*a mesh of 3 ranks, but 2 run"),
+        ({"tp": 2}, 3, r"3 ranks cannot be divided by 2 to fill mesh\.dp_shard"),
+        ({"tp": -1}, 2, "only one dimension"),
+        ({"tp": 0}, 2, r"mesh\.tp=0"),
+        ({"pp": 2}, 2, r"mesh\.pp=2: this recipe has no pp dimension"),
+        ({"ep": -1, "dp_shard": 1}, 2, r"mesh\.ep=2: this recipe has no ep dimension"),
+        ({"tp": 4}, 4, r"mesh\.tp=4 does not divide model\.num_attention_heads=6"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(sizes: dict[str, int], world_size: int, says: str) -> None:
+    with pytest.raises(TopologyError, match=says):
+        plan_parallelism(mesh(**sizes), world_size, settings().model)
+
+
+# --- model and optimizer
+
+
+def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (build_model(settings().model, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
+def test_the_learning_rate_warms_up_and_falls(schedule: str, end: float) -> None:
+    chosen = replace(settings().optimizer, schedule=schedule, warmup_steps=4, lr=1.0)
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), chosen)
+    scheduler = build_schedule(optimizer, chosen, max_steps=20)
+    rates = []
+    for _ in range(21):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[20] == pytest.approx(end)
+
+
+# --- launch
+
+
+def test_the_launch_time_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_CKPT_LAUNCH_TIME", "2024-05-06T07:08:09")
+    launch._launched_at.cache_clear()
+    assert launch._run_directory(None) == "2024-05-06/07-08-09"
+    assert launch._run_directory("mine") == "mine"
+    launch._launched_at.cache_clear()
+
+
+def test_ranks_that_cannot_agree_on_a_time_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("HYDRA_CKPT_LAUNCH_TIME", raising=False)
+    launch._launched_at.cache_clear()
+    with pytest.raises(TopologyError, match="run_name"):
+        launch._run_directory(None)
+
+
+# --- the command line
+
+
+def command(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*launcher, "-m", "hydra_ckpt.recipe", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_the_configuration_can_be_printed(tmp_path: Path) -> None:
+    result = command("--cfg", "job", "checkpoint=async", "run_name=x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "is_async: true" in result.stdout
+    assert "hidden_size: 192" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_path_can_be_printed(tmp_path: Path) -> None:
+    result = command("--info", "searchpath", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "| hydra_ckpt |" in result.stdout
+
+
+def test_composing_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hydra_ckpt.recipe import __main__ as recipe\n"
+        "sys.argv = ['train', '--cfg', 'all']\n"
+        "recipe.main()\n"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("typo", ["trainer.max_stepz=1", "checkpoint.is_asinc=true", "chekpoint=async"])
+def test_a_typo_is_refused_by_its_name(typo: str, tmp_path: Path) -> None:
+    result = command(typo, cwd=tmp_path)
+    assert result.returncode == 1
+    assert typo.partition("=")[0].rpartition(".")[2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("checkpoint.save_consolidated=sometimes", "CheckpointConfigError: checkpoint.save_consolidated='sometimes'"),
+        ("mesh.dp_shard=2", "TopologyError: mesh.dp_replicate=1, mesh.dp_shard=2"),
+        ("data.path=/nowhere", "CheckpointConfigError: data.path=/nowhere"),
+    ],
+)
+def test_an_error_of_ours_is_one_message_and_exit_code_1(override: str, says: str, tmp_path: Path) -> None:
+    result = command(override, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout.count(says) == 1
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+# --- from start to end
+
+SMALL = (
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "data.max_bytes=20000",
+    "data.seq_len=64",
+    "optimizer.schedule=constant",
+    "trainer.grad_accumulation=2",
+    "trainer.num_workers=2",
+    "trainer.validate_every=2",
+    "trainer.validate_batches=2",
+    "trainer.log_every=1",
+    "callbacks.checkpoint.every_n_steps=2",
+)
+
+
+def trained(*arguments: str, cwd: Path, ranks: int = 0) -> str:
+    result = command(*SMALL, *arguments, cwd=cwd, ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "LATEST" / "model" / "consolidated" / "model.safetensors")
+
+
+def losses(output: str) -> dict[str, str]:
+    """Step and kind of loss to its value as logged."""
+    return {f"{step} {kind}": loss for step, kind, loss in re.findall(r"step +(\d+)/\d+  (\w+) ([\d.]+)", output)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(0, ()), (2, ("mesh.dp_shard=2",)), (2, ("mesh.dp_shard=1", "mesh.dp_replicate=2")), (2, ("mesh.tp=2",))],
+    ids=["one", "fsdp2", "ddp", "tp"],
+)
+def test_the_same_command_goes_on_exactly(ranks: int, options: tuple[str, ...], tmp_path: Path) -> None:
+    whole = trained("run_name=whole", "trainer.max_steps=8", *options, cwd=tmp_path, ranks=ranks)
+    trained("run_name=parts", "trainer.max_steps=4", "checkpoint=async", *options, cwd=tmp_path, ranks=ranks)
+    rest = trained("run_name=parts", "trainer.max_steps=8", "checkpoint=async", *options, cwd=tmp_path, ranks=ranks)
+
+    assert losses(rest).keys() == {f"{step} loss" for step in range(5, 9)} | {"6 val_loss", "8 val_loss"}
+    assert losses(rest).items() <= losses(whole).items()
+    one, other = (weights(tmp_path / "outputs" / "hydra_ckpt" / name) for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ranks_share_one_timestamped_run_directory(tmp_path: Path) -> None:
+    output = trained("trainer.max_steps=2", cwd=tmp_path, ranks=2)
+    (run,) = (tmp_path / "outputs" / "hydra_ckpt").glob("*/*")
+    assert {path.name for path in run.iterdir()} == {".hydra", "checkpoints", "hydra_ckpt_train.log"}
+    assert output.count("step 1/2  loss") == 1
+
+
+def test_a_sweep_runs_its_jobs_after_each_other(tmp_path: Path) -> None:
+    trained("-m", "run_name=sweep", "checkpoint.is_async=true,false", "trainer.max_steps=2", cwd=tmp_path)
+    sweep = tmp_path / "multirun" / "hydra_ckpt" / "sweep"
+    one, other = (weights(sweep / job) for job in "01")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
+    trained("-m", "seed=0,1", "trainer.max_steps=2", cwd=tmp_path, ranks=2)
+    assert len(list(tmp_path.glob("multirun/hydra_ckpt/*/*/[01]/checkpoints/LATEST"))) == 2
+
+
+def test_switched_off_it_trains_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    output = trained(
+        "run_name=off", "checkpoint=off", "trainer.max_steps=2", "trainer.tracker=tensorboard", cwd=tmp_path
+    )
+    assert "2 steps in" in output
+    run = tmp_path / "outputs" / "hydra_ckpt" / "off"
+    assert not (run / "checkpoints").exists()
+    assert list((run / "hydra_ckpt").glob("events.*"))
