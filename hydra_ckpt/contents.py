@@ -16,6 +16,7 @@ from hydra_ckpt.planning import (
     PartLayout,
     agree,
     consolidated_layout,
+    distcp_layout,
     make_plan,
     shard_layout,
     signature,
@@ -111,6 +112,8 @@ class Contents:
         return self._plans[key]
 
     def _layout(self, part: str, agreement: Agreement, consolidated: bool) -> PartLayout:
+        if self._config.write.format == "torch_save" and part != names.EXTRAS:
+            return distcp_layout(part)
         if not _is_model(part):
             nbytes = sum(spec.nbytes for spec in agreement.specs[part])
             return state_layout(part, nbytes, self._channel.world_size)

@@ -22,6 +22,7 @@ from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import LocalTensor, localize
 from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
+from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
@@ -65,6 +66,7 @@ class Load:
     _own: dict[str, Any] | None = None
     _fetches: list[Fetch] = field(default_factory=list)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _lengths: dict[tuple[str, int], int] = field(default_factory=dict)
     _notes: list[str] = field(default_factory=list)
     _read_bytes: int = 0
 
@@ -110,6 +112,11 @@ class Load:
     @property
     def _root(self) -> Path:
         return self.checkpoint.path
+
+    @property
+    def _same_ranks(self) -> bool:
+        """Whether each rank finds what it saved itself."""
+        return self.checkpoint.manifest.world_size == self.channel.world_size
 
     def _holds(self, part: str) -> bool:
         """Whether the checkpoint has something of this part."""
@@ -185,7 +192,12 @@ class Load:
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:
         record = self.checkpoint.manifest.parts.get(part)
-        return read_tensors(self._root, list(record.files)) if record else {}
+        if record is None:
+            return {}
+        if record.format == "distcp":
+            self._lengths.update({(f"{part}/{row[5]}", row[6]): row[7] for row in record.index})
+            return stored_tensors(self._root / names.MANIFEST, part, record.index)
+        return read_tensors(self._root, list(record.files))
 
     def _match_models(self, mismatch: _Mismatch) -> None:
         maps = self.extractor.maps(self.state)
@@ -264,7 +276,9 @@ class Load:
 
     def _read(self) -> None:
         ordered = sorted(self._fetches, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
-        self._read_bytes = fetch(self._root, ordered)
+        foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
+        own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
+        self._read_bytes = fetch(self._root, own) + fetch_distcp(self._root, foreign, self._lengths)
 
     # -- installing ----------------------------------------------------------------------------------------------
 
@@ -273,6 +287,8 @@ class Load:
         if "model" in available:
             for name, mapped in self.extractor.maps(self.state).items():
                 mapped.set_extra_state(decode(self._shared.get("extra_state", {}).get(name, {}), self._tensors))
+                if self._same_ranks:
+                    mapped.set_buffers((self._own or {}).get("buffers", {}).get(name, {}))
         if "optimizer" in available:
             self._install_optimizers()
         if "lr_scheduler" in available:
@@ -305,7 +321,7 @@ class Load:
     def _continue_rng(self) -> None:
         if "rng" not in self.parts:
             return
-        if self._own is not None and self.checkpoint.manifest.world_size == self.channel.world_size:
+        if self._own is not None and self._same_ranks:
             rng.restore(self._own["rng"])
             return
         rng.derive(self.checkpoint.step, self.channel.rank)

@@ -183,6 +183,7 @@ class PartLayout:
         stem: How they are called.
         max_bytes: Size at which a new file begins.
         own: Whether each rank writes a file of its own instead of all filling the same.
+        distcp: Whether the files are PyTorch's own.
     """
 
     part: str
@@ -190,6 +191,7 @@ class PartLayout:
     stem: str
     max_bytes: int = DEFAULT_FILE_BYTES
     own: bool = False
+    distcp: bool = False
 
 
 def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
@@ -201,6 +203,11 @@ def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
 def shard_layout(part: str) -> PartLayout:
     """One file a rank."""
     return PartLayout(part, part, "shard", own=True)
+
+
+def distcp_layout(part: str) -> PartLayout:
+    """PyTorch's own files, one a rank."""
+    return PartLayout(part, part, "__", distcp=True)
 
 
 def state_layout(part: str, nbytes: int, world_size: int) -> PartLayout:
@@ -217,12 +224,16 @@ def make_plan(
     own_files: list[FileLayout] = []
     all_shares: dict[int, Share] = {}
     pieces: list[Piece] = []
+    foreign: dict[str, dict[int, Share]] = {}
     pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
     starts = _starts(parts)
     for layout in layouts:
         items = parts.get(layout.part, ())
         mine = {starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()}
         all_shares.update(mine)
+        if layout.distcp:
+            foreign[layout.part] = mine
+            continue
         if layout.own:
             pending_own.append((layout, mine))
             continue
@@ -236,7 +247,7 @@ def make_plan(
         pieces += fill_files([file], local, len(files) + len(own_files))
         own_files.append(file)
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
-    return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice)
+    return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice, foreign)
 
 
 def _starts(parts: Parts) -> dict[str, int]:

@@ -16,6 +16,7 @@ from hydra_ckpt.layout.files import index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.planning import PartLayout
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
+from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, write_plan
 from hydra_ckpt.store import names
@@ -71,6 +72,7 @@ class DraftWriter:
     patience_s: float = _JOIN_PATIENCE_S
     _headers: list[Digested] = field(default_factory=list)
     _small: dict[str, FileRecord] = field(default_factory=dict)
+    _rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)
 
     def prepare(self, root: Path, name: str) -> Draft:
         """Coordinator only: the draft with its directories, shared files and small files."""
@@ -112,9 +114,14 @@ class DraftWriter:
         snapshot = self.snapshot()
         try:
             records = write_plan(self.files, draft.path, plan, snapshot.sources, start_with=self.rank)
+            rows = self._write_foreign(draft, snapshot)
         finally:
             snapshot.release()
         listed = [file.path for file in plan.all_files]
+        foreign = sorted({f"{directory}/{row[5]}" for directory, found in rows.items() for row in found})
+        for path in foreign:
+            records += digest_file(draft.path / path, len(listed))
+            listed.append(path)
         label = f"{self.rank:05d}"
         self._write_small(draft.path, f"{names.DIGESTS}/{self.sidecar}-{label}.bin", encode(listed, self._headers + records))
         if content.own is not None:
@@ -123,12 +130,25 @@ class DraftWriter:
             self._write_small(draft.path, f"{names.PROGRESS}/shared-{label}.json", content.shared)
         small = {path: [record.bytes, record.xxh3] for path, record in self._small.items()}
         own = {file.path: [file.nbytes, None] for file in plan.own_files}
+        own.update({path: [(draft.path / path).stat().st_size, None] for path in foreign})
         return {
             "token": draft.token,
             "plan": plan.fingerprint,
             "coverage": plan.coverage,
             "bytes": plan.nbytes,
             "files": {**small, **own},
+            "rows": rows,
+        }
+
+    def _write_foreign(self, draft: Draft, snapshot: Snapshot) -> dict[str, list[Row]]:
+        """The parts in PyTorch's own format: directory to what was written there."""
+        plan = self.content.plan
+        return {
+            layout.directory: write_shares(
+                draft.path / layout.directory, plan.foreign[layout.part], snapshot.sources, self.rank
+            )
+            for layout in self.content.layouts
+            if layout.distcp
         }
 
     def collect(self, draft: Draft, receipts: Sequence[dict[str, Any]]) -> dict[str, FileRecord]:
@@ -153,18 +173,26 @@ class DraftWriter:
         found = {file.path: FileRecord(file.nbytes) for file in plan.files}
         for receipt in receipts:
             found.update({path: FileRecord(size, digest) for path, (size, digest) in receipt["files"].items()})
+        for layout in self.content.layouts:
+            if layout.distcp:
+                rows = [row for receipt in receipts for row in receipt["rows"][layout.directory]]
+                found[f"{layout.directory}/.metadata"] = self._finish_foreign(draft, layout, rows)
         return found
+
+    def _finish_foreign(self, draft: Draft, layout: PartLayout, rows: list[Row]) -> FileRecord:
+        self._rows[layout.part] = tuple(rows)
+        data = finish_part(draft.path / layout.directory, rows)
+        return FileRecord(len(data), hex_digest(data))
 
     def parts(self, found: Mapping[str, FileRecord]) -> dict[str, PartRecord]:
         """Where the tensors of each part lie."""
-        return {
-            layout.part: PartRecord("safetensors", _tensor_files(layout, found)) for layout in self.content.layouts
-        }
+        return {layout.part: self._part(layout, found) for layout in self.content.layouts}
 
-
-def _tensor_files(layout: PartLayout, found: Mapping[str, FileRecord]) -> tuple[str, ...]:
-    start = f"{layout.directory}/{layout.stem}"
-    return tuple(sorted(path for path in found if path.startswith(start) and path.endswith(".safetensors")))
+    def _part(self, layout: PartLayout, found: Mapping[str, FileRecord]) -> PartRecord:
+        start = f"{layout.directory}/{layout.stem}"
+        end = ".distcp" if layout.distcp else ".safetensors"
+        files = tuple(sorted(path for path in found if path.startswith(start) and path.endswith(end)))
+        return PartRecord("distcp" if layout.distcp else "safetensors", files, self._rows.get(layout.part, ()))
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ SMALL = (
 
 
 def trained(*arguments: str, cwd: Path, ranks: int = 0) -> str:
-    result = command(*SMALL, *arguments, cwd=cwd, ranks=ranks)
+    result = command(*arguments, *SMALL, cwd=cwd, ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

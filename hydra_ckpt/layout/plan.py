@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -44,6 +44,7 @@ class WritePlan:
         shares: What this rank writes, by the position of the holding it is taken from.
         pieces: Where; file indices count through `files`, then `own_files`.
         fingerprint: Equal on ranks whose plans fit together.
+        foreign: Part to the shares that are written in a format of its own, by position.
     """
 
     files: tuple[FileLayout, ...]
@@ -51,11 +52,13 @@ class WritePlan:
     shares: Mapping[int, Share]
     pieces: tuple[Piece, ...]
     fingerprint: str
+    foreign: Mapping[str, Mapping[int, Share]] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor values this rank writes, each file counted."""
-        return sum(piece.region.nbytes for piece in self.pieces)
+        own = sum(share.nbytes for shares in self.foreign.values() for share in shares.values())
+        return sum(piece.region.nbytes for piece in self.pieces) + own
 
     @property
     def all_files(self) -> tuple[FileLayout, ...]:

@@ -21,11 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStats(Protocol):
-    """What the checkpointer counts, as `checkpointer.stats`."""
+    """What is shown of `checkpointer.stats`."""
 
     saves: int
     blocked_s: float
-    written_bytes: int
 
 
 class Report:
@@ -84,8 +83,8 @@ class Report:
         width = len(str(self._max_steps))
         log.info("step %*d/%d  val_loss %.4f", width, step, self._max_steps, loss)
 
-    def summary(self, step: int, checkpoints: CheckpointStats) -> None:
-        """Logs what the run cost, the price of its checkpoints beside it."""
+    def summary(self, step: int, checkpoints: CheckpointStats, written_bytes: int) -> None:
+        """Logs what the run cost, the price of its checkpoints beside it; `written_bytes` are those of all ranks."""
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%d steps in %.1f s: %.2f steps/s", done, took_s, self._started.speed(step))
         log.info(
@@ -93,7 +92,7 @@ class Report:
             checkpoints.saves,
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,
-            checkpoints.written_bytes / 2**20,
+            written_bytes / 2**20,
         )
 
 

@@ -173,7 +173,10 @@ def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
         else:
             checkpoints.on_epoch_end(epoch)
     checkpoints.on_train_end()
-    report.summary(step, checkpoints.checkpointer.stats)
+    if checkpoints.checkpointer is not None:
+        stats = checkpoints.checkpointer.stats
+        written = torch.tensor(stats.written_bytes, device=run.accelerator.device)
+        report.summary(step, stats, int(run.accelerator.reduce(written, reduction="sum")))
 
 
 def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:

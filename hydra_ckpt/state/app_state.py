@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -108,9 +109,8 @@ def as_list(value: Any) -> list[Any]:
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer inside accelerate's wrapper, which refuses hooks."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    while isinstance(optimizer, AcceleratedOptimizer):
+    accelerate = sys.modules.get("accelerate.optimizer")  # no wrapper where nobody imported it
+    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise CheckpointConfigError(f"expected a torch optimizer, got {type(optimizer).__name__}")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
+
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -23,6 +26,9 @@ from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
 
+
+# Above this, buffers are tables rather than statistics, and the same everywhere.
+_MAX_OWN_BUFFER_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +117,23 @@ class Extractor:
             name: encode(extra.state_dict(), f"{name}:", extras) for name, extra in state.extras.items()
         }
         parts[names.EXTRAS] = [localize(name, tensor, divisible=False) for name, tensor in extras.items()]
-        own = {"rng": rng.capture(), "dataloader": self._dataloader_state(state)}
+        own = {
+            "rng": rng.capture(),
+            "dataloader": self._dataloader_state(state),
+            "buffers": self._own_buffers(maps),
+        }
         return Captured(parts, json.dumps(shared, separators=(",", ":")).encode(), pack(own))
+
+    def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
+        """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
+        found = {model: mapped.buffers() for model, mapped in maps.items()}
+        plain = {
+            model: {name: buffer for name, buffer in buffers.items() if not isinstance(buffer, DTensor)}
+            for model, buffers in found.items()
+        }
+        nbytes = sum(buffer.nbytes for buffers in plain.values() for buffer in buffers.values())
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        return {} if alone or nbytes > _MAX_OWN_BUFFER_BYTES else plain
 
     def _dataloader_state(self, state: AppState) -> Any:
         take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,18 @@ class ModelMap:
             )
             for slot in self.slots
         ]
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Persistent buffers by name, live."""
+        return {slot.name: slot.tensor for slot in self.slots if not slot.is_parameter}
+
+    @torch.no_grad()
+    def set_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy values into the buffers of these names."""
+        live = self.buffers()
+        for name, value in buffers.items():
+            if name in live and live[name].shape == value.shape:
+                live[name].copy_(value)
 
     def extra_state(self) -> dict[str, Any]:
         """The modules' own extra state."""

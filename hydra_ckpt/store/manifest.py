@@ -43,10 +43,12 @@ class PartRecord:
     Attributes:
         format: `safetensors`, or `distcp` (PyTorch's own files).
         files: The files, relative to the checkpoint.
+        index: For `distcp` a row for each chunk in these files; see `hydra_ckpt.storage.distcp`.
     """
 
     format: str
     files: tuple[str, ...]
+    index: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     files = {name: FileRecord(int(entry["bytes"]), entry["xxh3"]) for name, entry in body["files"].items()}
-    parts = {name: PartRecord(entry["format"], tuple(entry["files"])) for name, entry in body["parts"].items()}
+    parts = {name: PartRecord(entry["format"], tuple(entry["files"]), tuple(entry["index"])) for name, entry in body["parts"].items()}
     exports = {str(name): str(place) for name, place in body["exports"].items()}
     manifest = Manifest(**{**body, "files": files, "parts": parts, "exports": exports, "digests": tuple(body["digests"])})
     for name in [*files, *exports.values()]:

@@ -1,0 +1,222 @@
+"""`model_save_format=torch_save`: PyTorch's own `.distcp` files, written by its `FileSystemWriter`.
+
+The ranks do not plan through DCP's collectives: each writes its shares and tells the coordinator where they came to
+lie. Beside the pickled `.metadata`, which plain DCP needs, the same index stands as JSON in the manifest; that is the
+one we read. This is the one module that unpickles, and only tensors (`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.plan import CELL_BYTES, StoredChunk, StoredTensor
+from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
+from hydra_ckpt.storage.digests import Digested, digest_of
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.read import Fetch
+
+# One written chunk: tensor, element type, global shape, offsets, sizes, file, first byte, bytes.
+Row = list[Any]
+
+
+class _SharePlanner(SavePlanner):
+    """Hands this rank's shares to DCP's writer."""
+
+    def __init__(self, shares: Mapping[int, Share], sources: Mapping[int, memoryview]) -> None:
+        self._shares = {_index(share.spec.name, share.box): (share, sources[key]) for key, share in shares.items()}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing to set up."""
+
+    def create_local_plan(self) -> SavePlan:
+        """One item a share."""
+        return SavePlan([_item(index, share) for index, (share, _) in self._shares.items()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Not called: ranks have divided the work already."""
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The share's bytes as a tensor."""
+        share, source = self._shares[write_item.index]
+        return torch.frombuffer(source, dtype=TORCH_DTYPE[share.spec.dtype]).view(share.box.sizes)
+
+
+def _index(name: str, box: Box) -> MetadataIndex:
+    return MetadataIndex(name, torch.Size(box.offsets))
+
+
+def _item(index: MetadataIndex, share: Share) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(share.box.offsets), torch.Size(share.box.sizes))
+    properties = TensorProperties(dtype=TORCH_DTYPE[share.spec.dtype])
+    data = TensorWriteData(chunk, properties, torch.Size(share.spec.shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def write_shares(
+    directory: Path, shares: Mapping[int, Share], sources: Mapping[int, memoryview], rank: int
+) -> list[Row]:
+    """Write this rank's shares of one part as a `.distcp` file, durably.
+
+    Returns:
+        A row for each chunk; see `Row`.
+    """
+    if not shares:
+        return []
+    planner = _SharePlanner(shares, sources)
+    writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer.set_up_storage_writer(False, rank=rank, use_collectives=False)
+    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    results = writer.write_data(plan, planner).wait()
+    specs = {_index(share.spec.name, share.box): share for share in shares.values()}
+    rows: list[Row] = []
+    for result in results:
+        share, place = specs[result.index], result.storage_data
+        spec, box = share.spec, share.box
+        extent = [place.relative_path, place.offset, place.length]
+        rows.append([spec.name, spec.dtype, list(spec.shape), list(box.offsets), list(box.sizes), *extent])
+    if len(rows) != len(shares):
+        raise OSError(f"DCP wrote {len(rows)} of {len(shares)} tensors to {directory}")
+    return rows
+
+
+def digest_file(path: Path, file: int) -> list[Digested]:
+    """Digests of a finished file, cell by cell."""
+    records = []
+    with path.open("rb", buffering=0) as source:
+        offset = 0
+        while data := source.read(CELL_BYTES):
+            records.append(Digested(file, Region(offset, len(data)), digest_of(data)))
+            offset += len(data)
+    return records
+
+
+def finish_part(directory: Path, rows: Sequence[Row]) -> bytes:
+    """Coordinator only: write DCP's `.metadata`, durably.
+
+    Returns:
+        Its content.
+    """
+    tensors: dict[str, TensorStorageMetadata] = {}
+    results = []
+    for name, dtype, shape, offsets, sizes, file, first, length in rows:
+        properties = TensorProperties(dtype=TORCH_DTYPE[dtype])
+        known = tensors.setdefault(name, TensorStorageMetadata(properties, torch.Size(shape), []))
+        known.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        index = MetadataIndex(name, torch.Size(offsets), len(known.chunks) - 1)
+        results.append(WriteResult(index, length, _StorageInfo(file, first, length)))
+    FileSystemWriter(directory, sync_files=True).finish(Metadata(dict(tensors)), [results])
+    return (directory / ".metadata").read_bytes()
+
+
+def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str, StoredTensor]:
+    """The tensors that rows of the manifest describe.
+
+    Raises:
+        CorruptCheckpointError: A row makes no sense.
+    """
+    found: dict[str, StoredTensor] = {}
+    for row in rows:
+        try:
+            name, dtype, shape, offsets, sizes, file, first, length = row
+            spec = TensorSpec(str(name), dtype, tuple(map(int, shape)))
+            box = Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+            inside = all(0 <= a and 0 < n and a + n <= m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True))
+            if dtype not in ITEMSIZE or not inside or int(first) < 0 or int(length) <= 0:
+                raise ValueError(row)
+        except (ValueError, TypeError) as error:
+            raise CorruptCheckpointError(path, f"its index of .distcp files is damaged: {error}") from None
+        chunk = StoredChunk(box, f"{directory}/{file}", int(first))
+        known = found.get(spec.name)
+        found[spec.name] = StoredTensor(spec, (*(known.chunks if known else ()), chunk))
+    return found
+
+
+@torch.no_grad()
+def fetch_distcp(root: Path, wanted: Sequence[Fetch], lengths: Mapping[tuple[str, int], int]) -> int:
+    """Fetch boxes out of `.distcp` files.
+
+    Args:
+        root: The checkpoint's directory.
+        wanted: What to read, into what.
+        lengths: File and first byte of a chunk to its length in bytes.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        CorruptCheckpointError: A chunk is missing or is not the tensor the index says.
+    """
+    total = 0
+    for item in wanted:
+        covered = 0
+        for chunk, common in _overlaps(item):
+            length = lengths[chunk.file, chunk.offset]
+            tensor = _load(root, chunk, length, TORCH_DTYPE[item.stored.spec.dtype])
+            source, target = _narrow(tensor, common.within(chunk.box)), _narrow(item.into, common.within(item.box))
+            target.copy_(source)
+            covered += common.numel
+            total += length
+        if covered != item.box.numel:
+            raise CorruptCheckpointError(root, f"{item.stored.spec.name}: {covered} of {item.box.numel} elements are stored")
+    return total
+
+
+def _overlaps(item: Fetch) -> Iterator[tuple[StoredChunk, Box]]:
+    for chunk in item.stored.chunks:
+        common = chunk.box.intersect(item.box)
+        if common is not None:
+            yield chunk, common
+
+
+def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> torch.Tensor:
+    descriptor = open_inside(root, chunk.file)
+    try:
+        data = os.pread(descriptor, length, chunk.offset)
+    finally:
+        os.close(descriptor)
+    where = (chunk.offset, chunk.offset + length)
+    try:
+        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
+        raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)
+    return tensor
+
+
+def _narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

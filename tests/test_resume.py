@@ -1,0 +1,46 @@
+"""A run that was killed goes on exactly where an uninterrupted one would be."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_ckpt.testing import RankFailedError, run_distributed
+from tests.training import Run
+
+MODES = [
+    {"is_async": False},
+    {"is_async": True},
+    {"is_async": True, "save_consolidated": "always"},
+    {"is_async": True, "model_save_format": "torch_save"},
+]
+
+
+def _uninterrupted(directory: Path, parallel: str, options: dict[str, Any], until: int) -> dict[str, str]:
+    return Run(directory, parallel, options).train(until)
+
+
+def _killed(directory: Path, parallel: str, options: dict[str, Any]) -> None:
+    def die(step: int, callback: Any) -> None:
+        # In the middle of an epoch, two steps past the last save, which is published by then.
+        if step == 8:
+            callback.checkpointer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run(directory, parallel, options).train(20, after_step=die)
+
+
+@pytest.mark.parametrize("options", MODES, ids=["sync", "async", "async-always", "torch_save"])
+@pytest.mark.parametrize(("parallel", "world"), [("none", 1), ("ddp", 2), ("fsdp", 2)], ids=["1", "ddp2", "fsdp2"])
+def test_resumes_bitwise_after_sigkill(tmp_path: Path, parallel: str, world: int, options: dict[str, Any]) -> None:
+    expected = run_distributed(_uninterrupted, world, tmp_path / "whole", parallel, options, 13)
+    with pytest.raises(RankFailedError) as failure:
+        run_distributed(_killed, world, tmp_path / "killed", parallel, options)
+    assert all("exit code -9" in text for text in failure.value.failures.values())
+    assert (tmp_path / "killed" / "LATEST").readlink().name.endswith("_step_6")
+    resumed = run_distributed(_uninterrupted, world, tmp_path / "killed", parallel, options, 13)
+    assert resumed == expected
