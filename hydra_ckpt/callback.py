@@ -228,9 +228,7 @@ class CheckpointCallback:
             epoch = self._saved_epoch if self._saved_step == self._step else self._epoch
             self._live.wait()
             if self._live.wants(self._step, epoch):
-                self._live.save(
-                    self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True
-                )
+                self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
         self._live.drain()
         self._live.raise_failure()
 

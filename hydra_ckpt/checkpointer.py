@@ -24,9 +24,9 @@ from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.pending import PendingSave
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.staged import Staged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
-from hydra_ckpt.staged import Staged
 from hydra_ckpt.storage.staging import BufferPool
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
@@ -184,7 +184,8 @@ class Checkpointer:
             What was loaded, or None for a fresh start.
         """
         if not self.enabled:
-            return self._ignore_restore()
+            self._ignore_restore()
+            return None
         self._open_run()
         self._extractor.try_dataloader(state)
         report = self.load(state)
@@ -211,7 +212,8 @@ class Checkpointer:
             CheckpointExistsError: Training would go on below steps that are published already.
         """
         if not self.enabled:
-            return self._ignore_restore()
+            self._ignore_restore()
+            return None
         self.wait()
         wanted = self._wanted_parts(parts)
         selector = self.config.read.restore_from if restore_from is None else restore_from
@@ -235,9 +237,7 @@ class Checkpointer:
 
     def _ignore_restore(self) -> None:
         if self.config.read.restore_from not in ("auto", None):
-            log.warning(
-                "checkpoint.enabled=false: restore_from=%s is not followed", self.config.read.restore_from
-            )
+            log.warning("checkpoint.enabled=false: restore_from=%s is not followed", self.config.read.restore_from)
 
     def _load_selected(self, state: AppState, selector: str, parts: tuple[str, ...]) -> LoadReport | None:
         automatic = selector == "auto"
@@ -412,9 +412,7 @@ class Checkpointer:
         fence = self._directory.fence
         if request.adds_export:
             return AddExport(writer, self.root, request.step, request.name, fence)
-        return Save(
-            writer, self.root, request.step, request.epoch, request.metrics, fence, self._directory.point_to
-        )
+        return Save(writer, self.root, request.step, request.epoch, request.metrics, fence, self._directory.point_to)
 
     def _carry_out(
         self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int

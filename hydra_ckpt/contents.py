@@ -10,6 +10,7 @@ import torch
 from hydra_ckpt.config import ResolvedConfig
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
+from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.planning import (
     Agreement,
@@ -23,7 +24,6 @@ from hydra_ckpt.planning import (
     state_layout,
     tensors_of,
 )
-from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.saving import Content
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
@@ -106,7 +106,9 @@ class Contents:
         if key not in self._plans:
             order = self._config.write.state_dict_keys
             agreement = agree(parts, self._channel, self._stage, order)
-            layouts = tuple(self._layout(part, agreement, consolidated) for part, specs in agreement.specs.items() if specs)
+            layouts = tuple(
+                self._layout(part, agreement, consolidated) for part, specs in agreement.specs.items() if specs
+            )
             plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
             self._plans[key] = Planned(agreement, layouts, plan)
         return self._plans[key]
@@ -140,7 +142,7 @@ class Contents:
 
 
 def _is_model(part: str) -> bool:
-    return part.split("/")[0] == names.MODEL
+    return part == names.MODEL or part.startswith(f"{names.MODEL}/")
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:

@@ -134,7 +134,7 @@ class Directory:
         """Let go of the directory. Idempotent."""
         if self._heart is not None:
             self._heart.stop()
-            lease.release(self.root, self._owner)
+            lease.release(self._owner)
             self._heart = None
 
     # -- a checkpoint is published -------------------------------------------------------------------------------

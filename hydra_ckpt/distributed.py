@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
 from hydra_ckpt import errors
 from hydra_ckpt.errors import CheckpointError
@@ -157,7 +159,7 @@ class StoreChannel(Channel):
     has sent the next one, so the store does not grow.
     """
 
-    def __init__(self, store: dist.Store, lane: str, rank: int, world_size: int, limit_s: float) -> None:
+    def __init__(self, store: Store, lane: str, rank: int, world_size: int, limit_s: float) -> None:
         self.rank, self.world_size = rank, world_size
         self._store = store
         self._lane = lane
@@ -205,7 +207,7 @@ class StoreChannel(Channel):
         key = f"{self._lane}/farewell"
         try:
             if not self.is_coordinator:
-                self._store.set(f"{key}/{self.rank}", b"1")
+                self._store.set(f"{key}/{self.rank}", "1")
             else:
                 wanted = [f"{key}/{rank}" for rank in range(1, self.world_size)]
                 self._store.wait(wanted, timedelta(seconds=min(_FAREWELL_S, self._limit_s)))
@@ -249,7 +251,7 @@ class Group:
         rank: int,
         world_size: int,
         limit_s: float,
-        store: dist.TCPStore | None = None,
+        store: TCPStore | None = None,
         incarnation: str = "solo",
         votes: dist.ProcessGroup | None = None,
     ) -> None:
@@ -268,14 +270,18 @@ class Group:
         note: list[Any] = [None]
         store = None
         if rank == 0:
-            store = dist.TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)
+            # Ranks on other hosts have to reach it.
+            store = TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)  # noqa: S104
             note[0] = {"host": socket.gethostname(), "port": store.port, "incarnation": os.urandom(6).hex()}
         dist.broadcast_object_list(note, src=ranks[0], group=process_group)
         where = note[0]
         if store is None:
             store = _connect(where["host"], where["port"], limit_s)
         votes = dist.new_group(
-            ranks, backend="gloo", timeout=timedelta(seconds=limit_s), use_local_synchronization=process_group is not None
+            ranks,
+            backend="gloo",
+            timeout=timedelta(seconds=limit_s),
+            use_local_synchronization=process_group is not None,
         )
         return cls(rank, len(ranks), limit_s, store, where["incarnation"], votes)
 
@@ -289,9 +295,12 @@ class Group:
         if self._store is None:
             return SoloChannel()
         return StoreChannel(
-            self._store.clone(), f"{self._incarnation}/{lane}", self.rank, self.world_size, self.limit_s
+            self._store.clone(),  # type: ignore[attr-defined]
+            f"{self._incarnation}/{lane}",
+            self.rank,
+            self.world_size,
+            self.limit_s,
         )
-
 
     def close(self) -> None:
         """Free the gloo group, if the process groups are still up. Idempotent."""
@@ -301,7 +310,7 @@ class Group:
         self._store = None
 
 
-def _connect(host: str, port: int, limit_s: float) -> dist.TCPStore:
+def _connect(host: str, port: int, limit_s: float) -> TCPStore:
     """Reach rank 0's store: on this host through the loopback, else by its name or the job's master address."""
     if host == socket.gethostname():
         addresses = ["127.0.0.1"]
@@ -311,7 +320,7 @@ def _connect(host: str, port: int, limit_s: float) -> dist.TCPStore:
     failures = []
     for address in dict.fromkeys(addresses):
         try:
-            return dist.TCPStore(address, port, None, is_master=False, timeout=timeout)
+            return TCPStore(address, port, None, is_master=False, timeout=timeout)
         except RuntimeError as error:
             failures.append(f"{address}: {error}")
     raise CheckpointError(f"rank 0's store at port {port} cannot be reached: {'; '.join(failures)}")

@@ -20,11 +20,11 @@ from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import LocalTensor, localize
-from hydra_ckpt.storage.tree import decode, tensor_names
-from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
+from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -285,10 +285,7 @@ class Load:
     def _install(self) -> None:
         available = self._available()
         if "model" in available:
-            for name, mapped in self.extractor.maps(self.state).items():
-                mapped.set_extra_state(decode(self._shared.get("extra_state", {}).get(name, {}), self._tensors))
-                if self._same_ranks:
-                    mapped.set_buffers((self._own or {}).get("buffers", {}).get(name, {}))
+            self._install_models()
         if "optimizer" in available:
             self._install_optimizers()
         if "lr_scheduler" in available:
@@ -296,14 +293,25 @@ class Load:
             for scheduler, tree in zip(self.state.lr_schedulers, saved, strict=True):
                 scheduler.load_state_dict(decode(tree, self._tensors))
         if "extras" in available:
-            for name, extra in self.state.extras.items():
-                if name in self._shared["extras"]:
-                    extra.load_state_dict(decode(self._shared["extras"][name], self._tensors))
-                else:
-                    self._notes.append(f"extras[{name!r}] is not in the checkpoint and stays as it is")
+            self._install_extras()
         if "dataloader" in available and self._own is not None:
             self.state.dataloader.load_state_dict(self._own["dataloader"])
         self._continue_rng()
+
+    def _install_models(self) -> None:
+        """What the models have beside the tensors that are read straight into them."""
+        extra_states = self._shared.get("extra_state", {})
+        own_buffers = (self._own or {}).get("buffers", {}) if self._same_ranks else {}
+        for name, mapped in self.extractor.maps(self.state).items():
+            mapped.set_extra_state(decode(extra_states.get(name, {}), self._tensors))
+            mapped.set_buffers(own_buffers.get(name, {}))
+
+    def _install_extras(self) -> None:
+        for name, extra in self.state.extras.items():
+            if name in self._shared["extras"]:
+                extra.load_state_dict(decode(self._shared["extras"][name], self._tensors))
+            else:
+                self._notes.append(f"extras[{name!r}] is not in the checkpoint and stays as it is")
 
     def _install_optimizers(self) -> None:
         described = self._shared["optimizer"]

@@ -110,7 +110,9 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 _NO_MESH = fingerprint(())
 
 
-def _union(local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool) -> dict[str, list[TensorSpec]]:
+def _union(
+    local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool
+) -> dict[str, list[TensorSpec]]:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
     data = {part: [(spec.name, spec.dtype, spec.shape) for spec in specs] for part, specs in local.items()}
     payload = {"stage": stage, "parts": data} if leads else None
@@ -137,7 +139,9 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
                 if known[1:] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
     if clashes:
-        raise TopologyError("the ranks disagree about tensors of the same name; nothing was written. " + "; ".join(clashes))
+        raise TopologyError(
+            "the ranks disagree about tensors of the same name; nothing was written. " + "; ".join(clashes)
+        )
     return {part: list(rows.values()) for part, rows in merged.items()}
 
 
@@ -145,7 +149,9 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
     first: dict[int, tuple[int, set[tuple[str, str]]]] = {}
     for rank, payload in speaking.items():
         keys = {
-            (part, f"{name} {dtype} {list(shape)}") for part, rows in payload["parts"].items() for name, dtype, shape in rows
+            (part, f"{name} {dtype} {list(shape)}")
+            for part, rows in payload["parts"].items()
+            for name, dtype, shape in rows
         }
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:
@@ -229,7 +235,9 @@ def make_plan(
     starts = _starts(parts)
     for layout in layouts:
         items = parts.get(layout.part, ())
-        mine = {starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()}
+        mine = {
+            starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()
+        }
         all_shares.update(mine)
         if layout.distcp:
             foreign[layout.part] = mine

@@ -123,7 +123,9 @@ class DraftWriter:
             records += digest_file(draft.path / path, len(listed))
             listed.append(path)
         label = f"{self.rank:05d}"
-        self._write_small(draft.path, f"{names.DIGESTS}/{self.sidecar}-{label}.bin", encode(listed, self._headers + records))
+        self._write_small(
+            draft.path, f"{names.DIGESTS}/{self.sidecar}-{label}.bin", encode(listed, self._headers + records)
+        )
         if content.own is not None:
             self._write_small(draft.path, f"{names.PROGRESS}/rank-{label}.safetensors", content.own)
         if content.shared is not None:

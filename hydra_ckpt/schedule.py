@@ -50,7 +50,7 @@ class Schedule:
             **{f"at_steps: {step}": step for step in steps},
         }
         for name, value in numbers.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and not _is_positive(value):
                 raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a positive number")
         for name in ("every_n_steps", "every_n_epochs"):
             value = numbers[name]
@@ -83,3 +83,7 @@ class Schedule:
     def is_time_up(self, now: float, save_s: float) -> bool:
         """Whether there is just time enough left for a save that takes `save_s` seconds."""
         return self.max_run_time_s is not None and now - self._began + save_s + _MARGIN_S >= self.max_run_time_s
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

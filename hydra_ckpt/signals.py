@@ -28,7 +28,9 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
     found = []
     for item in given:
         try:
-            found.append(signal.Signals[item] if isinstance(item, str) and not item.isdigit() else signal.Signals(int(item)))
+            found.append(
+                signal.Signals[item] if isinstance(item, str) and not item.isdigit() else signal.Signals(int(item))
+            )
         except (KeyError, ValueError):
             raise CheckpointConfigError(
                 f"callbacks.checkpoint.signals: there is no signal {item!r}; give names such as SIGTERM, or numbers"

@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 class Transaction(Protocol):
     """The steps; notes, receipts and results are plain data."""
 
-    step: int
+    @property
+    def step(self) -> int:
+        """The step it is about."""
 
     def begin(self) -> dict[str, Any]:
         """Coordinator only: prepare; the note tells the others where."""
@@ -40,7 +42,9 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
     """
     step = transaction.step
     try:
-        note = channel.receive(f"waiting for step {step} to begin", _guard(transaction.begin) if channel.is_coordinator else None)
+        note = channel.receive(
+            f"waiting for step {step} to begin", _guard(transaction.begin) if channel.is_coordinator else None
+        )
         _raise_causes(step, note)
         receipt = _guard(lambda: transaction.work(note))()
         receipts = _collect(channel, step, receipt)
@@ -107,4 +111,6 @@ def _abort(transaction: Transaction, note: dict[str, Any]) -> None:
     try:
         transaction.abort(note)
     except OSError as error:
-        log.warning("what step %s left behind could not be removed and is swept at the next start: %s", transaction.step, error)
+        log.warning(
+            "what step %s left behind could not be removed and is swept at the next start: %s", transaction.step, error
+        )

@@ -26,7 +26,9 @@ def model_assets(model: nn.Module) -> dict[str, bytes]:
         return {}
     config = copy.deepcopy(model.config)
     config.architectures = [_class_name(model)]
-    config.dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None)
+    config.dtype = next(
+        (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None
+    )
     found = _saved(config)
     if model.can_generate() and model.generation_config is not None:
         found.update(_saved(copy.deepcopy(model.generation_config)))

@@ -35,8 +35,7 @@ class Box:
         """The common part, or None where there is no common element."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
         return None if any(size <= 0 for size in sizes) else Box(starts, sizes)

@@ -38,7 +38,8 @@ def _job(cfg: DictConfig) -> float:
         # In a sweep Hydra has to see the error itself, or the jobs behind this one would not run.
         if meant is None or HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        log.error("%s: %s", type(meant).__name__, meant)  # noqa: TRY400 - the message says all, a traceback hides it
+        # The message says all there is to say; a traceback would hide it.
+        log.error("%s: %s", type(meant).__name__, meant)
         sys.exit(1)
 
 

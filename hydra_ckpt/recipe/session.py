@@ -70,8 +70,9 @@ def _start_process_group(*, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(rendezvous("env://"))
-    # torchrun's store outlives a job: the next one of a sweep must not find this one's addresses in it.
-    store = PrefixStore(f"hydra_ckpt/job_{next(_groups)}", store)
+    # torchrun's store outlives a job of a sweep and a restart: neither may find the addresses of the one before in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"hydra_ckpt/attempt_{attempt}/job_{next(_groups)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
 
 

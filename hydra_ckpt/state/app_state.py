@@ -62,7 +62,9 @@ class AppState:
                 raise CheckpointConfigError(f"model[{name!r}]: names of models must be identifiers")
 
     @classmethod
-    def from_accelerator(cls, accelerator: Any, extras: Mapping[str, Any] | None = None, tokenizer: Any = None) -> AppState:
+    def from_accelerator(
+        cls, accelerator: Any, extras: Mapping[str, Any] | None = None, tokenizer: Any = None
+    ) -> AppState:
         """The objects that `accelerator.prepare` was given, unwrapped, and its gradient scaler."""
         extras = dict(extras or {})
         if accelerator.scaler is not None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
-
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CorruptCheckpointError
@@ -25,7 +24,6 @@ from hydra_ckpt.state.local import LocalTensor, localize
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
-
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 _MAX_OWN_BUFFER_BYTES = 16 << 20
@@ -71,7 +69,7 @@ class Extractor:
             return
         try:
             pack(state.dataloader.state_dict())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
             self._resumable = False
             log.warning(
                 "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
@@ -97,7 +95,10 @@ class Extractor:
         """
         maps = self.maps(state)
         stepped = {
-            id(parameter) for optimizer in state.optimizers for group in optimizer.param_groups for parameter in group["params"]
+            id(parameter)
+            for optimizer in state.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
         }
         parts = {part_of(name): mapped.locals(stepped) for name, mapped in maps.items()}
         shared: dict[str, Any] = {}

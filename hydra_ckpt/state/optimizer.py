@@ -21,7 +21,9 @@ from hydra_ckpt.storage.tree import encode
 SEPARATOR = ":"
 
 
-def describe(optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def describe(
+    optimizers: Sequence[Optimizer], names: Mapping[int, str]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Options and state of all optimizers.
 
     Args:
@@ -100,7 +102,9 @@ def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], na
         if saved.get(place) != live.get(place):
             only_saved = sorted(saved.get(place, set()) - live.get(place, set()))
             only_live = sorted(live.get(place, set()) - saved.get(place, set()))
-            different[place] = f"only in the checkpoint: {only_saved or 'nothing'}; only in the optimizer: {only_live or 'nothing'}"
+            different[place] = (
+                f"only in the checkpoint: {only_saved or 'nothing'}; only in the optimizer: {only_live or 'nothing'}"
+            )
     if different:
         raise KeyMismatchError(
             "optimizer",
@@ -110,8 +114,10 @@ def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], na
 
 
 def targets(
-    described: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    optimizers: Sequence[Optimizer], names: Mapping[int, str],
+    described: Mapping[str, Any],
+    tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    optimizers: Sequence[Optimizer],
+    names: Mapping[int, str],
 ) -> dict[str, torch.Tensor]:
     """A tensor to read each saved state tensor into: the live one where it fits, else a fresh one of its kind.
 
@@ -143,7 +149,12 @@ def targets(
 
 
 def _fresh(
-    name: str, parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dims: list[int | None] | None, on_device: bool
+    name: str,
+    parameter: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    dims: list[int | None] | None,
+    on_device: bool,
 ) -> torch.Tensor:
     """A state tensor as the optimizer itself would have created it for this parameter."""
     parameter = parameter.detach()

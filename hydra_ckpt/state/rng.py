@@ -12,7 +12,7 @@ import torch
 def capture() -> dict[str, Any]:
     """The state of every generator; resuming from it gives the same numbers."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()  # untested on GPU
     return state
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -83,7 +83,9 @@ class SafetensorsWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called by DCP on every rank."""
         if not kwargs.get("use_collectives", True):
-            raise CheckpointConfigError("SafetensorsWriter needs the ranks to plan together: save with use_collectives=True")
+            raise CheckpointConfigError(
+                "SafetensorsWriter needs the ranks to plan together: save with use_collectives=True"
+            )
         self._rank = kwargs.get("rank") or 0
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -104,7 +106,9 @@ class SafetensorsWriter(StorageWriter):
         self._layouts = tuple(lay_out(groups, STATE, "model")) if groups else ()
         covered = sum(_plan(self._layouts, _shares(plan.items)).coverage for plan in plans) % (1 << 64)
         if covered != full_coverage(self._layouts):
-            raise CheckpointError("the shards of the state dict do not cover every tensor exactly once; nothing was written")
+            raise CheckpointError(
+                "the shards of the state dict do not cover every tensor exactly once; nothing was written"
+            )
         self._files.make_dir(self._path.parent)
         self._draft = create_draft(self._files, self._path.parent, self._path.name)
         for directory in (STATE, names.DIGESTS):
@@ -225,5 +229,7 @@ def _object(planner: SavePlanner, item: WriteItem) -> Any:
     tensors: dict[str, torch.Tensor] = {}
     value = encode_value(planner.lookup_object(item.index), item.index.fqn, tensors)
     if tensors:
-        raise CheckpointError(f"{item.index.fqn}: holds tensors inside another object; save them under keys of their own")
+        raise CheckpointError(
+            f"{item.index.fqn}: holds tensors inside another object; save them under keys of their own"
+        )
     return value

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -152,7 +151,9 @@ def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str,
             name, dtype, shape, offsets, sizes, file, first, length = row
             spec = TensorSpec(str(name), dtype, tuple(map(int, shape)))
             box = Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
-            inside = all(0 <= a and 0 < n and a + n <= m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True))
+            inside = all(
+                a >= 0 and n > 0 and a + n <= m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True)
+            )
             if dtype not in ITEMSIZE or not inside or int(first) < 0 or int(length) <= 0:
                 raise ValueError(row)
         except (ValueError, TypeError) as error:
@@ -189,7 +190,9 @@ def fetch_distcp(root: Path, wanted: Sequence[Fetch], lengths: Mapping[tuple[str
             covered += common.numel
             total += length
         if covered != item.box.numel:
-            raise CorruptCheckpointError(root, f"{item.stored.spec.name}: {covered} of {item.box.numel} elements are stored")
+            raise CorruptCheckpointError(
+                root, f"{item.stored.spec.name}: {covered} of {item.box.numel} elements are stored"
+            )
     return total
 
 
@@ -209,7 +212,7 @@ def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> to
     where = (chunk.offset, chunk.offset + length)
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damage leads to
         raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
         raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)

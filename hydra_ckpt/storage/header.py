@@ -54,7 +54,11 @@ def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CorruptCheckpointError(
-                path, "the header is longer than the file", byte_range=(0, 8), expected=f"at most {size - 8}", found=length
+                path,
+                "the header is longer than the file",
+                byte_range=(0, 8),
+                expected=f"at most {size - 8}",
+                found=length,
             )
         text = os.pread(descriptor, length, 8)
     finally:
@@ -128,7 +132,7 @@ def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
 
 def _boxes(
     metadata: dict[str, str], fail: Callable[[str], CorruptCheckpointError]
-) -> dict[str, tuple[list[int], list[int]]] | None:
+) -> dict[str, Any] | None:
     if BOXES_KEY not in metadata:
         return None
     try:
@@ -144,7 +148,7 @@ def _stored(
     spec: TensorSpec,
     file: str,
     offset: int,
-    boxes: dict[str, tuple[list[int], list[int]]] | None,
+    boxes: dict[str, Any] | None,
     fail: Callable[[str], CorruptCheckpointError],
 ) -> StoredTensor:
     if boxes is None:

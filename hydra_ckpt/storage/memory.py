@@ -11,7 +11,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if flat.numel() == 0:
         return memoryview(bytearray())
     # A bool tensor is one byte an element already, and view() would refuse it under some element types.
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:

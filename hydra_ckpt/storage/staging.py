@@ -143,7 +143,7 @@ def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     devices = {source.device for _, source in pairs if source.is_cuda}
     streams = {}
     for device in devices:  # untested on GPU
-        streams[device] = torch.cuda.Stream(device)
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         streams[device].wait_event(torch.cuda.current_stream(device).record_event())
     for target, source in pairs:
         if source.is_cuda:

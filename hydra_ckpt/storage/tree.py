@@ -119,7 +119,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "set": set,
     "ordered": OrderedDict,
     "counter": Counter,
-    "map": lambda pairs: {key: value for key, value in pairs},
+    "map": dict,
     "bytes": base64.b64decode,
     "ndarray": lambda tensor: tensor.numpy(),
     "scalar": lambda pair: np.dtype(pair[0]).type(pair[1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +137,7 @@ class Catalog:
 
 def _rates(checkpoint: Checkpoint, key: str) -> bool:
     value = checkpoint.metrics.get(key)
-    return isinstance(value, float | int) and value == value and abs(value) != float("inf")
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def scan(root: Path) -> Catalog:

@@ -96,7 +96,7 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
             # An earlier Checkpointer of this very process: alive until it was closed.
             return other.incarnation not in _RELEASED
         try:
-            return abs(psutil.Process(other.pid).create_time() - other.started) < 1
+            return bool(abs(psutil.Process(other.pid).create_time() - other.started) < 1)
         except psutil.NoSuchProcess:
             return False
     if other.job and other.job == owner.job:
@@ -108,7 +108,7 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
 _RELEASED: set[str] = set()
 
 
-def release(root: Path, owner: Owner) -> None:
+def release(owner: Owner) -> None:
     """Let go of the directory; the record of who wrote it stays."""
     _RELEASED.add(owner.incarnation)
 
@@ -123,7 +123,8 @@ def check(root: Path, owner: Owner) -> None:
     if record is None or record[0].incarnation != owner.incarnation:
         holder = f"host {record[0].host}, process {record[0].pid}" if record else "nobody (owner.json is gone)"
         raise CheckpointError(
-            f"{root} is no longer held by this run but by {holder}; this process was taken for dead and must not publish"
+            f"{root} is no longer held by this run but by {holder}; "
+            "this process was taken for dead and must not publish"
         )
 
 

@@ -157,9 +157,14 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     files = {name: FileRecord(int(entry["bytes"]), entry["xxh3"]) for name, entry in body["files"].items()}
-    parts = {name: PartRecord(entry["format"], tuple(entry["files"]), tuple(entry["index"])) for name, entry in body["parts"].items()}
+    parts = {
+        name: PartRecord(entry["format"], tuple(entry["files"]), tuple(entry["index"]))
+        for name, entry in body["parts"].items()
+    }
     exports = {str(name): str(place) for name, place in body["exports"].items()}
-    manifest = Manifest(**{**body, "files": files, "parts": parts, "exports": exports, "digests": tuple(body["digests"])})
+    manifest = Manifest(
+        **{**body, "files": files, "parts": parts, "exports": exports, "digests": tuple(body["digests"])}
+    )
     for name in [*files, *exports.values()]:
         if not _is_inside(name):
             raise CorruptCheckpointError(path, f"the file name {name!r} leads out of the checkpoint")

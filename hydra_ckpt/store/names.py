@@ -11,7 +11,7 @@ OWNER = "owner.json"
 LATEST = "LATEST"
 BEST = "BEST"
 # In a draft: the coordinator's token. In a checkpoint: its pointers have not been moved yet.
-TOKEN = ".token"
+TOKEN = ".token"  # noqa: S105
 
 MODEL = "model"
 CONSOLIDATED = "consolidated"

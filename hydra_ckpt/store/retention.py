@@ -106,6 +106,6 @@ def retire(files: Files, checkpoint: Checkpoint) -> Path:
         The hidden directory to delete.
     """
     hidden = checkpoint.path.with_name(names.hidden_name(checkpoint.name, "deleting"))
-    files.unlink(checkpoint.path / names.MANIFEST)
+    # One rename: there is no moment at which half a checkpoint is to be seen.
     files.rename(checkpoint.path, hidden)
     return hidden

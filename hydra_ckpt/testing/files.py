@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ class Operation:
         kind: Name of the method of `Files` or `OpenFile`.
         path: What it changed.
         args: Its other arguments; data as bytes.
+        at: When, in nanoseconds of this host's monotonic clock: puts the operations of several ranks in order.
     """
 
     kind: str
     path: Path
     args: tuple[Any, ...] = ()
+    at: int = field(default_factory=time.monotonic_ns)
 
 
 class _Tap(OpenFile):
