@@ -122,6 +122,8 @@ class Checkpointer:
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self.stats = Stats()
         self._pending: PendingSave | None = None
+        self._best_value: float | None = None
+        self._longest_save_s = 0.0
         self._closed = not config.write.enabled
         if self._closed:
             return
@@ -133,7 +135,7 @@ class Checkpointer:
         )
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
-        self._extractor = Extractor()
+        self._extractor = Extractor(config.write.is_peft)
         self._contents = Contents(config, self._channel, pp_rank)
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
@@ -144,8 +146,6 @@ class Checkpointer:
         self._published: set[str] = set()
         self._exported: set[str] = set()
         self._opened = self._settled = False
-        self._best_value: float | None = None
-        self._longest_save_s = 0.0
 
     @property
     def enabled(self) -> bool:
@@ -346,7 +346,11 @@ class Checkpointer:
 
     def _request(self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool) -> SaveRequest:
         mode = self.config.write.consolidated
-        consolidated = mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+        consolidated = (
+            mode is SaveConsolidatedMode.EVERY
+            or (mode is SaveConsolidatedMode.FINAL and is_final)
+            or self.config.write.is_peft  # an adapter is small; it is written whole at every save
+        )
         name = names.checkpoint_name(epoch, step)
         adds = is_final and consolidated and name in self._published and name not in self._exported
         return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds)

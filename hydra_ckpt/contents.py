@@ -16,6 +16,7 @@ from hydra_ckpt.planning import (
     Agreement,
     PartLayout,
     agree,
+    adapter_layout,
     consolidated_layout,
     distcp_layout,
     make_plan,
@@ -119,6 +120,8 @@ class Contents:
         if not _is_model(part):
             nbytes = sum(spec.nbytes for spec in agreement.specs[part])
             return state_layout(part, nbytes, self._channel.world_size)
+        if self._config.write.is_peft:
+            return adapter_layout(part)
         if consolidated:
             return consolidated_layout(part, self._config.hub.diffusers_compatible)
         return shard_layout(part)

@@ -206,6 +206,11 @@ def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
     return PartLayout(part, f"{part}/{names.CONSOLIDATED}", stem)
 
 
+def adapter_layout(part: str) -> PartLayout:
+    """A directory as peft writes it: one file, whatever its size."""
+    return PartLayout(part, f"{part}/{names.CONSOLIDATED}", "adapter_model", max_bytes=1 << 62)
+
+
 def shard_layout(part: str) -> PartLayout:
     """One file a rank."""
     return PartLayout(part, part, "shard", own=True)

@@ -13,13 +13,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.peft import adapter_config, is_peft_model
 
 
 def model_assets(model: nn.Module) -> dict[str, bytes]:
-    """Configuration files of a transformers model, as its own `save_pretrained` would write them; else none.
+    """Configuration files of a transformers model or a PEFT adapter, as its own `save_pretrained` would write them; else none.
 
     The live model's configuration is not touched.
     """
+    if is_peft_model(model):
+        return _saved(adapter_config(model))
     model = unwrap(model)
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):

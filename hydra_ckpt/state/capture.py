@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CorruptCheckpointError
@@ -22,6 +23,7 @@ from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import LocalTensor, localize
 from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.peft import check_kind, keep_adapter
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
 
@@ -48,8 +50,13 @@ class Captured:
 
 @dataclass
 class Extractor:
-    """Takes AppStates apart; keeps the map of a model, which is walked only once."""
+    """Takes AppStates apart; keeps the map of a model, which is walked only once.
 
+    Args:
+        is_peft: Whether models are PeftModels, of which only the adapter is stored.
+    """
+
+    is_peft: bool = False
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
     _resumable: bool = True
@@ -58,7 +65,7 @@ class Extractor:
         """Model name to where its tensors live."""
         identity = tuple(id(module) for modules in state.models.values() for module in modules)
         if identity != self._mapped:
-            self._maps = {name: ModelMap.of(modules) for name, modules in state.models.items()}
+            self._maps = {name: self._map(modules) for name, modules in state.models.items()}
             self._mapped = identity
         return self._maps
 
@@ -79,12 +86,20 @@ class Extractor:
                 error,
             )
 
+    def _map(self, modules: list[nn.Module]) -> ModelMap:
+        for module in modules:
+            check_kind(module, self.is_peft)
+        mapped = ModelMap.of(modules)
+        if self.is_peft:
+            keep_adapter(mapped, modules[0])
+        return mapped
+
     def parameter_names(self, state: AppState) -> dict[int, str]:
         """Identity of every parameter to its name, with the model's name before it where there are several."""
         return {
             identity: f"{model}/{name}" if model else name
             for model, mapped in self.maps(state).items()
-            for identity, name in mapped.parameter_names().items()
+            for identity, name in mapped.names.items()
         }
 
     def capture(self, state: AppState) -> Captured:

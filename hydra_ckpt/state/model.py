@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class ModelMap:
     Attributes:
         slots: One place for each stored tensor, in the model's order.
         aliases: Other names of tied tensors, to the name they are stored under.
+        fsdp_modules: The modules that FSDP2 shards.
+        names: Identity of every parameter to its canonical name, whether it is stored or not.
         extra_states: Modules with state beyond tensors (`get_extra_state`), by canonical name.
     """
 
@@ -70,6 +72,7 @@ class ModelMap:
     aliases: dict[str, str] = field(default_factory=dict)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     fsdp_modules: list[FSDPModule] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -115,7 +118,14 @@ class ModelMap:
         for names in by_tensor.values():
             chosen = next((slot for slot in names if slot.name not in tied), names[0])
             self.slots.append(chosen)
+            if chosen.is_parameter:
+                self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
+
+    def keep(self, renamed: Mapping[str, str]) -> None:
+        """Store only these tensors, under other names."""
+        self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
+        self.extra_states = {}
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
@@ -160,7 +170,3 @@ class ModelMap:
         for name, state in states.items():
             if name in self.extra_states:
                 self.extra_states[name].set_extra_state(state)
-
-    def parameter_names(self) -> dict[int, str]:
-        """Identity of a parameter to its name."""
-        return {id(slot.tensor): slot.name for slot in self.slots if slot.is_parameter}

@@ -1,0 +1,57 @@
+"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints. Nothing here changes a directory.
+
+Exit codes: 0 all is well, 1 something was found to be wrong, 2 the tool was asked for something it cannot do.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import hydra_ckpt
+from hydra_ckpt.cli.list import list_checkpoints
+from hydra_ckpt.cli.verify import verify_checkpoints
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hydra-ckpt",
+    help="Looks into checkpoint directories. Nothing is ever changed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hydra-ckpt {hydra_ckpt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Looks into checkpoint directories. Nothing is ever changed."""
+
+
+app.command("list")(list_checkpoints)
+app.command("verify")(verify_checkpoints)
+
+
+def main() -> None:
+    """Entry point of the console script. An error raised on purpose ends as its message, without a traceback."""
+    try:
+        app()
+    except CheckpointError as error:
+        print(f"hydra-ckpt: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, CheckpointNotFoundError) else 1)
+    except OSError as error:
+        print(f"hydra-ckpt: {error}", file=sys.stderr)
+        sys.exit(2)

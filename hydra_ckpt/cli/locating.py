@@ -1,0 +1,57 @@
+"""From what a user names to the checkpoints that are meant. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointNotFoundError
+from hydra_ckpt.store import names
+
+__all__ = ["Located", "locate"]
+
+# Where a run keeps its checkpoints unless it is told otherwise.
+_DEFAULT_DIRECTORY = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a path on the command line means.
+
+    Attributes:
+        root: The checkpoint directory.
+        only: The name of the one checkpoint that was named; None for all of the directory.
+    """
+
+    root: Path
+    only: str | None
+
+    def wants(self, name: str) -> bool:
+        """Whether this checkpoint is among those meant."""
+        return self.only is None or name == self.only
+
+
+def locate(given: Path) -> Located:
+    """Find the checkpoint directory behind a path, which may be that directory, a run's, or one checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: There is no such directory, or it holds nothing of ours.
+    """
+    path = given.resolve()
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise CheckpointNotFoundError(f"{given} {what}; name a checkpoint directory, a run directory or a checkpoint")
+    if names.is_checkpoint_name(path.name) or (path / names.MANIFEST).exists():
+        return Located(path.parent, path.name)
+    for root in (path, path / _DEFAULT_DIRECTORY):
+        if _holds_checkpoints(root):
+            return Located(root, None)
+    raise CheckpointNotFoundError(
+        f"{given} holds no checkpoints: there is no epoch_<epoch>_step_<step> in it or in its {_DEFAULT_DIRECTORY}/. "
+        "Name the run's checkpoint_dir"
+    )
+
+
+def _holds_checkpoints(root: Path) -> bool:
+    entries = root.iterdir() if root.is_dir() else ()
+    return any(names.is_checkpoint_name(path.name) or names.parse_hidden(path.name) for path in entries)

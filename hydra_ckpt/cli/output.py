@@ -1,0 +1,48 @@
+"""What the verbs share in printing. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+from rich.console import Console
+
+__all__ = ["console", "print_json", "shown_size", "shown_time"]
+
+# Where nobody looks at a terminal, lines are for other programs and must not be broken.
+_ENDLESS = 1000
+
+
+def console() -> Console:
+    """Standard output; as wide as its terminal, or without an end where it is none."""
+    return Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON that every reader takes: NaN and infinities, which it does not know, become null."""
+    print(json.dumps(_finite(data), indent=2, ensure_ascii=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def shown_size(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def shown_time(seconds: float) -> str:
+    """Unix time as local time, to the minute."""
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,256 @@
+"""`hydra-ckpt verify`: every byte of a checkpoint against the digests taken when it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from hydra_ckpt.cli.locating import Located, locate
+from hydra_ckpt.cli.output import console, print_json, shown_size
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.manifest import read_sealed
+
+if TYPE_CHECKING:
+    from hydra_ckpt.storage.verify import Check
+
+__all__ = ["verify_checkpoints"]
+
+# Pieces read between two looks at the progress bar.
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """Something that is not as it was written.
+
+    Attributes:
+        file: Relative to the checkpoint; empty where the checkpoint as a whole is meant.
+        byte_range: Half-open, or None for the whole file.
+        problem: What is wrong, with the place.
+    """
+
+    file: str
+    byte_range: tuple[int, int] | None
+    problem: str
+
+    @classmethod
+    def of(cls, root: Path, error: Exception) -> _Finding:
+        """From the error a reader would raise."""
+        if not isinstance(error, CorruptCheckpointError):
+            return cls("", None, str(error))
+        path = Path(error.file)
+        file = str(path.relative_to(root)) if path.is_relative_to(root) else error.file
+        return cls("" if file == "." else file, error.byte_range, str(error))
+
+
+@dataclass
+class _Verdict:
+    """The result for one checkpoint.
+
+    Attributes:
+        path: The checkpoint.
+        read_bytes: Bytes compared with a digest.
+        findings: All that is wrong.
+    """
+
+    path: Path
+    read_bytes: int = 0
+    findings: list[_Finding] = field(default_factory=list)
+
+    def note(self, error: Exception) -> None:
+        """Add a finding."""
+        self.findings.append(_Finding.of(self.path, error))
+
+    def as_data(self) -> dict[str, Any]:
+        """For `--json`."""
+        findings = [{"file": item.file, "bytes": item.byte_range, "problem": item.problem} for item in self.findings]
+        return {
+            "name": self.path.name,
+            "path": str(self.path),
+            "whole": not self.findings,
+            "bytes": self.read_bytes,
+            "findings": findings,
+        }
+
+
+def verify_checkpoints(
+    directory: Annotated[
+        Path, typer.Argument(help="A checkpoint, a checkpoint directory, or a run directory with checkpoints/ in it.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read every byte of a checkpoint, or of all in a directory, and compare it with what was written.
+
+    Exit code 1: something is damaged.
+    """
+    located = locate(directory)
+    paths = list(_paths(located))
+    if not paths:
+        raise CheckpointNotFoundError(f"{located.root} holds no checkpoints, so there is nothing to verify")
+    with _bar(hidden=as_json) as bar:
+        verdicts = [_verify(path, bar) for path in paths]
+    # A run may be pruning meanwhile: what is gone by now was never damaged.
+    verdicts = [verdict for verdict in verdicts if verdict.path.exists()]
+    whole = not any(verdict.findings for verdict in verdicts)
+    if as_json:
+        found = [verdict.as_data() for verdict in verdicts]
+        print_json({"directory": str(located.root), "whole": whole, "checkpoints": found})
+    else:
+        _show(verdicts, console())
+    raise typer.Exit(0 if whole else 1)
+
+
+def _paths(located: Located) -> Iterator[Path]:
+    if located.only is not None:
+        yield located.root / located.only
+        return
+    found = [path for path in located.root.iterdir() if names.is_checkpoint_name(path.name)]
+    yield from sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_order)
+
+
+def _order(path: Path) -> tuple[int, str]:
+    return names.step_of(path.name), path.name
+
+
+def _bar(*, hidden: bool) -> Progress:
+    errors = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=errors,
+        transient=True,
+        disable=hidden or not errors.is_terminal,
+    )
+
+
+def _verify(path: Path, bar: Progress) -> _Verdict:
+    """Everything that is wrong with one checkpoint, from the outside in."""
+    verdict = _Verdict(path)
+    try:
+        checkpoint = Checkpoint.open(path)
+    except (CheckpointError, OSError) as error:
+        verdict.note(error)
+        return verdict
+    _check_metrics(checkpoint, verdict)
+    _check_sizes(checkpoint, verdict)
+    _check_bytes(checkpoint, verdict, bar)
+    _check_headers(checkpoint, verdict)
+    return verdict
+
+
+def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
+    """Metrics that were added later stand beside the manifest, in a file that carries its own digest."""
+    try:
+        read_sealed(checkpoint.path / names.METRICS)
+    except FileNotFoundError:
+        return
+    except (CheckpointError, OSError) as error:
+        verdict.note(error)
+
+
+def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
+    for name, record in checkpoint.manifest.files.items():
+        path = checkpoint.path / name
+        if not path.is_file():
+            verdict.note(CorruptCheckpointError(path, "the file is missing"))
+        elif (size := path.stat().st_size) != record.bytes:
+            problem = "the file has another size"
+            verdict.note(CorruptCheckpointError(path, problem, expected=record.bytes, found=size))
+
+
+def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
+    from hydra_ckpt.storage.verify import findings
+
+    # What a missing or cut file lacks has been said; its remaining bytes would only repeat it.
+    known = {finding.file for finding in verdict.findings}
+    wanted = [check for check in _checks(checkpoint, verdict) if check.file not in known]
+    task = bar.add_task(checkpoint.name, total=sum(check.region.nbytes for check in wanted))
+    remaining = iter(wanted)
+    while batch := list(islice(remaining, _BATCH)):
+        with _noting(verdict):
+            for error in findings(checkpoint.path, batch):
+                verdict.note(error)
+        nbytes = sum(check.region.nbytes for check in batch)
+        verdict.read_bytes += nbytes
+        bar.advance(task, nbytes)
+    bar.remove_task(task)
+
+
+@contextmanager
+def _noting(verdict: _Verdict) -> Iterator[None]:
+    """A disk that cannot be read is a finding like any other."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        verdict.note(error)
+
+
+def _checks(checkpoint: Checkpoint, verdict: _Verdict) -> Sequence[Check]:
+    """What is to be compared; without a sidecar of digests only what the manifest itself vouches for."""
+    from hydra_ckpt.storage.verify import checks
+
+    manifest = checkpoint.manifest
+    known = {finding.file for finding in verdict.findings}
+    if known.isdisjoint(manifest.digests):
+        try:
+            return checks(checkpoint.path, manifest.files, manifest.digests)
+        except (CheckpointError, OSError) as error:
+            verdict.note(error)
+            known.add(verdict.findings[-1].file)
+    vouched = {name: record for name, record in manifest.files.items() if record.xxh3 and name not in known}
+    return checks(checkpoint.path, vouched, ())
+
+
+def _check_headers(checkpoint: Checkpoint, verdict: _Verdict) -> None:
+    """That headers and index describe exactly the bytes there are; a damaged byte in them has been found before."""
+    from hydra_ckpt.storage.distcp import stored_tensors
+    from hydra_ckpt.storage.header import read_tensors
+
+    known = {finding.file for finding in verdict.findings}
+    for name, part in checkpoint.manifest.parts.items():
+        with _noting(verdict):
+            if part.format == "distcp":
+                stored_tensors(checkpoint.path / names.MANIFEST, name, part.index)
+            elif known.isdisjoint(part.files):
+                read_tensors(checkpoint.path, list(part.files))
+
+
+def _show(verdicts: Sequence[_Verdict], out: Console) -> None:
+    for verdict in verdicts:
+        name, size = verdict.path.name, shown_size(verdict.read_bytes)
+        if not verdict.findings:
+            out.print(f"{name}: whole, {size} compared", style="green", markup=False, soft_wrap=True)
+            continue
+        out.print(f"{name}: damaged, {len(verdict.findings)} findings", style="red", markup=False, soft_wrap=True)
+        for finding in verdict.findings:
+            out.print(f"  {finding.problem}", markup=False, soft_wrap=True)
+        out.print(f"  {_remedy(verdict, verdicts)}", style="bold", markup=False, soft_wrap=True)
+
+
+def _remedy(verdict: _Verdict, verdicts: Sequence[_Verdict]) -> str:
+    """What to do, in one line."""
+    files = {finding.file for finding in verdict.findings}
+    if files == {names.METRICS}:
+        return f"Only metrics are affected. Delete {names.METRICS} in it to go on without those added after the save."
+    text = "Put the checkpoint back from a copy, or delete its directory."
+    if all(file.startswith(f"{names.DIGESTS}/") for file in files):
+        text = (
+            "Digests are damaged, so nobody can tell whether the tensors are whole. " + text + " To load it all the "
+            "same, unchecked: checkpoint.verify_on_load=false."
+        )
+    others = [other.path.name for other in verdicts if not other.findings]
+    if others:
+        text += f" A run with restore_from=auto passes it over; the newest whole one here is {others[-1]}."
+    return text
