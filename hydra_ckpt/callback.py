@@ -88,7 +88,7 @@ class CheckpointCallback:
         self._metrics: dict[str, float] = {}
         self._best: float | None = None
         self._should_stop = False
-        self._ended = False
+        self._prepared = False
 
     # -- what the loop may ask -----------------------------------------------------------------------------------
 
@@ -180,6 +180,10 @@ class CheckpointCallback:
         self._should_stop = self._should_stop or raised[_Flag.STOP]
         if self._should_stop or raised[_Flag.DUE] or self._schedule.is_due_at(step):
             return self._save()
+        if not self._prepared and self._state is not None:
+            # Only now does all of the optimizer's state exist.
+            self._live.prepare(self._state)
+        self._prepared = True
         return None
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
@@ -221,7 +225,6 @@ class CheckpointCallback:
 
         After `should_stop` the run is not complete: nothing is saved, only waited for.
         """
-        self._ended = True
         if self._live is None or self._state is None:
             return
         if not self._should_stop and self._step > 0:

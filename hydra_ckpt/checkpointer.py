@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
 from hydra_ckpt.staged import Staged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
-from hydra_ckpt.storage.staging import BufferPool
+from hydra_ckpt.storage.staging import BufferPool, staged_bytes
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.transaction import Transaction, perform
@@ -141,6 +142,8 @@ class Checkpointer:
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._hooks: list[Any] = []
+        self._warm = threading.Event()
+        self._warm.set()
         self._start_step: int | None = None
         self._passed_over: dict[str, str] = {}
         self._published: set[str] = set()
@@ -387,6 +390,29 @@ class Checkpointer:
         self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged, written))
         return pending
 
+    def prepare(self, state: AppState) -> None:
+        """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves.
+
+        Worth calling once all state exists, that is behind the first optimizer step; the first save then finds
+        warm memory. Without it the first save does this work itself.
+        """
+        if not self.enabled or not self.config.write.is_async:
+            return
+        request = self._request(0, 0, None, is_final=False)
+        captured, error = self._capture(state, request)
+        self._channel.raise_together("taking the state apart", error)
+        assert captured is not None  # raise_together has raised otherwise
+        _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
+        nbytes = staged_bytes(sources.tensors)
+        self._warm.clear()
+        self._worker.submit(lambda: self._prewarm(nbytes))
+
+    def _prewarm(self, nbytes: int) -> None:
+        try:
+            self._pool.prewarm(nbytes)
+        finally:
+            self._warm.set()
+
     def _capture(self, state: AppState, request: SaveRequest) -> tuple[Captured | None, Exception | None]:
         """Take the state apart; an error is handed on, because the other ranks have to hear of it."""
         try:
@@ -399,6 +425,7 @@ class Checkpointer:
         """Copy what training may change before the next optimizer step; look at the rest where it lies."""
         if not self.config.write.is_async:
             return Staged.borrowed(sources)
+        self._warm.wait()
         self._hook(state)
         wait = self.config.write.wait_for_staging
         return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hydra_ckpt.store.manifest import seal
 from hydra_ckpt.store.pointers import move_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint_latest, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
-from hydra_ckpt.worker import Heart
+from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Directory:
         self._policies = policies(keep.retention, keep.max_recent)
         self._owner = lease.Owner.here(run or "")
         self._heart: Heart | None = None
+        self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = keep.best_metric_key
 
@@ -132,6 +134,8 @@ class Directory:
 
     def close(self) -> None:
         """Let go of the directory. Idempotent."""
+        if self._janitor is not None:
+            self._janitor.close()
         if self._heart is not None:
             self._heart.stop()
             lease.release(self._owner)
@@ -166,11 +170,13 @@ class Directory:
         self._consider(checkpoint)
 
     def prune(self) -> None:
-        """Unpublish what no policy keeps and no pointer leads to, then delete it."""
+        """Unpublish what no policy keeps and no pointer leads to; it is deleted in a thread of its own."""
         if not self._policies:
             return
+        if self._janitor is None:
+            self._janitor = Worker("hydra_ckpt-delete")
         catalog = scan(self.root)
         context = Context(self._metric, self._keep.best_metric_mode, time.time())
-        hidden = [retire(self.files, item) for item in superfluous(catalog, self._policies, context)]
-        for path in hidden:
-            discard(self.files, path)
+        for item in superfluous(catalog, self._policies, context):
+            hidden = retire(self.files, item)
+            self._janitor.submit(partial(discard, self.files, hidden))

@@ -26,7 +26,7 @@ class Worker:
         farewell: Called in the thread before it leaves.
     """
 
-    def __init__(self, name: str, farewell: Job) -> None:
+    def __init__(self, name: str, farewell: Job | None = None) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._farewell = farewell
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
@@ -63,7 +63,8 @@ class Worker:
             except Exception:
                 log.exception("a background job of hydra_ckpt failed")
             del job  # what it holds (buffers, models) must not outlive it in an idle thread
-        self._farewell()
+        if self._farewell is not None:
+            self._farewell()
 
 
 class Heart:

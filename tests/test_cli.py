@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_list_shows_a_whole_directory(name: str, run_dir: Callable[[str], Path],
     assert list(lines) == [FIRST, SECOND, LAST]
     assert "val_loss 0.9" in lines[FIRST]
     assert "val_loss 0.25" in lines[SECOND]
-    assert lines[SECOND].endswith("BEST")
+    assert lines[SECOND].rstrip().endswith("BEST")
     assert lines[LAST].rstrip().endswith("LATEST")
     assert ("distcp" in lines[LAST]) == (name == "torch_save")
     assert ("yes" in lines[LAST]) == (name == "consolidated")
@@ -288,6 +289,21 @@ def test_verify_finds_a_flipped_bit(kind: str, run_dir: Callable[[str], Path], t
     # The damaged one alone, and its sound neighbour alone.
     assert tool("verify", root / SECOND).code == 1
     assert tool("verify", root / FIRST).code == 0
+
+
+@pytest.mark.parametrize("name", ["consolidated", "shards", "torch_save"])
+def test_no_bit_of_any_file_goes_unwatched(
+    name: str, run_dir: Callable[[str], Path], tool: Callable[..., Result]
+) -> None:
+    checkpoint = run_dir(name) / "checkpoints" / SECOND
+    draw = random.Random(name)
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        for _ in range(4):
+            position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+            flip(path, position, bit)
+            assert tool("verify", checkpoint).code == 1, f"bit {bit} of byte {position} of {path}"
+            flip(path, position, bit)
+    assert tool("verify", checkpoint).code == 0
 
 
 def test_a_finding_names_file_range_and_remedy(run_dir: Callable[..., Path], tool: Callable[..., Result]) -> None:

@@ -551,9 +551,7 @@ def test_a_part_that_does_not_exist_is_a_configuration_error(tmp_path: Path) -> 
         engine.load(AppState(model), parts=["optimiser"])
 
 
-def test_a_data_loader_that_cannot_tell_its_place_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_data_loader_that_cannot_tell_its_place_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Hopeless:
         def state_dict(self) -> Any:
             raise NotImplementedError("no place")

@@ -91,9 +91,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [4, 8])
         loader = DataLoader(Samples(), batch_size=2, shuffle=True, num_workers=self.workers, drop_last=True)
         self.loader = resumable(loader, seed=3, rank=rank, world_size=world)
-        self.state = AppState(
-            self.model, self.optimizer, self.scheduler, self.loader, extras={"ema": self.ema}
-        )
+        self.state = AppState(self.model, self.optimizer, self.scheduler, self.loader, extras={"ema": self.ema})
         random.seed(rank)
         np.random.seed(rank)
         torch.manual_seed(100 + rank)

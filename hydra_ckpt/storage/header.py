@@ -130,9 +130,7 @@ def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
     return json.dumps(body, separators=(",", ":"))
 
 
-def _boxes(
-    metadata: dict[str, str], fail: Callable[[str], CorruptCheckpointError]
-) -> dict[str, Any] | None:
+def _boxes(metadata: dict[str, str], fail: Callable[[str], CorruptCheckpointError]) -> dict[str, Any] | None:
     if BOXES_KEY not in metadata:
         return None
     try:

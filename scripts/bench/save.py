@@ -1,6 +1,6 @@
 """What a save costs, ours and the peers' alternately in one run.
 
-    scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--tables stall,durable]
+scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--tables stall,durable]
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class Bench:
         self.model, self.optimizer = build(blocks, dtype, adam=adam)
         self.state = AppState(self.model, self.optimizer if adam else None)
         self.adam = adam
-        self.local = local_tensors(self.model, self.optimizer) if adam else [
-            parameter.to_local().detach() for parameter in self.model.parameters()
-        ]
+        self.local = (
+            local_tensors(self.model, self.optimizer)
+            if adam
+            else [parameter.to_local().detach() for parameter in self.model.parameters()]
+        )
         self.nbytes = sum(tensor.nbytes for tensor in self.local)
         self.warm = [torch.empty_like(tensor).copy_(tensor) for tensor in self.local]
         self.group = dist.new_group(backend="gloo")
@@ -188,7 +190,9 @@ class Bench:
 def stall_table(bench: Bench, rounds: int) -> None:
     """How long saving keeps the training thread."""
     table = Table()
-    cached = DefaultStager(StagingOptions(use_pinned_memory=False, use_non_blocking_copy=False, use_async_staging=False))
+    cached = DefaultStager(
+        StagingOptions(use_pinned_memory=False, use_non_blocking_copy=False, use_async_staging=False)
+    )
     contestants: dict[str, Measure] = {
         "copy floor (warm torch.copy_)": bench.copy_floor,
         "ours, staging awaited in save()": bench.ours_blocked("awaited", wait_for_staging=True),
