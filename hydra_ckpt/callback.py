@@ -174,11 +174,14 @@ class CheckpointCallback:
         self._metrics = metric.as_floats(metrics)
         self._consider(self._metrics, required=False)
         raised = self._vote.collect()
+        self._should_stop = self._should_stop or raised[_Flag.STOP]
+        due = self._should_stop or raised[_Flag.DUE] or self._schedule.is_due_at(step)
+        if due:
+            self._schedule.saved(time.monotonic())  # before the vote, which would call for the same save once more
         self._vote.post(self._flags(self._live))
         if raised[_Flag.FAILED]:
             self._raise_failure(self._live)
-        self._should_stop = self._should_stop or raised[_Flag.STOP]
-        if self._should_stop or raised[_Flag.DUE] or self._schedule.is_due_at(step):
+        if due:
             return self._save()
         if not self._prepared and self._state is not None:
             # Only now does all of the optimizer's state exist.
@@ -211,7 +214,7 @@ class CheckpointCallback:
         """
         values = metric.as_floats(metrics)
         self._metrics.update(values)
-        improved = self._consider(values, required=True)
+        improved = self._consider(self._metrics, required=True)
         if self._live is None:
             return None
         if self._saved_step == self._step and self._step > 0:
@@ -280,7 +283,7 @@ class CheckpointCallback:
 
     def _raise_failure(self, live: Checkpointer) -> None:
         live.wait()
-        live.raise_failure()
+        live.report_failure()
 
     def _save(self) -> PendingSave | None:
         if self._live is None or self._state is None or self._saved_step == self._step:

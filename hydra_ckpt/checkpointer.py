@@ -18,9 +18,9 @@ from hydra_ckpt.config import ResolvedConfig, SaveConsolidatedMode
 from hydra_ckpt.contents import Contents, Sources
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Group
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError, CorruptCheckpointError
 from hydra_ckpt.exporting import AddExport
-from hydra_ckpt.files import Files
+from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.pending import PendingSave
 from hydra_ckpt.report import LoadReport
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _JOIN_PATIENCE_S = 60.0
-_FRESH = {"none", "null", "no", "false"}
+_FRESH = {"none", "null", "no", "false", "off"}
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Checkpointer:
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft)
-        self._contents = Contents(config, self._channel, pp_rank)
+        self._contents = Contents(config, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -232,7 +232,7 @@ class Checkpointer:
         wanted = tuple(parts) if parts is not None else self.config.read.parts or PARTS
         unknown = sorted(set(wanted) - set(PARTS))
         if unknown:
-            raise ValueError(f"restore_parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+            raise CheckpointConfigError(f"restore_parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
         return wanted
 
     def _refuse_later(self) -> None:
@@ -336,13 +336,14 @@ class Checkpointer:
         begun = time.monotonic()
         self.wait()
         self.stats.waited_s += time.monotonic() - begun
-        self.raise_failure()
+        self.report_failure()
         self._open_run()
         self._settle()
         pending = self._begin_save(state, self._request(step, epoch, metrics, is_final))
         try:
             if not self.config.write.is_async:
-                pending.result()
+                pending.wait()
+                self.report_failure(always_raise=is_final)
         finally:
             self.stats.blocked_s += time.monotonic() - begun
         return pending
@@ -367,7 +368,7 @@ class Checkpointer:
         name = request.name
         if name in self._published and not request.adds_export:
             raise CheckpointExistsError(f"{self.root / name} is published already; a step is saved once")
-        pending = self._pending = PendingSave(request.step)
+        pending = PendingSave(request.step)
         first = not self._contents.agreed
         captured, error = self._capture(state, request)
         if first:
@@ -387,6 +388,7 @@ class Checkpointer:
         self._published.add(name)
         if request.consolidated:
             self._exported.add(name)
+        self._pending = pending  # only now: one that never began would be waited for for ever
         self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged, written))
         return pending
 
@@ -439,6 +441,7 @@ class Checkpointer:
             staged.snapshot,
             "export" if request.adds_export else "rank",
             min(_JOIN_PATIENCE_S, self.config.write.timeout_s),
+            self.config.write.staging_dir,
         )
         fence = self._directory.fence
         if request.adds_export:
@@ -523,6 +526,14 @@ class Checkpointer:
         if not self._closed:
             self._worker.drain()
 
+    def report_failure(self, *, always_raise: bool = False) -> None:
+        """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on."""
+        if self.config.write.raise_failures or always_raise:
+            self.raise_failure()
+        elif self._pending is not None and self._pending.unseen_error is not None:
+            log.warning("training goes on without the checkpoint: %s", self._pending.unseen_error)
+            self._pending.seen()
+
     def raise_failure(self) -> None:
         """Raise the last save's error, unless somebody has seen it already."""
         if self._pending is not None and self._pending.unseen_error is not None:
@@ -541,6 +552,8 @@ class Checkpointer:
             for hook in self._hooks:
                 hook.remove()
             self._pool.clear()
+            for channel in (self._channel, self._save_channel):
+                channel.close()
             self.group.close()
         self.raise_failure()
 

@@ -19,7 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hydra_run import HydraRun
-from hydra_ckpt.values import Check, choice, count, minutes, optional, refuse, rules, switch, text, texts, word
+from hydra_ckpt.values import (
+    Check,
+    choice,
+    count,
+    minutes,
+    optional,
+    refuse,
+    rules,
+    switch,
+    switch_or,
+    text,
+    texts,
+    word,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +77,8 @@ _CHECKS: dict[str, Check] = {
     "consolidation_timeout_minutes": minutes,
     "allow_legacy_pickle_restore": switch,
     "verify_on_load": switch,
+    "shared_writes": switch_or("auto"),
+    "on_save_failure": choice("raise", "warn"),
 }
 
 
@@ -151,6 +166,8 @@ class WriteOptions:
         staging_dir: Where consolidated files are written before they are copied into place, absolute.
         is_peft: Whether only adapter weights are saved.
         state_dict_keys: The model's names before parallelization, in order, or None.
+        shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
+        raise_failures: Whether a save that failed ends training; if not, it is only logged.
     """
 
     enabled: bool
@@ -164,6 +181,8 @@ class WriteOptions:
     staging_dir: Path | None
     is_peft: bool
     state_dict_keys: tuple[str, ...] | None
+    shared_writes: bool | None
+    raise_failures: bool
 
 
 @dataclass(frozen=True)
@@ -278,7 +297,10 @@ class CheckpointingConfig:
         cpu_offload: Tensors are moved to host memory one by one as they are extracted.
         consolidation_timeout_minutes: Longest wait of one rank for the others.
         allow_legacy_pickle_restore: Pickled data of other tools may be read, which can run code.
-        verify_on_load: Digests are compared while reading.
+        verify_on_load: Every byte is compared with its digest before anything is installed.
+        shared_writes: Ranks on several hosts may fill one file together: true, false, or "auto": not on file systems
+            that may lose neighbouring ranges (NFS, SMB, FUSE). If not, each rank writes files of its own.
+        on_save_failure: A save that failed ends training ("raise") or is logged ("warn").
     """
 
     enabled: bool = True
@@ -309,6 +331,8 @@ class CheckpointingConfig:
     consolidation_timeout_minutes: float = 30
     allow_legacy_pickle_restore: bool = False
     verify_on_load: bool = True
+    shared_writes: bool | str = "auto"
+    on_save_failure: str = "raise"
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.
@@ -435,6 +459,8 @@ class CheckpointingConfig:
             staging_dir=_absolute(self.staging_dir),
             is_peft=self.is_peft,
             state_dict_keys=_frozen(self.model_state_dict_keys),
+            shared_writes=None if isinstance(self.shared_writes, str) else self.shared_writes,
+            raise_failures=self.on_save_failure == "raise",
         )
 
     def _read_options(self) -> ReadOptions:

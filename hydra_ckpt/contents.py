@@ -15,17 +15,20 @@ from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.planning import (
     Agreement,
     PartLayout,
-    agree,
+    Parts,
     adapter_layout,
+    agree,
     consolidated_layout,
     distcp_layout,
+    lay_out_part,
     make_plan,
+    own_layout,
     shard_layout,
     signature,
     state_layout,
     tensors_of,
 )
-from hydra_ckpt.saving import Content
+from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor
@@ -39,6 +42,7 @@ class Planned:
     agreement: Agreement
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
+    merged: tuple[Merged, ...]
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,22 @@ class Contents:
         config: The settings.
         channel: To the other ranks.
         stage: The pipeline rank.
+        keeps_ranges: Whether the file system keeps byte ranges written by different hosts apart.
     """
 
-    def __init__(self, config: ResolvedConfig, channel: Channel, stage: int) -> None:
+    def __init__(self, config: ResolvedConfig, channel: Channel, stage: int, *, keeps_ranges: bool) -> None:
         self._config = config
         self._channel = channel
         self._stage = stage
+        self._keeps_ranges = keeps_ranges
+        self._agreements: dict[str, Agreement] = {}
         self._plans: dict[tuple[str, bool, bool], Planned] = {}
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
     @property
     def agreed(self) -> bool:
         """Whether the ranks have agreed on a layout before."""
-        return bool(self._plans)
+        return bool(self._agreements)
 
     def make(
         self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool
@@ -90,7 +97,7 @@ class Contents:
             TopologyError: The ranks do not fit together.
         """
         parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
-        planned = self._plan(parts, consolidated, export_only)
+        planned = self._plan(captured.parts, parts, consolidated, export_only)
         leads = planned.agreement.leads and not export_only
         content = Content(
             planned.layouts,
@@ -99,27 +106,57 @@ class Contents:
             None if export_only else captured.own,
             self._assets(state, consolidated, export_only) if self._channel.is_coordinator else {},
             {part: f"{part}/{names.CONSOLIDATED}" for part in parts if _is_model(part)} if consolidated else {},
+            planned.merged,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _plan(self, parts: Mapping[str, list[LocalTensor]], consolidated: bool, export_only: bool) -> Planned:
-        key = (signature(parts), consolidated, export_only)
-        if key not in self._plans:
+    def _plan(self, everything: Parts, parts: Parts, consolidated: bool, export_only: bool) -> Planned:
+        """The plan for some parts of a state; the ranks talk only when they see a state of this layout first."""
+        held = signature(everything)
+        if held not in self._agreements:
             order = self._config.write.state_dict_keys
-            agreement = agree(parts, self._channel, self._stage, order)
-            layouts = tuple(
-                self._layout(part, agreement, consolidated) for part, specs in agreement.specs.items() if specs
-            )
-            plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-            self._plans[key] = Planned(agreement, layouts, plan)
+            self._agreements[held] = agree(everything, self._channel, self._stage, order)
+        key = (held, consolidated, export_only)
+        if key not in self._plans:
+            agreement = self._agreements[held]
+            self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only)
         return self._plans[key]
+
+    def _make_plan(self, parts: Parts, agreement: Agreement, consolidated: bool, export_only: bool) -> Planned:
+        specs = {part: agreement.specs[part] for part in agreement.specs if agreement.specs[part]}
+        merging = consolidated and self._merges(agreement)
+        models = [part for part in specs if _is_model(part)]
+        if export_only:
+            # Where shards are merged, those of the published checkpoint serve: nothing is written by the ranks.
+            specs = {part: specs[part] for part in models if not merging}
+        layouts = tuple(self._layout(part, agreement, consolidated and not merging) for part in specs)
+        plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
+        merged = tuple(self._merged(part, agreement) for part in models) if merging else ()
+        return Planned(agreement, layouts, plan, merged)
+
+    def _merges(self, agreement: Agreement) -> bool:
+        """Whether consolidated files are merged from shards by one rank."""
+        write = self._config.write
+        return not write.is_peft and (
+            write.single_rank_consolidation or write.staging_dir is not None or not self._shares_files(agreement)
+        )
+
+    def _shares_files(self, agreement: Agreement) -> bool:
+        """Whether ranks may fill one file together."""
+        wanted = self._config.write.shared_writes
+        return agreement.one_host or self._keeps_ranges if wanted is None else wanted
+
+    def _merged(self, part: str, agreement: Agreement) -> Merged:
+        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
+        return Merged(part, tuple(lay_out_part(layout, agreement)))
 
     def _layout(self, part: str, agreement: Agreement, consolidated: bool) -> PartLayout:
         if self._config.write.format == "torch_save" and part != names.EXTRAS:
             return distcp_layout(part)
+        shared = self._shares_files(agreement)
         if not _is_model(part):
             nbytes = sum(spec.nbytes for spec in agreement.specs[part])
-            return state_layout(part, nbytes, self._channel.world_size)
+            return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
         if self._config.write.is_peft:
             return adapter_layout(part)
         if consolidated:

@@ -91,6 +91,8 @@ class Directory:
             self.files.make_dir(self.root)
             lease.acquire(self.files, self.root, self._owner)
             recover(self.files, self.root, not_beyond=not_beyond)
+        except CheckpointError:
+            raise  # some of ours are OSErrors too
         except OSError as error:
             raise CheckpointConfigError(
                 f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "

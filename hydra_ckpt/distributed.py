@@ -70,6 +70,10 @@ class Channel(ABC):
     def farewell(self) -> None:
         """Collective: rank 0, who hosts the store, returns when all others have heard everything, or are late."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the connection. Idempotent."""
+
     def coordinator_step(self, what: str, step: Callable[[], Any]) -> Any:
         """Collective: let rank 0 do something; all ranks get its result, or raise its error."""
 
@@ -151,6 +155,9 @@ class SoloChannel(Channel):
     def farewell(self) -> None:
         """Nobody to wait for."""
 
+    def close(self) -> None:
+        """No connection to let go of."""
+
 
 class StoreChannel(Channel):
     """A channel over a TCPStore connection of its own.
@@ -161,7 +168,7 @@ class StoreChannel(Channel):
 
     def __init__(self, store: Store, lane: str, rank: int, world_size: int, limit_s: float) -> None:
         self.rank, self.world_size = rank, world_size
-        self._store = store
+        self._store: Store | None = store
         self._lane = lane
         self._limit_s = limit_s
         self._number = 0
@@ -176,7 +183,7 @@ class StoreChannel(Channel):
             return None
         payloads = [payload, *self._wait(what, keys[1:])]
         for key in self._spent:
-            self._store.delete_key(key)
+            self._connection.delete_key(key)
         self._spent = keys[1:]
         return payloads
 
@@ -207,16 +214,26 @@ class StoreChannel(Channel):
         key = f"{self._lane}/farewell"
         try:
             if not self.is_coordinator:
-                self._store.set(f"{key}/{self.rank}", "1")
+                self._connection.set(f"{key}/{self.rank}", "1")
             else:
                 wanted = [f"{key}/{rank}" for rank in range(1, self.world_size)]
-                self._store.wait(wanted, timedelta(seconds=min(_FAREWELL_S, self._limit_s)))
+                self._connection.wait(wanted, timedelta(seconds=min(_FAREWELL_S, self._limit_s)))
         except RuntimeError:
             return  # the others have died, or rank 0 has: nobody is left to wait for
 
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._store = None
+
+    @property
+    def _connection(self) -> Store:
+        if self._store is None:
+            raise CheckpointError("the Checkpointer is closed; its ranks cannot talk any more")
+        return self._store
+
     def _set(self, what: str, key: str, value: Any) -> None:
         try:
-            self._store.set(key, json.dumps(value))
+            self._connection.set(key, json.dumps(value))
         except RuntimeError as error:
             raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
 
@@ -224,10 +241,10 @@ class StoreChannel(Channel):
         if not keys:
             return []
         try:
-            self._store.wait(keys, timedelta(seconds=self._limit_s))
-            return [json.loads(value) for value in self._store.multi_get(keys)]
+            self._connection.wait(keys, timedelta(seconds=self._limit_s))
+            return [json.loads(value) for value in self._connection.multi_get(keys)]
         except dist.DistStoreError as error:
-            missing = [key for key in keys if not self._store.check([key])]
+            missing = [key for key in keys if not self._connection.check([key])]
             ranks = [int(key.rsplit("/", 1)[1]) for key in missing if "/from/" in key] or [0]
             raise RankTimeoutError(what, ranks, self._limit_s) from error
         except RuntimeError as error:

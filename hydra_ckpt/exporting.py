@@ -49,6 +49,7 @@ class AddExport:
         draft = Draft(Path(note["path"]), self.name, note["token"])
         checkpoint = Checkpoint.open(self.root / self.name)
         found = self.writer.collect(draft, receipts)
+        found.update(self.writer.merge(draft, checkpoint.path, checkpoint.manifest.parts))
         exports = dict(self.writer.content.exports)
         sidecars = [path for path in found if path.startswith(f"{names.DIGESTS}/")]
         sync_tree(self.writer.files, draft.path)

@@ -126,6 +126,25 @@ def _reserve(descriptor: int, nbytes: int) -> None:
         os.ftruncate(descriptor, nbytes)
 
 
+# File systems that may lose bytes when different hosts write to neighbouring ranges of one file.
+_LOOSE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "vboxsf", "virtiofs", "sshfs")
+
+
+def keeps_ranges_apart(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether byte ranges that different hosts write to one file stay apart; judged by the mount's type.
+
+    Local file systems, Lustre and GPFS promise it; NFS, SMB, FUSE and object mounts do not. An unknown platform
+    without a table of mounts counts as local.
+    """
+    try:
+        rows = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return True
+    place = os.path.realpath(path)
+    holding = [(len(row[1]), row[2]) for row in rows if len(row) > 2 and os.path.commonpath([place, row[1]]) == row[1]]
+    return not max(holding, default=(0, ""))[1].startswith(_LOOSE)
+
+
 def write_atomically(files: Files, path: Path, data: bytes, nonce: str) -> None:
     """Replace or create a small file so that a reader, or a crash, sees the old or the new content, whole."""
     beside = path.with_name(f".{path.name}.{nonce}")

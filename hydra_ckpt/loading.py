@@ -188,6 +188,10 @@ class Load:
             self._match_models(mismatch)
         if "optimizer" in self._available():
             self._match_optimizers(mismatch)
+        if "lr_scheduler" in self._available():
+            saved, live = len(self._shared["lr_scheduler"]), len(self.state.lr_schedulers)
+            if saved != live:
+                mismatch.different["lr_scheduler"] = f"{saved} in the checkpoint, {live} in the AppState"
         self._match_extras()
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:

@@ -76,6 +76,10 @@ class PendingSave:
         """The error of a save that has failed, unless `result` has raised it already."""
         return None if self._raised else self.error
 
+    def seen(self) -> None:
+        """Say that somebody has taken note of the error. For the engine."""
+        self._raised = True
+
     def staged(self) -> None:
         """Say that the state has been copied. For the engine."""
         self._staged.set()

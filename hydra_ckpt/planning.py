@@ -8,6 +8,7 @@ instead), and how many copies of each device mesh there are. The result serves e
 from __future__ import annotations
 
 import itertools
+import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +39,14 @@ class Agreement:
         copies: Mesh (its global ranks; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
+        one_host: Whether all ranks run on one host.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
     copies: Mapping[tuple[int, ...], tuple[int, int]]
     leads: bool
     fingerprint: str
+    one_host: bool = True
 
 
 Parts = Mapping[str, Sequence[LocalTensor]]
@@ -71,7 +74,12 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     local = {part: [item.spec for item in items] for part, items in parts.items()}
     text = fingerprint(itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items()))
     meshes = list(dict.fromkeys(item.mesh for items in parts.values() for item in items))
-    note = {"stage": stage, "holds": text, "meshes": [fingerprint(map(str, mesh)) for mesh in meshes]}
+    note = {
+        "host": socket.gethostname(),
+        "stage": stage,
+        "holds": text,
+        "meshes": [fingerprint(map(str, mesh)) for mesh in meshes],
+    }
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
@@ -80,7 +88,7 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    return Agreement(ordered, copies, positions["leads"], fingerprint(texts))
+    return Agreement(ordered, copies, positions["leads"], fingerprint(texts), positions["one_host"])
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,6 +108,7 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "several": several,
+            "one_host": len({note["host"] for note in notes}) == 1,
             "leads": kinds.index(kinds[rank]) == rank,
             "copies": [(copy, len(seen[key])) for key, copy in places],
         }
@@ -221,6 +230,11 @@ def distcp_layout(part: str) -> PartLayout:
     return PartLayout(part, part, "__", distcp=True)
 
 
+def own_layout(part: str) -> PartLayout:
+    """State in a file of each rank's own, where ranks cannot fill one together."""
+    return PartLayout(part, part, part, own=True)
+
+
 def state_layout(part: str, nbytes: int, world_size: int) -> PartLayout:
     """Whole tensors in so many files that ranks need not queue on one."""
     files = min(world_size, _MAX_WRITERS)
@@ -250,8 +264,7 @@ def make_plan(
         if layout.own:
             pending_own.append((layout, mine))
             continue
-        groups = by_size(agreement.specs.get(layout.part, ()), layout.max_bytes)
-        laid = lay_out(groups, layout.directory, layout.stem) if groups else []
+        laid = lay_out_part(layout, agreement)
         pieces += fill_files(laid, mine, len(files))
         files += laid
     for layout, mine in pending_own:
@@ -261,6 +274,12 @@ def make_plan(
         own_files.append(file)
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
     return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice, foreign)
+
+
+def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
+    """The files that hold a part whole."""
+    groups = by_size(agreement.specs.get(layout.part, ()), layout.max_bytes)
+    return lay_out(groups, layout.directory, layout.stem) if groups else []
 
 
 def _starts(parts: Parts) -> dict[str, int]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.files import index_json
+from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.planning import PartLayout
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
+from hydra_ckpt.storage.merge import merge_shards
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, write_plan
 from hydra_ckpt.store import names
@@ -26,6 +27,14 @@ from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 log = logging.getLogger(__name__)
 
 _JOIN_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Whole files of a part that the coordinator merges from the ranks' shards."""
+
+    part: str
+    files: tuple[FileLayout, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Content:
         own: What belongs to this rank alone; None where only an export is written.
         assets: Small files by path in the checkpoint. Coordinator only.
         exports: Part to its Hugging Face directory.
+        merged: Whole files that the coordinator merges from shards.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -47,6 +57,7 @@ class Content:
     own: bytes | None
     assets: Mapping[str, bytes]
     exports: Mapping[str, str]
+    merged: tuple[Merged, ...] = ()
 
 
 @dataclass
@@ -61,6 +72,7 @@ class DraftWriter:
         snapshot: Gives the tensors' bytes; called once, in the background.
         sidecar: What the digest files' names begin with.
         patience_s: How long to look for the coordinator's draft, in seconds.
+        staging_dir: Where merged files are built before they are copied into place.
     """
 
     files: Files
@@ -70,6 +82,7 @@ class DraftWriter:
     snapshot: Callable[[], Snapshot]
     sidecar: str = "rank"
     patience_s: float = _JOIN_PATIENCE_S
+    staging_dir: Path | None = None
     _headers: list[Digested] = field(default_factory=list)
     _small: dict[str, FileRecord] = field(default_factory=dict)
     _rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)
@@ -89,6 +102,7 @@ class DraftWriter:
         small = {**self.content.assets, **self._indices()}
         places = [*(file.path for file in plan.files), *small, f"{names.DIGESTS}/x", f"{names.PROGRESS}/x"]
         places += [f"{layout.directory}/x" for layout in self.content.layouts]
+        places += [file.path for merged in self.content.merged for file in merged.files]
         for directory in sorted({str(Path(place).parent) for place in places}):
             self.files.make_dir(draft.path / directory)
         self._headers = create_files(self.files, draft.path, plan)
@@ -98,10 +112,12 @@ class DraftWriter:
     def _indices(self) -> dict[str, bytes]:
         """The index of every Hugging Face directory with more than one file."""
         found = {}
-        for layout in self.content.layouts:
-            files = [file for file in self.content.plan.files if file.path.startswith(f"{layout.directory}/")]
-            if len(files) > 1 and layout.directory in self.content.exports.values():
-                found[f"{layout.directory}/{layout.stem}.safetensors.index.json"] = index_json(files)
+        everything = [*self.content.plan.files, *(file for merged in self.content.merged for file in merged.files)]
+        for directory in self.content.exports.values():
+            files = [file for file in everything if file.path.startswith(f"{directory}/")]
+            if len(files) > 1:
+                stem = files[0].path.removeprefix(f"{directory}/").split("-00001-of-")[0]
+                found[f"{directory}/{stem}.safetensors.index.json"] = index_json(files)
         return found
 
     def _write_small(self, root: Path, path: str, data: bytes) -> None:
@@ -185,6 +201,37 @@ class DraftWriter:
         self._rows[layout.part] = tuple(rows)
         data = finish_part(draft.path / layout.directory, rows)
         return FileRecord(len(data), hex_digest(data))
+
+    def merge(self, draft: Draft, source: Path, parts: Mapping[str, PartRecord]) -> dict[str, FileRecord]:
+        """Coordinator only: the whole files that are merged from shards, once these are written.
+
+        Args:
+            draft: What is being written.
+            source: Where the shards lie: the draft, or a published checkpoint.
+            parts: The shards' names.
+        """
+        if not self.content.merged:
+            return {}
+        records: list[Digested] = []
+        listed: list[FileLayout] = []
+        for merged in self.content.merged:
+            shards = parts[merged.part].files
+            records += merge_shards(
+                self.files,
+                source,
+                shards,
+                draft.path,
+                merged.files,
+                staging_dir=self.staging_dir,
+                first_file=len(listed),
+            )
+            listed += merged.files
+        sidecar = f"{names.DIGESTS}/{self.sidecar}-merged.bin"
+        data = encode([file.path for file in listed], records)
+        self.files.write_new(draft.path / sidecar, data)
+        found = {file.path: FileRecord(file.nbytes) for file in listed}
+        found[sidecar] = FileRecord(len(data), hex_digest(data))
+        return found
 
     def parts(self, found: Mapping[str, FileRecord]) -> dict[str, PartRecord]:
         """Where the tensors of each part lie."""
@@ -270,13 +317,15 @@ class Save:
         """Coordinator only; see `Transaction`."""
         draft = self._draft(note)
         found = self.writer.collect(draft, receipts)
+        parts = self.writer.parts(found)
+        found.update(self.writer.merge(draft, draft.path, parts))
         content = self.writer.content
         manifest = Manifest(
             step=self.step,
             epoch=self.epoch,
             created=time.time(),
             world_size=self.writer.world_size,
-            parts=self.writer.parts(found),
+            parts=parts,
             files=found,
             digests=tuple(sorted(path for path in found if path.startswith(f"{names.DIGESTS}/"))),
             exports=content.exports,

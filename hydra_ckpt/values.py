@@ -22,6 +22,7 @@ __all__ = [
     "refuse",
     "rules",
     "switch",
+    "switch_or",
     "text",
     "texts",
     "word",
@@ -73,6 +74,15 @@ def switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         refuse(name, value, "true or false")
     return value
+
+
+def switch_or(*words: str) -> Check:
+    """A check that takes true, false, or one of the words."""
+
+    def check(name: str, value: object) -> bool | str:
+        return value if isinstance(value, bool) else str(choice("true", "false", *words)(name, value))
+
+    return check
 
 
 def text(name: str, value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -201,7 +202,7 @@ def replicated(draw: st.DrawFn) -> tuple[list[tuple[TensorSpec, Box, bool]], int
 def test_the_shares_of_replicas_tile_what_they_hold(case: tuple[list[tuple[TensorSpec, Box, bool]], int]) -> None:
     items, count = case
     seen = {spec.name: np.zeros(spec.shape, int) for spec, _, _ in items}
-    written = []
+    written, named = [], Counter[str]()
     for index in range(count):
         holdings = [Holding(spec, box, (index, count), "group", divisible) for spec, box, divisible in items]
         mine = shares(holdings)
@@ -209,11 +210,14 @@ def test_the_shares_of_replicas_tile_what_they_hold(case: tuple[list[tuple[Tenso
             part(seen[share.spec.name], share.box)[...] += 1
             held = holdings[position].box
             assert share.box == (held.rows(share.start, share.stop) if held.sizes else held)
+        named.update(share.spec.name for share in mine.values())
         written.append(sum(share.nbytes for position, share in mine.items() if items[position][2]))
     for spec, box, _ in items:
         expected = np.zeros(spec.shape, int)
         part(expected, box)[...] = 1
         assert np.array_equal(seen[spec.name], expected)
+        if not spec.nbytes:
+            assert named[spec.name] == 1  # it has no bytes, but is to be found again
     divisible = [(spec, box) for spec, box, divides in items if divides and box.numel]
     total = sum(box.numel * spec.itemsize for spec, box in divisible)
     row = max((box.numel * spec.itemsize // (box.sizes or (1,))[0] for spec, box in divisible), default=0)

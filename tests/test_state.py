@@ -431,6 +431,7 @@ def test_extras_come_back_as_they_were(tmp_path: Path) -> None:
         "transposed": np.arange(6.0).reshape(2, 3).T,
         "numpy scalar": np.float32(1.25),
         "numpy bool": np.bool_(True),
+        "numpy text": np.str_("x"),
         "counter": Counter({3: 2, "a": 1}),
         "tuple": (1, (2.5, None), [True, "x"]),
         "int keys": {0: "zero", 1: {2: torch.ones(1)}, (3, "t"): 4},
@@ -471,6 +472,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "object": ({"deep": [0, {"inner": object()}]}, r"bad:deep\.1\.inner: a builtins\.object"),
     "function": ({"f": len}, r"bad:f: "),
     "array of texts": ({"names": np.array(["a", "b"])}, r"bad:names: "),
+    "long double": ([np.longdouble(1)], r"bad:0: "),
+    "swapped bytes": (np.ones(2, ">f4"), r"bad:: "),
     "array of objects": ([np.array([None])], r"bad:0: "),
     "sparse tensor": ({"s": torch.eye(2).to_sparse()}, r"bad:s: a tensor of torch\.float32, torch\.sparse_coo"),
     "wide complex": ({"c": torch.zeros(1, dtype=torch.complex128)}, r"bad:c: "),
@@ -591,7 +594,7 @@ class Prepared:
         self.loader = self.state.dataloader = resumable(loader, seed=5, rank=rank, world_size=world)
         torch.manual_seed(10 + rank)
 
-    def train(self, until: int, step: int = 0, at_step: Callable[[int], None] = lambda step: None) -> list[Any]:
+    def train(self, until: int, step: int = 0, at_step: Callable[[int], None] | None = None) -> list[Any]:
         while True:
             for batch in self.loader:
                 with self.accelerator.accumulate(self.model):
@@ -602,7 +605,8 @@ class Prepared:
                 if not self.accelerator.sync_gradients:
                     continue
                 step += 1
-                at_step(step)
+                if at_step is not None:
+                    at_step(step)
                 if step == until:
                     return self.result()
 

@@ -134,7 +134,7 @@ class Run:
     def digests(self) -> dict[str, str]:
         """Digests of parameters, buffers, optimizer, EMA, schedule and random numbers to come."""
         state = {
-            "model": {name: tensor for name, tensor in self.model.state_dict().items()},
+            "model": dict(self.model.state_dict()),
             "optimizer": {
                 f"{number}.{key}": value
                 for number, held in enumerate(self.optimizer.state.values())

@@ -17,9 +17,9 @@ from hydra_ckpt.state.peft import adapter_config, is_peft_model
 
 
 def model_assets(model: nn.Module) -> dict[str, bytes]:
-    """Configuration files of a transformers model or a PEFT adapter, as its own `save_pretrained` would write them; else none.
+    """Configuration files of a transformers model or a PEFT adapter; none for any other model.
 
-    The live model's configuration is not touched.
+    They are what `save_pretrained` would write. The live model's configuration is not touched.
     """
     if is_peft_model(model):
         return _saved(adapter_config(model))

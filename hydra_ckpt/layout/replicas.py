@@ -66,6 +66,9 @@ def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
     divided: dict[Hashable, list[int]] = defaultdict(list)
     for position, holding in enumerate(holdings):
         if holding.box.numel == 0:
+            # Others hold the tensor's elements; if it has none at all, it is still to be found again.
+            if holding.spec.nbytes == 0 and holding.replica[0] == 0:
+                mine[position] = _rows(holding, 0, _row_count(holding))
             continue
         if holding.divisible and holding.replica[1] > 1:
             divided[holding.group].append(position)

@@ -59,7 +59,7 @@ class Extractor:
     is_peft: bool = False
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
-    _resumable: bool = True
+    _resumable: bool | None = None
 
     def maps(self, state: AppState) -> dict[str, ModelMap]:
         """Model name to where its tensors live."""
@@ -152,6 +152,8 @@ class Extractor:
         return {} if alone or nbytes > _MAX_OWN_BUFFER_BYTES else plain
 
     def _dataloader_state(self, state: AppState) -> Any:
+        if self._resumable is None:
+            self.try_dataloader(state)
         take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
         return take() if self._resumable and take is not None else None
 

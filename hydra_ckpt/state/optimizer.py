@@ -86,6 +86,7 @@ def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], na
 
     Raises:
         KeyMismatchError: They hold other parameters, or group them otherwise.
+        CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     saved = {
         f"optimizer {number}, group {index}": set(group["params"])
@@ -93,7 +94,7 @@ def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], na
         for index, group in enumerate(optimizer["groups"])
     }
     live = {
-        f"optimizer {number}, group {index}": {names[id(parameter)] for parameter in group["params"]}
+        f"optimizer {number}, group {index}": {_name(item, names, number, index) for item in group["params"]}
         for number, optimizer in enumerate(optimizers)
         for index, group in enumerate(optimizer.param_groups)
     }

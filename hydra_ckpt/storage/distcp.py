@@ -69,7 +69,9 @@ class _SharePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The share's bytes as a tensor."""
         share, source = self._shares[write_item.index]
-        return torch.frombuffer(source, dtype=TORCH_DTYPE[share.spec.dtype]).view(share.box.sizes)
+        dtype = TORCH_DTYPE[share.spec.dtype]
+        # frombuffer refuses an empty buffer
+        return (torch.frombuffer(source, dtype=dtype) if source else torch.empty(0, dtype=dtype)).view(share.box.sizes)
 
 
 def _index(name: str, box: Box) -> MetadataIndex:
@@ -152,7 +154,7 @@ def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str,
             spec = TensorSpec(str(name), dtype, tuple(map(int, shape)))
             box = Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
             inside = all(
-                a >= 0 and n > 0 and a + n <= m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True)
+                a >= 0 and n >= 0 and a + n <= m for a, n, m in zip(box.offsets, box.sizes, spec.shape, strict=True)
             )
             if dtype not in ITEMSIZE or not inside or int(first) < 0 or int(length) <= 0:
                 raise ValueError(row)

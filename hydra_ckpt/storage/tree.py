@@ -18,6 +18,8 @@ from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
 
 _TAG = "~"
+# NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
+_ARRAY_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
 
 
 def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -41,7 +43,9 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if encoder is not None:
         tag, content = encoder(value)
         return _tagged(tag, encode(content, name, tensors))
-    if isinstance(value, np.generic):
+    if kind is np.ndarray and value.dtype in _ARRAY_DTYPES:
+        return _tagged("ndarray", encode(torch.from_numpy(np.array(value, order="C")), name, tensors))
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return _tagged("scalar", [value.dtype.str, encode(value.item(), name, tensors)])
     raise CheckpointError(
         f"{name}: a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor. "
@@ -81,7 +85,6 @@ _ENCODERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
     OrderedDict: lambda value: ("ordered", dict(value)),
     Counter: lambda value: ("counter", dict(value)),
     bytes: lambda value: ("bytes", base64.b64encode(value).decode()),
-    np.ndarray: lambda value: ("ndarray", torch.from_numpy(np.ascontiguousarray(value))),
     torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
     torch.device: lambda value: ("device", str(value)),
 }

@@ -53,8 +53,12 @@ def create_draft(files: Files, root: Path, name: str) -> Draft:
             f"or move that directory away first"
         )
     draft = Draft(root / names.hidden_name(name, "draft"), name, names.nonce())
-    files.make_dir(draft.path)
-    files.write_new(draft.path / names.TOKEN, draft.token.encode())
+    try:
+        files.make_dir(draft.path)
+        files.write_new(draft.path / names.TOKEN, draft.token.encode())
+    except OSError:
+        discard(files, draft.path)
+        raise
     return draft
 
 
@@ -97,7 +101,12 @@ def sync_tree(files: Files, root: Path) -> None:
 def publish_draft(files: Files, draft: Draft) -> Path:
     """Coordinator only: give a whole draft its name, atomically and durably."""
     files.rename(draft.path, draft.target)
-    files.sync_dir(draft.path.parent)
+    try:
+        files.sync_dir(draft.path.parent)
+    except OSError:
+        # Not known to be durable, so it is not published: it goes back to where an abort finds it.
+        files.rename(draft.target, draft.path)
+        raise
     return draft.target
 
 

@@ -96,7 +96,9 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
             # An earlier Checkpointer of this very process: alive until it was closed.
             return other.incarnation not in _RELEASED
         try:
-            return bool(abs(psutil.Process(other.pid).create_time() - other.started) < 1)
+            process = psutil.Process(other.pid)
+            # A killed process that nobody has waited for keeps its number, but writes no more.
+            return bool(abs(process.create_time() - other.started) < 1) and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
     if other.job and other.job == owner.job:

@@ -1,0 +1,99 @@
+"""The second road to consolidated files: one rank merges the ranks' shard files, in bounded memory.
+
+For file systems that do not keep byte ranges of different hosts apart, and where only one rank may write the export.
+Files are written from front to back; with a staging directory they are built there and then copied into place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hydra_ckpt.files import Files
+from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.files import FileLayout
+from hydra_ckpt.layout.plan import CELL_BYTES, StoredTensor
+from hydra_ckpt.storage.digests import Digested, digest_of
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.memory import bytes_of
+from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.store import names
+
+_BLOCK_BYTES = 64 << 20
+
+
+def merge_shards(
+    files: Files,
+    source: Path,
+    shards: Sequence[str],
+    target: Path,
+    layouts: Sequence[FileLayout],
+    *,
+    staging_dir: Path | None,
+    first_file: int,
+) -> list[Digested]:
+    """Coordinator only: build whole files out of shard files, durably.
+
+    Args:
+        files: The file layer.
+        source: The checkpoint or draft that holds the shards.
+        shards: Their names in it.
+        target: The draft that gets the whole files.
+        layouts: What these are to hold.
+        staging_dir: Where to build them first, if not in place.
+        first_file: Index of the first whole file in the digests.
+
+    Returns:
+        Digests of the whole files.
+
+    Raises:
+        CorruptCheckpointError: The shards do not hold all of a tensor.
+    """
+    stored = read_tensors(source, list(shards))
+    records: list[Digested] = []
+    for number, layout in enumerate(layouts, first_file):
+        place = target / layout.path
+        built = staging_dir / f"{names.nonce()}-{place.name}" if staging_dir else place
+        files.make_dir(built.parent)
+        records += _write(files, built, _content(source, stored, layout), number)
+        if built != place:
+            _write(files, place, _read(built), number)
+            files.unlink(built)
+    return records
+
+
+def _content(source: Path, stored: Mapping[str, StoredTensor], layout: FileLayout) -> Iterator[memoryview]:
+    """All bytes of a whole file in order."""
+    yield memoryview(layout.header)
+    for spec in layout.tensors:
+        row_bytes = max(spec.nbytes // spec.shape[0], 1) if spec.shape and spec.shape[0] else spec.nbytes
+        step = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        whole = Box.whole(spec.shape)
+        for start in range(0, spec.shape[0], step) if spec.shape else [0]:
+            box = whole.rows(start, min(start + step, spec.shape[0])) if spec.shape else whole
+            block = torch.empty(box.sizes, dtype=TORCH_DTYPE[spec.dtype])
+            fetch(source, [Fetch(stored[spec.name], box, block)])
+            yield bytes_of(block)
+
+
+def _read(path: Path) -> Iterator[memoryview]:
+    with path.open("rb", buffering=0) as source:
+        while data := source.read(_BLOCK_BYTES):
+            yield memoryview(data)
+
+
+def _write(files: Files, path: Path, content: Iterator[memoryview], number: int) -> list[Digested]:
+    records, position = [], 0
+    files.allocate(path, 0)
+    with files.open(path) as file:
+        for block in content:
+            file.write_at(position, block)
+            for start in range(0, len(block), CELL_BYTES):
+                cell = block[start : start + CELL_BYTES]
+                records.append(Digested(number, Region(position + start, len(cell)), digest_of(cell)))
+            position += len(block)
+        file.sync()
+    return records
