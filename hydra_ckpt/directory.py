@@ -18,7 +18,7 @@ from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.manifest import seal
 from hydra_ckpt.store.pointers import move_pointer
-from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint_latest, set_aside
+from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
 from hydra_ckpt.worker import Heart, Worker
 
@@ -113,10 +113,11 @@ class Directory:
         set_aside(self.files, [self.root / name for name in corrupt if (self.root / name).is_dir()], "corrupt")
         if start_step is not None:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
-        repoint_latest(self.files, self.root)
         catalog = scan(self.root)
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
+        repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
+        repoint(self.files, catalog, names.BEST, best)
         self._best = best.metrics[self._metric] if best else None
         return {
             "published": [item.name for item in catalog.checkpoints],

@@ -51,6 +51,11 @@ class AddExport:
         found = self.writer.collect(draft, receipts)
         found.update(self.writer.merge(draft, checkpoint.path, checkpoint.manifest.parts))
         exports = dict(self.writer.content.exports)
+        if exports.keys() <= checkpoint.manifest.exports.keys():
+            # An attempt that failed had come as far as the manifest; what that lists must stay.
+            self.writer.files.sync_dir(checkpoint.path)
+            discard(self.writer.files, draft.path)
+            return {"name": self.name, "bytes": checkpoint.manifest.nbytes}
         sidecars = [path for path in found if path.startswith(f"{names.DIGESTS}/")]
         sync_tree(self.writer.files, draft.path)
         self.fence()

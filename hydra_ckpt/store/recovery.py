@@ -11,7 +11,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
 from hydra_ckpt.store.draft import Draft, discard, publish_draft
-from hydra_ckpt.store.pointers import move_pointer, read_pointer
+from hydra_ckpt.store.pointers import move_pointer, read_pointer, remove_pointer
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +91,12 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
     )
 
 
-def repoint_latest(files: Files, root: Path) -> None:
-    """Coordinator only: let LATEST lead to the newest published checkpoint if what it names is gone."""
-    catalog = scan(root)
-    target = read_pointer(root, names.LATEST)
-    if target and catalog.find(target) is None and catalog.checkpoints:
-        move_pointer(files, root, names.LATEST, catalog.checkpoints[-1].name)
+def repoint(files: Files, catalog: Catalog, pointer: str, instead: Checkpoint | None) -> None:
+    """Coordinator only: if what a pointer names is gone, let it lead elsewhere, or nowhere any more."""
+    target = read_pointer(catalog.root, pointer)
+    if target is None or catalog.find(target) is not None:
+        return
+    if instead is not None:
+        move_pointer(files, catalog.root, pointer, instead.name)
+    else:
+        remove_pointer(files, catalog.root, pointer)
