@@ -236,7 +236,7 @@ class Checkpointer:
         return wanted
 
     def _refuse_later(self) -> None:
-        self._directory.refuse_later(self._start_step, self.config.read.on_conflict)
+        self._directory.refuse_later(self._start_step, self._passed_over, self.config.read.on_conflict)
 
     def _ignore_restore(self) -> None:
         if self.config.read.restore_from not in ("auto", None):

@@ -109,7 +109,7 @@ class Directory:
         Raises:
             CheckpointExistsError: There are later steps, and they are not to be set aside.
         """
-        self.refuse_later(start_step, on_conflict)
+        self.refuse_later(start_step, corrupt, on_conflict)
         set_aside(self.files, [self.root / name for name in corrupt if (self.root / name).is_dir()], "corrupt")
         if start_step is not None:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
@@ -125,9 +125,10 @@ class Directory:
             "best": self._best,
         }
 
-    def refuse_later(self, start_step: int | None, on_conflict: str) -> None:
-        """Raise if published steps lie beyond the start and are not to be set aside. Changes nothing."""
+    def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
+        """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
         later = [] if start_step is None else in_the_way(scan(self.root), start_step)
+        later = [path for path in later if path.name not in corrupt]
         if later and on_conflict != "set_aside":
             raise conflict_error(later, start_step or 0)
 

@@ -19,7 +19,7 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
-from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
@@ -212,7 +212,7 @@ class Load:
             part = part_of(name)
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
-            locals_ = mapped.locals()
+            locals_ = mapped.locals(self.extractor.localize)
             held = {item.spec.name for item in locals_}
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
             for item in locals_:
@@ -267,7 +267,7 @@ class Load:
             if target is None or (tuple(target.shape), SAFETENSORS_DTYPE[target.dtype]) != (spec.shape, spec.dtype):
                 target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
             self._tensors[name] = target
-            item = localize(name, target)
+            item = self.extractor.localize(name, target)
             self._fetches.append(Fetch(stored[name], item.box, item.tensor))
 
     # -- bytes ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import check_kind, keep_adapter
 from hydra_ckpt.storage.tree import decode, encode
@@ -54,9 +54,11 @@ class Extractor:
 
     Args:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
+        localize: Knows where tensors lie.
     """
 
     is_peft: bool = False
+    localize: Localizer = field(default_factory=Localizer)
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
     _resumable: bool | None = None
@@ -102,6 +104,7 @@ class Extractor:
             for identity, name in mapped.names.items()
         }
 
+    @torch.no_grad()
     def capture(self, state: AppState) -> Captured:
         """Take the state apart as it is now; tensors stay live, all else is fixed.
 
@@ -115,12 +118,12 @@ class Extractor:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        parts = {part_of(name): mapped.locals(stepped) for name, mapped in maps.items()}
+        parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
         shared: dict[str, Any] = {}
         if state.optimizers:
             described, tensors = optimizer_state.describe(state.optimizers, self.parameter_names(state))
             shared["optimizer"] = described
-            parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors)
+            parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors, self.localize)
         extras: dict[str, torch.Tensor] = {}
         shared["lr_scheduler"] = [
             encode(scheduler.state_dict(), f"lr_scheduler:{number}", extras)
@@ -132,7 +135,7 @@ class Extractor:
         shared["extras"] = {
             name: encode(extra.state_dict(), f"{name}:", extras) for name, extra in state.extras.items()
         }
-        parts[names.EXTRAS] = [localize(name, tensor, divisible=False) for name, tensor in extras.items()]
+        parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in extras.items()]
         own = {
             "rng": rng.capture(),
             "dataloader": self._dataloader_state(state),

@@ -40,32 +40,59 @@ class LocalTensor:
     late: bool = False
 
 
-def localize(name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False) -> LocalTensor:
-    """A live tensor or DTensor as a `LocalTensor`.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What stays the same about a tensor from save to save."""
 
-    Raises:
-        TopologyError: A placement that has no whole value yet (partial sums), or a local shape other than the
-            placements imply.
-    """
-    dtype = safetensors_dtype(name, tensor.dtype)
-    spec = TensorSpec(name, dtype, tuple(tensor.shape))
+    spec: TensorSpec
+    box: Box
+    mesh: tuple[int, ...] = ()
+    replica: tuple[int, int] = (0, 1)
+    group: Hashable = ()
+
+
+class Localizer:
+    """Makes `LocalTensor`s and remembers where each lies: asking PyTorch's meshes takes longer than copying."""
+
+    def __init__(self) -> None:
+        self._places: dict[Hashable, _Place] = {}
+
+    def __call__(self, name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False) -> LocalTensor:
+        """A live tensor or DTensor as a `LocalTensor`.
+
+        Raises:
+            TopologyError: A placement that has no whole value yet (partial sums), or a local shape other than the
+                placements imply.
+        """
+        key: Hashable = (name, tensor.dtype, tensor.shape)
+        local = tensor
+        if isinstance(tensor, DTensor):
+            key = (key, tensor.device_mesh, tensor.placements)
+            local = tensor.to_local()
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = _place(name, tensor)
+        if place.box.sizes != tuple(local.shape) and (place.box.numel or local.numel()):
+            raise TopologyError(
+                f"{name}: this rank holds a part of shape {list(local.shape)}, but shape {list(tensor.shape)} with its "
+                f"placements gives {list(place.box.sizes)}"
+            )
+        return LocalTensor(
+            place.spec, place.box, local.detach(), place.mesh, place.replica, place.group, divisible, late
+        )
+
+
+def _place(name: str, tensor: torch.Tensor) -> _Place:
+    spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
     if not isinstance(tensor, DTensor):
-        return LocalTensor(spec, Box.whole(spec.shape), tensor.detach(), divisible=divisible, late=late)
-    local = tensor.to_local().detach()
+        return _Place(spec, Box.whole(spec.shape))
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        box = Box((0,) * tensor.dim(), (0,) * tensor.dim())
-        return LocalTensor(spec, box, local, divisible=divisible, late=late)
+        return _Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()))
     sharding = _sharding(name, tensor, tuple(coordinate))
-    box = sharding.box(spec.shape)
-    if box.sizes != tuple(local.shape) and not (box.numel == 0 and local.numel() == 0):
-        raise TopologyError(
-            f"{name}: this rank holds a part of shape {list(local.shape)}, but shape {list(spec.shape)} with "
-            f"{tensor.placements} on a mesh of {sharding.mesh_shape} gives {list(box.sizes)}"
-        )
     mesh = tuple(tensor.device_mesh.mesh.flatten().tolist())
     group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
-    return LocalTensor(spec, box, local, mesh, sharding.replica, group, divisible, late)
+    return _Place(spec, sharding.box(spec.shape), mesh, sharding.replica, group)
 
 
 def _sharding(name: str, tensor: DTensor, coordinate: tuple[int, ...]) -> Sharding:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import TopologyError
-from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.state.local import Localizer, LocalTensor
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -132,10 +132,11 @@ class ModelMap:
         for module in self.fsdp_modules:
             module.reshard()
 
-    def locals(self, late: Container[int] = frozenset()) -> list[LocalTensor]:
+    def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
         """This rank's part of every tensor, as it is now.
 
         Args:
+            localize: Knows where tensors lie.
             late: Identities of parameters that only a hooked optimizer changes.
         """
         self.reshard()

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError, TopologyError
-from hydra_ckpt.state.local import LocalTensor, localize
+from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.tree import encode
 
 SEPARATOR = ":"
@@ -76,7 +76,7 @@ def _placements(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int | Non
     }
 
 
-def locals_of(tensors: Mapping[str, torch.Tensor]) -> list[LocalTensor]:
+def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[LocalTensor]:
     """The state's tensors, by name, as this rank holds them; only the optimizers' steps change them."""
     return [localize(name, tensor, late=True) for name, tensor in tensors.items()]
 

@@ -160,6 +160,10 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
         CheckpointNotFoundError: It is not there; the message lists what is.
         CorruptCheckpointError: It is there, damaged.
     """
+    pointer = {"latest": names.LATEST, "best": names.BEST}.get(selector)
+    target = read_pointer(catalog.root, pointer) if pointer else None
+    if target in catalog.damaged:
+        raise CorruptCheckpointError(catalog.root / target, f"{pointer} leads here, but {catalog.damaged[target]}")
     if selector == "latest":
         # What a crash kept from being pointed to is the latest all the same.
         candidates = catalog.candidates()

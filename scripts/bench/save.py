@@ -31,7 +31,7 @@ class Bench:
     def __init__(self, root: Path, blocks: int, *, adam: bool, dtype: torch.dtype) -> None:
         self.root = root
         self.model, self.optimizer = build(blocks, dtype, adam=adam)
-        self.state = AppState(self.model, self.optimizer if adam else None)
+        self.state = AppState(self.model, self.optimizer)
         self.adam = adam
         self.local = (
             local_tensors(self.model, self.optimizer)
