@@ -126,10 +126,7 @@ def error_from_data(data: Mapping[str, Any], prefix: str = "") -> CheckpointErro
     kind = getattr(errors, data["kind"], None)
     if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
         return CheckpointError(f"{prefix}{data['kind']}: {data['text']}")
-    error: CheckpointError = kind.__new__(kind)
-    Exception.__init__(error, prefix + data["text"])
-    error.__dict__.update({**data["attributes"], "_text": prefix + data["text"]})
-    return error
+    return errors.rebuild(kind, prefix + data["text"], data["attributes"])
 
 
 class SoloChannel(Channel):

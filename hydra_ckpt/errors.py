@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "CheckpointConfigError",
@@ -34,6 +35,28 @@ _LISTED = 20
 class CheckpointError(Exception):
     """Root of the tree: catch this to catch everything raised on purpose."""
 
+    # OSError would rebuild the text from errno and file name, KeyError would show its repr.
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+    # Errors travel between ranks and processes; the default would call __init__ with the text alone.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuild, (type(self), str(self), vars(self))
+
+
+def rebuild(kind: type[CheckpointError], text: str, attributes: Mapping[str, Any]) -> CheckpointError:
+    """An error as it was in another process.
+
+    Args:
+        kind: Its class.
+        text: Its message.
+        attributes: Its other attributes.
+    """
+    error = kind.__new__(kind)
+    Exception.__init__(error, text)
+    vars(error).update(attributes)
+    return error
+
 
 class CheckpointConfigError(CheckpointError, ValueError):
     """A setting is wrong, or two settings exclude each other."""
@@ -42,16 +65,9 @@ class CheckpointConfigError(CheckpointError, ValueError):
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """What was asked for is not there."""
 
-    # OSError.__str__ would rebuild the text from errno and filename.
-    def __str__(self) -> str:
-        return Exception.__str__(self)
-
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
     """Something that must not be overwritten is in the way."""
-
-    def __str__(self) -> str:
-        return Exception.__str__(self)
 
 
 class CorruptCheckpointError(CheckpointError):
@@ -108,12 +124,7 @@ class KeyMismatchError(CheckpointError, KeyError):
             lines += [f"    {name}: {text}" for name, text in self.mismatched.items()]
         if remedy:
             lines.append(f"  {remedy}")
-        self._text = "\n".join(lines)
-        super().__init__(self._text)
-
-    # KeyError.__str__ would show the repr, with the line breaks escaped.
-    def __str__(self) -> str:
-        return self._text
+        super().__init__("\n".join(lines))
 
 
 class SaveFailedError(CheckpointError):

@@ -28,8 +28,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hydra_ckpt import (
     AppState,
     CheckpointConfigError,
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointingConfig,
     CheckpointNotFoundError,
@@ -124,11 +124,11 @@ def test_a_checkpoint_of_another_model_lists_all_that_differs_and_changes_nothin
     }
     assert all(torch.equal(before[name], tensor) for name, tensor in other.model.state_dict().items())
     half = AppState(make_state().model.half())
-    with build(tmp_path) as engine, pytest.raises(KeyMismatchError, match="F32 .* in the checkpoint, F16"):
+    with build(tmp_path) as engine, pytest.raises(KeyMismatchError, match=r"F32 .* in the checkpoint, F16"):
         engine.load(half)
     regrouped = make_state()
     regrouped.optimizer = torch.optim.SGD(regrouped.model[0].parameters(), lr=0.1)
-    with build(tmp_path) as engine, pytest.raises(KeyMismatchError, match="only in the checkpoint: .*1.weight"):
+    with build(tmp_path) as engine, pytest.raises(KeyMismatchError, match=r"only in the checkpoint: .*1\.weight"):
         engine.load(regrouped)
 
 
@@ -180,11 +180,11 @@ def test_going_back_is_refused_at_once_or_sets_aside(tmp_path: Path, restore_fro
         assert latest(tmp_path) == ("epoch_0_step_2" if stay else None)
         best = scan(tmp_path).pointed("BEST")
         assert (best.step if best else None) == (2 if stay else None)
-        assert all((tmp_path / name).exists() for name in os.listdir(tmp_path) if name.isupper())
+        assert all(path.exists() for path in tmp_path.iterdir() if path.name.isupper())
         engine.save(state, step=4, metrics={"loss": 99.0}).result()
-    aside = [name for name in os.listdir(tmp_path) if ".aside-" in name]
+    aside = [path for path in tmp_path.iterdir() if ".aside-" in path.name]
     assert len(aside) == (2 if stay else 4)
-    assert all(verifies(Checkpoint.open(tmp_path / name)) for name in aside)  # hidden, not lost
+    assert all(verifies(Checkpoint.open(path)) for path in aside)  # hidden, not lost
 
 
 def test_a_step_is_not_overwritten(tmp_path: Path) -> None:

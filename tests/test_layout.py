@@ -27,7 +27,7 @@ from hydra_ckpt.layout.files import DATA_ALIGNMENT, FileLayout, by_size, file_na
 from hydra_ckpt.layout.plan import CELL_BYTES, Piece, WritePlan, fill_files, full_coverage, reads
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
-from hydra_ckpt.state.local import localize
+from hydra_ckpt.state.local import Localizer
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes, read_header, read_tensors
 from hydra_ckpt.storage.memory import bytes_of
@@ -174,7 +174,7 @@ def _boxes_of_a_real_model() -> int:
             parallelize_module(model, mesh["tp"], {"0": style})
             fully_shard(model, mesh=mesh["dp"])
             for name, parameter in model.named_parameters():
-                item = localize(name, parameter)
+                item = Localizer()(name, parameter)
                 # Values, not only shapes: the box must be the very part that lies here.
                 assert np.array_equal(item.tensor.numpy(), part(whole[name], item.box)), (name, rows, columns)
                 checked += 1

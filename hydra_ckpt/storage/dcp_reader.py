@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.dcp_writer import OBJECTS
@@ -67,7 +67,15 @@ class SafetensorsReader(StorageReader):
             CheckpointNotFoundError: The directory holds no safetensors files.
             CorruptCheckpointError: A header or the manifest is damaged.
         """
-        self._open()
+        try:
+            self._open()
+        except CheckpointError:
+            if "rank" not in kwargs:
+                raise
+            # DCP has asked a second time, for metadata of this rank's own, and would now bury the error under one of
+            # its own; it is raised again by `set_up_storage_reader`, which comes next.
+            self.reset()
+            return Metadata({})
         known: dict[str, Any] = {name: _metadata_of(stored) for name, stored in self._tensors.items()}
         known.update(dict.fromkeys(self._objects, BytesStorageMetadata()))
         return Metadata(known, storage_meta=StorageMeta(checkpoint_id=self._path))

@@ -75,6 +75,7 @@ class SafetensorsWriter(StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Prepare for another save, perhaps to another directory."""
+        self.abandon()
         if checkpoint_id:
             self._path = Path(checkpoint_id).absolute()
         self._headers, self._draft, self._layouts = [], None, ()
@@ -99,6 +100,7 @@ class SafetensorsWriter(StorageWriter):
             CheckpointExistsError: The directory exists.
             CheckpointError: The ranks' shards do not cover every tensor exactly once.
         """
+        self.abandon()
         if self._path.exists():
             raise CheckpointExistsError(f"{self._path} exists already; save into a new directory")
         specs = {spec.name: spec for plan in plans for item in plan.items if (spec := _spec(item)) is not None}
@@ -187,7 +189,7 @@ class SafetensorsWriter(StorageWriter):
         return "://" not in str(checkpoint_id)
 
     def abandon(self) -> None:
-        """Remove what a failed save left behind; DCP has no call for that."""
+        """Remove what a failed save left behind. DCP has no call for that; the next save does it."""
         if self._draft is not None:
             discard(self._files, self._draft.path)
 

@@ -6,6 +6,7 @@ once. A buffer is lent to one snapshot at a time and comes back when that snapsh
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -173,7 +174,8 @@ class PooledStager(AsyncStager):
     @torch.no_grad()
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state dict on the host; DTensors keep their mesh and placements."""
-        leaves, structure = tree_flatten(dict(state_dict))
+        # pytree would take a torch.Size apart, and put it together as a tuple.
+        leaves, structure = tree_flatten(dict(state_dict), is_leaf=lambda value: isinstance(value, torch.Size))
         local = {
             position: leaf.to_local() if isinstance(leaf, DTensor) else leaf
             for position, leaf in enumerate(leaves)
@@ -185,8 +187,10 @@ class PooledStager(AsyncStager):
             key: _slot(buffer, offset, tensor) for offset, (key, tensor) in zip(offsets, local.items(), strict=True)
         }
         _copy([(targets[key], tensor) for key, tensor in local.items()])
-        for position, target in targets.items():
-            leaves[position] = _like(leaves[position], target)
+        leaves = [
+            _like(leaf, targets[position]) if position in targets else copy.deepcopy(leaf)
+            for position, leaf in enumerate(leaves)
+        ]
         staged = _StagedDict(tree_unflatten(leaves, structure))
         weakref.finalize(staged, self._pool.give_back, buffer)
         return staged

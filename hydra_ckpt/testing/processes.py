@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -72,7 +73,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             if not pipe.poll(max(deadline - time.monotonic(), 0.0)):
                 outcomes.append((False, "did not finish in time and was killed"))
                 continue
-            outcomes.append(pipe.recv())
+            outcomes.append(pickle.loads(pipe.recv_bytes()))
         except EOFError:
             process.join(1.0)
             outcomes.append((False, f"died with exit code {process.exitcode}"))
@@ -111,11 +112,12 @@ def _main(
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        outcome = (True, function(*args))
+        # Plain pickle: the pipe's own would hand over torch's tensors as shared memory, which ends with this process.
+        good, outcome = True, pickle.dumps((True, function(*args)))
     except BaseException:
-        outcome = (False, traceback.format_exc())
-    pipe.send(outcome)
+        good, outcome = False, pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(outcome)
     pipe.close()
     # A failed rank must not wait for the others.
-    if outcome[0] and dist.is_initialized():
+    if good and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""What a resume costs, ours and DCP's alternately in one run, from a warm page cache.
+
+    scripts/bench/load.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from rounds import Measure, Table, build, local_tensors, timed, together
+
+from hydra_ckpt import AppState, CheckpointingConfig
+from hydra_ckpt.testing import run_distributed
+
+
+def read_floor(path: Path, local: list[torch.Tensor]) -> Measure:
+    """`preadv` of as many bytes as the rank needs, in large pieces, into memory that is there already."""
+
+    def read() -> None:
+        files = sorted(path.rglob("*.safetensors"), key=lambda file: -file.stat().st_size)
+        offset = 0
+        descriptor = os.open(files[0], os.O_RDONLY)
+        limit = os.fstat(descriptor).st_size
+        for tensor in local:
+            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            if offset + len(view) > limit:
+                offset = 0
+            offset += os.preadv(descriptor, [view], offset)
+        os.close(descriptor)
+        together()
+
+    return lambda _: timed(read)
+
+
+def _rank(root: str, arguments: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore")
+    place = Path(root)
+    model, optimizer = build(arguments.blocks, adam=arguments.adam)
+    state = AppState(model, optimizer if arguments.adam else None)
+    config = CheckpointingConfig(checkpoint_dir=str(place / "ours"), save_consolidated="always")
+    tensors: dict[str, Any] = dict(model.state_dict())
+    if arguments.adam:
+        for name, parameter in model.named_parameters():
+            tensors.update({f"optim.{name}.{key}": value for key, value in optimizer.state[parameter].items()})
+    with config.build(dist.get_rank(), 0, 0) as checkpointer:
+        checkpointer.save(state, step=1).result()
+        dcp.save(tensors, checkpoint_id=place / "dcp")
+        local = [torch.empty_like(tensor) for tensor in local_tensors(model, optimizer)]
+        trusting = CheckpointingConfig(checkpoint_dir=str(place / "ours"), verify_on_load=False).build(
+            dist.get_rank(), 0, 0
+        )
+        contestants: dict[str, Measure] = {
+            "read floor (preadv)": read_floor(place / "ours", local),
+            "ours, digests not compared": lambda _: timed(lambda: trusting.load(state)),
+            "ours, every digest compared": lambda _: timed(lambda: checkpointer.load(state)),
+            "dcp.load of .distcp": lambda _: timed(lambda: dcp.load(tensors, checkpoint_id=place / "dcp")),
+        }
+        for measure in contestants.values():
+            measure(0)
+        table = Table()
+        table.run(contestants, arguments.rounds)
+        if dist.get_rank() == 0:
+            size = sum(tensor.nbytes for tensor in local) / 1e6
+            print(f"{dist.get_world_size()} ranks, FSDP2, {len(tensors)} tensors, {size:.0f} MB a rank", flush=True)
+        table.show("seconds of a resume, warm page cache", ["read floor (preadv)", "dcp.load of .distcp"])
+        trusting.close()
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--adam", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hydra_ckpt_bench_", dir=os.environ.get("BENCH_DIR")) as root:
+        run_distributed(_rank, arguments.ranks, root, arguments, timeout_s=3600)
+
+
+if __name__ == "__main__":
+    main()
