@@ -106,7 +106,9 @@ def main() -> int:
     arguments = parser.parse_args()
     worlds = [int(text) for text in arguments.ranks.split(",")]
     chance = random.Random(arguments.seed)
-    print(f"{'ranks':>5} {'kills':>6} {'all':>5} {'one':>5} {'advanced':>9} {'steps':>6} {'lost':>5} {'hung':>5} {'bits':>7}")
+    print(
+        f"{'ranks':>5} {'kills':>6} {'all':>5} {'one':>5} {'advanced':>9} {'steps':>6} {'lost':>5} {'hung':>5} {'bits':>7}"
+    )
     losses = 0
     with tempfile.TemporaryDirectory(prefix="hydra_ckpt_torture_") as root:
         for world in worlds:

@@ -8,9 +8,6 @@ shown.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import os
 import re
 import subprocess
@@ -18,16 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import yaml
-
-from hydra_ckpt import CheckpointCallback, CheckpointingConfig
-from hydra_ckpt.config import SaveConsolidatedMode
-from hydra_ckpt.storage import tree
-from hydra_ckpt.storage.digests import _RECORD
-from hydra_ckpt.store.manifest import FORMAT, FileRecord, Manifest, PartRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = sorted([REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")])

@@ -1,6 +1,6 @@
 """What a resume costs, ours and DCP's alternately in one run, from a warm page cache.
 
-    scripts/bench/load.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam]
+scripts/bench/load.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam]
 """
 
 from __future__ import annotations
