@@ -43,10 +43,10 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
     step = transaction.step
     try:
         note = channel.receive(
-            f"waiting for step {step} to begin", _guard(transaction.begin) if channel.is_coordinator else None
+            f"waiting for step {step} to begin", _guard(lambda: _begin(transaction)) if channel.is_coordinator else None
         )
         _raise_causes(step, note)
-        receipt = _guard(lambda: transaction.work(note))()
+        receipt = _guard(lambda: _work(transaction, note))()
         receipts = _collect(channel, step, receipt)
         outcome = channel.receive(
             f"waiting for step {step} to be published",
@@ -58,6 +58,19 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
         raise SaveFailedError(step, {0: f"no answer: {error}"}) from error
     _raise_causes(step, outcome)
     return dict(outcome)
+
+
+def _begin(transaction: Transaction) -> dict[str, Any]:
+    return {**transaction.begin(), "step": transaction.step}
+
+
+def _work(transaction: Transaction, note: dict[str, Any]) -> dict[str, Any]:
+    if note["step"] != transaction.step:
+        # A rank that has given up on a save goes on to the next; its data must not get into the one before.
+        raise CheckpointError(
+            f"this rank saves step {transaction.step}, rank 0 step {note['step']}; every rank must make the same saves"
+        )
+    return transaction.work(note)
 
 
 def _guard(step: Any) -> Any:

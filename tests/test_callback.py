@@ -617,7 +617,7 @@ def _two_ranks(root: Path) -> dict[str, Any]:
 
         # Only one raises: it waits for the other no longer than the limit, and nothing half-done is left.
         began = time.monotonic()
-        options = {"_save_on_exception": True, "consolidation_timeout_minutes": 0.05, "_every_n_steps": 9}
+        options = {"_save_on_exception": True, "consolidation_timeout_minutes": 0.12, "_every_n_steps": 9}
         with (
             pytest.raises(ZeroDivisionError) if rank == 1 else contextlib.nullcontext(),
             _begin(callbacks, root / "alone", state, **options) as callback,
@@ -644,7 +644,7 @@ def test_two_ranks_decide_together_and_leave_nothing_behind(tmp_path: Path) -> N
     assert steps(tmp_path / "raised") == [1]
     assert not steps(tmp_path / "alone")
     assert not list((tmp_path / "alone").glob(".epoch*"))
-    assert max(one["waited"], other["waited"]) < 20
+    assert max(one["waited"], other["waited"]) < 40
 
 
 def _without_close(root: Path) -> None:

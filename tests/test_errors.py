@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -36,7 +38,9 @@ from hydra_ckpt import (
     CorruptCheckpointError,
     KeyMismatchError,
     SaveFailedError,
+    TopologyError,
 )
+from hydra_ckpt.distributed import error_from_data, error_to_data
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage.verify import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint, scan
@@ -367,6 +371,30 @@ def test_peft_and_other_models_are_not_mixed_up(tmp_path: Path) -> None:
     assert not debris(tmp_path)
 
 
+# -- errors on their way -------------------------------------------------------------------------------------------
+
+
+def test_errors_reach_other_processes_as_they_are() -> None:
+    errors = [
+        CheckpointError("plain"),
+        CheckpointConfigError("two\nlines"),
+        CheckpointNotFoundError("not there"),
+        CheckpointExistsError("in the way"),
+        CorruptCheckpointError("file", "is torn", byte_range=(3, 4), expected=1, found=2),
+        KeyMismatchError("model", missing=["b", "a"], mismatched={"c": "shape"}, remedy="Load another."),
+        SaveFailedError(3, {1: "disk full", 0: "late"}),
+        TopologyError("mesh"),
+    ]
+    for error in errors:
+        for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(again) is type(error)
+            assert str(again) == str(error)
+            assert vars(again) == vars(error)
+        told = error_from_data(json.loads(json.dumps(error_to_data(error))), prefix="rank 1: ")
+        assert type(told) is type(error)
+        assert str(told) == f"rank 1: {error}"
+
+
 # -- every rank ----------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +468,9 @@ def _user_errors(root: Path) -> dict[str, tuple[str, str]]:
         found["value at the end"] = _attempt(lambda: engine.save(state, step=3, is_final=True))
         extra.value = 1
         engine.save(state, step=3, is_final=True).result()
+        # What one rank saves must not get into the checkpoint of another step.
+        found["unlike steps"] = _attempt(lambda: engine.save(state, step=4 + rank))
+        engine.save(state, step=6).result()
     other = make_state(features=5 + rank)
     with build(root / "unlike") as engine:
         found["unlike models"] = _attempt(lambda: engine.save(other, step=1))
@@ -464,6 +495,7 @@ EXPECTED = {
     "value at the end": ("SaveFailedError", "once:deep.0: a builtins.object"),
     "metrics at save 1": ("CheckpointConfigError", "the metrics given are loss, other"),
     "metrics at save 2": ("SaveFailedError", "the metrics given are loss, other"),
+    "unlike steps": ("SaveFailedError", "rank 1: CheckpointError: this rank saves step 5, rank 0 step 4"),
     "unlike models": ("TopologyError", "only on rank 1: model: 0.weight F32 [3, 6]"),
     "after unlike models": ("", ""),
 }
@@ -479,6 +511,7 @@ def test_every_rank_ends_in_the_same_error(tmp_path: Path) -> None:
             assert found[what][0] == kind, (rank, what, found[what])
             assert text in found[what][1], (rank, what, found[what])
     assert not debris(tmp_path / "values")
+    assert [item.step for item in scan(tmp_path / "values").checkpoints] == [1, 2, 3, 6]
 
 
 # -- a disk that fails ---------------------------------------------------------------------------------------------

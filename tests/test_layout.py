@@ -428,13 +428,16 @@ def test_a_malformed_file_is_corrupt(tmp_path: Path, data: bytes) -> None:
 
 
 @given(st.binary(max_size=80))
-def test_random_bytes_after_a_length_are_corrupt_and_nothing_else(
+def test_random_bytes_after_a_length_are_corrupt_or_describe_nothing(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes
 ) -> None:
     root = tmp_path_factory.mktemp("noise")
     (root / "x").write_bytes(_file(b"{" + noise))
-    with pytest.raises(CorruptCheckpointError):
-        read_header(root, "x")
+    try:
+        found, _ = read_header(root, "x")
+    except CorruptCheckpointError:
+        return
+    assert not any(stored.spec.nbytes for stored in found)
 
 
 @given(st.integers(0, 200), st.integers(1, 255))

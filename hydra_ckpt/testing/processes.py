@@ -73,7 +73,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             if not pipe.poll(max(deadline - time.monotonic(), 0.0)):
                 outcomes.append((False, "did not finish in time and was killed"))
                 continue
-            outcomes.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301 - from our own child
+            outcomes.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301 - our own child has written it  # noqa: S301 - from our own child
         except EOFError:
             process.join(1.0)
             outcomes.append((False, f"died with exit code {process.exitcode}"))
