@@ -8,6 +8,9 @@ shown.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -15,15 +18,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
+
+from hydra_ckpt import CheckpointCallback, CheckpointingConfig, errors
+from hydra_ckpt.layout.plan import CELL_BYTES
+from hydra_ckpt.storage import tree
+from hydra_ckpt.storage.digests import _RECORD
+from hydra_ckpt.store import lease
+from hydra_ckpt.store.manifest import FORMAT, FileRecord, Manifest, PartRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = sorted([REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")])
 WITH_EXAMPLES = [path for path in DOCS if re.search(r"^```(python|bash)$", path.read_text(), re.MULTILINE)]
 # What may be shown without being executed.
-SHOWN = re.compile(r"(PYTHON=\S+ )?scripts/|source |pip install|sbatch |srun |torchrun --nnodes|#")
+SHOWN = re.compile(r"([A-Z_]+=\S+ )*(scripts/|\S+python \w+\.py|cd |source |pip install|torchrun --nnodes|srun |#)")
 
 
 class Block(NamedTuple):
@@ -47,10 +58,15 @@ def name(document: Path) -> str:
     return str(document.relative_to(REPOSITORY))
 
 
+def whole(document: str) -> str:
+    """A whole document."""
+    return (REPOSITORY / document).read_text()
+
+
 def section(document: str, title: str) -> str:
     """The text below a heading, up to the next one."""
-    content = (REPOSITORY / document).read_text()
-    return re.split(r"^#+ ", content.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    content = whole(document)
+    return re.split(r"^##+ ", content.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -126,3 +142,142 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.is_relative_to(REPOSITORY), f"{name(document)}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{name(document)}: {link}"
+
+
+# --- tables
+
+
+def same_default(shown: str, default: Any) -> bool:
+    """Whether a cell of a table, read as YAML, is a default."""
+    value = yaml.safe_load(shown)
+    return type(value) is type(default) and value == default
+
+
+def test_the_configuration_table_is_the_dataclass() -> None:
+    fields = [(field.name, field.default) for field in dataclasses.fields(CheckpointingConfig)]
+    table = rows(section("docs/configuration.md", "checkpoint"))
+    assert [row[0] for row in table] == [field for field, _ in fields]
+    for (field, default), (_, shown, meaning) in zip(fields, table, strict=True):
+        assert same_default(shown, default), f"{field}: {default!r} in the code, {shown} in the document"
+        assert len(meaning) > 10
+
+
+def test_the_callback_table_is_its_signature() -> None:
+    parameters = list(inspect.signature(CheckpointCallback).parameters.values())
+    ours = [parameter for parameter in parameters if parameter.name not in {"config", "checkpointer"}]
+    table = rows(section("docs/configuration.md", "callbacks.checkpoint"))
+    assert [row[0] for row in table] == [parameter.name for parameter in ours]
+    for parameter, (_, shown, _) in zip(ours, table, strict=True):
+        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        assert same_default(shown, default), f"{parameter.name}: {default!r} in the code, {shown} in the document"
+
+
+def test_every_option_is_in_the_table_and_does_what_it_says() -> None:
+    table = {row[0]: row[1] for row in rows(section("docs/configuration.md", "In Hydra"))}
+    options = {
+        f"{path.parent.name}={path.stem}": yaml.safe_load(path.read_text())
+        for group in ("checkpoint", "callbacks")
+        for path in (REPOSITORY / "conf" / group).glob("*.yaml")
+    }
+    assert table.keys() == options.keys()
+    for option, content in options.items():
+        del content["defaults"]
+        for key, value in content.items() if option.startswith("checkpoint") else ():
+            assert f"{key}: {yaml.safe_dump(value).split()[0]}" in table[option], option
+
+
+def test_every_rule_of_retention_is_in_the_table() -> None:
+    from hydra_ckpt.store.retention import _POLICIES
+
+    assert [row[0] for row in rows(section("docs/configuration.md", "Retention"))] == list(_POLICIES)
+
+
+# The setting to the attribute of the resolved configuration where they differ.
+RESOLVED = {
+    "model_cache_dir": "cache_dir",
+    "model_repo_id": "repo_id",
+    "dequantize_base_checkpoint": "dequantize",
+    "skip_task_head_prefixes_for_base_model": "skip_prefixes",
+    "allow_legacy_pickle_restore": "allow_pickle",
+}
+
+
+def test_what_is_said_to_have_no_effect_yet_is_read_nowhere() -> None:
+    engine = "".join(path.read_text() for path in (REPOSITORY / "hydra_ckpt").rglob("*.py") if path.name != "config.py")
+    waiting = {row[0] for row in rows(section("docs/configuration.md", "checkpoint")) if "*No effect yet.*" in row[2]}
+    for setting in waiting:
+        attribute = RESOLVED.get(setting, setting)
+        assert not re.search(rf"(write|read|hub|keep|config)\.{attribute}\b", engine), f"{setting} has an effect by now"
+
+
+# --- the format
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(Manifest, 0), (FileRecord, 1), (PartRecord, 2)], ids=["manifest", "file", "part"]
+)
+def test_the_manifest_s_fields_are_those_of_the_code(kind: type, number: int) -> None:
+    tables = re.split(r"\n\n(?!\|)", section("docs/format.md", "manifest.json"))
+    found = [table for table in map(rows, tables) if table][number]
+    assert {row[0] for row in found} == {field.name for field in dataclasses.fields(kind)}
+    assert f"`format`, which is {FORMAT}" in section("docs/format.md", "manifest.json")
+
+
+def test_the_record_of_digests_is_that_of_the_code() -> None:
+    text = section("docs/format.md", "Digest files")
+    assert [(row[0], f"<{row[1]}") for row in rows(text)] == [(name, kind) for name, kind in _RECORD.descr]
+    assert f"records of {_RECORD.itemsize} bytes" in text
+    assert f"{CELL_BYTES >> 20} MiB" in text
+
+
+def test_the_tags_of_progress_are_those_of_the_code() -> None:
+    assert {row[0] for row in rows(section("docs/format.md", "progress"))} == {"tensor", *tree._DECODERS}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    protocol = (REPOSITORY / "docs/protocol.md").read_text()
+    assert f"renewed every {lease.HEARTBEAT_S:.0f}\nseconds" in protocol
+    assert f"older than {lease.STALE_S:.0f} seconds" in protocol
+
+
+# --- errors
+
+
+def messages() -> str:
+    """Every text in the package, what is filled in replaced by an ellipsis."""
+    found = []
+    for path in (REPOSITORY / "hydra_ckpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[sd]", "…", node.value))
+    return "\n".join(found)
+
+
+def test_the_symptoms_are_what_the_code_says() -> None:
+    said = messages()
+    symptoms = re.findall(r"\*\*Symptom\*\*(.*?)\n- \*\*Cause", whole("docs/troubleshooting.md"), re.DOTALL)
+    assert len(symptoms) > 25
+    for quote in (quote for symptom in symptoms for quote in re.findall(r"`([^`]*)`", symptom)):
+        parts = re.split(r"…|\(expected|: rank|OSError.*", re.sub(r"\s+", " ", quote))
+        for part in (part.strip(": ") for part in parts):
+            assert len(part) < 8 or part in said, f"nothing says {part!r}"
+
+
+def test_every_error_has_a_section() -> None:
+    titles = set(re.findall(r"^## (\w+)$", whole("docs/troubleshooting.md"), re.MULTILINE))
+    assert set(errors.__all__) <= titles
+
+
+def test_the_versions_are_those_that_are_declared_and_pinned() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    declared = (REPOSITORY / "pyproject.toml").read_text()
+    pinned = (REPOSITORY / "constraints.txt").read_text()
+    for package, least in re.findall(r'"(torch|accelerate|safetensors|transformers|peft)>=([\d.]+)"', declared):
+        row = next(line for line in text.splitlines() if line.startswith("|") and package in line.split("|")[1])
+        assert f">={least}" in row, package
+        version = re.search(rf"^{package}==([\d.]+)", pinned, re.MULTILINE)
+        assert version is not None
+        assert version[1] in row, package
