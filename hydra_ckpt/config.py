@@ -459,7 +459,7 @@ class CheckpointingConfig:
             staging_dir=_absolute(self.staging_dir),
             is_peft=self.is_peft,
             state_dict_keys=_frozen(self.model_state_dict_keys),
-            shared_writes=None if isinstance(self.shared_writes, str) else self.shared_writes,
+            shared_writes={"auto": None, "true": True, "false": False}[word(self.shared_writes)],
             raise_failures=self.on_save_failure == "raise",
         )
 

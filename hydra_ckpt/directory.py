@@ -117,7 +117,11 @@ class Directory:
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
-        repoint(self.files, catalog, names.BEST, best)
+        if best is not None:
+            # A crash may have come between a publication, or metrics added later, and the moving of BEST.
+            move_pointer(self.files, self.root, names.BEST, best.name)
+        else:
+            repoint(self.files, catalog, names.BEST, None)
         self._best = best.metrics[self._metric] if best else None
         return {
             "published": [item.name for item in catalog.checkpoints],

@@ -147,6 +147,9 @@ class Load:
             raise CorruptCheckpointError(self._root, "it holds no progress")
         self._shared = self._fitting(documents)
         own = f"{names.PROGRESS}/rank-{self.channel.rank:05d}.safetensors"
+        if own not in files:
+            # A rank that did not exist then joins the others at their place in the data.
+            own = f"{names.PROGRESS}/rank-00000.safetensors"
         if own in files:
             self._own = unpack(self._root / own, read_small(self._root, own, files[own]))
 

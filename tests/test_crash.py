@@ -121,3 +121,24 @@ def test_every_prefix_of_two_ranks(tmp_path: Path, story: str) -> None:
 
     count = _replay_every_prefix(tmp_path, record, STAYS[story])
     assert count > 30
+
+
+def test_best_is_moved_after_a_crash_before_it(tmp_path: Path) -> None:
+    root, files = tmp_path / "run", RecordingFiles()
+    state = _state()
+    with _build(root, files) as checkpointer:
+        checkpointer.save(state, step=1, metrics={"loss": 2.0}).result()
+        checkpointer.drain()
+        shutil.copytree(root, tmp_path / "crashed", symlinks=True)
+        files.operations.clear()
+        checkpointer.save(state, step=2, metrics={"loss": 1.0}).result()
+    moving = next(
+        number
+        for number, operation in enumerate(files.operations)
+        if operation.kind == "symlink" and "BEST" in operation.path.name
+    )
+    replay(files.operations[:moving], root, tmp_path / "crashed")
+    assert (tmp_path / "crashed" / "BEST").readlink() == Path("epoch_0_step_1")
+    with _build(tmp_path / "crashed") as checkpointer:
+        checkpointer.start(_state())
+    assert (tmp_path / "crashed" / "BEST").readlink() == Path("epoch_0_step_2")
