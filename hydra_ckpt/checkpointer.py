@@ -7,23 +7,24 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.config import ResolvedConfig, SaveConsolidatedMode
+from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.contents import Contents, Sources
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Group
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
-from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.pending import PendingSave
-from hydra_ckpt.report import LoadReport
+from hydra_ckpt.report import LoadReport, Stats
+from hydra_ckpt.request import SaveRequest
+from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.restoring import Restorer
 from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
 from hydra_ckpt.staged import Staged
 from hydra_ckpt.state.app_state import AppState
@@ -41,53 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _JOIN_PATIENCE_S = 60.0
-_FRESH = {"none", "null", "no", "false", "off"}
-
-
-@dataclass
-class Stats:
-    """What checkpointing has cost so far on this rank.
-
-    Attributes:
-        saves: Saves begun.
-        blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
-        waited_s: Of these, seconds spent waiting for the save before.
-        written_bytes: Bytes of tensors this rank wrote.
-    """
-
-    saves: int = 0
-    blocked_s: float = 0.0
-    waited_s: float = 0.0
-    written_bytes: int = 0
-
-
-@dataclass
-class SaveRequest:
-    """What a caller of `save` asked for.
-
-    Attributes:
-        step: Number of completed optimizer steps.
-        epoch: The epoch they were done in.
-        metrics: Known so far; floats once `check_metrics` has run.
-        consolidated: Whether models are written as Hugging Face directories.
-        adds_export: Whether the step is published and only lacks these.
-    """
-
-    step: int
-    epoch: int
-    metrics: dict[str, Any]
-    consolidated: bool
-    adds_export: bool
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's name."""
-        return names.checkpoint_name(self.epoch, self.step)
-
-    def check_metrics(self, key: str) -> None:
-        """Make the metrics floats, and see that it can be told which of them decides."""
-        self.metrics = metric.as_floats(self.metrics)
-        metric.deciding_key(self.metrics, key, required=False)
 
 
 class Checkpointer:
@@ -137,6 +91,7 @@ class Checkpointer:
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft)
+        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel)
         self._contents = Contents(config, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
@@ -145,7 +100,6 @@ class Checkpointer:
         self._warm = threading.Event()
         self._warm.set()
         self._start_step: int | None = None
-        self._passed_over: dict[str, str] = {}
         self._published: set[str] = set()
         self._exported: set[str] = set()
         self._opened = self._settled = False
@@ -218,67 +172,19 @@ class Checkpointer:
             self._ignore_restore()
             return None
         self.wait()
-        wanted = self._wanted_parts(parts)
-        selector = self.config.read.restore_from if restore_from is None else restore_from
-        if selector is not None and str(selector).strip().lower() in _FRESH:
-            selector = None
-        report = None if selector is None else self._load_selected(state, selector, wanted)
+        wanted = self._restorer.wanted_parts(parts)
+        report = self._restorer.restore(state, restore_from, wanted)
         self._start_step = report.step if report else 0
         if report is None or "progress" in wanted:
             self._channel.coordinator_step("looking for later steps", self._refuse_later)
         return report
 
-    def _wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
-        wanted = tuple(parts) if parts is not None else self.config.read.parts or PARTS
-        unknown = sorted(set(wanted) - set(PARTS))
-        if unknown:
-            raise CheckpointConfigError(f"restore_parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
-        return wanted
-
     def _refuse_later(self) -> None:
-        self._directory.refuse_later(self._start_step, self._passed_over, self.config.read.on_conflict)
+        self._directory.refuse_later(self._start_step, self._restorer.passed_over, self.config.read.on_conflict)
 
     def _ignore_restore(self) -> None:
         if self.config.read.restore_from not in ("auto", None):
             log.warning("checkpoint.enabled=false: restore_from=%s is not followed", self.config.read.restore_from)
-
-    def _load_selected(self, state: AppState, selector: str, parts: tuple[str, ...]) -> LoadReport | None:
-        automatic = selector == "auto"
-        while True:
-            choice = self._channel.coordinator_step(
-                f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self._passed_over)
-            )
-            self._pass_over(choice["passed_over"])
-            if choice["path"] is None:
-                return None
-            path = Path(choice["path"])
-            try:
-                return self._load_one(state, path, parts)
-            except CorruptCheckpointError as error:
-                if not automatic:
-                    raise
-                self._pass_over({path.name: str(error)})
-
-    def _pass_over(self, damaged: Mapping[str, str]) -> None:
-        for name in sorted(set(damaged) - set(self._passed_over)):
-            log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
-        self._passed_over.update(damaged)
-
-    def _load_one(self, state: AppState, path: Path, parts: tuple[str, ...]) -> LoadReport:
-        error: Exception | None = None
-        checkpoint = None
-        try:
-            checkpoint = Checkpoint.open(path)
-        except CheckpointError as known:
-            error = known
-        self._channel.raise_together(f"opening {path}", error)
-        assert checkpoint is not None  # raise_together has raised otherwise
-        load = Load(checkpoint, state, self._extractor, self._channel, parts, self.config.read.verify)
-        report = load.run()
-        for note in report.notes:
-            log.warning("%s: %s", path.name, note)
-        log.info("loaded %s (step %d): %s", path, checkpoint.step, ", ".join(report.loaded))
-        return LoadReport(**{**vars(report), "passed_over": dict(self._passed_over)})
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -295,7 +201,9 @@ class Checkpointer:
         if not self._settled:
             found = self._channel.coordinator_step(
                 "clearing the way for new steps",
-                lambda: self._directory.settle(self._start_step, self._passed_over, self.config.read.on_conflict),
+                lambda: self._directory.settle(
+                    self._start_step, self._restorer.passed_over, self.config.read.on_conflict
+                ),
             )
             self._published |= set(found["published"])
             self._exported |= set(found["exported"])
@@ -498,7 +406,7 @@ class Checkpointer:
             CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
         """
         values = metric.as_floats(metrics)
-        metric.deciding_key(values, self.config.keep.best_metric_key, required=True)
+        metric.deciding_key(values, self.config.keep.best_metric_key, required=False)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and name in self._published:
             self._worker.submit(lambda: self._add_metrics(name, values))

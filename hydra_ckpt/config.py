@@ -1,4 +1,4 @@
-"""The settings a user types, checked once, and the frozen parts the engine is given.
+"""The settings a user types, checked once.
 
 `CheckpointingConfig` is what Hydra, YAML and Python callers fill in. It checks itself, because a configuration read
 back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: below the
@@ -7,7 +7,6 @@ conductor nobody reads the flat settings, each part gets the few values it needs
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.errors import CheckpointConfigError
-from hydra_ckpt.hydra_run import HydraRun
 from hydra_ckpt.values import (
     Check,
     choice,
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from hydra_ckpt.checkpointer import Checkpointer
+    from hydra_ckpt.resolved import ResolvedConfig
 
 __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 
@@ -137,134 +136,6 @@ def _is_geq_torch_2_9() -> bool:
     return release is not None and (int(release[1]), int(release[2])) >= (2, 9)
 
 
-@dataclass(frozen=True)
-class Where:
-    """The directory all checkpoints of a run lie in.
-
-    Attributes:
-        checkpoint_dir: Absolute; below Hydra's run directory where a relative one was given and Hydra runs.
-        owner: Sweep directory and job number where the run is one job of a sweep, else None.
-    """
-
-    checkpoint_dir: Path
-    owner: str | None
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How a save is written.
-
-    Attributes:
-        enabled: Whether anything is written at all.
-        format: "safetensors" or "torch_save".
-        consolidated: When consolidated files are written; never with "torch_save".
-        is_async: Whether training goes on while the files are written.
-        wait_for_staging: Whether `save()` waits until everything is copied.
-        cpu_offload: Whether tensors are moved to host memory one by one as they are extracted.
-        timeout_s: Longest wait of one rank for the others.
-        single_rank_consolidation: Whether rank 0 alone writes the consolidated files.
-        staging_dir: Where consolidated files are written before they are copied into place, absolute.
-        is_peft: Whether only adapter weights are saved.
-        state_dict_keys: The model's names before parallelization, in order, or None.
-        shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
-        raise_failures: Whether a save that failed ends training; if not, it is only logged.
-    """
-
-    enabled: bool
-    format: str
-    consolidated: SaveConsolidatedMode
-    is_async: bool
-    wait_for_staging: bool
-    cpu_offload: bool
-    timeout_s: float
-    single_rank_consolidation: bool
-    staging_dir: Path | None
-    is_peft: bool
-    state_dict_keys: tuple[str, ...] | None
-    shared_writes: bool | None
-    raise_failures: bool
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What is resumed from, and how carefully.
-
-    Attributes:
-        restore_from: "auto", "latest", "best", a directory name or a path; None for a fresh start.
-        parts: The parts to restore, or None for all.
-        verify: Whether digests are compared while reading.
-        allow_pickle: Whether pickled data of other tools may be read.
-        on_conflict: "raise" or "set_aside", for published steps later than the one started from.
-    """
-
-    restore_from: str | None
-    parts: tuple[str, ...] | None
-    verify: bool
-    allow_pickle: bool
-    on_conflict: str
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """Hugging Face in and out.
-
-    Attributes:
-        repo_id: Hub id or local directory of the reference model, or None.
-        cache_dir: The hub cache the reference is looked for in.
-        dequantize: True permits, False forbids, None detects.
-        original_model_root_dir: Where the original config, tokenizer and code come from, absolute, or None.
-        skip_prefixes: Names beginning so keep their initialization in a base load.
-        v4_compatible: Whether the original config.json is exported.
-        diffusers_compatible: Whether files and index are named as diffusers names them.
-    """
-
-    repo_id: str | None
-    cache_dir: Path
-    dequantize: bool | None
-    original_model_root_dir: Path | None
-    skip_prefixes: tuple[str, ...]
-    v4_compatible: bool
-    diffusers_compatible: bool
-
-
-@dataclass(frozen=True)
-class KeepOptions:
-    """Which checkpoint is best, and which ones stay.
-
-    Attributes:
-        best_metric_key: The metric that decides.
-        best_metric_mode: "min" or "max".
-        max_recent: How many of the newest stay, or None for all.
-        retention: Further rules as plain data, or None.
-    """
-
-    best_metric_key: str
-    best_metric_mode: str
-    max_recent: int | None
-    retention: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """The settings in the parts the engine hands down, with every path absolute.
-
-    Attributes:
-        where: For the store.
-        write: For saving.
-        read: For loading.
-        hub: For the reference model and the export.
-        keep: For pointers and retention.
-        hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
-    """
-
-    where: Where
-    write: WriteOptions
-    read: ReadOptions
-    hub: HubOptions
-    keep: KeepOptions
-    hydra_texts: tuple[tuple[str, str], ...] = ()
-
-
 @dataclass
 class CheckpointingConfig:
     """All settings of checkpointing. docs/configuration.md explains each at length.
@@ -341,7 +212,7 @@ class CheckpointingConfig:
             CheckpointConfigError: A value is of the wrong type or not among the choices, or two contradict.
         """
         if self.model_cache_dir is None:
-            self.model_cache_dir = _hub_cache()
+            self.model_cache_dir = hub_cache()
         if word(self.restore_from) == "false":  # what YAML makes of a bare `no`, as a bool or through the schema
             self.restore_from = None
         for name, check in _CHECKS.items():
@@ -387,24 +258,16 @@ class CheckpointingConfig:
 
     def resolve(self) -> ResolvedConfig:
         """The settings as frozen parts, with paths made absolute for the run this process is part of."""
-        run = HydraRun.current()
-        base = Path.cwd() if run is None else run.output_dir
-        return ResolvedConfig(
-            where=Where(
-                checkpoint_dir=base / Path(self.checkpoint_dir).expanduser(),
-                owner=None if run is None else run.owner,
-            ),
-            write=self._write_options(),
-            read=self._read_options(),
-            hub=self._hub_options(),
-            keep=KeepOptions(
-                best_metric_key=self.best_metric_key,
-                best_metric_mode=self.best_metric_mode,
-                max_recent=self.max_recent_checkpoints,
-                retention=copy.deepcopy(self.retention),
-            ),
-            hydra_texts=() if run is None else run.texts,
-        )
+        from hydra_ckpt.resolved import resolve  # what Hydra loads at every start stays small
+
+        return resolve(self)
+
+    def restore_source(self) -> str | None:
+        """What to resume from, with the several words for a fresh start and for the selectors made one."""
+        source = word(self.restore_from)
+        if self.restore_from is None or source in _FRESH_START:
+            return None
+        return source if source in _SELECTORS else self.restore_from
 
     def _check_limits(self) -> None:
         most, newest = self.max_recent_checkpoints, (self.retention or {}).get("newest")
@@ -431,68 +294,14 @@ class CheckpointingConfig:
         if self.is_async and not _is_geq_torch_2_9():
             _log.error("checkpoint.is_async=true needs torch 2.9 or newer and is switched off; saves will block.")
             self.is_async = False
-        if not self.enabled and self._source() not in {None, "auto"}:
+        if not self.enabled and self.restore_source() not in {None, "auto"}:
             _log.warning(
                 "checkpoint.restore_from=%s is ignored: with checkpoint.enabled=false nothing is resumed.",
                 self.restore_from,
             )
 
-    def _source(self) -> str | None:
-        """What to resume from, with the several words for a fresh start and for the selectors made one."""
-        source = word(self.restore_from)
-        if self.restore_from is None or source in _FRESH_START:
-            return None
-        return source if source in _SELECTORS else self.restore_from
 
-    def _write_options(self) -> WriteOptions:
-        torch_save = self.model_save_format == _TORCH_SAVE
-        mode = _normalize_save_consolidated(self.save_consolidated)
-        return WriteOptions(
-            enabled=self.enabled,
-            format=self.model_save_format,
-            consolidated=SaveConsolidatedMode.FALSE if torch_save else mode,
-            is_async=self.is_async,
-            wait_for_staging=self.wait_for_staging,
-            cpu_offload=self.cpu_offload,
-            timeout_s=self.consolidation_timeout_minutes * 60.0,
-            single_rank_consolidation=self.single_rank_consolidation,
-            staging_dir=_absolute(self.staging_dir),
-            is_peft=self.is_peft,
-            state_dict_keys=_frozen(self.model_state_dict_keys),
-            shared_writes={"auto": None, "true": True, "false": False}[word(self.shared_writes)],
-            raise_failures=self.on_save_failure == "raise",
-        )
-
-    def _read_options(self) -> ReadOptions:
-        return ReadOptions(
-            restore_from=self._source(),
-            parts=_frozen(self.restore_parts),
-            verify=self.verify_on_load,
-            allow_pickle=self.allow_legacy_pickle_restore,
-            on_conflict=self.on_conflict,
-        )
-
-    def _hub_options(self) -> HubOptions:
-        return HubOptions(
-            repo_id=self.model_repo_id,
-            cache_dir=Path(self.model_cache_dir or _hub_cache()).expanduser().absolute(),
-            dequantize=self.dequantize_base_checkpoint,
-            original_model_root_dir=_absolute(self.original_model_root_dir),
-            skip_prefixes=tuple(self.skip_task_head_prefixes_for_base_model or ()),
-            v4_compatible=self.v4_compatible,
-            diffusers_compatible=self.diffusers_compatible,
-        )
-
-
-def _frozen(names: list[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
-
-
-def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().absolute()
-
-
-def _hub_cache() -> str:
+def hub_cache() -> str:
     """The Hugging Face hub cache, by the rules of huggingface_hub and without importing it."""
     given = os.environ.get
     home = given("HF_HOME") or f"{given('XDG_CACHE_HOME') or '~/.cache'}/huggingface"

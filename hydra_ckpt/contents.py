@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hydra_ckpt.config import ResolvedConfig
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
 from hydra_ckpt.layout.plan import WritePlan
@@ -28,6 +27,7 @@ from hydra_ckpt.planning import (
     state_layout,
     tensors_of,
 )
+from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.config import KeepOptions
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import lease, names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
 from hydra_ckpt.store.draft import discard

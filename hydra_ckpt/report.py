@@ -1,4 +1,4 @@
-"""What a load did."""
+"""What a load did, and what checkpointing has cost."""
 
 from __future__ import annotations
 
@@ -31,3 +31,20 @@ class LoadReport:
     notes: tuple[str, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict)
     read_bytes: int = 0
+
+
+@dataclass
+class Stats:
+    """What checkpointing has cost so far on this rank.
+
+    Attributes:
+        saves: Saves begun.
+        blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
+        waited_s: Of these, seconds spent waiting for the save before.
+        written_bytes: Bytes of tensors this rank wrote.
+    """
+
+    saves: int = 0
+    blocked_s: float = 0.0
+    waited_s: float = 0.0
+    written_bytes: int = 0

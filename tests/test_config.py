@@ -350,7 +350,7 @@ def test_switched_off_is_silent_otherwise(caplog, source):
         ({"HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "$HOME/new"}, "{home}/new"),
     ],
 )
-def test_the_hub_cache_is_found_as_huggingface_hub_finds_it(monkeypatch, tmp_path, environment, expected):
+def test_thehub_cache_is_found_as_huggingface_hub_finds_it(monkeypatch, tmp_path, environment, expected):
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**environment, "HOME": str(tmp_path)}.items():

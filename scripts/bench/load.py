@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rounds import Measure, Table, build, local_tensors, timed, together
+from rounds import Measure, Table, arguments_of, build, local_tensors, timed, together
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
@@ -76,11 +76,7 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--adam", action="store_true")
+    parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hydra_ckpt_bench_", dir=os.environ.get("BENCH_DIR")) as root:
         run_distributed(_rank, arguments.ranks, root, arguments, timeout_s=3600)

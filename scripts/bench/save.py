@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rounds import Measure, Table, build, local_tensors, timed, together
+from rounds import Measure, Table, arguments_of, build, local_tensors, timed, together
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -247,11 +247,7 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--adam", action="store_true")
+    parser = arguments_of(__doc__)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--tables", default="stall,durable")
     arguments = parser.parse_args()

@@ -1,0 +1,209 @@
+"""The frozen parts of a configuration: what each part of the engine is given. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode, _normalize_save_consolidated, hub_cache
+from hydra_ckpt.hydra_run import HydraRun
+from hydra_ckpt.values import word
+
+__all__ = ["HubOptions", "KeepOptions", "ReadOptions", "ResolvedConfig", "Where", "WriteOptions", "resolve"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The directory all checkpoints of a run lie in.
+
+    Attributes:
+        checkpoint_dir: Absolute; below Hydra's run directory where a relative one was given and Hydra runs.
+        owner: Sweep directory and job number where the run is one job of a sweep, else None.
+    """
+
+    checkpoint_dir: Path
+    owner: str | None
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a save is written.
+
+    Attributes:
+        enabled: Whether anything is written at all.
+        format: "safetensors" or "torch_save".
+        consolidated: When consolidated files are written; never with "torch_save".
+        is_async: Whether training goes on while the files are written.
+        wait_for_staging: Whether `save()` waits until everything is copied.
+        cpu_offload: Whether tensors are moved to host memory one by one as they are extracted.
+        timeout_s: Longest wait of one rank for the others.
+        single_rank_consolidation: Whether rank 0 alone writes the consolidated files.
+        staging_dir: Where consolidated files are written before they are copied into place, absolute.
+        is_peft: Whether only adapter weights are saved.
+        state_dict_keys: The model's names before parallelization, in order, or None.
+        shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
+        raise_failures: Whether a save that failed ends training; if not, it is only logged.
+    """
+
+    enabled: bool
+    format: str
+    consolidated: SaveConsolidatedMode
+    is_async: bool
+    wait_for_staging: bool
+    cpu_offload: bool
+    timeout_s: float
+    single_rank_consolidation: bool
+    staging_dir: Path | None
+    is_peft: bool
+    state_dict_keys: tuple[str, ...] | None
+    shared_writes: bool | None
+    raise_failures: bool
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is resumed from, and how carefully.
+
+    Attributes:
+        restore_from: "auto", "latest", "best", a directory name or a path; None for a fresh start.
+        parts: The parts to restore, or None for all.
+        verify: Whether digests are compared while reading.
+        allow_pickle: Whether pickled data of other tools may be read.
+        on_conflict: "raise" or "set_aside", for published steps later than the one started from.
+    """
+
+    restore_from: str | None
+    parts: tuple[str, ...] | None
+    verify: bool
+    allow_pickle: bool
+    on_conflict: str
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Hugging Face in and out.
+
+    Attributes:
+        repo_id: Hub id or local directory of the reference model, or None.
+        cache_dir: The hub cache the reference is looked for in.
+        dequantize: True permits, False forbids, None detects.
+        original_model_root_dir: Where the original config, tokenizer and code come from, absolute, or None.
+        skip_prefixes: Names beginning so keep their initialization in a base load.
+        v4_compatible: Whether the original config.json is exported.
+        diffusers_compatible: Whether files and index are named as diffusers names them.
+    """
+
+    repo_id: str | None
+    cache_dir: Path
+    dequantize: bool | None
+    original_model_root_dir: Path | None
+    skip_prefixes: tuple[str, ...]
+    v4_compatible: bool
+    diffusers_compatible: bool
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """Which checkpoint is best, and which ones stay.
+
+    Attributes:
+        best_metric_key: The metric that decides.
+        best_metric_mode: "min" or "max".
+        max_recent: How many of the newest stay, or None for all.
+        retention: Further rules as plain data, or None.
+    """
+
+    best_metric_key: str
+    best_metric_mode: str
+    max_recent: int | None
+    retention: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The settings in the parts the engine hands down, with every path absolute.
+
+    Attributes:
+        where: For the store.
+        write: For saving.
+        read: For loading.
+        hub: For the reference model and the export.
+        keep: For pointers and retention.
+        hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
+    """
+
+    where: Where
+    write: WriteOptions
+    read: ReadOptions
+    hub: HubOptions
+    keep: KeepOptions
+    hydra_texts: tuple[tuple[str, str], ...] = ()
+
+
+def resolve(config: CheckpointingConfig) -> ResolvedConfig:
+    """The settings as frozen parts, with paths made absolute for the run this process is part of."""
+    run = HydraRun.current()
+    base = Path.cwd() if run is None else run.output_dir
+    return ResolvedConfig(
+        where=Where(
+            checkpoint_dir=base / Path(config.checkpoint_dir).expanduser(),
+            owner=None if run is None else run.owner,
+        ),
+        write=_write_options(config),
+        read=ReadOptions(
+            restore_from=config.restore_source(),
+            parts=_frozen(config.restore_parts),
+            verify=config.verify_on_load,
+            allow_pickle=config.allow_legacy_pickle_restore,
+            on_conflict=config.on_conflict,
+        ),
+        hub=_hub_options(config),
+        keep=KeepOptions(
+            best_metric_key=config.best_metric_key,
+            best_metric_mode=config.best_metric_mode,
+            max_recent=config.max_recent_checkpoints,
+            retention=copy.deepcopy(config.retention),
+        ),
+        hydra_texts=() if run is None else run.texts,
+    )
+
+
+def _write_options(config: CheckpointingConfig) -> WriteOptions:
+    mode = _normalize_save_consolidated(config.save_consolidated)
+    return WriteOptions(
+        enabled=config.enabled,
+        format=config.model_save_format,
+        consolidated=SaveConsolidatedMode.FALSE if config.model_save_format == "torch_save" else mode,
+        is_async=config.is_async,
+        wait_for_staging=config.wait_for_staging,
+        cpu_offload=config.cpu_offload,
+        timeout_s=config.consolidation_timeout_minutes * 60.0,
+        single_rank_consolidation=config.single_rank_consolidation,
+        staging_dir=_absolute(config.staging_dir),
+        is_peft=config.is_peft,
+        state_dict_keys=_frozen(config.model_state_dict_keys),
+        shared_writes={"auto": None, "true": True, "false": False}[word(config.shared_writes)],
+        raise_failures=config.on_save_failure == "raise",
+    )
+
+
+def _hub_options(config: CheckpointingConfig) -> HubOptions:
+    return HubOptions(
+        repo_id=config.model_repo_id,
+        cache_dir=Path(config.model_cache_dir or hub_cache()).expanduser().absolute(),
+        dequantize=config.dequantize_base_checkpoint,
+        original_model_root_dir=_absolute(config.original_model_root_dir),
+        skip_prefixes=tuple(config.skip_task_head_prefixes_for_base_model or ()),
+        v4_compatible=config.v4_compatible,
+        diffusers_compatible=config.diffusers_compatible,
+    )
+
+
+def _frozen(names: list[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
+
+
+def _absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
