@@ -164,7 +164,7 @@ class Checkpointer:
 
         Raises:
             CheckpointNotFoundError: The checkpoint asked for is not there.
-            CorruptCheckpointError: It is damaged; nothing was installed.
+            CorruptCheckpointError: It is damaged; the message says if tensors were overwritten before that showed.
             KeyMismatchError: It does not fit; nothing was installed.
             CheckpointExistsError: Training would go on below steps that are published already.
         """

@@ -168,7 +168,7 @@ class CheckpointingConfig:
         cpu_offload: Tensors are moved to host memory one by one as they are extracted.
         consolidation_timeout_minutes: Longest wait of one rank for the others.
         allow_legacy_pickle_restore: Pickled data of other tools may be read, which can run code.
-        verify_on_load: Every byte is compared with its digest before anything is installed.
+        verify_on_load: Every byte is compared with its digest while it is loaded.
         shared_writes: Ranks on several hosts may fill one file together: true, false, or "auto": not on file systems
             that may lose neighbouring ranges (NFS, SMB, FUSE). If not, each rank writes files of its own.
         on_save_failure: A save that failed ends training ("raise") or is logged ("warn").

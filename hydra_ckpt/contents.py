@@ -189,5 +189,6 @@ def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources
     found = {}
     for position, share in shares.items():
         local = tensors[position].tensor
-        found[position] = local[share.start : share.stop] if local.dim() else local
+        whole = not local.dim() or (share.start, share.stop) == (0, local.shape[0])
+        found[position] = local if whole else local[share.start : share.stop]
     return Sources(found, frozenset(position for position in found if tensors[position].late))

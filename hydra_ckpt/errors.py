@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "CheckpointConfigError",
@@ -44,8 +44,11 @@ class CheckpointError(Exception):
         return rebuild, (type(self), str(self), vars(self))
 
 
-def rebuild(kind: type[CheckpointError], text: str, attributes: Mapping[str, Any]) -> CheckpointError:
-    """An error as it was in another process.
+_Error = TypeVar("_Error", bound=CheckpointError)
+
+
+def rebuild(kind: type[_Error], text: str, attributes: Mapping[str, Any]) -> _Error:
+    """An error as it was in another process, or with another text.
 
     Args:
         kind: Its class.

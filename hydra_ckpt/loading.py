@@ -1,4 +1,4 @@
-"""One load: compare, check, read, install. Nothing is changed before everything fits and every byte is right."""
+"""One load: compare, read and verify, install. Nothing is changed before everything fits."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.ledger import Ledger, join
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
@@ -53,7 +54,10 @@ class Load:
         extractor: Knows the models' maps.
         channel: To the other ranks.
         parts: Which parts are wanted.
-        verify: Whether every byte is checked against its digest first.
+        verify: Whether every byte is checked against its digest.
+
+    Attributes:
+        touched: The parts whose live tensors may have been written to; equal on all ranks.
     """
 
     checkpoint: Checkpoint
@@ -62,26 +66,29 @@ class Load:
     channel: Channel
     parts: Collection[str]
     verify: bool
+    touched: frozenset[str] = frozenset()
     _shared: dict[str, Any] = field(default_factory=dict)
     _own: dict[str, Any] | None = None
     _fetches: list[Fetch] = field(default_factory=list)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _lengths: dict[tuple[str, int], int] = field(default_factory=dict)
     _notes: list[str] = field(default_factory=list)
+    _ledger: Ledger | None = None
     _read_bytes: int = 0
 
     def run(self) -> LoadReport:
         """Collective: load.
 
         Raises:
-            CorruptCheckpointError: Bytes are not what was written; the same on all ranks.
+            CorruptCheckpointError: Bytes are not what was written; raised on all ranks. The tensors of the parts in
+                `touched` may have been overwritten by then.
             KeyMismatchError: Names, shapes or element types differ; nothing was changed.
         """
         self._together("reading the checkpoint's progress", self._read_progress)
         self._compare()
-        if self.verify:
-            self._together("verifying the checkpoint", self._verify)
+        self.touched = frozenset(self._available() & {"model", "optimizer"})
         self._together("reading the checkpoint", self._read)
+        self._verify_rest()
         self._together("installing the checkpoint", self._install)
         step, epoch = (self.checkpoint.step, self.checkpoint.epoch) if "progress" in self.parts else (0, 0)
         loaded = tuple(part for part in PARTS if part in self._available())
@@ -275,17 +282,28 @@ class Load:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def _verify(self) -> None:
-        manifest = self.checkpoint.manifest
-        everything = checks(self._root, manifest.files, manifest.digests)
-        for error in findings(self._root, share_out(everything, self.channel.rank, self.channel.world_size)):
-            raise error
-
     def _read(self) -> None:
+        if self.verify:
+            manifest = self.checkpoint.manifest
+            self._ledger = Ledger(checks(self._root, manifest.files, manifest.digests))
         ordered = sorted(self._fetches, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
         foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
         own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
-        self._read_bytes = fetch(self._root, own) + fetch_distcp(self._root, foreign, self._lengths)
+        self._read_bytes = fetch(self._root, own, self._ledger) + fetch_distcp(self._root, foreign, self._lengths)
+
+    def _verify_rest(self) -> None:
+        """Collective: compare the digests that no rank has compared while it read, each once."""
+        ledger = self._ledger
+        if ledger is None:
+            return
+        done = self.channel.agree("comparing what was verified", ledger.done(), join)
+
+        def verify() -> None:
+            rest = ledger.left((first, behind) for first, behind in done)
+            for error in findings(self._root, share_out(rest, self.channel.rank, self.channel.world_size)):
+                raise error
+
+        self._together("verifying the checkpoint", verify)
 
     # -- installing ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Channel
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, rebuild
 from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
@@ -64,31 +64,46 @@ class Restorer:
 
         Returns:
             What was loaded, or None for a fresh start.
+
+        Raises:
+            CorruptCheckpointError: The checkpoint asked for is damaged, or all are and live tensors have been
+                overwritten before that showed.
         """
         selector = self._options.restore_from if restore_from is None else restore_from
         if selector is None or selector.strip().lower() in _FRESH:
             return None
+        overwritten: CorruptCheckpointError | None = None
+        touched: set[str] = set()
         while True:
             choice = self._channel.coordinator_step(
                 f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self.passed_over)
             )
             self._pass_over(choice["passed_over"])
             if choice["path"] is None:
+                if overwritten is not None:
+                    raise overwritten
                 return None
-            path = Path(choice["path"])
+            load = self._open(state, Path(choice["path"]), parts)
             try:
-                return self._load(state, path, parts)
+                report = self._finish(load)
             except CorruptCheckpointError as error:
+                if load.touched:
+                    touched |= load.touched
+                    overwritten = _undefined(error)
                 if selector != "auto":
-                    raise
-                self._pass_over({path.name: str(error)})
+                    raise overwritten or error from None
+                self._pass_over({load.checkpoint.name: str(error)})
+                continue
+            if overwritten is not None and not touched <= set(report.loaded):
+                raise overwritten  # only a load of the same parts makes every tensor whole again
+            return report
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)):
             log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
         self.passed_over.update(damaged)
 
-    def _load(self, state: AppState, path: Path, parts: tuple[str, ...]) -> LoadReport:
+    def _open(self, state: AppState, path: Path, parts: tuple[str, ...]) -> Load:
         error: Exception | None = None
         checkpoint = None
         try:
@@ -97,9 +112,19 @@ class Restorer:
             error = known
         self._channel.raise_together(f"opening {path}", error)
         assert checkpoint is not None  # raise_together has raised otherwise
-        load = Load(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)
+        return Load(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)
+
+    def _finish(self, load: Load) -> LoadReport:
         report = load.run()
         for note in report.notes:
-            log.warning("%s: %s", path.name, note)
-        log.info("loaded %s (step %d): %s", path, checkpoint.step, ", ".join(report.loaded))
+            log.warning("%s: %s", load.checkpoint.name, note)
+        log.info("loaded %s (step %d): %s", report.path, load.checkpoint.step, ", ".join(report.loaded))
         return replace(report, passed_over=dict(self.passed_over))
+
+
+def _undefined(error: CorruptCheckpointError) -> CorruptCheckpointError:
+    text = (
+        f"{error}. Tensors have been overwritten before this showed: the state of model and optimizer is undefined. "
+        "Load another checkpoint, or build them anew, before training goes on"
+    )
+    return rebuild(CorruptCheckpointError, text, vars(error))

@@ -301,10 +301,28 @@ def test_a_pool_lends_a_buffer_to_one_at_a_time() -> None:
     pool = BufferPool()
     pool.prewarm(100)
     one, other = pool.take(80), pool.take(80)
-    assert one.data_ptr() != other.data_ptr()
+    assert one is not other
+    assert one.nbytes >= 100
+    assert not pool.holds(80)
     pool.give_back(one)
-    assert pool.take(100).data_ptr() == one.data_ptr()
-    assert pool.take(10_000).numel() >= 10_000
+    assert pool.holds(80)
+    assert not pool.holds(10_000)
+    assert pool.take(100) is one
+    assert pool.take(10_000).nbytes >= 10_000
+
+
+def test_a_buffer_keeps_its_views_for_tensors_of_the_same_layout() -> None:
+    buffer = BufferPool().take(256)
+    tensors = [torch.arange(4), torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor(True)]
+    first = buffer.slots(tensors)
+    assert buffer.slots([tensor.clone() for tensor in tensors]) is first
+    for (target, view), tensor in zip(first, tensors, strict=True):
+        assert (target.dtype, target.shape) == (tensor.dtype, tensor.shape)
+        target.copy_(tensor)
+        assert bytes(view) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    other = buffer.slots(tensors[:2])
+    assert other is not first
+    assert [target.shape for target, _ in other] == [torch.Size([4]), torch.Size([3, 2])]
 
 
 class Gate(Files):
@@ -338,5 +356,5 @@ def test_saves_that_overlap_each_write_what_was_staged_for_them(tmp_path: Path) 
     deadline = time.monotonic() + 10
     while len(stager._pool._free) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    known = {buffer.data_ptr() for buffer in stager._pool._free}
+    known = {buffer.slots([live["w"]])[0][0].data_ptr() for buffer in stager._pool._free}
     assert _address(stager.stage(live)) in known

@@ -42,6 +42,7 @@ from hydra_ckpt import (
 )
 from hydra_ckpt.distributed import error_from_data, error_to_data
 from hydra_ckpt.files import Files
+from hydra_ckpt.storage.digests import Check
 from hydra_ckpt.storage.verify import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
@@ -257,6 +258,56 @@ def test_automatic_resume_passes_over_damage_and_sets_it_aside_before_it_saves(
         for step in (3, 4):
             assert verifies(engine.save(state, step=step).result())
     assert latest(tmp_path) == "epoch_0_step_4"
+
+
+def test_a_state_that_damage_has_overwritten_is_never_trained_on(tmp_path: Path) -> None:
+    state = make_state()
+    save(tmp_path, state, 1, 2, save_consolidated="always")
+    before = {name: tensor.clone() for name, tensor in state.models[""][0].state_dict().items()}
+    for step in (1, 2):
+        [moments] = (tmp_path / f"epoch_0_step_{step}" / "optim").glob("*.safetensors")
+        data = bytearray(moments.read_bytes())
+        data[-1] ^= 1
+        moments.write_bytes(data)
+    with build(tmp_path) as engine, pytest.raises(CorruptCheckpointError, match="model and optimizer is undefined"):
+        engine.load(state)  # not None: a fresh start would train on what the damaged ones left
+    with (
+        build(tmp_path, restore_from="latest") as engine,
+        pytest.raises(CorruptCheckpointError, match="model and optimizer is undefined"),
+    ):
+        engine.load(state)
+    # Damage that shows before anything is read leaves the live state alone.
+    for step in (1, 2):
+        [progress] = (tmp_path / f"epoch_0_step_{step}" / "progress").glob("shared-*.json")
+        progress.write_bytes(progress.read_bytes().replace(b"{", b"[", 1))
+    with torch.no_grad():
+        for tensor in state.models[""][0].parameters():
+            tensor.zero_()
+    with build(tmp_path) as engine:
+        assert engine.load(state) is None
+    assert all(not tensor.any() for tensor in state.models[""][0].parameters())
+    assert any(tensor.any() for tensor in before.values())
+
+
+def test_every_byte_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state()
+    save(tmp_path, state, 1, save_consolidated="always")
+    compared: list[tuple[str, int]] = []
+    compare = Check.compare
+
+    def recording(self: Check, root: Path, data: memoryview) -> None:
+        compared.append((self.file, self.region.offset))
+        assert len(data) == self.region.nbytes
+        compare(self, root, data)
+
+    monkeypatch.setattr(Check, "compare", recording)
+    with build(tmp_path) as engine:
+        engine.load(state)
+    assert len(compared) == len(set(compared))
+    files = {file for file, _ in compared}
+    checkpoint = tmp_path / "epoch_0_step_1"
+    existing = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert files == existing - {"manifest.json"}
 
 
 def test_latest_that_leads_to_damage_is_corrupt_and_not_missing(tmp_path: Path) -> None:

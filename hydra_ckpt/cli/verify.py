@@ -21,7 +21,7 @@ from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import read_sealed
 
 if TYPE_CHECKING:
-    from hydra_ckpt.storage.verify import Check
+    from hydra_ckpt.storage.digests import Check
 
 __all__ = ["verify_checkpoints"]
 

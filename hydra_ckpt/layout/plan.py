@@ -111,12 +111,12 @@ def fill_files(files: Sequence[FileLayout], shares: Mapping[int, Share], first_f
         index, base = located[share.spec.name]
         start = 0
         for region in regions(share.box, share.spec.shape, share.spec.itemsize, base):
-            for cell in _cells(region):
+            for cell in cells(region):
                 yield Piece(first_file + index, cell, position, start)
                 start += cell.nbytes
 
 
-def _cells(region: Region) -> Iterator[Region]:
+def cells(region: Region) -> Iterator[Region]:
     """Cut a region into parts of at most `CELL_BYTES`: runs on the file's grid, strided ones by whole runs."""
     if region.count == 1:
         position, end = region.offset, region.offset + region.run

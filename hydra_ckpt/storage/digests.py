@@ -33,6 +33,37 @@ class Digested:
     digest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Bytes of a checkpoint and the digest they must have.
+
+    Attributes:
+        file: Relative to the checkpoint.
+        region: Which bytes.
+        digest: Their xxh3 64-bit digest.
+    """
+
+    file: str
+    region: Region
+    digest: int
+
+    def compare(self, root: Path, data: memoryview) -> None:
+        """Raise unless these bytes, read from the checkpoint at `root`, have the digest.
+
+        Raises:
+            CorruptCheckpointError: They are not what was written.
+        """
+        found = digest_of(data)
+        if found != self.digest:
+            raise CorruptCheckpointError(
+                root / self.file,
+                "the bytes are not those that were written",
+                byte_range=(self.region.offset, self.region.end),
+                expected=f"xxh3 {self.digest:016x}",
+                found=f"{found:016x}",
+            )
+
+
 def digest_of(data: bytes | memoryview) -> int:
     """The xxh3 64-bit digest."""
     return xxhash.xxh3_64_intdigest(data)

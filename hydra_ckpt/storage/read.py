@@ -16,6 +16,7 @@ from hydra_ckpt.layout.boxes import Box, Region
 from hydra_ckpt.layout.plan import Read, StoredTensor, reads
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
 
 
@@ -33,14 +34,14 @@ class OpenFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._open:
+            os.close(self._open.popitem()[1][0])
 
     def read_into(self, file: str, region: Region, target: memoryview) -> None:
         """Fill `target` with the region's bytes.
@@ -48,10 +49,11 @@ class OpenFiles:
         Raises:
             CorruptCheckpointError: The file ends before the region does.
         """
-        if file not in self._descriptors:
-            self._descriptors[file] = open_inside(self.root, file)
-        descriptor = self._descriptors[file]
-        if region.end > os.fstat(descriptor).st_size:
+        if file not in self._open:
+            descriptor = open_inside(self.root, file)
+            self._open[file] = descriptor, os.fstat(descriptor).st_size
+        descriptor, size = self._open[file]
+        if region.end > size:
             raise CorruptCheckpointError(
                 self.root / file, "the file is too short", byte_range=(region.offset, region.end)
             )
@@ -78,14 +80,21 @@ def _gather(descriptor: int, region: Region, target: memoryview) -> None:
 
 
 @torch.no_grad()
-def fetch(root: Path, wanted: Iterable[Fetch]) -> int:
+def fetch(root: Path, wanted: Iterable[Fetch], ledger: Ledger | None = None) -> int:
     """Fetch every box.
+
+    Args:
+        root: The checkpoint.
+        wanted: The boxes and where they go.
+        ledger: Digests to compare on the way; those of which all bytes are read are compared before the bytes are
+            used, the others are left.
 
     Returns:
         Bytes read.
 
     Raises:
-        CorruptCheckpointError: A file is missing, too short, or does not hold the whole box.
+        CorruptCheckpointError: A file is missing, too short, does not hold the whole box, or its bytes are not those
+            that were written. What was fetched before stays where it was put.
     """
     total = 0
     with OpenFiles(root) as files:
@@ -97,22 +106,27 @@ def fetch(root: Path, wanted: Iterable[Fetch]) -> int:
             except LookupError as error:
                 raise CorruptCheckpointError(root / item.stored.chunks[0].file, str(error)) from None
             for part in parts:
-                total += _fetch_part(files, part, item)
+                total += _fetch_part(files, part, item, ledger)
     return total
 
 
-def _fetch_part(files: OpenFiles, part: Read, item: Fetch) -> int:
-    inner = part.box.within(item.box)
+def _fetch_part(files: OpenFiles, part: Read, item: Fetch, ledger: Ledger | None) -> int:
     target = item.into.detach()
-    for dim, (start, size) in enumerate(zip(inner.offsets, inner.sizes, strict=True)):
-        target = target.narrow(dim, start, size)
+    if part.box != item.box:
+        inner = part.box.within(item.box)
+        for dim, (start, size) in enumerate(zip(inner.offsets, inner.sizes, strict=True)):
+            target = target.narrow(dim, start, size)
     dtype = TORCH_DTYPE[item.stored.spec.dtype]
     direct = is_plain_memory(target) and target.dtype == dtype
-    landing = target if direct else torch.empty(inner.sizes, dtype=dtype)
+    landing = target if direct else torch.empty(part.box.sizes, dtype=dtype)
     view, position = bytes_of(landing), 0
     for region in part.regions:
-        files.read_into(part.file, region, view[position : position + region.nbytes])
-        position += region.nbytes
+        for piece, digest in ((region, None),) if ledger is None else ledger.pieces(part.file, region):
+            data = view[position : position + piece.nbytes]
+            files.read_into(part.file, piece, data)
+            if ledger is not None and digest is not None:
+                ledger.compare(files.root, digest, data)
+            position += piece.nbytes
     if not direct:
         target.copy_(landing)
     return position

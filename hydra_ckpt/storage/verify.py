@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.boxes import Region
-from hydra_ckpt.storage.digests import decode, digest_of, hex_digest
+from hydra_ckpt.storage.digests import Check, decode, hex_digest
 from hydra_ckpt.storage.read import OpenFiles
 from hydra_ckpt.store.manifest import FileRecord
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Bytes to read and the digest they must have.
-
-    Attributes:
-        file: Relative to the checkpoint.
-        region: Which bytes.
-        digest: Their xxh3 64-bit digest.
-    """
-
-    file: str
-    region: Region
-    digest: int
 
 
 def read_small(root: Path, file: str, record: FileRecord) -> bytes:
@@ -94,15 +78,6 @@ def findings(root: Path, wanted: Sequence[Check]) -> Iterator[CorruptCheckpointE
             view = memoryview(buffer)[: check.region.nbytes]
             try:
                 files.read_into(check.file, check.region, view)
+                check.compare(root, view)
             except CorruptCheckpointError as error:
                 yield error
-                continue
-            found = digest_of(view)
-            if found != check.digest:
-                yield CorruptCheckpointError(
-                    root / check.file,
-                    "the bytes are not those that were written",
-                    byte_range=(check.region.offset, check.region.end),
-                    expected=f"xxh3 {check.digest:016x}",
-                    found=f"{found:016x}",
-                )
