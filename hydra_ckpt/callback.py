@@ -288,8 +288,15 @@ class CheckpointCallback:
     def _save(self) -> PendingSave | None:
         if self._live is None or self._state is None or self._saved_step == self._step:
             return None
-        pending = self._live.save(self._state, step=self._step, epoch=self._epoch, metrics=self._metrics)
-        self._saved_step, self._saved_epoch = self._step, self._epoch
+        pending = self._live.save(
+            self._state,
+            step=self._step,
+            epoch=self._epoch,
+            metrics=self._metrics,
+            skippable=not self._should_stop,
+        )
+        if not pending.skipped:
+            self._saved_step, self._saved_epoch = self._step, self._epoch
         self._schedule.saved(time.monotonic())
         return pending
 

@@ -220,6 +220,7 @@ class Checkpointer:
         epoch: int = 0,
         metrics: Mapping[str, Any] | None = None,
         is_final: bool = False,
+        skippable: bool = True,
     ) -> PendingSave:
         """Collective: save the state as it is now.
 
@@ -232,6 +233,10 @@ class Checkpointer:
             epoch: The epoch they were done in.
             metrics: Known so far; more may come (`add_metrics`).
             is_final: Whether this is the end of training.
+            skippable: Whether `when_busy=skip` may leave it out; a final save never is.
+
+        Returns:
+            The save; where it was left out, one that is done and `skipped`.
 
         Raises:
             SaveFailedError: An earlier save failed, or this one did and is not asynchronous.
@@ -241,6 +246,9 @@ class Checkpointer:
             return PendingSave.nothing(step)
         if self._closed:
             raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
+        if skippable and not is_final and self._is_busy():
+            self.stats.skipped += 1
+            return PendingSave.nothing(step, skipped=True)
         begun = time.monotonic()
         self.wait()
         self.stats.waited_s += time.monotonic() - begun
@@ -255,6 +263,13 @@ class Checkpointer:
         finally:
             self.stats.blocked_s += time.monotonic() - begun
         return pending
+
+    def _is_busy(self) -> bool:
+        """Collective where saves may be left out: whether rank 0 is still writing the one before."""
+        if not self.config.write.skips_when_busy or self._pending is None:
+            return False
+        before = self._pending
+        return bool(self._channel.coordinator_step("looking at the save before", lambda: not before.done()))
 
     def _request(self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool) -> SaveRequest:
         mode = self.config.write.consolidated

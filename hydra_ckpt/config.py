@@ -78,6 +78,7 @@ _CHECKS: dict[str, Check] = {
     "verify_on_load": switch,
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
+    "when_busy": choice("wait", "skip"),
 }
 
 
@@ -172,6 +173,8 @@ class CheckpointingConfig:
         shared_writes: Ranks on several hosts may fill one file together: true, false, or "auto": not on file systems
             that may lose neighbouring ranges (NFS, SMB, FUSE). If not, each rank writes files of its own.
         on_save_failure: A save that failed ends training ("raise") or is logged ("warn").
+        when_busy: A save that is due while the one before is still being written waits for it ("wait") or is left
+            out ("skip"); rank 0 decides for all. The last save of a run always waits.
     """
 
     enabled: bool = True
@@ -204,6 +207,7 @@ class CheckpointingConfig:
     verify_on_load: bool = True
     shared_writes: bool | str = "auto"
     on_save_failure: str = "raise"
+    when_busy: str = "wait"
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

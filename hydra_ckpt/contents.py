@@ -43,6 +43,7 @@ class Planned:
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
     merged: tuple[Merged, ...]
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Contents:
             None if export_only else captured.own,
             self._assets(state, consolidated, export_only) if self._channel.is_coordinator else {},
             {part: f"{part}/{names.CONSOLIDATED}" for part in parts if _is_model(part)} if consolidated else {},
+            planned.total_bytes,
             planned.merged,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
@@ -132,7 +134,9 @@ class Contents:
         layouts = tuple(self._layout(part, agreement, consolidated and not merging) for part in specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
         merged = tuple(self._merged(part, agreement) for part in models) if merging else ()
-        return Planned(agreement, layouts, plan, merged)
+        written = sum(spec.nbytes for layout in layouts for spec in agreement.specs[layout.part])
+        written += sum(file.nbytes for item in merged for file in item.files)
+        return Planned(agreement, layouts, plan, merged, written)
 
     def _merges(self, agreement: Agreement) -> bool:
         """Whether consolidated files are merged from shards by one rank."""

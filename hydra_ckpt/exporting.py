@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.files import write_atomically
-from hydra_ckpt.saving import DraftWriter
+from hydra_ckpt.saving import DraftWriter, check_space
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import Draft, discard, join_draft, sync_tree
@@ -36,6 +36,7 @@ class AddExport:
     def begin(self) -> dict[str, Any]:
         """Coordinator only; see `Transaction`."""
         self.fence()
+        check_space(self.root, self.writer.content.total_bytes)
         draft = self.writer.prepare(self.root, f"{self.name}.export")
         return {"path": str(draft.path), "token": draft.token}
 

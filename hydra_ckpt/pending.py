@@ -14,18 +14,21 @@ class PendingSave:
 
     Attributes:
         step: The step saved.
+        skipped: Whether it was left out because another save was under way.
     """
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.skipped = False
         self._staged = threading.Event()
         self._outcome: Future[Checkpoint | None] = Future()
         self._raised = False
 
     @classmethod
-    def nothing(cls, step: int) -> PendingSave:
-        """A save that had nothing to do: checkpointing is disabled."""
+    def nothing(cls, step: int, *, skipped: bool = False) -> PendingSave:
+        """A save that had nothing to do: checkpointing is disabled, or another save was under way."""
         pending = cls(step)
+        pending.skipped = skipped
         pending.finish(None)
         return pending
 
@@ -43,7 +46,7 @@ class PendingSave:
         return self._outcome.done()
 
     def result(self, timeout_s: float | None = None) -> Checkpoint | None:
-        """The published checkpoint; None where checkpointing is disabled.
+        """The published checkpoint; None where checkpointing is disabled or the save was left out.
 
         Args:
             timeout_s: How long to wait, in seconds. None waits for the save's own limit.

@@ -39,12 +39,14 @@ class Stats:
 
     Attributes:
         saves: Saves begun.
+        skipped: Saves left out because another was under way.
         blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
         waited_s: Of these, seconds spent waiting for the save before.
         written_bytes: Bytes of tensors this rank wrote.
     """
 
     saves: int = 0
+    skipped: int = 0
     blocked_s: float = 0.0
     waited_s: float = 0.0
     written_bytes: int = 0

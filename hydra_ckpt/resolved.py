@@ -45,6 +45,7 @@ class WriteOptions:
         state_dict_keys: The model's names before parallelization, in order, or None.
         shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
         raise_failures: Whether a save that failed ends training; if not, it is only logged.
+        skips_when_busy: Whether a save that is due while another is under way is left out.
     """
 
     enabled: bool
@@ -60,6 +61,7 @@ class WriteOptions:
     state_dict_keys: tuple[str, ...] | None
     shared_writes: bool | None
     raise_failures: bool
+    skips_when_busy: bool
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def _write_options(config: CheckpointingConfig) -> WriteOptions:
         state_dict_keys=_frozen(config.model_state_dict_keys),
         shared_writes={"auto": None, "true": True, "false": False}[word(config.shared_writes)],
         raise_failures=config.on_save_failure == "raise",
+        skips_when_busy=config.when_busy == "skip",
     )
 
 

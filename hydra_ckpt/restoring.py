@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Channel
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, rebuild
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    rebuild,
+)
 from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.readers import reading
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS = 5
 _FRESH = {"none", "null", "no", "false", "off"}
 
 
@@ -73,43 +82,61 @@ class Restorer:
         if selector is None or selector.strip().lower() in _FRESH:
             return None
         overwritten: CorruptCheckpointError | None = None
-        touched: set[str] = set()
+        touched: frozenset[str] = frozenset()
         while True:
+            with ExitStack() as lease:
+                load = self._choose(state, selector, parts, lease)
+                if load is None:
+                    if overwritten is not None:
+                        raise overwritten
+                    return None
+                try:
+                    report = self._finish(load)
+                except CorruptCheckpointError as error:
+                    if load.touched:
+                        touched |= load.touched
+                        overwritten = _undefined(error)
+                    if selector != "auto":
+                        raise overwritten or error from None
+                    self._pass_over({load.checkpoint.name: str(error)})
+                    continue
+            if overwritten is not None and not touched <= set(report.loaded):
+                raise overwritten  # only a load of the same parts makes every tensor whole again
+            return report
+
+    def _choose(self, state: AppState, selector: str, parts: tuple[str, ...], lease: ExitStack) -> Load | None:
+        """Collective: choose a checkpoint and protect it from pruning until the lease ends; None: there is none."""
+        for attempt in range(_ATTEMPTS):
             choice = self._channel.coordinator_step(
                 f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self.passed_over)
             )
             self._pass_over(choice["passed_over"])
             if choice["path"] is None:
-                if overwritten is not None:
-                    raise overwritten
                 return None
-            load = self._open(state, Path(choice["path"]), parts)
             try:
-                report = self._finish(load)
-            except CorruptCheckpointError as error:
-                if load.touched:
-                    touched |= load.touched
-                    overwritten = _undefined(error)
-                if selector != "auto":
-                    raise overwritten or error from None
-                self._pass_over({load.checkpoint.name: str(error)})
-                continue
-            if overwritten is not None and not touched <= set(report.loaded):
-                raise overwritten  # only a load of the same parts makes every tensor whole again
-            return report
+                return self._open(state, Path(choice["path"]), parts, lease)
+            except CheckpointNotFoundError:
+                # A run has pruned it since it was chosen; it has newer ones.
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        return None
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)):
             log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
         self.passed_over.update(damaged)
 
-    def _open(self, state: AppState, path: Path, parts: tuple[str, ...]) -> Load:
+    def _open(self, state: AppState, path: Path, parts: tuple[str, ...], lease: ExitStack) -> Load:
+        """Collective: open a checkpoint, protected from pruning until the lease ends."""
         error: Exception | None = None
         checkpoint = None
         try:
             checkpoint = Checkpoint.open(path)
+            lease.enter_context(reading(path))
         except CheckpointError as known:
             error = known
+        except OSError as gone:
+            error = CheckpointNotFoundError(f"{path} is gone, or cannot be read: {gone}")
         self._channel.raise_together(f"opening {path}", error)
         assert checkpoint is not None  # raise_together has raised otherwise
         return Load(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,7 @@ class Content:
         own: What belongs to this rank alone; None where only an export is written.
         assets: Small files by path in the checkpoint. Coordinator only.
         exports: Part to its Hugging Face directory.
+        total_bytes: Tensor values that all ranks write together.
         merged: Whole files that the coordinator merges from shards.
     """
 
@@ -57,6 +59,7 @@ class Content:
     own: bytes | None
     assets: Mapping[str, bytes]
     exports: Mapping[str, str]
+    total_bytes: int
     merged: tuple[Merged, ...] = ()
 
 
@@ -244,6 +247,21 @@ class DraftWriter:
         return PartRecord("distcp" if layout.distcp else "safetensors", files, self._rows.get(layout.part, ()))
 
 
+def check_space(root: Path, needed: int) -> None:
+    """Coordinator only: see before anything is written that a save has room.
+
+    Raises:
+        CheckpointError: The file system has less than `needed` bytes free.
+    """
+    status = os.statvfs(root)
+    free = status.f_bavail * status.f_frsize
+    if status.f_blocks and free < needed:  # some network file systems tell nothing
+        raise CheckpointError(
+            f"{root} has {free / 1e9:.3g} GB free and this save needs {needed / 1e9:.3g} GB. Free some space, keep "
+            "fewer checkpoints (checkpoint.max_recent_checkpoints), or choose another checkpoint.checkpoint_dir"
+        )
+
+
 @dataclass(frozen=True)
 class FailedSave:
     """The transaction of a save that failed before it began on this rank; tells all the others.
@@ -302,6 +320,7 @@ class Save:
     def begin(self) -> dict[str, Any]:
         """Coordinator only; see `Transaction`."""
         self.fence()
+        check_space(self.root, self.writer.content.total_bytes)
         draft = self.writer.prepare(self.root, self.name)
         return {"path": str(draft.path), "token": draft.token}
 

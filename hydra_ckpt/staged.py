@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from hydra_ckpt.contents import Sources
-from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.storage.memory import available_bytes
+from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow, staged_bytes
 
 
 class Staged:
@@ -33,6 +35,7 @@ class Staged:
         """
         staged = cls()
         try:
+            _check_memory(staged_bytes(sources.tensors), pool)
             staged._staging = Staging(sources.tensors, pool)
             staged._snapshot = staged._staging.snapshot
             staged._staging.copy(sources.tensors.keys() - late)
@@ -63,3 +66,16 @@ class Staged:
         if self._snapshot is not None:
             self._snapshot.release()
         self._sources = self._staging = None
+
+
+def _check_memory(needed: int, pool: BufferPool) -> None:
+    """Better one save that fails than a process that the system kills.
+
+    Raises:
+        CheckpointError: There is no room for the copy.
+    """
+    if not pool.holds(needed) and (available := available_bytes()) < needed:
+        raise CheckpointError(
+            f"an asynchronous save needs {needed / 1e9:.3g} GB of host memory for its copy, and "
+            f"{available / 1e9:.3g} GB are available; checkpoint.is_async=false writes without a copy"
+        )

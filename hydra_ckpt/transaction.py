@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any, Protocol
 
@@ -88,10 +89,18 @@ def _guard(step: Any) -> Any:
     return attempt
 
 
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: " (free some space, or keep fewer checkpoints: checkpoint.max_recent_checkpoints)",
+    errno.EDQUOT: " (the quota is used up; free some space, or choose another checkpoint.checkpoint_dir)",
+    errno.EROFS: " (the file system has been made read-only; see its host's log)",
+}
+
+
 def describe(error: BaseException) -> str:
     """An error in one line."""
     kind = type(error).__name__
-    return f"{kind}: {error}"
+    remedy = _REMEDIES.get(error.errno, "") if isinstance(error, OSError) else ""
+    return f"{kind}: {error}{remedy}"
 
 
 def _raise_causes(step: int, data: dict[str, Any]) -> None:

@@ -18,8 +18,7 @@ from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
 from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.pointers import read_pointer
-from hydra_ckpt.store.retention import pointers_in
+from hydra_ckpt.store.pointers import pointers_in, read_pointer
 
 __all__ = ["list_checkpoints"]
 

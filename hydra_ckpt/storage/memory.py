@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(cgroup: Path = _CGROUP) -> int:
+    """Host memory that can still be had: of the machine, and of this process's control group where it has a limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines()).get("file", "0")
+        return free if limit == "max" else min(free, int(limit) - used + int(cached))
+    except (OSError, ValueError):
+        return free  # no control group of version 2
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,7 +1,8 @@
 """Retention: which checkpoints stay, as small policies that each keep some; what no policy keeps may go.
 
 Policies come as plain data, `{newest: 3, best: 2, every_n_steps: 1000, younger_than_s: 3600}`; a checkpoint stays
-if any of them keeps it. Whatever a pointer in the directory leads to stays in any case.
+if any of them keeps it. `any_of` holds a list of further mappings, for two policies of one kind. Whatever a pointer in
+the directory leads to stays in any case, and so does what somebody reads at the moment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint
-from hydra_ckpt.store.pointers import read_pointer
+from hydra_ckpt.store.pointers import protected
+from hydra_ckpt.store.readers import is_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ _POLICIES: dict[str, Callable[[Any], Policy]] = {
 }
 
 
+_ANY_OF = "any_of"
+
+
 def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> list[Policy]:
     """Policies from plain data; none at all keeps everything.
 
@@ -75,9 +80,12 @@ def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> lis
         wanted.setdefault("newest", max_recent)
     made = []
     for name, value in wanted.items():
+        if name == _ANY_OF:
+            made += _any_of(value)
+            continue
         if name not in _POLICIES:
             raise CheckpointConfigError(
-                f"checkpoint.retention.{name}: unknown policy; choose from {', '.join(_POLICIES)}"
+                f"checkpoint.retention.{name}: unknown policy; choose from {', '.join([*_POLICIES, _ANY_OF])}"
             )
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise CheckpointConfigError(f"checkpoint.retention.{name}: expected a positive number, got {value!r}")
@@ -85,18 +93,25 @@ def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> lis
     return made
 
 
+def _any_of(further: Any) -> list[Policy]:
+    if not isinstance(further, Sequence) or not all(isinstance(item, Mapping) for item in further):
+        raise CheckpointConfigError(
+            f"checkpoint.retention.{_ANY_OF}: expected a list of policies such as [{{newest: 3}}], got {further!r}"
+        )
+    return [policy for item in further for policy in policies(item, None)]
+
+
 def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
-    """The checkpoints that may go: neither kept by a policy nor led to by a pointer."""
+    """The checkpoints that may go: neither kept by a policy, nor led to by a pointer, nor being read.
+
+    Raises:
+        CorruptCheckpointError: A pointer cannot be read, so that it is unknown what it protects.
+    """
     if not keeping:
         return []
     kept = set().union(*(policy(catalog.checkpoints, context) for policy in keeping))
-    kept |= {target for pointer in pointers_in(catalog.root) if (target := read_pointer(catalog.root, pointer))}
-    return [item for item in catalog.checkpoints if item.name not in kept]
-
-
-def pointers_in(root: Path) -> set[str]:
-    """Names of all pointers in a directory, the user's own included."""
-    return {path.name.removesuffix(".txt") for path in root.iterdir() if path.is_symlink() or path.suffix == ".txt"}
+    kept |= protected(catalog.root)
+    return [item for item in catalog.checkpoints if item.name not in kept and not is_read(item.path)]
 
 
 def retire(files: Files, checkpoint: Checkpoint) -> Path:

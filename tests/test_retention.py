@@ -1,0 +1,271 @@
+"""Which checkpoints stay: policies, pointers, readers; and what is never touched."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from hydra_ckpt import AppState, CheckpointConfigError, CheckpointingConfig
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.files import Files
+from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.pointers import protected
+from hydra_ckpt.store.retention import Context, policies, superfluous
+
+STATE = AppState(torch.nn.Linear(2, 1))
+
+
+def save_steps(directory: Path, *steps: int, files: Files | None = None, **options: Any) -> None:
+    """Save these steps in one run; the metric is the step's distance from 4."""
+    config = CheckpointingConfig(checkpoint_dir=str(directory), on_conflict="set_aside", **options)
+    with config.build(0, 0, 0) as engine:
+        for step in steps:
+            engine.save(STATE, step=step, metrics={"loss": abs(step - 4)}).result()
+        engine.drain()
+
+
+def steps_in(directory: Path) -> list[int]:
+    return [item.step for item in scan(directory).checkpoints]
+
+
+def kept(directory: Path, retention: dict[str, Any], now: float = 0.0) -> list[int]:
+    """The steps that policies keep, pointers apart."""
+    catalog = scan(directory)
+    leave = {item.name for item in superfluous(catalog, policies(retention, None), Context("loss", "min", now))}
+    return [item.step for item in catalog.checkpoints if item.name not in leave]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("eight")
+    save_steps(root, *range(1, 9))
+    for pointer in ("LATEST", "BEST"):
+        (root / pointer).unlink()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("retention", "steps"),
+    [
+        ({"newest": 2}, [7, 8]),
+        ({"best": 3}, [3, 4, 5]),
+        ({"every_n_steps": 3}, [3, 6]),
+        ({"newest": 1, "best": 1, "every_n_steps": 5}, [4, 5, 8]),
+        ({"any_of": [{"every_n_steps": 3}, {"every_n_steps": 5, "newest": 1}]}, [3, 5, 6, 8]),
+        ({"newest": 99}, list(range(1, 9))),
+        ({}, list(range(1, 9))),
+    ],
+)
+def test_a_checkpoint_stays_if_any_policy_keeps_it(eight: Path, retention: dict[str, Any], steps: list[int]) -> None:
+    assert kept(eight, retention) == steps
+
+
+def test_age_is_counted_from_the_save(eight: Path) -> None:
+    times = [item.manifest.created for item in scan(eight).checkpoints]
+    assert kept(eight, {"younger_than_s": 10}, now=times[-1]) == [
+        step for step, time in zip(range(1, 9), times, strict=True) if times[-1] - time < 10
+    ]
+    assert kept(eight, {"younger_than_s": 10}, now=times[-1] + 11) == []
+    between = (times[4] + times[5]) / 2
+    assert kept(eight, {"younger_than_s": 10}, now=between + 10) == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("retention", "named"),
+    [
+        ({"latest": 3}, "retention.latest: unknown policy; choose from newest, best, every_n_steps"),
+        ({"younger_than_s": 0}, "retention.younger_than_s"),
+        ({"any_of": {"newest": 3}}, r"retention.any_of: expected a list of policies such as \[{newest: 3}\]"),
+        ({"any_of": [{"wrong": 3}]}, "retention.wrong: unknown policy"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_name(tmp_path: Path, retention: dict[str, Any], named: str) -> None:
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "new"), retention=retention)
+    with pytest.raises(CheckpointConfigError, match=named):
+        config.build(0, 0, 0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pointers_of_any_make_protect_what_they_lead_to(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, 4, 5, 6)
+    (tmp_path / "BEST").unlink()
+    (tmp_path / "paper").symlink_to("epoch_0_step_1")
+    (tmp_path / "weights").symlink_to(tmp_path / "epoch_0_step_2" / "model")  # absolute, and into it
+    (tmp_path / "KEEP.txt").write_text("epoch_0_step_3\n")
+    (tmp_path / "chain").symlink_to("paper")
+    (tmp_path / "notes.txt").write_text("epoch_0_step_4 was a good one, but this is prose")
+    (tmp_path / "elsewhere").symlink_to("/tmp")
+    (tmp_path / "circle").symlink_to("circle")
+    assert protected(tmp_path) == {f"epoch_0_step_{step}" for step in (1, 2, 3, 6)}
+    save_steps(tmp_path, 7, max_recent_checkpoints=1)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 7]  # 4 is BEST again
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("damage", ["text", "link", "directory"])
+def test_an_unreadable_pointer_stops_pruning_with_a_warning(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    pointer = tmp_path / "BEST"
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), max_recent_checkpoints=1)
+    with config.build(0, 0, 0) as engine:
+        engine.start(STATE)
+        pointer.unlink()
+        if damage == "text":
+            (tmp_path / "BEST.txt").write_text("\0\0\0\0")
+        elif damage == "link":
+            pointer.symlink_to("/nowhere/at/all")
+        else:
+            (tmp_path / "MINE.txt").mkdir()
+        engine.save(STATE, step=4).result()
+        engine.drain()
+        assert steps_in(tmp_path) == [1, 2, 3, 4]
+        assert "could not be pruned" in caplog.text
+        assert ("MINE" if damage == "directory" else "BEST") in caplog.text
+        for path in (tmp_path / "BEST", tmp_path / "BEST.txt"):
+            path.unlink(missing_ok=True)
+        if damage == "directory":
+            (tmp_path / "MINE.txt").rmdir()
+        engine.save(STATE, step=5).result()
+        engine.drain()
+    assert steps_in(tmp_path) == [5]
+
+
+READER = """
+import sys
+from pathlib import Path
+from hydra_ckpt.store.readers import reading
+
+with reading(Path(sys.argv[1])):
+    print("reading", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def another_reader(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", READER, str(checkpoint)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        yield process
+        process.kill()
+
+
+def test_what_somebody_reads_is_not_pruned_until_they_are_done_or_dead(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    listing = sorted(path for path in tmp_path.rglob("*") if path.name != "owner.json")
+    with another_reader(tmp_path / "epoch_0_step_1"):
+        assert sorted(path for path in tmp_path.rglob("*") if path.name != "owner.json") == listing
+        save_steps(tmp_path, 5, max_recent_checkpoints=1, retention={"newest": 1})
+        assert 1 in steps_in(tmp_path)
+        assert 2 not in steps_in(tmp_path)
+    save_steps(tmp_path, 6, max_recent_checkpoints=1)
+    assert 1 not in steps_in(tmp_path)
+
+
+def test_load_holds_the_lease_while_it_reads(tmp_path: Path) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, _: dict[str, Any]) -> None:
+            reached.set()
+            assert go_on.wait(30)
+
+    slow = AppState(STATE.model, extras={"slow": Slow()})
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "own"), on_conflict="set_aside")
+    with config.build(0, 0, 0) as writer:
+        writer.save(slow, step=1).result()
+
+    def read() -> None:
+        with config.build(0, 0, 0) as engine:
+            engine.load(slow)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert reached.wait(30)
+    save_steps(tmp_path / "own", 2, 3, restore_from=None, max_recent_checkpoints=1)
+    assert 1 in steps_in(tmp_path / "own")
+    go_on.set()
+    reader.join()
+    save_steps(tmp_path / "own", 4, max_recent_checkpoints=1)
+    assert 1 not in steps_in(tmp_path / "own")
+
+
+def test_foreign_directories_are_never_touched(tmp_path: Path) -> None:
+    foreign = [tmp_path / "epoch_0_step_9.bak", tmp_path / "epoch_0_step_0", tmp_path / "tensorboard"]
+    for path in foreign:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    save_steps(tmp_path, 1, 2, 3, max_recent_checkpoints=1)
+    save_steps(tmp_path, 5, max_recent_checkpoints=1)
+    assert all((path / "mine").read_text() == "mine" for path in foreign)
+    assert steps_in(tmp_path) == [3, 5]  # 3 is BEST
+
+
+def test_deleting_does_not_hold_up_the_next_save(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    class SlowToDelete(Files):
+        def remove_tree(self, path: Path) -> None:
+            assert gate.wait(30)
+            super().remove_tree(path)
+
+    from hydra_ckpt.checkpointer import Checkpointer
+
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), max_recent_checkpoints=1)
+    engine = Checkpointer(config.resolve(), dp_rank=0, tp_rank=0, pp_rank=0, files=SlowToDelete())
+    try:
+        for step in (1, 2, 3, 4):
+            assert engine.save(STATE, step=step).result(10).step == step
+        engine.drain()
+        assert steps_in(tmp_path) == [4]  # gone from sight at once
+        assert len([path for path in tmp_path.iterdir() if ".deleting-" in path.name]) == 3
+    finally:
+        gate.set()
+        engine.close()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("choice", "retention"),
+    [
+        ("all", None),
+        ("newest", {"newest": 3}),
+        ("best", {"newest": 2, "best": 2}),
+        ("milestones", {"newest": 2, "best": 1, "every_n_steps": 1000}),
+    ],
+)
+@pytest.mark.parametrize("option", ["default", "async", "every", "torch_save"])
+def test_options_of_the_group(choice: str, retention: dict[str, int] | None, option: str) -> None:
+    with initialize_config_module("hydra_ckpt.conf", version_base="1.3"):
+        config = compose(overrides=[f"+checkpoint={option}", f"checkpoint/retention={choice}"])
+        elsewhere = compose(
+            overrides=[f"+checkpoint@train.saving={option}", f"checkpoint/retention@train.saving.retention={choice}"]
+            if choice != "all"
+            else [f"+checkpoint@train.saving={option}"]
+        )
+    assert instantiate(config.checkpoint).retention == retention
+    assert list(elsewhere) == ["train"]
+    assert instantiate(elsewhere.train.saving).retention == retention
+
+
+def test_a_pointer_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "LATEST").symlink_to("../elsewhere")
+    with caplog.at_level(logging.WARNING), pytest.raises(CorruptCheckpointError, match=r"LATEST: .* no checkpoint"):
+        protected(tmp_path)
