@@ -86,6 +86,8 @@ class CheckpointCallback:
         self._step = self._epoch = 0
         self._saved_step = self._saved_epoch = 0
         self._metrics: dict[str, float] = {}
+        self._validated: dict[str, float] = {}
+        self._key = config.best_metric_key
         self._best: float | None = None
         self._should_stop = False
         self._prepared = False
@@ -140,7 +142,7 @@ class CheckpointCallback:
         if report is not None:
             self._step, self._epoch = report.step, report.epoch
             self._saved_step, self._saved_epoch = report.step, report.epoch
-        self._best = self.checkpointer.best_value
+        self._best, self._key = self.checkpointer.best_value, self.checkpointer.deciding_metric
         if self._live is not None:
             self._vote = StepVote(self._live.group, len(_Flag))
             self._signals.install()
@@ -162,7 +164,7 @@ class CheckpointCallback:
             CheckpointConfigError: The step is smaller than one before.
             SaveFailedError: An earlier save failed; on all ranks at the same step.
         """
-        if step < self._step:
+        if step < self._step and self.config.enabled:
             raise CheckpointConfigError(
                 f"on_step_end(step={step}) after step {self._step}: pass the number of completed optimizer steps, "
                 "beginning behind the step that on_train_begin returned"
@@ -171,8 +173,8 @@ class CheckpointCallback:
             self._step = step
             return None
         self._step, self._epoch = step, epoch
-        self._metrics = metric.as_floats(metrics)
-        self._consider(self._metrics, required=False)
+        self._metrics, self._validated = metric.as_floats(metrics), {}
+        self._consider(self._metrics)
         raised = self._vote.collect()
         self._should_stop = self._should_stop or raised[_Flag.STOP]
         due = self._should_stop or raised[_Flag.DUE] or self._schedule.is_due_at(step)
@@ -214,9 +216,11 @@ class CheckpointCallback:
         """
         values = metric.as_floats(metrics)
         self._metrics.update(values)
-        improved = self._consider(self._metrics, required=True)
+        self._validated.update(values)
+        improved = self._consider(self._validated, decisive=self.config.enabled)
         if self._live is None:
             return None
+        self._live.decide_by(self._key)
         if self._saved_step == self._step and self._step > 0:
             self._live.add_metrics(self._step, self._saved_epoch, values)
         elif self._schedule.on_improvement and self._live.from_rank_0("improvement", improved):
@@ -300,10 +304,26 @@ class CheckpointCallback:
         self._schedule.saved(time.monotonic())
         return pending
 
-    def _consider(self, values: Mapping[str, float], *, required: bool) -> bool:
-        """Whether these metrics improve on the best."""
-        key = metric.deciding_key(values, self.config.best_metric_key, required=required)
-        if key is None or not metric.is_better(values[key], self._best, self.config.best_metric_mode):
+    def _consider(self, values: Mapping[str, float], *, decisive: bool = False) -> bool:
+        """Whether these metrics improve on the best.
+
+        Args:
+            values: What was measured.
+            decisive: Whether one of them must be the metric that decides. Where none is configured, the one that
+                validation gives decides from then on, whatever a step's own metrics were.
+        """
+        key = self._key
+        if key not in values:
+            settled = key != metric.DEFAULT_KEY or (not self.config.enabled and len(values) > 1)
+            if settled and not decisive:
+                return False
+            found = metric.deciding_key(values, self._key, required=decisive)
+            if found is None:
+                return False
+            key = found
+        if decisive and key != self._key:
+            self._key, self._best = key, None
+        if not metric.is_better(values[key], self._best, self.config.best_metric_mode):
             return False
         self._best = values[key]
         return True

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ import torch
 
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.config import SaveConsolidatedMode
-from hydra_ckpt.contents import Contents, Sources
+from hydra_ckpt.contents import Contents, Sources, model_sources
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Group
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.pending import PendingSave
@@ -29,7 +29,9 @@ from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
 from hydra_ckpt.staged import Staged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
-from hydra_ckpt.storage.staging import BufferPool, staged_bytes
+from hydra_ckpt.storage.digests import Digested
+from hydra_ckpt.storage.staging import BufferPool, borrow, staged_bytes
+from hydra_ckpt.storage.write import digests_below
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.transaction import Transaction, perform
@@ -77,7 +79,9 @@ class Checkpointer:
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self.stats = Stats()
         self._pending: PendingSave | None = None
+        self._weights: dict[str, frozenset[Digested]] = {}
         self._best_value: float | None = None
+        self._deciding = config.keep.best_metric_key
         self._longest_save_s = 0.0
         self._closed = not config.write.enabled
         if self._closed:
@@ -108,6 +112,11 @@ class Checkpointer:
     def enabled(self) -> bool:
         """Whether checkpointing is on; if not, saves and loads do nothing."""
         return self.config.write.enabled
+
+    @property
+    def deciding_metric(self) -> str:
+        """The metric that decides which checkpoint is best: configured, told by `decide_by`, or known from before."""
+        return self._deciding
 
     @property
     def best_value(self) -> float | None:
@@ -141,7 +150,6 @@ class Checkpointer:
             What was loaded, or None for a fresh start.
         """
         if not self.enabled:
-            self._ignore_restore()
             return None
         self._open_run()
         self._extractor.try_dataloader(state)
@@ -169,7 +177,8 @@ class Checkpointer:
             CheckpointExistsError: Training would go on below steps that are published already.
         """
         if not self.enabled:
-            self._ignore_restore()
+            if restore_from is not None:
+                log.warning("checkpoint.enabled=false: restore_from=%s is not followed", restore_from)
             return None
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
@@ -181,10 +190,6 @@ class Checkpointer:
 
     def _refuse_later(self) -> None:
         self._directory.refuse_later(self._start_step, self._restorer.passed_over, self.config.read.on_conflict)
-
-    def _ignore_restore(self) -> None:
-        if self.config.read.restore_from not in ("auto", None):
-            log.warning("checkpoint.enabled=false: restore_from=%s is not followed", self.config.read.restore_from)
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +213,7 @@ class Checkpointer:
             self._published |= set(found["published"])
             self._exported |= set(found["exported"])
             self._best_value = found["best"]
+            self._deciding = str(found["deciding"])
             self._settled = True
 
     # -- saving --------------------------------------------------------------------------------------------------
@@ -246,6 +252,8 @@ class Checkpointer:
             return PendingSave.nothing(step)
         if self._closed:
             raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
+        if step < 0 or epoch < 0:
+            raise CheckpointConfigError(f"save(step={step}, epoch={epoch}): steps and epochs are counted from 0")
         if skippable and not is_final and self._is_busy():
             self.stats.skipped += 1
             return PendingSave.nothing(step, skipped=True)
@@ -302,7 +310,11 @@ class Checkpointer:
             transaction = FailedSave(request.step, error or CheckpointError("the state could not be taken apart"))
         else:
             content, sources = self._contents.make(
-                state, captured, consolidated=request.consolidated, export_only=request.adds_export
+                state,
+                captured,
+                consolidated=request.consolidated,
+                export_only=request.adds_export,
+                from_shards=request.adds_export and self._has_changed(state, captured, request),
             )
             staged = self._stage(state, sources)
             written = content.plan.nbytes
@@ -314,6 +326,26 @@ class Checkpointer:
         self._pending = pending  # only now: one that never began would be waited for for ever
         self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged, written))
         return pending
+
+    def _has_changed(self, state: AppState, captured: Captured, request: SaveRequest) -> bool:
+        """Collective: whether the weights differ from those published under the step, or it is not known.
+
+        Averages swapped in, or batch statistics measured anew, belong to no step; an export of them beside that
+        step's shards would be another model under the same name.
+        """
+        content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
+        live = borrow(model_sources(sources, content.plan).tensors)
+        digests = frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
+        saved = self._weights.get(request.name)
+        found = self._channel.agree("comparing weights", [saved is None, saved is not None and saved != digests], _any)
+        unknown, changed = found
+        if changed and self.group.rank == 0:
+            log.warning(
+                "the weights have changed since step %d was saved; the export holds the saved ones. To export what is "
+                "in memory now, save it as a step of its own",
+                request.step,
+            )
+        return bool(unknown or changed)
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves.
@@ -341,7 +373,7 @@ class Checkpointer:
     def _capture(self, state: AppState, request: SaveRequest) -> tuple[Captured | None, Exception | None]:
         """Take the state apart; an error is handed on, because the other ranks have to hear of it."""
         try:
-            request.check_metrics(self.config.keep.best_metric_key)
+            request.check_metrics(self._deciding)
             return self._extractor.capture(state), None
         except Exception as error:
             return None, error
@@ -369,7 +401,17 @@ class Checkpointer:
         fence = self._directory.fence
         if request.adds_export:
             return AddExport(writer, self.root, request.step, request.name, fence)
-        return Save(writer, self.root, request.step, request.epoch, request.metrics, fence, self._directory.point_to)
+        directory = self._directory
+        return Save(
+            writer,
+            self.root,
+            request.step,
+            request.epoch,
+            request.metrics,
+            fence,
+            directory.point_to,
+            directory.details,
+        )
 
     def _carry_out(
         self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int
@@ -381,7 +423,9 @@ class Checkpointer:
             pending.staged()
             perform(transaction, self._save_channel)
         except Exception as error:
-            log.error("%s", error)
+            if self.config.write.is_async:
+                # Raised at the next hook; said here as well, because a program may end before there is one.
+                log.warning("the save of step %d has failed in the background", request.step)
             if not request.adds_export:
                 self._published.discard(request.name)
             self._exported.discard(request.name)
@@ -389,6 +433,8 @@ class Checkpointer:
             pending.fail(error)
             return
         staged.release()
+        if isinstance(transaction, Save) and not request.consolidated:
+            self._weights = {request.name: transaction.writer.weights}
         self.stats.written_bytes += written
         self._longest_save_s = max(self._longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self.root / request.name, request.step, request.epoch))
@@ -414,6 +460,15 @@ class Checkpointer:
             self._pending.wait_staged(self.config.write.timeout_s)
             self.stats.blocked_s += time.monotonic() - begun
 
+    def decide_by(self, key: str) -> None:
+        """From now on this metric decides which checkpoint is best; rank 0's word counts.
+
+        For a caller who has learned which of several metrics it is; without it `checkpoint.best_metric_key` decides.
+        """
+        self._deciding = key
+        if self.enabled and self.group.rank == 0:
+            self._directory.decide_by(key)
+
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, when it is published; rank 0's count.
 
@@ -421,7 +476,7 @@ class Checkpointer:
             CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
         """
         values = metric.as_floats(metrics)
-        metric.deciding_key(values, self.config.keep.best_metric_key, required=False)
+        metric.deciding_key(values, self._deciding, required=False)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and name in self._published:
             self._worker.submit(lambda: self._add_metrics(name, values))
@@ -490,3 +545,8 @@ class Checkpointer:
             if kind is None:
                 raise
             log.error("%s", error)
+
+
+def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:
+    """Coordinator only: for each question whether any rank says yes."""
+    return [any(answers) for answers in zip(*rows, strict=True)]

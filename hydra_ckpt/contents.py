@@ -75,7 +75,7 @@ class Contents:
         self._stage = stage
         self._keeps_ranges = keeps_ranges
         self._agreements: dict[str, Agreement] = {}
-        self._plans: dict[tuple[str, bool, bool], Planned] = {}
+        self._plans: dict[tuple[str, bool, bool, bool], Planned] = {}
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
     @property
@@ -84,7 +84,7 @@ class Contents:
         return bool(self._agreements)
 
     def make(
-        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool
+        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
     ) -> tuple[Content, Sources]:
         """What this rank contributes; collective the first time a state of this layout is seen.
 
@@ -93,12 +93,13 @@ class Contents:
             captured: The same, taken apart.
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
+            from_shards: Whether those are made of published shards instead of the live tensors.
 
         Raises:
             TopologyError: The ranks do not fit together.
         """
         parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
-        planned = self._plan(captured.parts, parts, consolidated, export_only)
+        planned = self._plan(captured.parts, parts, consolidated, export_only, from_shards)
         leads = planned.agreement.leads and not export_only
         content = Content(
             planned.layouts,
@@ -112,21 +113,25 @@ class Contents:
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _plan(self, everything: Parts, parts: Parts, consolidated: bool, export_only: bool) -> Planned:
+    def _plan(
+        self, everything: Parts, parts: Parts, consolidated: bool, export_only: bool, from_shards: bool
+    ) -> Planned:
         """The plan for some parts of a state; the ranks talk only when they see a state of this layout first."""
         held = signature(everything)
         if held not in self._agreements:
             order = self._config.write.state_dict_keys
             self._agreements[held] = agree(everything, self._channel, self._stage, order)
-        key = (held, consolidated, export_only)
+        key = (held, consolidated, export_only, from_shards)
         if key not in self._plans:
             agreement = self._agreements[held]
-            self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only)
+            self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only, from_shards)
         return self._plans[key]
 
-    def _make_plan(self, parts: Parts, agreement: Agreement, consolidated: bool, export_only: bool) -> Planned:
+    def _make_plan(
+        self, parts: Parts, agreement: Agreement, consolidated: bool, export_only: bool, from_shards: bool
+    ) -> Planned:
         specs = {part: agreement.specs[part] for part in agreement.specs if agreement.specs[part]}
-        merging = consolidated and self._merges(agreement)
+        merging = consolidated and (from_shards or self._merges(agreement))
         models = [part for part in specs if _is_model(part)]
         if export_only:
             # Where shards are merged, those of the published checkpoint serve: nothing is written by the ranks.
@@ -183,6 +188,12 @@ class Contents:
         if self._tokenizer_files[0] is not tokenizer:
             self._tokenizer_files = (tokenizer, tokenizer_assets(tokenizer))
         return self._tokenizer_files[1]
+
+
+def model_sources(sources: Sources, plan: WritePlan) -> Sources:
+    """Those of the models' own files only."""
+    wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
+    return Sources({position: sources.tensors[position] for position in wanted}, frozenset())
 
 
 def _is_model(part: str) -> bool:

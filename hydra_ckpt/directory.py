@@ -17,7 +17,7 @@ from hydra_ckpt.store import lease, names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.manifest import seal
-from hydra_ckpt.store.pointers import move_pointer
+from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
 from hydra_ckpt.worker import Heart, Worker
@@ -44,7 +44,7 @@ class Directory:
         self._heart: Heart | None = None
         self._janitor: Worker | None = None
         self._best: float | None = None
-        self._metric = keep.best_metric_key
+        self._metric = self._configured = keep.best_metric_key
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -61,6 +61,9 @@ class Directory:
             chosen.check_files()
             return {"path": str(chosen.path), "passed_over": {}}
         damaged = {**catalog.damaged, **passed_over}
+        target = read_pointer(self.root, names.LATEST)
+        if target is not None and not (self.root / target).exists():
+            damaged[target] = f"{names.LATEST} leads to it, but it is gone"
         for candidate in catalog.candidates():
             if candidate.name in damaged:
                 continue
@@ -74,9 +77,17 @@ class Directory:
 
     def _metric_in(self, catalog: Catalog) -> str:
         """The deciding metric: under the default key the only one the checkpoints have."""
-        key = self._keep.best_metric_key
+        key = self._configured
         found = {name for item in catalog.checkpoints for name in item.metrics}
-        return next(iter(found)) if key == metric.DEFAULT_KEY and key not in found and len(found) == 1 else key
+        if key != metric.DEFAULT_KEY or key in found:
+            return key
+        return next(iter(found)) if len(found) == 1 else key
+
+    def _recall(self, catalog: Catalog) -> None:
+        """Under the default key, go on with the metric that has decided before."""
+        if self._configured == metric.DEFAULT_KEY:
+            decided = (item.manifest.details.get("deciding_metric") for item in reversed(catalog.checkpoints))
+            self._configured = next((name for name in decided if isinstance(name, str)), self._configured)
 
     # -- a run begins --------------------------------------------------------------------------------------------
 
@@ -104,7 +115,8 @@ class Directory:
         """Move out of the way what is damaged, or lies beyond the step the run starts from.
 
         Returns:
-            Names of the published checkpoints that stay, those with an export, and the best metric among them.
+            Names of the published checkpoints that stay, those with an export, the best metric among them, and
+            the key that decides.
 
         Raises:
             CheckpointExistsError: There are later steps, and they are not to be set aside.
@@ -114,6 +126,7 @@ class Directory:
         if start_step is not None:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
         catalog = scan(self.root)
+        self._recall(catalog)
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
@@ -127,6 +140,7 @@ class Directory:
             "published": [item.name for item in catalog.checkpoints],
             "exported": [item.name for item in catalog.checkpoints if item.manifest.exports],
             "best": self._best,
+            "deciding": self._configured,
         }
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
@@ -162,13 +176,26 @@ class Directory:
 
     def _consider(self, checkpoint: Checkpoint) -> None:
         metrics = checkpoint.metrics
-        key = metric.deciding_key(metrics, self._keep.best_metric_key, required=False)
+        key = metric.deciding_key(metrics, self._configured, required=False)
         if key is None:
             return
+        if key != self._metric:
+            best = scan(self.root).best(key, self._keep.best_metric_mode)
+            self._best = best.metrics[key] if best is not None and best.name != checkpoint.name else None
         self._metric = key
         if metric.is_better(metrics[key], self._best, self._keep.best_metric_mode):
             self._best = metrics[key]
             move_pointer(self.files, self.root, names.BEST, checkpoint.name)
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What a manifest says of the run, for the next run and for people."""
+        known = self._configured != metric.DEFAULT_KEY
+        return {"host": self._owner.host, **({"deciding_metric": self._configured} if known else {})}
+
+    def decide_by(self, key: str) -> None:
+        """Let another metric decide from now on."""
+        self._configured = key
 
     def add_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
         """Add metrics that arrived after the save, atomically, and move BEST if they are better."""

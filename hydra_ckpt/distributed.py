@@ -8,6 +8,7 @@ blocks the other threads that use it). On a channel every rank makes the same ca
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -23,6 +24,8 @@ from torch.distributed.distributed_c10d import Store
 
 from hydra_ckpt import errors
 from hydra_ckpt.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 # A farewell needs no longer than any other message; whoever is later has died.
 _FAREWELL_S = 20.0
@@ -277,7 +280,16 @@ class Group:
     @classmethod
     def create(cls, process_group: dist.ProcessGroup | None, limit_s: float) -> Group:
         """Collective, where a process group is up: make the store and tell everyone where it is."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
+        if not (dist.is_available() and dist.is_initialized()):
+            launched = os.environ.get("WORLD_SIZE", "1")
+            if launched != "1":
+                log.warning(
+                    "WORLD_SIZE is %s, but this process belongs to no process group and checkpoints alone: call "
+                    "torch.distributed.init_process_group() (accelerate: Accelerator(cpu=True) on CPUs) before it",
+                    launched,
+                )
+            return cls(0, 1, limit_s)
+        if dist.get_world_size(process_group) == 1:
             return cls(0, 1, limit_s)
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         rank = dist.get_rank(process_group)

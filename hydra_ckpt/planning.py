@@ -181,9 +181,11 @@ def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | Non
     missing = [name for name in order if name not in held]
     unknown = sorted(held - set(place))
     if missing or unknown:
+        lines = [f"no rank holds {', '.join(missing)}"] if missing else []
+        lines += [f"it does not list {', '.join(unknown)}"] if unknown else []
         raise TopologyError(
-            f"checkpoint.model_state_dict_keys does not fit the model: no rank holds {missing or 'nothing of it'}, "
-            f"and it lacks {unknown or 'nothing'}"
+            f"checkpoint.model_state_dict_keys does not fit the model: {'; '.join(lines)}. Give the names of the whole "
+            "model's state dict, or leave the setting out"
         )
     return sorted(specs, key=lambda spec: place[spec.name])
 

@@ -122,7 +122,7 @@ class Restorer:
         return None
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
-        for name in sorted(set(damaged) - set(self.passed_over)):
+        for name in sorted(set(damaged) - set(self.passed_over)) if self._channel.is_coordinator else ():
             log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
         self.passed_over.update(damaged)
 
@@ -143,9 +143,10 @@ class Restorer:
 
     def _finish(self, load: Load) -> LoadReport:
         report = load.run()
-        for note in report.notes:
+        for note in report.notes if self._channel.is_coordinator else ():
             log.warning("%s: %s", load.checkpoint.name, note)
-        log.info("loaded %s (step %d): %s", report.path, load.checkpoint.step, ", ".join(report.loaded))
+        if self._channel.is_coordinator:
+            log.info("loaded %s (step %d): %s", report.path, load.checkpoint.step, ", ".join(report.loaded))
         return replace(report, passed_over=dict(self.passed_over))
 
 

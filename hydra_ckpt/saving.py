@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +75,9 @@ class DraftWriter:
         sidecar: What the digest files' names begin with.
         patience_s: How long to look for the coordinator's draft, in seconds.
         staging_dir: Where merged files are built before they are copied into place.
+
+    Attributes:
+        weights: Digests of the models' bytes that this rank has written, once it has.
     """
 
     files: Files
@@ -86,6 +88,7 @@ class DraftWriter:
     sidecar: str = "rank"
     patience_s: float = _JOIN_PATIENCE_S
     staging_dir: Path | None = None
+    weights: frozenset[Digested] = frozenset()
     _headers: list[Digested] = field(default_factory=list)
     _small: dict[str, FileRecord] = field(default_factory=dict)
     _rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)
@@ -137,6 +140,9 @@ class DraftWriter:
         finally:
             snapshot.release()
         listed = [file.path for file in plan.all_files]
+        self.weights = frozenset(
+            item for item in records if item.region.offset and listed[item.file].startswith(f"{names.MODEL}/")
+        )  # at the very start lies a header
         foreign = sorted({f"{directory}/{row[5]}" for directory, found in rows.items() for row in found})
         for path in foreign:
             records += digest_file(draft.path / path, len(listed))
@@ -302,6 +308,7 @@ class Save:
         metrics: Known at the save.
         fence: Raises if this process may not publish any more.
         published: Coordinator only: called with the new checkpoint's name to move pointers.
+        details: What the manifest says of the run.
     """
 
     writer: DraftWriter
@@ -311,6 +318,7 @@ class Save:
     metrics: Mapping[str, float]
     fence: Callable[[], None]
     published: Callable[[str], None]
+    details: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -350,7 +358,7 @@ class Save:
             exports=content.exports,
             metrics=self.metrics,
             plan=content.plan.fingerprint,
-            details={"host": socket.gethostname()},
+            details=self.details,
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()

@@ -35,6 +35,8 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
             raise CheckpointConfigError(
                 f"callbacks.checkpoint.signals: there is no signal {item!r}; give names such as SIGTERM, or numbers"
             ) from None
+    for item in {signal.SIGKILL, signal.SIGSTOP}.intersection(found):
+        raise CheckpointConfigError(f"callbacks.checkpoint.signals: {item.name} cannot be caught by any program")
     return found
 
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from hydra_ckpt import AppState, CheckpointCallback, CheckpointConfigError, Checkpointer, CheckpointingConfig
@@ -261,9 +263,11 @@ def test_it_must_be_clear_which_metric_decides(tmp_path: Path) -> None:
             callback.on_step_end(1, metrics={"loss": 1, "accuracy": 2})
         callback.on_step_end(2, metrics={"loss": 1, "default": 2})
         callback.on_step_end(3, metrics={"loss": 1})
-        # Both belong to step 3, so together they are no clearer than at once.
-        with pytest.raises(CheckpointConfigError, match="the metrics given are loss, val_loss"):
-            callback.on_validation_end({"val_loss": 1})
+        callback.on_validation_end({"default": 1})
+        # What validation gives for one step is no clearer in two parts than at once.
+        callback.on_step_end(4)
+        with pytest.raises(CheckpointConfigError, match="the metrics given are"):
+            callback.on_validation_end({"val_loss": 1, "loss": 2})
         with pytest.raises(CheckpointConfigError, match="'loss': 'high' is not a number"):
             callback.on_validation_end({"loss": "high"})
     with make(tmp_path / "named", _every_n_steps=1, best_metric_key="val_loss") as callback:
@@ -489,8 +493,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert callback.on_step_end(1, metrics={"loss": 1}) is None
         assert callback.on_validation_end({"loss": 0.5}) is None
         assert callback.on_epoch_end(0) is None
-        with pytest.raises(CheckpointConfigError, match="after step 1"):
-            callback.on_step_end(0)
+        assert callback.on_step_end(0) is None
         callback.on_train_end()
         assert (callback.best, callback.latest, callback.should_stop, callback.best_metric) == (None, None, False, 0.5)
         assert signal.getsignal(signal.SIGTERM) == handler
@@ -657,3 +660,131 @@ def _without_close(root: Path) -> None:
 def test_two_ranks_that_end_without_close_still_publish(tmp_path: Path) -> None:
     run_distributed(_without_close, 2, tmp_path)
     assert steps(tmp_path) == [1]
+
+
+# -- seen by users -------------------------------------------------------------------------------------------------
+
+
+def test_an_added_export_holds_what_was_saved_even_if_the_weights_have_changed_since(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = make_state()
+    with make(tmp_path, _at_steps=[1]) as callback:
+        callback.on_train_begin(state)
+        train_step(state)
+        saved = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        callback.on_step_end(1)
+        for parameter in state.model.parameters():
+            parameter.data.zero_()  # an average is swapped in
+        callback.on_train_end()
+    [export] = (tmp_path / "epoch_0_step_1" / "model" / "consolidated").glob("*.safetensors")
+    exported = load_file(export)
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
+    assert "the weights have changed since step 1 was saved" in caplog.text
+    # Unchanged ones are written from memory, without a word.
+    caplog.clear()
+    with make(tmp_path / "other", _at_steps=[1]) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1)
+        callback.on_train_end()
+    assert scan(tmp_path / "other").checkpoints[0].manifest.exports
+    assert "changed" not in caplog.text
+
+
+def test_validation_names_the_metric_that_decides_whatever_steps_report(tmp_path: Path) -> None:
+    state = make_state()
+    with make(tmp_path, _every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        for step, val_loss in enumerate([3.0, 1.0, 2.0], start=1):
+            train_step(state)
+            callback.on_step_end(step, metrics={"loss": 9 - step})
+            callback.on_validation_end({"val_loss": val_loss})
+        assert callback.best_metric == 1.0
+        callback.on_train_end()
+        assert callback.best is not None
+        assert callback.best.step == 2
+        assert callback.best.metrics == {"loss": 7.0, "val_loss": 1.0}
+    with make(tmp_path, _every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        assert callback.best_metric == 1.0
+        callback.on_step_end(4, metrics={"loss": 1})
+        callback.on_validation_end({"val_loss": 1.5})
+        callback.on_train_end()
+        assert callback.best is not None
+        assert (callback.best.step, callback.best_metric) == (2, 1.0)
+    with make(tmp_path / "two", _every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1)
+        with pytest.raises(CheckpointConfigError, match="the metrics given are a, b"):
+            callback.on_validation_end({"a": 1, "b": 2})
+
+
+def test_switched_off_no_hook_objects_to_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with make(tmp_path / "off", enabled=False, restore_from="best") as callback:
+        callback.on_train_begin(make_state())
+        callback.on_step_end(3)
+        callback.on_step_end(1)
+        callback.on_validation_end({"a": 1, "b": 2})
+        callback.on_train_end()
+    assert caplog.text.count("restore_from=best") == 1
+    assert not (tmp_path / "off").exists()
+
+
+def test_a_save_that_is_due_while_another_is_written_can_be_left_out(tmp_path: Path) -> None:
+    state, files = make_state(), Slow()
+    with make(tmp_path, files, _every_n_steps=1, is_async=True, when_busy="skip") as callback:
+        callback.on_train_begin(state)
+        pendings = []
+        for step in range(1, 6):
+            train_step(state)
+            pendings.append(callback.on_step_end(step))
+        assert callback.checkpointer is not None
+        assert callback.checkpointer.stats.skipped >= 1
+        assert [pending.skipped for pending in pendings if pending].count(True) == callback.checkpointer.stats.skipped
+        callback.on_train_end()
+    found = steps(tmp_path)
+    assert found[0] == 1
+    assert found[-1] == 5  # the last one waits
+    assert len(found) < 5
+
+
+@pytest.mark.parametrize("model", [None, [], {}, "model", [None]])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(CheckpointConfigError, match=r"expected a torch\.nn\.Module"):
+        AppState(model)
+
+
+def test_a_buffer_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("e", torch.ones(1).expand(5))
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        with pytest.raises(CheckpointError, match=r"the buffer e is an expanded view.*\.contiguous\(\)"):
+            engine.save(AppState(model), step=1)
+        with pytest.raises(CheckpointConfigError, match="counted from 0"):
+            engine.save(AppState(nn.Linear(2, 2)), step=-1)
+        engine.save(AppState(nn.Linear(2, 2)), step=1).result()
+    assert steps(tmp_path) == [1]
+
+
+def test_checkpoints_that_vanished_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = make_state()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        engine.save(state, step=1).result()
+    shutil.rmtree(tmp_path / "epoch_0_step_1")
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        assert engine.start(state) is None
+    assert "LATEST leads to it, but it is gone" in caplog.text
+
+
+def test_a_launcher_without_a_process_group_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0):
+        assert "init_process_group()" in caplog.text
+
+
+def test_signals_that_cannot_be_caught_are_refused() -> None:
+    with pytest.raises(CheckpointConfigError, match="SIGKILL cannot be caught"):
+        CheckpointCallback(CheckpointingConfig(), signals=["SIGTERM", "SIGKILL"])

@@ -203,7 +203,11 @@ RESOLVED = {
 
 
 def test_what_is_said_to_have_no_effect_yet_is_read_nowhere() -> None:
-    engine = "".join(path.read_text() for path in (REPOSITORY / "hydra_ckpt").rglob("*.py") if path.name not in ("config.py", "resolved.py"))
+    engine = "".join(
+        path.read_text()
+        for path in (REPOSITORY / "hydra_ckpt").rglob("*.py")
+        if path.name not in ("config.py", "resolved.py")
+    )
     waiting = {row[0] for row in rows(section("docs/configuration.md", "checkpoint")) if "*No effect yet.*" in row[2]}
     for setting in waiting:
         attribute = RESOLVED.get(setting, setting)

@@ -57,6 +57,12 @@ class AppState:
                 )
             if "/" in name or ":" in name:
                 raise CheckpointConfigError(f"extras[{name!r}]: the name must not contain '/' or ':'")
+        if not any(self.models.values()) or not all(
+            isinstance(module, nn.Module) for modules in self.models.values() for module in modules
+        ):
+            raise CheckpointConfigError(
+                f"model: expected a torch.nn.Module, a list or a dict of them, got {type(self.model).__name__}"
+            )
         for name in self.model if isinstance(self.model, dict) else ():
             if not name.isidentifier():
                 raise CheckpointConfigError(f"model[{name!r}]: names of models must be identifiers")

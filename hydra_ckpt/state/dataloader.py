@@ -106,7 +106,7 @@ class ResumableLoader(Generic[T]):
         self._sampler = _sampler_of(loader)
         self._position = 0
         self._batches = 0
-        self._goes_on = False
+        self._goes_on = self._resumed = False
         self._requests = _Requests()
         self._generator = torch.Generator()
         self._loader = self._rebuild(loader)
@@ -118,8 +118,15 @@ class ResumableLoader(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """Yields the batches that are left of this epoch, then moves on to the next one."""
         if not self._goes_on:
+            if self._resumed and self._position:
+                log.warning(
+                    "The resumed dataloader was left at batch %d of epoch %d and begins that epoch anew: an iterator "
+                    "that is given up takes the place in the data with it.",
+                    self._batches,
+                    self.epoch,
+                )
             self._position = self._batches = 0
-        self._goes_on = False
+        self._resumed, self._goes_on = self._goes_on, False
         order = _order(self._sampler, self.seed, self.epoch)
         self._requests.left = self._requests_left(order)
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))

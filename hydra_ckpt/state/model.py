@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError
 from hydra_ckpt.state.local import Localizer, LocalTensor
 
 
@@ -103,6 +103,11 @@ class ModelMap:
                 yield Slot(prefix + name, module, name, True)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
+                if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                    raise CheckpointConfigError(
+                        f"the buffer {prefix}{name} is an expanded view whose elements share memory, so that no value "
+                        "can be loaded into it; register it with .contiguous()"
+                    )
                 yield Slot(prefix + name, module, name, False)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[prefix + "_extra_state"] = module

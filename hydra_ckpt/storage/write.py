@@ -51,14 +51,26 @@ def write_plan(
     ordered = sorted(plan.pieces, key=lambda piece: ((piece.file - start_with) % count, piece.region.offset))
     for index, pieces in groupby(ordered, key=lambda piece: piece.file):
         with files.open(root / plan.all_files[index].path) as file:
-            records += [_write(file, piece, sources[piece.share]) for piece in pieces]
+            records += [_write(file, piece, sources) for piece in pieces]
             file.sync()
     return records
 
 
-def _write(file: OpenFile, piece: Piece, source: memoryview) -> Digested:
-    region = piece.region
-    data = source[piece.start : piece.start + region.nbytes]
+def digests_below(plan: WritePlan, sources: Mapping[int, memoryview], prefix: str) -> list[Digested]:
+    """The digests that `write_plan` would return for the pieces of files below `prefix`; nothing is written."""
+    return [
+        Digested(piece.file, piece.region, digest_of(_data(piece, sources)))
+        for piece in plan.pieces
+        if plan.all_files[piece.file].path.startswith(prefix)
+    ]
+
+
+def _data(piece: Piece, sources: Mapping[int, memoryview]) -> memoryview:
+    return sources[piece.share][piece.start : piece.start + piece.region.nbytes]
+
+
+def _write(file: OpenFile, piece: Piece, sources: Mapping[int, memoryview]) -> Digested:
+    region, data = piece.region, _data(piece, sources)
     if region.count == 1:
         file.write_at(region.offset, data)
     else:

@@ -29,7 +29,11 @@ def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
             raise
         write_atomically(files, root / f"{pointer}.txt", (target + "\n").encode(), nonce)
         return
-    files.replace(beside, root / pointer)
+    try:
+        files.replace(beside, root / pointer)
+    except OSError:
+        files.unlink(beside)
+        raise
     files.unlink(root / f"{pointer}.txt")
     files.sync_dir(root)
 
