@@ -88,7 +88,7 @@ class Report:
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%d steps in %.1f s: %.2f steps/s", done, took_s, self._started.speed(step))
         log.info(
-            "%d checkpoints: training stood still for %.2f s (%.1f %%), %.1f MiB written",
+            "%d saves: training stood still for %.2f s (%.1f %%), %.1f MiB written",
             checkpoints.saves,
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,

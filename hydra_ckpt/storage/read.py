@@ -43,16 +43,23 @@ class OpenFiles:
         while self._open:
             os.close(self._open.popitem()[1][0])
 
+    def size(self, file: str) -> int:
+        """The file's size in bytes."""
+        return self._opened(file)[1]
+
+    def _opened(self, file: str) -> tuple[int, int]:
+        if file not in self._open:
+            descriptor = open_inside(self.root, file)
+            self._open[file] = descriptor, os.fstat(descriptor).st_size
+        return self._open[file]
+
     def read_into(self, file: str, region: Region, target: memoryview) -> None:
         """Fill `target` with the region's bytes.
 
         Raises:
             CorruptCheckpointError: The file ends before the region does.
         """
-        if file not in self._open:
-            descriptor = open_inside(self.root, file)
-            self._open[file] = descriptor, os.fstat(descriptor).st_size
-        descriptor, size = self._open[file]
+        descriptor, size = self._opened(file)
         if region.end > size:
             raise CorruptCheckpointError(
                 self.root / file, "the file is too short", byte_range=(region.offset, region.end)

@@ -8,6 +8,7 @@ with a whole manifest is complete.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from hydra_ckpt.store import names
 
 FORMAT = 1
 _DIGEST_FIELD = "~xxh3"  # sorts last
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
+_XXH3 = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 30
 
 
@@ -167,7 +170,8 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     )
     for name in [*files, *exports.values()]:
         if not _is_inside(name):
-            raise CorruptCheckpointError(path, f"the file name {name!r} leads out of the checkpoint")
+            raise CorruptCheckpointError(path, f"the file name {name[:200]!r} leads out of the checkpoint, or is none")
+    _check_kinds(path, manifest)
     listed = [*manifest.digests, *(name for part in parts.values() for name in part.files)]
     unknown = sorted(set(listed) - set(files))
     if unknown or any(type(value) is not int or value < 0 for value in (manifest.step, manifest.epoch)):
@@ -175,6 +179,26 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _check_kinds(path: Path, manifest: Manifest) -> None:
+    """Whoever made the digest may have lied in a field that a later reader takes for granted."""
+    sound = {
+        "files": all(file.bytes >= 0 and _is_digest(file.xxh3) for file in manifest.files.values()),
+        "metrics": all(type(value) in (int, float) for value in manifest.metrics.values()),
+        "created": type(manifest.created) in (int, float),
+        "world_size": type(manifest.world_size) is int and manifest.world_size > 0,
+        "plan": isinstance(manifest.plan, str),
+        "details": type(manifest.details) is dict,
+    }
+    wrong = [name for name, is_sound in sound.items() if not is_sound]
+    if wrong:
+        raise CorruptCheckpointError(path, f"a field is of the wrong kind: {', '.join(wrong)}")
+
+
+def _is_digest(value: object) -> bool:
+    return value is None or (isinstance(value, str) and _XXH3.fullmatch(value) is not None)
+
+
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    fits = len(name.encode()) < _MAX_PATH_BYTES and all(len(part.encode()) <= _MAX_NAME_BYTES for part in path.parts)
+    return fits and bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
