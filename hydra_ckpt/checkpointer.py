@@ -92,7 +92,7 @@ class Checkpointer:
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft)
         self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel)
-        self._contents = Contents(config, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
+        self._contents = Contents(config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -277,10 +277,8 @@ class Checkpointer:
         if name in self._published and not request.adds_export:
             raise CheckpointExistsError(f"{self.root / name} is published already; a step is saved once")
         pending = PendingSave(request.step)
-        first = not self._contents.agreed
         captured, error = self._capture(state, request)
-        if first:
-            self._channel.raise_together("taking the state apart", error)
+        self._contents.agree(captured, error)
         transaction: Transaction
         staged, written = Staged(), 0
         if captured is None:
@@ -312,6 +310,7 @@ class Checkpointer:
         captured, error = self._capture(state, request)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
+        self._contents.agree(captured)
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
         nbytes = staged_bytes(sources.tensors)
         self._warm.clear()
