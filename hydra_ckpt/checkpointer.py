@@ -21,6 +21,7 @@ from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.pending import PendingSave
+from hydra_ckpt.ranks import Ranks, Topology
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.request import SaveRequest
 from hydra_ckpt.resolved import ResolvedConfig
@@ -91,8 +92,11 @@ class Checkpointer:
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft)
-        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel)
-        self._contents = Contents(config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
+        self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
+        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel, self._topology)
+        self._contents = Contents(
+            config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root)
+        )
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -353,7 +357,9 @@ class Checkpointer:
         fence = self._directory.fence
         if request.adds_export:
             return AddExport(writer, self.root, request.step, request.name, fence)
-        return Save(writer, self.root, request.step, request.epoch, request.metrics, fence, self._directory.point_to)
+        topology = self._topology.recorded()
+        step, epoch, metrics = request.step, request.epoch, request.metrics
+        return Save(writer, self.root, step, epoch, metrics, topology, fence, self._directory.point_to)
 
     def _carry_out(
         self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int

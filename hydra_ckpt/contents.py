@@ -34,7 +34,6 @@ from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.store import names
 
-
 # Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
 _MAX_LAYOUTS = 4
 # Below every fingerprint's number.
@@ -108,7 +107,7 @@ class Contents:
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
         new = captured is not None and known is None
         any_new, largest, smallest = self._group.largest("comparing layouts", [int(new), first, last])
-        if not any_new and (largest == -smallest or largest == _NO_OPINION):
+        if not any_new and largest in (-smallest, _NO_OPINION):
             return
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise

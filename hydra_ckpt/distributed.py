@@ -305,9 +305,10 @@ class Group:
         """
         if self._votes is None:
             return None
-        options = dist.AllreduceOptions()  # type: ignore[attr-defined]
-        options.reduceOp = dist.ReduceOp.MAX
-        return self._votes.allreduce([numbers], options)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        work: dist.Work = self._votes.allreduce([numbers], options)  # type: ignore[attr-defined]
+        return work
 
     def largest(self, what: str, numbers: Sequence[int]) -> list[int]:
         """Collective: for each number the largest that any rank gives (64 bits, signed). See `start_largest`.

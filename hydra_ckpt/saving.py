@@ -282,6 +282,7 @@ class Save:
         step: Completed optimizer steps.
         epoch: The epoch.
         metrics: Known at the save.
+        topology: How the ranks are arranged, as plain data.
         fence: Raises if this process may not publish any more.
         published: Coordinator only: called with the new checkpoint's name to move pointers.
     """
@@ -291,6 +292,7 @@ class Save:
     step: int
     epoch: int
     metrics: Mapping[str, float]
+    topology: Mapping[str, Any]
     fence: Callable[[], None]
     published: Callable[[str], None]
 
@@ -331,6 +333,7 @@ class Save:
             exports=content.exports,
             metrics=self.metrics,
             plan=content.plan.fingerprint,
+            topology=self.topology,
             details={"host": socket.gethostname()},
         )
         complete_draft(self.writer.files, draft, manifest)

@@ -124,7 +124,7 @@ class Place:
 
 def place(name: str) -> Place:
     """Collective, all processes: make a mesh of the last ones; the others are not in it."""
-    (replicate, shard, tp), is_ddp = MESHES[name]
+    replicate, shard, tp = MESHES[name][0]
     world, count = dist.get_world_size(), replicate * shard * tp
     members = list(range(world - count, world))
     group = dist.new_group(members)
