@@ -105,7 +105,7 @@ class Contents:
         known = self._agreements.get(self._held)
         opinion = int(known.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
-        new = captured is not None and known is None
+        new = known is None and (captured is not None or not self._agreements)
         any_new, largest, smallest = self._group.largest("comparing layouts", [int(new), first, last])
         if not any_new and largest in (-smallest, _NO_OPINION):
             return
