@@ -59,6 +59,7 @@ class Net(nn.Module):
         self.counts = nn.Module()
         self.counts.table = nn.Parameter(torch.zeros(3, 2, dtype=plain or torch.int64), requires_grad=False)
         self.unused = nn.Parameter(torch.zeros(5))
+        self.empty = nn.Parameter(torch.zeros(0, 3), requires_grad=False)
         self.register_buffer("step", torch.zeros((), dtype=plain or torch.int64))
         self.register_buffer("mask", torch.zeros(2, 3, dtype=plain or torch.bool))
         self.register_buffer("scale", torch.zeros(5, dtype=plain or torch.float8_e5m2))
@@ -282,7 +283,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 _TRAINED = {"up.bias", "down.bias", "norm.weight", "norm.bias", "narrow.weight", "narrow.bias", "embed.weight"}
 _TRAINED |= {"coarse.weight", "coarse.bias"}
 _MUON = {"up.weight", "down.weight"}
-_OTHERS = {"frozen.weight", "frozen.bias", "quantized.weight", "counts.table", "step", "mask", "scale"}
+_OTHERS = {"empty", "frozen.weight", "frozen.bias", "quantized.weight", "counts.table", "step", "mask", "scale"}
 
 # Everything a checkpoint of a trained run holds.
 KEYS = _TRAINED | _MUON | _OTHERS | {"unused"}
