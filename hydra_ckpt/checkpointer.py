@@ -21,6 +21,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, Checkpoint
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.pending import PendingSave
+from hydra_ckpt.ranks import Ranks, Topology
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.request import SaveRequest
 from hydra_ckpt.resolved import ResolvedConfig
@@ -95,8 +96,11 @@ class Checkpointer:
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft)
-        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel)
-        self._contents = Contents(config, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
+        self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
+        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel, self._topology)
+        self._contents = Contents(
+            config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root)
+        )
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -300,10 +304,8 @@ class Checkpointer:
         if name in self._published and not request.adds_export:
             raise CheckpointExistsError(f"{self.root / name} is published already; a step is saved once")
         pending = PendingSave(request.step)
-        first = not self._contents.agreed
         captured, error = self._capture(state, request)
-        if first:
-            self._channel.raise_together("taking the state apart", error)
+        self._contents.agree(captured, error)
         transaction: Transaction
         staged, written = Staged(), 0
         if captured is None:
@@ -359,6 +361,7 @@ class Checkpointer:
         captured, error = self._capture(state, request)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
+        self._contents.agree(captured)
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
         nbytes = staged_bytes(sources.tensors)
         self._warm.clear()
@@ -401,17 +404,9 @@ class Checkpointer:
         fence = self._directory.fence
         if request.adds_export:
             return AddExport(writer, self.root, request.step, request.name, fence)
-        directory = self._directory
-        return Save(
-            writer,
-            self.root,
-            request.step,
-            request.epoch,
-            request.metrics,
-            fence,
-            directory.point_to,
-            directory.details,
-        )
+        directory, topology = self._directory, self._topology.recorded()
+        step, epoch, metrics = request.step, request.epoch, request.metrics
+        return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, directory.details)
 
     def _carry_out(
         self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed import Channel, Group
 from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
@@ -33,6 +33,11 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.store import names
+
+# Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
+_MAX_LAYOUTS = 4
+# Below every fingerprint's number.
+_NO_OPINION = -(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -64,42 +69,73 @@ class Contents:
 
     Args:
         config: The settings.
-        channel: To the other ranks.
+        group: The ranks.
+        channel: To them.
         stage: The pipeline rank.
         keeps_ranges: Whether the file system keeps byte ranges written by different hosts apart.
     """
 
-    def __init__(self, config: ResolvedConfig, channel: Channel, stage: int, *, keeps_ranges: bool) -> None:
+    def __init__(
+        self, config: ResolvedConfig, group: Group, channel: Channel, stage: int, *, keeps_ranges: bool
+    ) -> None:
         self._config = config
+        self._group = group
         self._channel = channel
         self._stage = stage
         self._keeps_ranges = keeps_ranges
         self._agreements: dict[str, Agreement] = {}
         self._plans: dict[tuple[str, bool, bool, bool], Planned] = {}
+        self._held = ""
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
-    @property
-    def agreed(self) -> bool:
-        """Whether the ranks have agreed on a layout before."""
-        return bool(self._agreements)
+    def agree(self, captured: Captured | None, error: Exception | None = None) -> None:
+        """Collective: see that the ranks still hold what they agreed on; if not, agree anew.
+
+        In the steady state this is a reduction of three numbers. A rank must not find out alone that its layout is a
+        new one: the others would go on to write, and it would wait for them.
+
+        Args:
+            captured: The state, taken apart.
+            error: Why it could not be; then `captured` is None.
+
+        Raises:
+            TopologyError: The ranks do not fit together. Nothing was written.
+            CheckpointError: Ranks have to agree anew, and one of them could not take its state apart.
+        """
+        self._held = signature(captured.parts) if captured is not None else ""
+        known = self._agreements.get(self._held)
+        opinion = int(known.fingerprint[:15], 16) if known is not None else None
+        first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
+        new = known is None and (captured is not None or not self._agreements)
+        any_new, largest, smallest = self._group.largest("comparing layouts", [int(new), first, last])
+        if not any_new and largest in (-smallest, _NO_OPINION):
+            return
+        self._channel.raise_together("taking the state apart", error)
+        assert captured is not None  # raise_together has raised otherwise
+        found = agree(captured.parts, self._channel, self._stage, self._config.write.state_dict_keys)
+        self._remember(found)
+
+    def _remember(self, agreement: Agreement) -> None:
+        self._agreements.pop(self._held, None)
+        self._agreements[self._held] = agreement
+        kept = set(list(self._agreements)[-_MAX_LAYOUTS:])
+        self._agreements = {held: found for held, found in self._agreements.items() if held in kept}
+        self._plans = {key: found for key, found in self._plans.items() if key[0] in kept - {self._held}}
 
     def make(
         self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
     ) -> tuple[Content, Sources]:
-        """What this rank contributes; collective the first time a state of this layout is seen.
+        """What this rank contributes.
 
         Args:
             state: The live objects.
-            captured: The same, taken apart.
+            captured: The same, taken apart; the ranks have agreed on it.
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
-
-        Raises:
-            TopologyError: The ranks do not fit together.
         """
         parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
-        planned = self._plan(captured.parts, parts, consolidated, export_only, from_shards)
+        planned = self._plan(parts, consolidated, export_only, from_shards)
         leads = planned.agreement.leads and not export_only
         content = Content(
             planned.layouts,
@@ -113,17 +149,11 @@ class Contents:
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _plan(
-        self, everything: Parts, parts: Parts, consolidated: bool, export_only: bool, from_shards: bool
-    ) -> Planned:
-        """The plan for some parts of a state; the ranks talk only when they see a state of this layout first."""
-        held = signature(everything)
-        if held not in self._agreements:
-            order = self._config.write.state_dict_keys
-            self._agreements[held] = agree(everything, self._channel, self._stage, order)
-        key = (held, consolidated, export_only, from_shards)
+    def _plan(self, parts: Parts, consolidated: bool, export_only: bool, from_shards: bool) -> Planned:
+        """The plan for some parts of the state last agreed on."""
+        key = (self._held, consolidated, export_only, from_shards)
         if key not in self._plans:
-            agreement = self._agreements[held]
+            agreement = self._agreements[self._held]
             self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only, from_shards)
         return self._plans[key]
 

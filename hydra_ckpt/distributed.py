@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from hydra_ckpt import errors
@@ -260,7 +260,7 @@ class Group:
         limit_s: Longest wait for an answer, in seconds.
         store: The store that carries their messages; None for a single rank.
         incarnation: Random text, the same on all ranks, new at every start.
-        votes: A gloo group for `StepVote`; None for a single rank.
+        votes: A gloo group for reductions; None for a single rank.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class Group:
         limit_s: float,
         store: TCPStore | None = None,
         incarnation: str = "solo",
-        votes: dist.ProcessGroup | None = None,
+        votes: ProcessGroupGloo | None = None,
     ) -> None:
         self.rank, self.world_size, self.limit_s = rank, world_size, limit_s
         self._store = store
@@ -303,18 +303,42 @@ class Group:
         where = note[0]
         if store is None:
             store = _connect(where["host"], where["port"], limit_s)
-        votes = dist.new_group(
-            ranks,
-            backend="gloo",
-            timeout=timedelta(seconds=limit_s),
-            use_local_synchronization=process_group is not None,
-        )
+        # Straight on our own store: groups that training makes of the same ranks could get the same name in its store.
+        votes = ProcessGroupGloo(PrefixStore("votes", store), rank, len(ranks), timedelta(seconds=limit_s))
         return cls(rank, len(ranks), limit_s, store, where["incarnation"], votes)
 
-    @property
-    def gloo(self) -> dist.ProcessGroup | None:
-        """A process group of these ranks on the CPU that training does not use."""
-        return self._votes
+    def start_largest(self, numbers: torch.Tensor) -> dist.Work | None:
+        """Collective: begin to replace each number by the largest that any rank gives; None if that is done already.
+
+        For one thread of each rank, the one that trains.
+
+        Args:
+            numbers: Shape (n,), integers on the CPU; in place.
+        """
+        if self._votes is None:
+            return None
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        work: dist.Work = self._votes.allreduce([numbers], options)  # type: ignore[attr-defined]
+        return work
+
+    def largest(self, what: str, numbers: Sequence[int]) -> list[int]:
+        """Collective: for each number the largest that any rank gives (64 bits, signed). See `start_largest`.
+
+        Raises:
+            CheckpointError: A rank did not come within the limit, or has died.
+        """
+        found = torch.tensor(numbers, dtype=torch.int64)
+        work = self.start_largest(found)
+        if work is not None:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{what}: a rank has died, or did not come within {self.limit_s:.0f} s "
+                    f"(checkpoint.consolidation_timeout_minutes); every rank must make the same calls ({error})"
+                ) from error
+        return [int(number) for number in found.tolist()]
 
     def channel(self, lane: str) -> Channel:
         """A channel of its own for one thread; `lane` names it, equal on all ranks."""
@@ -329,9 +353,7 @@ class Group:
         )
 
     def close(self) -> None:
-        """Free the gloo group, if the process groups are still up. Idempotent."""
-        if self._votes is not None and dist.is_initialized():
-            dist.destroy_process_group(self._votes)
+        """Let go of the gloo group and the store. Idempotent."""
         self._votes = None
         self._store = None
 
@@ -360,16 +382,14 @@ class StepVote:
     """
 
     def __init__(self, group: Group, size: int) -> None:
-        self._group = group.gloo
-        self._limit_s = group.limit_s
+        self._group = group
         self._flags = torch.zeros(size, dtype=torch.int32)
         self._work: dist.Work | None = None
 
     def post(self, flags: Sequence[bool]) -> None:
         """Collective: raise flags; the vote before must have been collected."""
         self._flags = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-        if self._group is not None:
-            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._work = self._group.start_largest(self._flags)
 
     def collect(self) -> list[bool]:
         """Which flags any rank raised in the last vote.

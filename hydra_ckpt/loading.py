@@ -14,6 +14,7 @@ import torch
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
 from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.ranks import Topology
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
@@ -53,6 +54,7 @@ class Load:
         state: Into what.
         extractor: Knows the models' maps.
         channel: To the other ranks.
+        topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
 
@@ -64,6 +66,7 @@ class Load:
     state: AppState
     extractor: Extractor
     channel: Channel
+    topology: Topology
     parts: Collection[str]
     verify: bool
     touched: frozenset[str] = frozenset()
@@ -72,6 +75,7 @@ class Load:
     _fetches: list[Fetch] = field(default_factory=list)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _lengths: dict[tuple[str, int], int] = field(default_factory=dict)
+    _rederived: list[str] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
     _ledger: Ledger | None = None
     _read_bytes: int = 0
@@ -99,6 +103,7 @@ class Load:
             metrics=self.checkpoint.metrics,
             loaded=loaded,
             skipped=tuple(part for part in PARTS if part not in loaded and self._holds(part)),
+            rederived=tuple(self._rederived),
             notes=tuple(self._notes),
             read_bytes=self._read_bytes,
         )
@@ -123,7 +128,7 @@ class Load:
     @property
     def _same_ranks(self) -> bool:
         """Whether each rank finds what it saved itself."""
-        return self.checkpoint.manifest.world_size == self.channel.world_size
+        return self.topology.equals(self.checkpoint.manifest.topology)
 
     def _holds(self, part: str) -> bool:
         """Whether the checkpoint has something of this part."""
@@ -153,12 +158,30 @@ class Load:
         if not documents:
             raise CorruptCheckpointError(self._root, "it holds no progress")
         self._shared = self._fitting(documents)
-        own = f"{names.PROGRESS}/rank-{self.channel.rank:05d}.safetensors"
-        if own not in files:
-            # A rank that did not exist then joins the others at their place in the data.
-            own = f"{names.PROGRESS}/rank-00000.safetensors"
+        counterpart = self.topology.counterpart(self.checkpoint.manifest.topology)
+        rank = self.channel.rank if self._same_ranks else counterpart or 0
+        own = f"{names.PROGRESS}/rank-{rank:05d}.safetensors"
         if own in files:
             self._own = unpack(self._root / own, read_small(self._root, own, files[own]))
+            if not self._same_ranks and counterpart is None and not self._own.get("dataloader_is_global"):
+                self._leave_data(self._own)
+
+    def _leave_data(self, own: dict[str, Any]) -> None:
+        """Drop the state of a data loader that belongs to one rank of another division of the data."""
+        if own.get("dataloader") is None or not hasattr(self.state.dataloader, "load_state_dict"):
+            return
+        own["dataloader"] = None
+        if "dataloader" in self.parts:
+            self._derived(
+                "dataloader",
+                f"the data loader starts anew: its state belongs to one of "
+                f"{len(self.checkpoint.manifest.topology.get('leaders', []))} data-parallel ranks, and this run has "
+                f"{len(self.topology.leaders)}. A loader that resumable() made goes on with any number of ranks",
+            )
+
+    def _derived(self, what: str, why: str) -> None:
+        self._rederived.append(what)
+        self._notes.append(why)
 
     def _json(self, name: str) -> dict[str, Any]:
         data = read_small(self._root, name, self.checkpoint.manifest.files[name])
@@ -326,10 +349,13 @@ class Load:
     def _install_models(self) -> None:
         """What the models have beside the tensors that are read straight into them."""
         extra_states = self._shared.get("extra_state", {})
-        own_buffers = (self._own or {}).get("buffers", {}) if self._same_ranks else {}
+        own_buffers = (self._own or {}).get("buffers", {})
         for name, mapped in self.extractor.maps(self.state).items():
             mapped.set_extra_state(decode(extra_states.get(name, {}), self._tensors))
-            mapped.set_buffers(own_buffers.get(name, {}))
+            if self._same_ranks:
+                mapped.set_buffers(own_buffers.get(name, {}))
+        if any(own_buffers.values()) and not self._same_ranks:
+            self._derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
 
     def _install_extras(self) -> None:
         for name, extra in self.state.extras.items():
@@ -357,10 +383,13 @@ class Load:
         if self._own is not None and self._same_ranks:
             rng.restore(self._own["rng"])
             return
-        rng.derive(self.checkpoint.step, self.channel.rank)
-        self._notes.append(
-            f"random numbers are derived anew from step and rank: the checkpoint was written by "
-            f"{self.checkpoint.manifest.world_size} ranks, this run has {self.channel.world_size}"
+        # Not from the tensor-parallel rank: peers work on the same activations and must drop the same ones.
+        rng.derive(self.checkpoint.step, self.topology.place.dp, self.topology.place.pp)
+        self._derived(
+            "rng",
+            "random numbers are derived anew from step, data-parallel rank and stage: the checkpoint was written by "
+            f"{self.checkpoint.manifest.world_size} ranks, this run has {self.channel.world_size}, or they are "
+            "arranged otherwise",
         )
 
 

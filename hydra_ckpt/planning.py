@@ -156,6 +156,7 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
 
 def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
     first: dict[int, tuple[int, set[tuple[str, str]]]] = {}
+    lines: list[str] = []
     for rank, payload in speaking.items():
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
@@ -164,13 +165,15 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         }
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:
-            lines = [f"only on rank {known_rank}: {part}: {key}" for part, key in sorted(known - keys)]
-            lines += [f"only on rank {rank}: {part}: {key}" for part, key in sorted(keys - known)]
-            raise TopologyError(
-                "ranks of the same pipeline stage hold different tensors; nothing was written.\n  "
-                + "\n  ".join(lines)
-                + "\n  Build the same model on every rank, or pass each stage's pp_rank to build()"
-            )
+            pair = f"of ranks {known_rank} and {rank}"
+            lines += [f"{pair}, only on rank {known_rank}: {part}: {key}" for part, key in sorted(known - keys)]
+            lines += [f"{pair}, only on rank {rank}: {part}: {key}" for part, key in sorted(keys - known)]
+    if lines:
+        raise TopologyError(
+            "ranks of the same pipeline stage hold different tensors; nothing was written.\n  "
+            + "\n  ".join(lines)
+            + "\n  Build the same model on every rank, or pass each stage's pp_rank to build()"
+        )
 
 
 def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | None) -> list[TensorSpec]:

@@ -1,14 +1,21 @@
-"""This process's place in the training's device mesh."""
+"""This process's place in the training's device mesh, and how the places of all ranks are arranged."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from hydra_ckpt.distributed import Channel
+from hydra_ckpt.layout.plan import fingerprint
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,3 +44,60 @@ class Ranks:
             if name not in ("tp", "pp"):
                 dp = dp * size + named[name]
         return cls(dp, named.get("tp", 0), named.get("pp", 0))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The places of all ranks of a run.
+
+    Attributes:
+        place: This rank's.
+        leaders: For each data-parallel rank in order the first rank that has it; equal on all ranks.
+        fingerprint: Equal for runs in which each rank has the same place.
+    """
+
+    place: Ranks
+    leaders: tuple[int, ...]
+    fingerprint: str
+
+    @classmethod
+    def agree(cls, place: Ranks, channel: Channel) -> Topology:
+        """Collective: from the places the ranks were given.
+
+        If two ranks have been given the same place, each counts as a data-parallel rank, and a warning says so.
+        """
+        found = channel.agree("comparing the ranks' places", astuple(place), _arrange)
+        if not found["distinct"]:
+            log.warning(
+                "several ranks have dp_rank=%d, tp_rank=%d and pp_rank=%d: all ranks are taken for data-parallel ones. "
+                "Pass each rank its own place to build(), or the device mesh to on_train_begin()",
+                *astuple(place),
+            )
+            place = Ranks(dp=channel.rank)
+        return cls(place, tuple(found["leaders"]), found["fingerprint"])
+
+    def recorded(self) -> dict[str, Any]:
+        """As plain data, for the manifest."""
+        return {"leaders": list(self.leaders), "fingerprint": self.fingerprint}
+
+    def equals(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether each rank has the place it had in the run that recorded this."""
+        return recorded.get("fingerprint") == self.fingerprint
+
+    def counterpart(self, recorded: Mapping[str, Any]) -> int | None:
+        """The rank of the other run that saw the same part of the data; None where the data was divided otherwise."""
+        leaders = recorded.get("leaders", [])
+        return int(leaders[self.place.dp]) if len(leaders) == len(self.leaders) > self.place.dp else None
+
+
+def _arrange(places: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Coordinator only."""
+    given = [tuple(place) for place in places]
+    distinct = len(set(given)) == len(given)
+    if not distinct:
+        given = [(rank, 0, 0) for rank in range(len(given))]
+    first: dict[int, int] = {}
+    for rank, place in enumerate(given):
+        first.setdefault(place[0], rank)
+    leaders = [first[dp] for dp in sorted(first)]
+    return {"distinct": distinct, "leaders": leaders, "fingerprint": fingerprint(map(str, given))}

@@ -17,6 +17,8 @@ class LoadReport:
         metrics: Its metrics.
         loaded: Parts that were installed.
         skipped: Parts of the checkpoint that were not asked for, or for which the AppState has no object.
+        rederived: What was not continued exactly but derived anew, of `rng`, `buffers` and `dataloader`. All else that
+            was loaded is exact.
         notes: What could not be continued exactly, and why.
         passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong.
         read_bytes: Bytes of tensors this rank read.
@@ -28,6 +30,7 @@ class LoadReport:
     metrics: dict[str, float] = field(default_factory=dict)
     loaded: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    rederived: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     passed_over: dict[str, str] = field(default_factory=dict)
     read_bytes: int = 0

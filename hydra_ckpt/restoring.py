@@ -18,6 +18,7 @@ from hydra_ckpt.errors import (
     rebuild,
 )
 from hydra_ckpt.loading import PARTS, Load
+from hydra_ckpt.ranks import Topology
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
 from hydra_ckpt.state.app_state import AppState
@@ -39,16 +40,20 @@ class Restorer:
         directory: Where checkpoints lie; used by the coordinator only.
         extractor: Knows the models' maps.
         channel: To the other ranks.
+        topology: How they are arranged.
 
     Attributes:
         passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong. Equal on all ranks.
     """
 
-    def __init__(self, options: ReadOptions, directory: Directory, extractor: Extractor, channel: Channel) -> None:
+    def __init__(
+        self, options: ReadOptions, directory: Directory, extractor: Extractor, channel: Channel, topology: Topology
+    ) -> None:
         self._options = options
         self._directory = directory
         self._extractor = extractor
         self._channel = channel
+        self._topology = topology
         self.passed_over: dict[str, str] = {}
 
     def wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
@@ -139,14 +144,16 @@ class Restorer:
             error = CheckpointNotFoundError(f"{path} is gone, or cannot be read: {gone}")
         self._channel.raise_together(f"opening {path}", error)
         assert checkpoint is not None  # raise_together has raised otherwise
-        return Load(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)
+        return Load(checkpoint, state, self._extractor, self._channel, self._topology, parts, self._options.verify)
 
     def _finish(self, load: Load) -> LoadReport:
         report = load.run()
         for note in report.notes if self._channel.is_coordinator else ():
             log.warning("%s: %s", load.checkpoint.name, note)
         if self._channel.is_coordinator:
-            log.info("loaded %s (step %d): %s", report.path, load.checkpoint.step, ", ".join(report.loaded))
+            exact = ", ".join(part for part in report.loaded if part not in report.rederived)
+            anew = ", ".join(report.rederived) or "nothing"
+            log.info("loaded %s (step %d); exact: %s; derived anew: %s", report.path, load.checkpoint.step, exact, anew)
         return replace(report, passed_over=dict(self.passed_over))
 
 

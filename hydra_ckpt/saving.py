@@ -306,6 +306,7 @@ class Save:
         step: Completed optimizer steps.
         epoch: The epoch.
         metrics: Known at the save.
+        topology: How the ranks are arranged, as plain data.
         fence: Raises if this process may not publish any more.
         published: Coordinator only: called with the new checkpoint's name to move pointers.
         details: What the manifest says of the run.
@@ -316,6 +317,7 @@ class Save:
     step: int
     epoch: int
     metrics: Mapping[str, float]
+    topology: Mapping[str, Any]
     fence: Callable[[], None]
     published: Callable[[str], None]
     details: Mapping[str, str] = field(default_factory=dict)
@@ -358,6 +360,7 @@ class Save:
             exports=content.exports,
             metrics=self.metrics,
             plan=content.plan.fingerprint,
+            topology=self.topology,
             details=self.details,
         )
         complete_draft(self.writer.files, draft, manifest)

@@ -547,7 +547,7 @@ EXPECTED = {
     "metrics at save 1": ("CheckpointConfigError", "the metrics given are loss, other"),
     "metrics at save 2": ("SaveFailedError", "the metrics given are loss, other"),
     "unlike steps": ("SaveFailedError", "rank 1: CheckpointError: this rank saves step 5, rank 0 step 4"),
-    "unlike models": ("TopologyError", "only on rank 1: model: 0.weight F32 [3, 6]"),
+    "unlike models": ("TopologyError", "of ranks 0 and 1, only on rank 1: model: 0.weight F32 [3, 6]"),
     "after unlike models": ("", ""),
 }
 

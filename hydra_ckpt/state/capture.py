@@ -139,6 +139,7 @@ class Extractor:
         own = {
             "rng": rng.capture(),
             "dataloader": self._dataloader_state(state),
+            "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "buffers": self._own_buffers(maps),
         }
         return Captured(parts, json.dumps(shared, separators=(",", ":")).encode(), pack(own))

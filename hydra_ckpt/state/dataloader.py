@@ -85,12 +85,15 @@ class ResumableLoader(Generic[T]):
     `load_state_dict()` it goes on at the loaded position. When an iteration ends, `epoch` moves on by one.
 
     Attributes:
+        state_is_global: Says that its state is equal on all ranks and fits any number of them; of its class.
         dataset: The dataset of the loader it was made from.
         batch_size: Samples in a batch of this rank; None where the loader does not batch.
         drop_last: Whether a last, shorter global batch is left out.
         seed: Decides order and random choices; a loaded state brings its own.
         epoch: The epoch being iterated, or the next one between two iterations.
     """
+
+    state_is_global = True
 
     def __init__(self, loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:

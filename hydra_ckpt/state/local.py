@@ -86,11 +86,11 @@ def _place(name: str, tensor: torch.Tensor) -> _Place:
     spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
     if not isinstance(tensor, DTensor):
         return _Place(spec, Box.whole(spec.shape))
+    mesh = tuple(tensor.device_mesh.mesh.flatten().tolist())
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        return _Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()))
+        return _Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh)
     sharding = _sharding(name, tensor, tuple(coordinate))
-    mesh = tuple(tensor.device_mesh.mesh.flatten().tolist())
     group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
     return _Place(spec, sharding.box(spec.shape), mesh, sharding.replica, group)
 

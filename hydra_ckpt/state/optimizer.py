@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
-from hydra_ckpt.errors import CheckpointError, KeyMismatchError, TopologyError
+from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.tree import encode
 
@@ -159,19 +159,18 @@ def _fresh(
 ) -> torch.Tensor:
     """A state tensor as the optimizer itself would have created it for this parameter."""
     parameter = parameter.detach()
-    if shape == tuple(parameter.shape) and shape:
+    # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
+    if shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step"):
         return torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     if shape == () and dims is None:
         # A step counter: beside the parameter only where the optimizer's kernels want it there.
         return torch.empty((), dtype=dtype, device=parameter.device if on_device else "cpu")
-    if not isinstance(parameter, DTensor) or dims is None:
+    if not isinstance(parameter, DTensor):
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     mesh = parameter.device_mesh
-    if len(dims) != mesh.ndim:
-        raise TopologyError(
-            f"{name}: its placement cannot be told on this mesh; take one optimizer step before loading, "
-            "so that the optimizer has created its state"
-        )
+    if dims is None or len(dims) != mesh.ndim:
+        # Written on another mesh. Whole on every rank is right anywhere, and what PyTorch's own optimizers begin with.
+        dims = [None] * mesh.ndim
     placements: list[Placement] = [Replicate() if dim is None else Shard(dim) for dim in dims]
     return torch.distributed.tensor.empty(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
 

@@ -26,9 +26,9 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def derive(step: int, rank: int) -> None:
-    """Seed every generator from the step and the rank, where the saved states fit another topology."""
-    words = np.random.SeedSequence([step, rank]).generate_state(4)
+def derive(step: int, *place: int) -> None:
+    """Seed every generator from the step and a rank's place, where the saved states fit another topology."""
+    words = np.random.SeedSequence([step, *place]).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))

@@ -69,6 +69,7 @@ class Manifest:
         digests: The sidecars with digests of tensor files.
         metrics: Metrics known at the save.
         plan: Fingerprint of the write plan.
+        topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
     """
 
@@ -82,6 +83,7 @@ class Manifest:
     exports: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     plan: str = ""
+    topology: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -73,7 +73,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             if not pipe.poll(max(deadline - time.monotonic(), 0.0)):
                 outcomes.append((False, "did not finish in time and was killed"))
                 continue
-            outcomes.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301 - our own child has written it  # noqa: S301 - from our own child
+            outcomes.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301 - our own child has written it
         except EOFError:
             process.join(1.0)
             outcomes.append((False, f"died with exit code {process.exitcode}"))
@@ -101,6 +101,8 @@ def _main(
     import torch
     import torch.distributed as dist
 
+    # torch looks the names of its peers' sockets up; a name server that loses a request must not cost five seconds.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     # The child has inherited the start method; data loaders' workers would start servers of their own.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
