@@ -90,7 +90,7 @@ class Checkpointer:
         )
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
-        self._extractor = Extractor(config.write.is_peft)
+        self._extractor = Extractor(config.write.is_peft, pp_rank)
         self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel)
         self._contents = Contents(config, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root))
         self._pool = BufferPool(pinned=torch.cuda.is_available())

@@ -39,6 +39,8 @@ class Agreement:
         copies: Mesh (its global ranks; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
+        elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
+            two pipeline stages share.
         one_host: Whether all ranks run on one host.
     """
 
@@ -46,6 +48,7 @@ class Agreement:
     copies: Mapping[tuple[int, ...], tuple[int, int]]
     leads: bool
     fingerprint: str
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
     one_host: bool = True
 
 
@@ -83,12 +86,21 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
+    leads = positions["leader"] == channel.rank
     if positions["several"]:
-        specs = _union(local, channel, stage, positions["leads"])
+        writers = _union(local, channel, stage, leads)
+        specs = {part: list(found) for part, found in writers.items()}
+        elsewhere = frozenset(
+            (part, spec.name)
+            for part, items in local.items()
+            for spec in items
+            if writers[part][spec] != positions["leader"]
+        )
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    return Agreement(ordered, copies, positions["leads"], fingerprint(texts), positions["one_host"])
+    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, positions["one_host"])
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,12 +116,14 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             table = seen[kind, position]
             places.append(((kind, position), table.setdefault(identity, len(table))))
         own.append(places)
-    several = len(set(kinds)) > 1
+    leaders = {kind: rank for rank, kind in reversed(list(enumerate(kinds)))}
+    several = len(leaders) > 1
+    one_host = len({note["host"] for note in notes}) == 1
     return [
         {
             "several": several,
-            "one_host": len({note["host"] for note in notes}) == 1,
-            "leads": kinds.index(kinds[rank]) == rank,
+            "one_host": one_host,
+            "leader": leaders[kinds[rank]],
             "copies": [(copy, len(seen[key])) for key, copy in places],
         }
         for rank, places in enumerate(own)
@@ -121,13 +135,18 @@ _NO_MESH = fingerprint(())
 
 def _union(
     local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool
-) -> dict[str, list[TensorSpec]]:
-    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
-    data = {part: [(spec.name, spec.dtype, spec.shape) for spec in specs] for part, specs in local.items()}
+) -> dict[str, dict[TensorSpec, int]]:
+    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
+
+    Returns:
+        Part to its tensors, each with the rank whose kind writes it.
+    """
+    data = {part: [(spec.name, spec.dtype, list(spec.shape)) for spec in specs] for part, specs in local.items()}
     payload = {"stage": stage, "parts": data} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
     return {
-        part: [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in rows] for part, rows in merged.items()
+        part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, writer in rows}
+        for part, rows in merged.items()
     }
 
 
@@ -144,12 +163,12 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
     for rank, payload in sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0])):
         for part, rows in payload["parts"].items():
             for name, dtype, shape in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape))
-                if known[1:] != (dtype, shape):
+                known = merged[part].setdefault(name, (name, dtype, shape, rank))
+                if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
     if clashes:
         raise TopologyError(
-            "the ranks disagree about tensors of the same name; nothing was written. " + "; ".join(clashes)
+            "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
         )
     return {part: list(rows.values()) for part, rows in merged.items()}
 
@@ -255,7 +274,8 @@ def make_plan(
     for layout in layouts:
         items = parts.get(layout.part, ())
         mine = {
-            starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()
+            starts[layout.part] + position: share
+            for position, share in shares(_holdings(layout.part, items, agreement)).items()
         }
         all_shares.update(mine)
         if layout.distcp:
@@ -292,13 +312,17 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
     return list(itertools.chain.from_iterable(parts.values()))
 
 
-def _holdings(items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
+def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
     holdings = []
     for item in items:
         copy, copies = agreement.copies[item.mesh]
         index, count = item.replica
         replica = (copy * count + index, copies * count)
-        holdings.append(Holding(item.spec, item.box, replica, (item.mesh, item.group), item.divisible))
+        divisible = item.divisible
+        if (part, item.spec.name) in agreement.elsewhere:
+            # Its writers are the replicas before these, and write all of it.
+            replica, divisible = (copies * count + replica[0], 2 * copies * count), False
+        holdings.append(Holding(item.spec, item.box, replica, (item.mesh, item.group), divisible))
     return holdings
 
 

@@ -31,6 +31,14 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def _tied_to(model: nn.Module) -> Mapping[str, str]:
+    """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
+    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only tells the possible ones
+    if declared is None:
+        declared = getattr(model, "_tied_weights_keys", None)
+    return declared if isinstance(declared, Mapping) else {}
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A place in a module where a tensor lives.
@@ -82,16 +90,19 @@ class ModelMap:
             TopologyError: Two parts hold different tensors under one name.
         """
         found = cls([])
-        tied = set()
+        tied: set[str] = set()
+        sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
         for module in modules:
             core = unwrap(module)
             tied |= set(getattr(core, "_tied_weights_keys", None) or ())  # transformers' word for dropped names
+            sources.update(_tied_to(core))
             for slot in found._walk(core, ""):
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
         found._choose_names(list(places.values()), tied)
+        found._name_after_other_stages(sources)
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
@@ -121,6 +132,14 @@ class ModelMap:
             if chosen.is_parameter:
                 self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
+
+    def _name_after_other_stages(self, sources: Mapping[str, str]) -> None:
+        """Give a weight that is tied to one of another pipeline stage the other's name: it is stored once."""
+        here = {slot.name for slot in self.slots} | self.aliases.keys()
+        moved = {name: source for name, source in sources.items() if name in here and source not in here}
+        self.aliases.update(moved)
+        self.slots = [replace(slot, name=moved.get(slot.name, slot.name)) for slot in self.slots]
+        self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""
