@@ -36,7 +36,7 @@ class Agreement:
 
     Attributes:
         specs: Part to all tensors of it, whoever holds them, in the order of the files.
-        copies: Mesh (its global ranks; empty for plain tensors) to this rank's copy of it and the number of copies.
+        copies: Mesh (its digest; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
         elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
@@ -45,7 +45,7 @@ class Agreement:
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
-    copies: Mapping[tuple[int, ...], tuple[int, int]]
+    copies: Mapping[str, tuple[int, int]]
     leads: bool
     fingerprint: str
     elsewhere: frozenset[tuple[str, str]] = frozenset()
@@ -56,10 +56,8 @@ Parts = Mapping[str, Sequence[LocalTensor]]
 
 
 def signature(parts: Parts) -> str:
-    """A digest of everything a plan depends on; recomputed at each save to see whether the plan still holds."""
-    return str(
-        hash(tuple((part, tuple((t.spec, t.box, t.mesh, t.replica) for t in items)) for part, items in parts.items()))
-    )
+    """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save."""
+    return str(hash(tuple((part, tuple(item.place for item in items)) for part, items in parts.items())))
 
 
 def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str] | None) -> Agreement:
@@ -76,12 +74,12 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     """
     local = {part: [item.spec for item in items] for part, items in parts.items()}
     text = fingerprint(itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items()))
-    meshes = list(dict.fromkeys(item.mesh for items in parts.values() for item in items))
+    meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
     note = {
         "host": socket.gethostname(),
         "stage": stage,
         "holds": text,
-        "meshes": [fingerprint(map(str, mesh)) for mesh in meshes],
+        "meshes": meshes,
     }
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
@@ -112,7 +110,7 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         places = []
         for position, mesh in enumerate(note["meshes"]):
             # Plain tensors have no mesh: each rank is a copy of its own.
-            identity = mesh if mesh != _NO_MESH else str(rank)
+            identity = mesh or str(rank)
             table = seen[kind, position]
             places.append(((kind, position), table.setdefault(identity, len(table))))
         own.append(places)
@@ -128,9 +126,6 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for rank, places in enumerate(own)
     ]
-
-
-_NO_MESH = fingerprint(())
 
 
 def _union(
@@ -315,14 +310,15 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
 def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
     holdings = []
     for item in items:
-        copy, copies = agreement.copies[item.mesh]
-        index, count = item.replica
+        place = item.place
+        copy, copies = agreement.copies[place.mesh]
+        index, count = place.replica
         replica = (copy * count + index, copies * count)
         divisible = item.divisible
-        if (part, item.spec.name) in agreement.elsewhere:
+        if (part, place.spec.name) in agreement.elsewhere:
             # Its writers are the replicas before these, and write all of it.
             replica, divisible = (copies * count + replica[0], 2 * copies * count), False
-        holdings.append(Holding(item.spec, item.box, replica, (item.mesh, item.group), divisible))
+        holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 
 
