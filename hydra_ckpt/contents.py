@@ -32,6 +32,7 @@ from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.store import names
 
 
@@ -186,8 +187,13 @@ def _is_model(part: str) -> bool:
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
-    found = {}
+    found, late = {}, set()
     for position, share in shares.items():
-        local = tensors[position].tensor
-        found[position] = local[share.start : share.stop] if local.dim() else local
-    return Sources(found, frozenset(position for position in found if tensors[position].late))
+        item = tensors[position]
+        rows = item.tensor[share.start : share.stop] if item.tensor.dim() else item.tensor
+        dtype = TORCH_DTYPE[share.spec.dtype]
+        # An adapter may want another element type in the files; that makes a copy, now.
+        found[position] = rows if rows.dtype == dtype else rows.to(dtype)
+        if item.late and rows.dtype == dtype:
+            late.add(position)
+    return Sources(found, frozenset(late))

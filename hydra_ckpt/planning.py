@@ -87,7 +87,7 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     leads = positions["leader"] == channel.rank
     if positions["several"]:
-        writers = _union(local, channel, stage, leads)
+        writers = _union(parts, channel, stage, leads)
         specs = {part: list(found) for part, found in writers.items()}
         elsewhere = frozenset(
             (part, spec.name)
@@ -128,15 +128,16 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _union(
-    local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool
-) -> dict[str, dict[TensorSpec, int]]:
+def _union(parts: Parts, channel: Channel, stage: int, leads: bool) -> dict[str, dict[TensorSpec, int]]:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
 
     Returns:
         Part to its tensors, each with the rank whose kind writes it.
     """
-    data = {part: [(spec.name, spec.dtype, list(spec.shape)) for spec in specs] for part, specs in local.items()}
+    data = {
+        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.origin) for item in items]
+        for part, items in parts.items()
+    }
     payload = {"stage": stage, "parts": data} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
     return {
@@ -157,15 +158,23 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
     clashes = []
     for rank, payload in sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0])):
         for part, rows in payload["parts"].items():
-            for name, dtype, shape in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape, rank))
+            for name, dtype, shape, origin in rows:
+                known = merged[part].setdefault(name, (name, dtype, shape, origin, rank))
                 if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
+                elif known[3] != origin:
+                    clashes.append(
+                        f"{part}: the adapter makes {name} of {origin or name} on rank {rank}, and of "
+                        f"{known[3] or name} on rank {known[4]}"
+                    )
     if clashes:
         raise TopologyError(
             "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
         )
-    return {part: list(rows.values()) for part, rows in merged.items()}
+    return {
+        part: [(name, dtype, shape, rank) for name, dtype, shape, _, rank in rows.values()]
+        for part, rows in merged.items()
+    }
 
 
 def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
@@ -174,7 +183,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
             for part, rows in payload["parts"].items()
-            for name, dtype, shape in rows
+            for name, dtype, shape, _ in rows
         }
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:

@@ -29,6 +29,7 @@ class Place:
         mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
+        origin: Name of the live tensor it is part of, where an adapter gives the part another name.
     """
 
     spec: TensorSpec
@@ -36,6 +37,7 @@ class Place:
     mesh: str = ""
     replica: tuple[int, int] = (0, 1)
     group: Hashable = ()
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.state.adapter import Converter, Views, views_of
 from hydra_ckpt.state.local import Localizer, LocalTensor
 
 
@@ -81,6 +82,7 @@ class ModelMap:
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     fsdp_modules: list[FSDPModule] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    _converter: Converter = field(default_factory=lambda: Converter({}))
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -93,6 +95,7 @@ class ModelMap:
         tied: set[str] = set()
         sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
+        cores: dict[tuple[int, str], nn.Module] = {}
         for module in modules:
             core = unwrap(module)
             tied |= set(getattr(core, "_tied_weights_keys", None) or ())  # transformers' word for dropped names
@@ -101,8 +104,10 @@ class ModelMap:
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
+                cores[id(slot.owner), slot.attribute] = core
         found._choose_names(list(places.values()), tied)
         found._name_after_other_stages(sources)
+        found._convert(cores)
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
@@ -141,10 +146,22 @@ class ModelMap:
         self.slots = [replace(slot, name=moved.get(slot.name, slot.name)) for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
+    def _convert(self, cores: Mapping[tuple[int, str], nn.Module]) -> None:
+        """Ask each part's adapter for the tensors of its files."""
+        held: dict[int, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
+        for slot in self.slots:
+            core = cores[id(slot.owner), slot.attribute]
+            held.setdefault(id(core), (core, {}))[1][slot.name] = slot.tensor
+        views: Views = {}
+        for core, tensors in held.values():
+            views.update(views_of(core, tensors))
+        self._converter = Converter(views)
+
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""
         self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
         self.extra_states = {}
+        self._converter = Converter({})
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
@@ -152,22 +169,23 @@ class ModelMap:
             module.reshard()
 
     def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
-        """This rank's part of every tensor, as it is now.
+        """This rank's part of every tensor of the model's files, as it is now.
 
         Args:
             localize: Knows where tensors lie.
             late: Identities of parameters that only a hooked optimizer changes.
         """
         self.reshard()
-        return [
-            localize(
+        found = []
+        for slot in self.slots:
+            item = localize(
                 slot.name,
                 slot.tensor,
                 divisible=slot.is_parameter,  # buffers differ between data-parallel ranks
                 late=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in late,
             )
-            for slot in self.slots
-        ]
+            found += self._converter(item)
+        return found
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers by name, live."""
