@@ -20,6 +20,7 @@ from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
@@ -205,18 +206,26 @@ class Load:
 
     def _match_models(self, mismatch: _Mismatch) -> None:
         maps = self.extractor.maps(self.state)
-        saved = {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+        saved = self._saved_models()
         live = {part_of(name) for name in maps}
         mismatch.unexpected += [f"the model {part}" for part in saved - live]
         for name, mapped in maps.items():
             part = part_of(name)
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
-            locals_ = mapped.locals(self.extractor.localize)
+            locals_ = self._locals(mapped)
             held = {item.spec.name for item in locals_}
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
             for item in locals_:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _saved_models(self) -> set[str]:
+        """The parts that hold models."""
+        return {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+
+    def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
+        """The tensors of a live model as the checkpoint has them."""
+        return mapped.locals(self.extractor.localize)
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name

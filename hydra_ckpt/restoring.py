@@ -6,10 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
+from hydra_ckpt.foreign import ForeignLoad, is_foreign, open_foreign
 from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
@@ -70,7 +72,7 @@ class Restorer:
             return None
         while True:
             choice = self._channel.coordinator_step(
-                f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self.passed_over)
+                f"looking for restore_from={selector}", lambda: self._choose(selector)
             )
             self._pass_over(choice["passed_over"])
             if choice["path"] is None:
@@ -83,6 +85,13 @@ class Restorer:
                     raise
                 self._pass_over({path.name: str(error)})
 
+    def _choose(self, selector: str) -> dict[str, Any]:
+        """Coordinator only: see `Directory.choose`; a path may also lead to a checkpoint of another tool."""
+        for path in (self._directory.root / selector, Path.cwd() / selector):
+            if is_foreign(path):
+                return {"path": str(path.resolve()), "passed_over": {}}
+        return self._directory.choose(selector, self.passed_over)
+
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)):
             log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
@@ -91,15 +100,18 @@ class Restorer:
     def _load(self, state: AppState, path: Path, parts: tuple[str, ...]) -> LoadReport:
         error: Exception | None = None
         checkpoint = None
+        foreign = is_foreign(path)
         try:
-            checkpoint = Checkpoint.open(path)
+            allow_pickle = self._options.allow_pickle
+            checkpoint = open_foreign(path, allow_pickle=allow_pickle) if foreign else Checkpoint.open(path)
         except CheckpointError as known:
             error = known
         self._channel.raise_together(f"opening {path}", error)
         assert checkpoint is not None  # raise_together has raised otherwise
-        load = Load(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)
+        kind = ForeignLoad if foreign else Load
+        load = kind(checkpoint, state, self._extractor, self._channel, parts, self._options.verify)
         report = load.run()
         for note in report.notes:
             log.warning("%s: %s", path.name, note)
-        log.info("loaded %s (step %d): %s", path, checkpoint.step, ", ".join(report.loaded))
+        log.info("loaded %s (step %d): %s", path, report.step, ", ".join(report.loaded))
         return replace(report, passed_over=dict(self.passed_over))

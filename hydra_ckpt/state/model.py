@@ -175,17 +175,20 @@ class ModelMap:
             localize: Knows where tensors lie.
             late: Identities of parameters that only a hooked optimizer changes.
         """
+        return [part for item in self.own_locals(localize, late) for part in self._converter(item)]
+
+    def own_locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
+        """The same under the model's own names and in its own shapes, whatever an adapter makes of them."""
         self.reshard()
-        found = []
-        for slot in self.slots:
-            item = localize(
+        return [
+            localize(
                 slot.name,
                 slot.tensor,
                 divisible=slot.is_parameter,  # buffers differ between data-parallel ranks
                 late=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in late,
             )
-            found += self._converter(item)
-        return found
+            for slot in self.slots
+        ]
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers by name, live."""
