@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,18 +270,12 @@ def make_plan(
     """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`)."""
     files: list[FileLayout] = []
     own_files: list[FileLayout] = []
-    all_shares: dict[int, Share] = {}
     pieces: list[Piece] = []
     foreign: dict[str, dict[int, Share]] = {}
     pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
-    starts = _starts(parts)
+    by_part = _shares(parts, {layout.part for layout in layouts}, agreement)
     for layout in layouts:
-        items = parts.get(layout.part, ())
-        mine = {
-            starts[layout.part] + position: share
-            for position, share in shares(_holdings(layout.part, items, agreement)).items()
-        }
-        all_shares.update(mine)
+        mine = by_part.get(layout.part, {})
         if layout.distcp:
             foreign[layout.part] = mine
             continue
@@ -296,6 +290,7 @@ def make_plan(
         local = {position: _as_whole(share) for position, share in mine.items()}
         pieces += fill_files([file], local, len(files) + len(own_files))
         own_files.append(file)
+    all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
     return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice, foreign)
 
@@ -306,9 +301,21 @@ def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
     return lay_out(groups, layout.directory, layout.stem) if groups else []
 
 
-def _starts(parts: Parts) -> dict[str, int]:
-    counts = itertools.accumulate((len(items) for items in parts.values()), initial=0)
-    return dict(zip(parts, counts, strict=False))
+def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict[str, dict[int, Share]]:
+    """Part to this rank's shares by position. All parts are divided together, so that no replica writes in each."""
+    holdings: list[Holding] = []
+    places: list[tuple[str, int]] = []
+    position = 0
+    for part, items in parts.items():
+        if part in wanted:
+            holdings += _holdings(part, items, agreement)
+            places += [(part, position + number) for number in range(len(items))]
+        position += len(items)
+    found: dict[str, dict[int, Share]] = defaultdict(dict)
+    for index, share in shares(holdings).items():
+        part, place = places[index]
+        found[part][place] = share
+    return found
 
 
 def tensors_of(parts: Parts) -> list[LocalTensor]:

@@ -3,7 +3,9 @@
 PyTorch's fake process group lets one process be any rank of any world. For each world, a (replicate, shard, tensor)
 mesh, the state of a 70B-like model with Adam is planned: 1,000 parameters, 4,000 tensors. Printed are two tables in
 Markdown; docs/scaling.md explains them. Times are this thread's CPU time, medians of five, behind a collection of
-garbage. Counts are taken over all ranks of a world; beyond `--whole` ranks of a model with a tenth of the layers.
+garbage. Counts are taken over all ranks of a world. Beyond `--whole` ranks, where that would take an hour, the model
+has a tenth of its layers for it, and what HSDP writes is counted once more with the whole model over the ranks of one
+shard coordinate, of which all others are copies.
 
     python scripts/bench/scale.py
     python scripts/bench/scale.py --worlds 8 64 --dcp-seconds 20
@@ -267,17 +269,22 @@ def system_calls(piece: Piece) -> int:
     return 2 if piece.region.count > 1 else -(-piece.region.nbytes // _WRITE_BYTES)
 
 
-def count(world: World, agreement: Agreement, *, plain: bool) -> tuple[Counts, bool, int]:
-    """Plan every rank; whether each byte of each file is written exactly once; number of files."""
+def count(world: World, *, plain: bool, one_shard: bool = False) -> tuple[Counts, bool, int]:
+    """Plan every rank, or those at shard coordinate 0 for all; whether each byte is written once; number of files."""
     counts = Counts(world.size)
+    agreement = agree(world.parts_of(0, plain=plain), OneOfMany(0, world.size, coordinator=False), 0, None)
     layouts = layouts_of(agreement, world.size)
     plan = None
     for rank in range(world.size):
+        if one_shard and coordinate_of(rank, world.shape)[1]:
+            continue
         copies = {"mesh": (0, 1), "": (rank, world.size)}
         parts = world.parts_of(rank, plain=plain)
         plan = make_plan(parts, replace(agreement, copies=copies), layouts, rank, world.size)
         counts.add(plan)
     assert plan is not None  # a world has ranks
+    if one_shard:
+        counts.writers = Counter({file: number * world.shape[1] for file, number in counts.writers.items()})
     return counts, counts.covered == full_coverage(plan.files), len(plan.files)
 
 
@@ -373,9 +380,9 @@ def measure(size: int, whole_up_to: int, dcp_seconds: float) -> tuple[list[str],
     counted: list[str] = []
     thinned = World(shape, LAYERS if size <= whole_up_to else LAYERS // 10)
     for kind in ("HSDP x TP", "DDP"):
-        world_parts = thinned.parts_of(0, plain=kind == "DDP")
-        agreement = agree(world_parts, OneOfMany(0, size, coordinator=False), 0, None)
-        counts, once, files = count(thinned, agreement, plain=kind == "DDP")
+        counts, once, files = count(thinned, plain=kind == "DDP")
+        if thinned.layers != LAYERS and kind != "DDP":
+            counts, _, files = count(World(shape, LAYERS), plain=False, one_shard=True)
         row = [f"{size:,}", kind, "yes" if once else "NO", f"{counts.imbalance:.3f}", f"{files}", f"{counts.opens}"]
         row += [
             f"{counts.calls}",
