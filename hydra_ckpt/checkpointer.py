@@ -95,7 +95,7 @@ class Checkpointer:
         )
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
-        self._extractor = Extractor(config.write.is_peft)
+        self._extractor = Extractor(config.write.is_peft, pp_rank)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
         self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel, self._topology)
         self._contents = Contents(

@@ -32,6 +32,7 @@ from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.store import names
 
 # Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
@@ -231,9 +232,14 @@ def _is_model(part: str) -> bool:
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
-    found = {}
+    found, late = {}, set()
     for position, share in shares.items():
-        local = tensors[position].tensor
-        whole = not local.dim() or (share.start, share.stop) == (0, local.shape[0])
-        found[position] = local if whole else local[share.start : share.stop]
-    return Sources(found, frozenset(position for position in found if tensors[position].late))
+        item = tensors[position]
+        whole = not item.tensor.dim() or (share.start, share.stop) == (0, item.tensor.shape[0])
+        rows = item.tensor if whole else item.tensor[share.start : share.stop]
+        dtype = TORCH_DTYPE[share.spec.dtype]
+        # An adapter may want another element type in the files; that makes a copy, now.
+        found[position] = rows if rows.dtype == dtype else rows.to(dtype)
+        if item.late and rows.dtype == dtype:
+            late.add(position)
+    return Sources(found, frozenset(late))

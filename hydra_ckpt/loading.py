@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.ranks import Topology
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
-from hydra_ckpt.state import rng
+from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
@@ -79,6 +80,9 @@ class Load:
     _notes: list[str] = field(default_factory=list)
     _ledger: Ledger | None = None
     _read_bytes: int = 0
+    _fit: optimizer_state.Fit | None = None
+    _other_stages: bool = False
+    _optimized: set[str] = field(default_factory=set)
 
     def run(self) -> LoadReport:
         """Collective: load.
@@ -157,7 +161,10 @@ class Load:
         documents = [self._json(name) for name in sorted(shared)]
         if not documents:
             raise CorruptCheckpointError(self._root, "it holds no progress")
-        self._shared = self._fitting(documents)
+        self._shared, notes = stages.combine(documents, self.extractor.held(self.state), len(self.state.lr_schedulers))
+        self._other_stages = self._shared not in documents
+        self._optimized = stages.optimized(documents)
+        self._notes += notes
         counterpart = self.topology.counterpart(self.checkpoint.manifest.topology)
         rank = self.channel.rank if self._same_ranks else counterpart or 0
         own = f"{names.PROGRESS}/rank-{rank:05d}.safetensors"
@@ -189,15 +196,6 @@ class Load:
             return dict(json.loads(data))
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(self._root / name, f"is not JSON of ours: {error}") from None
-
-    def _fitting(self, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The document of this rank's pipeline stage."""
-        held = set(self.extractor.parameter_names(self.state).values())
-        for document in documents:
-            known = document.get("optimizer", {}).get("state", {})
-            if known and set(known) <= held:
-                return document
-        return documents[0]
 
     # -- comparing -----------------------------------------------------------------------------------------------
 
@@ -238,18 +236,26 @@ class Load:
 
     def _match_models(self, mismatch: _Mismatch) -> None:
         maps = self.extractor.maps(self.state)
-        saved = {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+        saved = self._saved_models()
         live = {part_of(name) for name in maps}
         mismatch.unexpected += [f"the model {part}" for part in saved - live]
         for name, mapped in maps.items():
             part = part_of(name)
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
-            locals_ = mapped.locals(self.extractor.localize)
+            locals_ = self._locals(mapped)
             held = {item.spec.name for item in locals_}
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
             for item in locals_:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _saved_models(self) -> set[str]:
+        """The parts that hold models."""
+        return {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+
+    def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
+        """The tensors of a live model as the checkpoint has them."""
+        return mapped.locals(self.extractor.localize)
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name
@@ -266,27 +272,47 @@ class Load:
     def _match_optimizers(self, mismatch: _Mismatch) -> None:
         described = self._shared["optimizer"]
         parameters = self.extractor.parameter_names(self.state)
-        try:
-            optimizer_state.check_fits(described, self.state.optimizers, parameters)
-        except KeyMismatchError as error:
-            mismatch.different.update(error.mismatched)
+        self._fit = optimizer_state.fit(described, self.state.optimizers, parameters)
+        mismatch.missing += [f"optimizer: {name}" for name in self._fit.missing]
+        mismatch.unexpected += [f"optimizer: {name}" for name in self._optimized - self._fit.held]
+        mismatch.different.update(self._fit.different)
+        if self._fit.missing or self._fit.different:
             return
         stored = self._stored(names.OPTIMIZER)
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
-        wanted = optimizer_state.targets(described, shapes, self.state.optimizers, parameters)
-        self._want(stored, set(tensor_names(described)), wanted)
+        targets = optimizer_state.targets(described, shapes, self.state.optimizers, parameters)
+        needed = [self._fit.options, self._held_state()]
+        self._want(stored, set(tensor_names(needed)), targets)
+
+    def _held_state(self) -> dict[str, Any]:
+        """The saved state, encoded, of the parameters that this rank's optimizers hold."""
+        assert self._fit is not None  # made while comparing
+        return {name: state for name, state in self._shared["optimizer"]["state"].items() if name in self._fit.held}
 
     def _match_extras(self) -> None:
         available = self._available()
+        live: Mapping[str, torch.Tensor] = {}
         trees = [self._shared.get("extra_state", {})] if "model" in available else []
         if "lr_scheduler" in available:
             trees.append(self._shared["lr_scheduler"])
         if "extras" in available:
+            live = templates(self.state)
+            self._keep_known_extras(live)
             trees += [tree for name, tree in self._shared["extras"].items() if name in self.state.extras]
-        live = templates(self.state) if "extras" in available else {}
+        wanted = set(tensor_names(trees))
         # Never into the live tensors: the objects take their state over themselves.
-        fresh = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in live.items()}
-        self._want(self._stored(names.EXTRAS), set(tensor_names(trees)), fresh)
+        fresh = {
+            name: torch.empty_like(live[place], requires_grad=False)
+            for name in wanted
+            if (place := stages.unqualified(name)) in live
+        }
+        self._want(self._stored(names.EXTRAS), wanted, fresh)
+
+    def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""
+        for name, tree in self._shared["extras"].items() if self._other_stages else ():
+            if any(place.startswith(f"{name}:") for place in live):
+                self._shared["extras"][name] = stages.keep_known(tree, live)
 
     def _want(
         self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
@@ -365,14 +391,10 @@ class Load:
                 self._notes.append(f"extras[{name!r}] is not in the checkpoint and stays as it is")
 
     def _install_optimizers(self) -> None:
-        described = self._shared["optimizer"]
-        options = [
-            [decode(group["options"], self._tensors) for group in optimizer["groups"]]
-            for optimizer in described["optimizers"]
-        ]
+        assert self._fit is not None  # made while comparing
         optimizer_state.install(
-            decode(described["state"], self._tensors),
-            options,
+            decode(self._held_state(), self._tensors),
+            [[decode(group, self._tensors) for group in groups] for groups in self._fit.options],
             self.state.optimizers,
             self.extractor.parameter_names(self.state),
         )

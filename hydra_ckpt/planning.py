@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,19 @@ class Agreement:
 
     Attributes:
         specs: Part to all tensors of it, whoever holds them, in the order of the files.
-        copies: Mesh (its global ranks; empty for plain tensors) to this rank's copy of it and the number of copies.
+        copies: Mesh (its digest; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
+        elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
+            two pipeline stages share.
         one_host: Whether all ranks run on one host.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
-    copies: Mapping[tuple[int, ...], tuple[int, int]]
+    copies: Mapping[str, tuple[int, int]]
     leads: bool
     fingerprint: str
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
     one_host: bool = True
 
 
@@ -53,10 +56,8 @@ Parts = Mapping[str, Sequence[LocalTensor]]
 
 
 def signature(parts: Parts) -> str:
-    """A digest of everything a plan depends on; recomputed at each save to see whether the plan still holds."""
-    return str(
-        hash(tuple((part, tuple((t.spec, t.box, t.mesh, t.replica) for t in items)) for part, items in parts.items()))
-    )
+    """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save."""
+    return str(hash(tuple((part, tuple(item.place for item in items)) for part, items in parts.items())))
 
 
 def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str] | None) -> Agreement:
@@ -73,22 +74,31 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     """
     local = {part: [item.spec for item in items] for part, items in parts.items()}
     text = fingerprint(itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items()))
-    meshes = list(dict.fromkeys(item.mesh for items in parts.values() for item in items))
+    meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
     note = {
         "host": socket.gethostname(),
         "stage": stage,
         "holds": text,
-        "meshes": [fingerprint(map(str, mesh)) for mesh in meshes],
+        "meshes": meshes,
     }
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
+    leads = positions["leader"] == channel.rank
     if positions["several"]:
-        specs = _union(local, channel, stage, positions["leads"])
+        writers = _union(parts, channel, stage, leads)
+        specs = {part: list(found) for part, found in writers.items()}
+        elsewhere = frozenset(
+            (part, spec.name)
+            for part, items in local.items()
+            for spec in items
+            if writers[part][spec] != positions["leader"]
+        )
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    return Agreement(ordered, copies, positions["leads"], fingerprint(texts), positions["one_host"])
+    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, positions["one_host"])
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,34 +110,39 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         places = []
         for position, mesh in enumerate(note["meshes"]):
             # Plain tensors have no mesh: each rank is a copy of its own.
-            identity = mesh if mesh != _NO_MESH else str(rank)
+            identity = mesh or str(rank)
             table = seen[kind, position]
             places.append(((kind, position), table.setdefault(identity, len(table))))
         own.append(places)
-    several = len(set(kinds)) > 1
+    leaders = {kind: rank for rank, kind in reversed(list(enumerate(kinds)))}
+    several = len(leaders) > 1
+    one_host = len({note["host"] for note in notes}) == 1
     return [
         {
             "several": several,
-            "one_host": len({note["host"] for note in notes}) == 1,
-            "leads": kinds.index(kinds[rank]) == rank,
+            "one_host": one_host,
+            "leader": leaders[kinds[rank]],
             "copies": [(copy, len(seen[key])) for key, copy in places],
         }
         for rank, places in enumerate(own)
     ]
 
 
-_NO_MESH = fingerprint(())
+def _union(parts: Parts, channel: Channel, stage: int, leads: bool) -> dict[str, dict[TensorSpec, int]]:
+    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
 
-
-def _union(
-    local: Mapping[str, Sequence[TensorSpec]], channel: Channel, stage: int, leads: bool
-) -> dict[str, list[TensorSpec]]:
-    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
-    data = {part: [(spec.name, spec.dtype, spec.shape) for spec in specs] for part, specs in local.items()}
+    Returns:
+        Part to its tensors, each with the rank whose kind writes it.
+    """
+    data = {
+        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.origin) for item in items]
+        for part, items in parts.items()
+    }
     payload = {"stage": stage, "parts": data} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
     return {
-        part: [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in rows] for part, rows in merged.items()
+        part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, writer in rows}
+        for part, rows in merged.items()
     }
 
 
@@ -143,15 +158,23 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
     clashes = []
     for rank, payload in sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0])):
         for part, rows in payload["parts"].items():
-            for name, dtype, shape in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape))
-                if known[1:] != (dtype, shape):
+            for name, dtype, shape, origin in rows:
+                known = merged[part].setdefault(name, (name, dtype, shape, origin, rank))
+                if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
+                elif known[3] != origin:
+                    clashes.append(
+                        f"{part}: the adapter makes {name} of {origin or name} on rank {rank}, and of "
+                        f"{known[3] or name} on rank {known[4]}"
+                    )
     if clashes:
         raise TopologyError(
-            "the ranks disagree about tensors of the same name; nothing was written. " + "; ".join(clashes)
+            "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
         )
-    return {part: list(rows.values()) for part, rows in merged.items()}
+    return {
+        part: [(name, dtype, shape, rank) for name, dtype, shape, _, rank in rows.values()]
+        for part, rows in merged.items()
+    }
 
 
 def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
@@ -161,7 +184,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
             for part, rows in payload["parts"].items()
-            for name, dtype, shape in rows
+            for name, dtype, shape, _ in rows
         }
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:
@@ -252,17 +275,12 @@ def make_plan(
     """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`)."""
     files: list[FileLayout] = []
     own_files: list[FileLayout] = []
-    all_shares: dict[int, Share] = {}
     pieces: list[Piece] = []
     foreign: dict[str, dict[int, Share]] = {}
     pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
-    starts = _starts(parts)
+    by_part = _shares(parts, {layout.part for layout in layouts}, agreement)
     for layout in layouts:
-        items = parts.get(layout.part, ())
-        mine = {
-            starts[layout.part] + position: share for position, share in shares(_holdings(items, agreement)).items()
-        }
-        all_shares.update(mine)
+        mine = by_part.get(layout.part, {})
         if layout.distcp:
             foreign[layout.part] = mine
             continue
@@ -277,6 +295,7 @@ def make_plan(
         local = {position: _as_whole(share) for position, share in mine.items()}
         pieces += fill_files([file], local, len(files) + len(own_files))
         own_files.append(file)
+    all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
     return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice, foreign)
 
@@ -287,9 +306,21 @@ def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
     return lay_out(groups, layout.directory, layout.stem) if groups else []
 
 
-def _starts(parts: Parts) -> dict[str, int]:
-    counts = itertools.accumulate((len(items) for items in parts.values()), initial=0)
-    return dict(zip(parts, counts, strict=False))
+def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict[str, dict[int, Share]]:
+    """Part to this rank's shares by position. All parts are divided together, so that no replica writes in each."""
+    holdings: list[Holding] = []
+    places: list[tuple[str, int]] = []
+    position = 0
+    for part, items in parts.items():
+        if part in wanted:
+            holdings += _holdings(part, items, agreement)
+            places += [(part, position + number) for number in range(len(items))]
+        position += len(items)
+    found: dict[str, dict[int, Share]] = defaultdict(dict)
+    for index, share in shares(holdings).items():
+        part, place = places[index]
+        found[part][place] = share
+    return found
 
 
 def tensors_of(parts: Parts) -> list[LocalTensor]:
@@ -297,13 +328,18 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
     return list(itertools.chain.from_iterable(parts.values()))
 
 
-def _holdings(items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
+def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
     holdings = []
     for item in items:
-        copy, copies = agreement.copies[item.mesh]
-        index, count = item.replica
+        place = item.place
+        copy, copies = agreement.copies[place.mesh]
+        index, count = place.replica
         replica = (copy * count + index, copies * count)
-        holdings.append(Holding(item.spec, item.box, replica, (item.mesh, item.group), item.divisible))
+        divisible = item.divisible
+        if (part, place.spec.name) in agreement.elsewhere:
+            # Its writers are the replicas before these, and write all of it.
+            replica, divisible = (copies * count + replica[0], 2 * copies * count), False
+        holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Channel
@@ -17,6 +18,7 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
+from hydra_ckpt.foreign import ForeignLoad, is_foreign, open_foreign
 from hydra_ckpt.loading import PARTS, Load
 from hydra_ckpt.ranks import Topology
 from hydra_ckpt.report import LoadReport
@@ -113,7 +115,7 @@ class Restorer:
         """Collective: choose a checkpoint and protect it from pruning until the lease ends; None: there is none."""
         for attempt in range(_ATTEMPTS):
             choice = self._channel.coordinator_step(
-                f"looking for restore_from={selector}", lambda: self._directory.choose(selector, self.passed_over)
+                f"looking for restore_from={selector}", lambda: self._select(selector)
             )
             self._pass_over(choice["passed_over"])
             if choice["path"] is None:
@@ -126,6 +128,13 @@ class Restorer:
                     raise
         return None
 
+    def _select(self, selector: str) -> dict[str, Any]:
+        """Coordinator only: see `Directory.choose`; a path may also lead to a checkpoint of another tool."""
+        for path in (self._directory.root / selector, Path.cwd() / selector):
+            if is_foreign(path):
+                return {"path": str(path.resolve()), "passed_over": {}}
+        return self._directory.choose(selector, self.passed_over)
+
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)) if self._channel.is_coordinator else ():
             log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
@@ -135,16 +144,21 @@ class Restorer:
         """Collective: open a checkpoint, protected from pruning until the lease ends."""
         error: Exception | None = None
         checkpoint = None
+        foreign = is_foreign(path)
         try:
-            checkpoint = Checkpoint.open(path)
-            lease.enter_context(reading(path))
+            if foreign:
+                checkpoint = open_foreign(path, allow_pickle=self._options.allow_pickle)
+            else:
+                checkpoint = Checkpoint.open(path)
+                lease.enter_context(reading(path))
         except CheckpointError as known:
             error = known
         except OSError as gone:
             error = CheckpointNotFoundError(f"{path} is gone, or cannot be read: {gone}")
         self._channel.raise_together(f"opening {path}", error)
         assert checkpoint is not None  # raise_together has raised otherwise
-        return Load(checkpoint, state, self._extractor, self._channel, self._topology, parts, self._options.verify)
+        kind = ForeignLoad if foreign else Load
+        return kind(checkpoint, state, self._extractor, self._channel, self._topology, parts, self._options.verify)
 
     def _finish(self, load: Load) -> LoadReport:
         report = load.run()
@@ -153,7 +167,7 @@ class Restorer:
         if self._channel.is_coordinator:
             exact = ", ".join(part for part in report.loaded if part not in report.rederived)
             anew = ", ".join(report.rederived) or "nothing"
-            log.info("loaded %s (step %d); exact: %s; derived anew: %s", report.path, load.checkpoint.step, exact, anew)
+            log.info("loaded %s (step %d); exact: %s; derived anew: %s", report.path, report.step, exact, anew)
         return replace(report, passed_over=dict(self.passed_over))
 
 

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.specs import TensorSpec
 
+# So many replicas always share the work: about a node's.
+_ALWAYS = 8
+# Further ones join as long as each writes this much, and this much of a file goes to each replica with its peers:
+# files of 5 GB then have about 64 writers where tensors are not sharded.
+_LEAST_BYTES = 1 << 20
+_FILE_STRETCH_BYTES = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Holding:
@@ -60,7 +67,8 @@ def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
     """This rank's shares by the position of the holding; a holding that others write has none.
 
     The holdings of a group, laid end to end in the order given (the order of the files), are cut into equal
-    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes.
+    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes. Of many
+    replicas only so many write as get a stretch worth writing.
     """
     mine: dict[int, Share] = {}
     divided: dict[Hashable, list[int]] = defaultdict(list)
@@ -84,17 +92,35 @@ def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, 
     positions = list(positions)
     index, count = holdings[positions[0]].replica
     total = sum(holdings[position].nbytes for position in positions)
-    first, last = total * index // count, total * (index + 1) // count
+    stretches = _stretches(count, total, sum(holdings[position].spec.nbytes for position in positions))
+    number = -(-index * stretches // count)
+    if number * count // stretches != index:
+        return {}  # the stretches are spread evenly over the replicas; this one has none
+    first, last = total * number // stretches, total * (number + 1) // stretches
     mine, begin = {}, 0
     for position in positions:
         holding = holdings[position]
-        rows = _row_count(holding)
-        row_bytes = holding.nbytes // rows
-        start, stop = (min(max(-(-(cut - begin) // row_bytes), 0), rows) for cut in (first, last))
-        if start < stop:
-            mine[position] = _rows(holding, start, stop)
-        begin += holding.nbytes
+        nbytes = holding.nbytes
+        if begin + nbytes > first and begin < last:
+            rows = _row_count(holding)
+            row_bytes = nbytes // rows
+            start, stop = (min(max(-(-(cut - begin) // row_bytes), 0), rows) for cut in (first, last))
+            if start < stop:
+                mine[position] = _rows(holding, start, stop)
+        begin += nbytes
     return mine
+
+
+def _stretches(replicas: int, held: int, whole: int) -> int:
+    """Into how many stretches a group is cut: not all of many replicas are worth a file's attention.
+
+    Args:
+        replicas: How many hold the same.
+        held: Bytes that each of them holds.
+        whole: Bytes of the whole tensors; the other parts are divided by other replicas in the same way.
+    """
+    least = max(_LEAST_BYTES, _FILE_STRETCH_BYTES * held // whole)
+    return min(replicas, max(_ALWAYS, held // least))
 
 
 def _row_count(holding: Holding) -> int:

@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
-from hydra_ckpt.state import rng
+from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
@@ -54,10 +55,12 @@ class Extractor:
 
     Args:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
+        stage: The pipeline stage. What has no name of its own beside the model's is kept apart by it.
         localize: Knows where tensors lie.
     """
 
     is_peft: bool = False
+    stage: int = 0
     localize: Localizer = field(default_factory=Localizer)
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
@@ -104,6 +107,12 @@ class Extractor:
             for identity, name in mapped.names.items()
         }
 
+    def held(self, state: AppState) -> str:
+        """A digest of the names of all tensors of this rank's part of the models."""
+        return fingerprint(
+            sorted(f"{model}/{slot.name}" for model, mapped in self.maps(state).items() for slot in mapped.slots)
+        )
+
     @torch.no_grad()
     def capture(self, state: AppState) -> Captured:
         """Take the state apart as it is now; tensors stay live, all else is fixed.
@@ -119,21 +128,23 @@ class Extractor:
             for parameter in group["params"]
         }
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"holds": self.held(state)}
         if state.optimizers:
             described, tensors = optimizer_state.describe(state.optimizers, self.parameter_names(state))
             shared["optimizer"] = described
             parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors, self.localize)
         extras: dict[str, torch.Tensor] = {}
         shared["lr_scheduler"] = [
-            encode(scheduler.state_dict(), f"lr_scheduler:{number}", extras)
+            encode(scheduler.state_dict(), stages.qualify(f"lr_scheduler:{number}", self.stage), extras)
             for number, scheduler in enumerate(state.lr_schedulers)
         ]
         shared["extra_state"] = {
-            name: encode(mapped.extra_state(), f"extra_state:{name}", extras) for name, mapped in maps.items()
+            name: encode(mapped.extra_state(), stages.qualify(f"extra_state:{name}", self.stage), extras)
+            for name, mapped in maps.items()
         }
         shared["extras"] = {
-            name: encode(extra.state_dict(), f"{name}:", extras) for name, extra in state.extras.items()
+            name: encode(extra.state_dict(), stages.qualify(f"{name}:", self.stage), extras)
+            for name, extra in state.extras.items()
         }
         parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in extras.items()]
         own = {

@@ -6,13 +6,38 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.boxes import Box, Sharding
+from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a tensor's local part lies in the whole: what stays the same from save to save.
+
+    A `Localizer` makes one for each, and hands out the same one again; so places are compared by identity.
+
+    Attributes:
+        spec: Name, element type and global shape.
+        box: The part held here; empty where the rank holds nothing.
+        mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
+        replica: Index among the ranks of the mesh that hold the same box, and their number.
+        group: Equal for tensors of one mesh replicated along the same dimensions.
+        origin: Name of the live tensor it is part of, where an adapter gives the part another name.
+    """
+
+    spec: TensorSpec
+    box: Box
+    mesh: str = ""
+    replica: tuple[int, int] = (0, 1)
+    group: Hashable = ()
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,42 +45,35 @@ class LocalTensor:
     """This rank's part of a named tensor.
 
     Attributes:
-        spec: Name, element type and global shape.
-        box: The part held here; empty where the rank holds nothing.
-        tensor: That part, of the box's sizes, sharing memory with the live object.
-        mesh: Global ranks of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
-        replica: Index among the ranks of the mesh that hold the same box, and their number.
-        group: Equal for tensors of one mesh replicated along the same dimensions.
+        place: Where it lies in the whole.
+        tensor: That part, of the sizes of the place's box, sharing memory with the live object.
         divisible: Whether all replicas certainly hold the same values.
         late: Whether nothing but an optimizer step changes it, so that copying it may wait until then.
     """
 
-    spec: TensorSpec
-    box: Box
+    place: Place
     tensor: torch.Tensor
-    mesh: tuple[int, ...] = ()
-    replica: tuple[int, int] = (0, 1)
-    group: Hashable = ()
     divisible: bool = True
     late: bool = False
 
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, element type and global shape."""
+        return self.place.spec
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """What stays the same about a tensor from save to save."""
-
-    spec: TensorSpec
-    box: Box
-    mesh: tuple[int, ...] = ()
-    replica: tuple[int, int] = (0, 1)
-    group: Hashable = ()
+    @property
+    def box(self) -> Box:
+        """The part held here."""
+        return self.place.box
 
 
 class Localizer:
     """Makes `LocalTensor`s and remembers where each lies: asking PyTorch's meshes takes longer than copying."""
 
     def __init__(self) -> None:
-        self._places: dict[Hashable, _Place] = {}
+        self._last: dict[str, tuple[tuple[object, ...], Place]] = {}
+        self._places: dict[Hashable, dict[str, Place]] = {}
+        self._meshes: dict[DeviceMesh, tuple[str, tuple[int, ...] | None]] = {}
 
     def __call__(self, name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False) -> LocalTensor:
         """A live tensor or DTensor as a `LocalTensor`.
@@ -64,35 +82,56 @@ class Localizer:
             TopologyError: A placement that has no whole value yet (partial sums), or a local shape other than the
                 placements imply.
         """
-        key: Hashable = (name, tensor.dtype, tensor.shape)
+        known: tuple[object, ...] = (tensor.dtype, tensor.shape)
         local = tensor
         if isinstance(tensor, DTensor):
-            key = (key, tensor.device_mesh, tensor.placements)
+            known = (*known, tensor.device_mesh, tensor.placements)
             local = tensor.to_local()
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = _place(name, tensor)
-        if place.box.sizes != tuple(local.shape) and (place.box.numel or local.numel()):
+        last = self._last.get(name)
+        # Comparing is fast and hashing is not: from save to save these are the same objects.
+        if last is None or last[0] != known:
+            last = self._last[name] = (known, self._find(name, tensor, known))
+        place = last[1]
+        if place.box.sizes != local.shape and (place.box.numel or local.numel()):
             raise TopologyError(
                 f"{name}: this rank holds a part of shape {list(local.shape)}, but shape {list(tensor.shape)} with its "
                 f"placements gives {list(place.box.sizes)}"
             )
-        return LocalTensor(
-            place.spec, place.box, local.detach(), place.mesh, place.replica, place.group, divisible, late
-        )
+        return LocalTensor(place, local.detach(), divisible, late)
 
+    def _find(self, name: str, tensor: torch.Tensor, known: tuple[object, ...]) -> Place:
+        # Many tensors of a model have one shape and one placement.
+        alike = self._places.setdefault(known, {})
+        place = alike.get(name)
+        if place is None:
+            one = next(iter(alike.values()), None)
+            if one is None:
+                place = self._place(name, tensor)
+            else:
+                spec = TensorSpec(name, one.spec.dtype, one.spec.shape)
+                place = Place(spec, one.box, one.mesh, one.replica, one.group)
+            alike[name] = place
+        return place
 
-def _place(name: str, tensor: torch.Tensor) -> _Place:
-    spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
-    if not isinstance(tensor, DTensor):
-        return _Place(spec, Box.whole(spec.shape))
-    mesh = tuple(tensor.device_mesh.mesh.flatten().tolist())
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return _Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh)
-    sharding = _sharding(name, tensor, tuple(coordinate))
-    group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
-    return _Place(spec, sharding.box(spec.shape), mesh, sharding.replica, group)
+    def _place(self, name: str, tensor: torch.Tensor) -> Place:
+        spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
+        if not isinstance(tensor, DTensor):
+            return Place(spec, Box.whole(spec.shape))
+        mesh, coordinate = self._mesh(tensor.device_mesh)
+        if coordinate is None:
+            return Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh)
+        sharding = _sharding(name, tensor, coordinate)
+        group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
+        return Place(spec, sharding.box(spec.shape), mesh, sharding.replica, group)
+
+    def _mesh(self, mesh: DeviceMesh) -> tuple[str, tuple[int, ...] | None]:
+        """A digest of the mesh's shape and ranks, and this rank's coordinate in it."""
+        if mesh not in self._meshes:
+            ranks = mesh.mesh
+            coordinate = mesh.get_coordinate()
+            digest = fingerprint([str(list(ranks.shape)), ranks.flatten().numpy().tobytes().hex()])
+            self._meshes[mesh] = digest, None if coordinate is None else tuple(coordinate)
+        return self._meshes[mesh]
 
 
 def _sharding(name: str, tensor: DTensor, coordinate: tuple[int, ...]) -> Sharding:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
+from hydra_ckpt.state.adapter import Converter, Views, views_of
 from hydra_ckpt.state.local import Localizer, LocalTensor
 
 
@@ -29,6 +30,14 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = module._orig_mod
         else:
             return module
+
+
+def _tied_to(model: nn.Module) -> Mapping[str, str]:
+    """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
+    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only tells the possible ones
+    if declared is None:
+        declared = getattr(model, "_tied_weights_keys", None)
+    return declared if isinstance(declared, Mapping) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,7 @@ class ModelMap:
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     fsdp_modules: list[FSDPModule] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    _converter: Converter = field(default_factory=lambda: Converter({}))
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -82,16 +92,22 @@ class ModelMap:
             TopologyError: Two parts hold different tensors under one name.
         """
         found = cls([])
-        tied = set()
+        tied: set[str] = set()
+        sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
+        cores: dict[tuple[int, str], nn.Module] = {}
         for module in modules:
             core = unwrap(module)
             tied |= set(getattr(core, "_tied_weights_keys", None) or ())  # transformers' word for dropped names
+            sources.update(_tied_to(core))
             for slot in found._walk(core, ""):
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
+                cores[id(slot.owner), slot.attribute] = core
         found._choose_names(list(places.values()), tied)
+        found._name_after_other_stages(sources)
+        found._convert(cores)
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
@@ -127,10 +143,30 @@ class ModelMap:
                 self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
 
+    def _name_after_other_stages(self, sources: Mapping[str, str]) -> None:
+        """Give a weight that is tied to one of another pipeline stage the other's name: it is stored once."""
+        here = {slot.name for slot in self.slots} | self.aliases.keys()
+        moved = {name: source for name, source in sources.items() if name in here and source not in here}
+        self.aliases.update(moved)
+        self.slots = [replace(slot, name=moved.get(slot.name, slot.name)) for slot in self.slots]
+        self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
+
+    def _convert(self, cores: Mapping[tuple[int, str], nn.Module]) -> None:
+        """Ask each part's adapter for the tensors of its files."""
+        held: dict[int, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
+        for slot in self.slots:
+            core = cores[id(slot.owner), slot.attribute]
+            held.setdefault(id(core), (core, {}))[1][slot.name] = slot.tensor
+        views: Views = {}
+        for core, tensors in held.values():
+            views.update(views_of(core, tensors))
+        self._converter = Converter(views)
+
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""
         self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
         self.extra_states = {}
+        self._converter = Converter({})
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
@@ -138,12 +174,16 @@ class ModelMap:
             module.reshard()
 
     def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
-        """This rank's part of every tensor, as it is now.
+        """This rank's part of every tensor of the model's files, as it is now.
 
         Args:
             localize: Knows where tensors lie.
             late: Identities of parameters that only a hooked optimizer changes.
         """
+        return [part for item in self.own_locals(localize, late) for part in self._converter(item)]
+
+    def own_locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
+        """The same under the model's own names and in its own shapes, whatever an adapter makes of them."""
         self.reshard()
         return [
             localize(

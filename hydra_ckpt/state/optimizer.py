@@ -6,7 +6,9 @@ fresh optimizer to make it have a state. Here absent state is recorded as absent
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
-from hydra_ckpt.errors import CheckpointError, KeyMismatchError
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.storage.tree import encode
+from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
 
@@ -43,9 +45,9 @@ def describe(
         for index, group in enumerate(optimizer.param_groups):
             members = [_name(parameter, names, number, index) for parameter in group["params"]]
             options = {key: value for key, value in group.items() if key != "params"}
-            described.append(
-                {"params": members, "options": encode(options, f"{number}.{index}{SEPARATOR}options", tensors)}
-            )
+            # Named after a parameter: optimizers of other pipeline stages have the same numbers.
+            place = members[0] if members else f"{number}.{index}"
+            described.append({"params": members, "options": encode(options, f"{place}{SEPARATOR}options", tensors)})
             for name, parameter in zip(members, group["params"], strict=True):
                 if name in state:
                     raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
@@ -81,37 +83,63 @@ def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[
     return [localize(name, tensor, late=True) for name, tensor in tensors.items()]
 
 
-def check_fits(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> None:
-    """Compare a saved description with live optimizers.
+@dataclass(frozen=True)
+class Fit:
+    """A saved description beside live optimizers, parameter by parameter.
+
+    Optimizers may be numbered and grouped otherwise than in the run that saved, as other pipeline stages have them.
+
+    Attributes:
+        held: Parameters of the live optimizers.
+        options: For each live optimizer and group the saved options, encoded; None for a group that stays as it is.
+        missing: Parameters of live optimizers that the description lacks.
+        different: Place of a group to why no options fit it.
+    """
+
+    held: set[str]
+    options: list[list[dict[str, Any] | None]]
+    missing: list[str]
+    different: dict[str, str]
+
+
+def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> Fit:
+    """Find the saved options of every live group.
 
     Raises:
-        KeyMismatchError: They hold other parameters, or group them otherwise.
         CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     saved = {
-        f"optimizer {number}, group {index}": set(group["params"])
-        for number, optimizer in enumerate(described["optimizers"])
+        name: (index, group["options"])
+        for optimizer in described["optimizers"]
         for index, group in enumerate(optimizer["groups"])
+        for name in group["params"]
     }
-    live = {
-        f"optimizer {number}, group {index}": {_name(item, names, number, index) for item in group["params"]}
-        for number, optimizer in enumerate(optimizers)
-        for index, group in enumerate(optimizer.param_groups)
-    }
-    different = {}
-    for place in sorted(set(saved) | set(live)):
-        if saved.get(place) != live.get(place):
-            only_saved = sorted(saved.get(place, set()) - live.get(place, set()))
-            only_live = sorted(live.get(place, set()) - saved.get(place, set()))
-            different[place] = (
-                f"only in the checkpoint: {only_saved or 'nothing'}; only in the optimizer: {only_live or 'nothing'}"
-            )
-    if different:
-        raise KeyMismatchError(
-            "optimizer",
-            mismatched=different,
-            remedy="Build the optimizers as in the run that saved, or load without them: restore_parts=[model]",
-        )
+    found = Fit(set(), [], [], {})
+    for number, optimizer in enumerate(optimizers):
+        rows: list[dict[str, Any] | None] = []
+        for index, group in enumerate(optimizer.param_groups):
+            members = [_name(parameter, names, number, index) for parameter in group["params"]]
+            found.held.update(members)
+            found.missing.extend(name for name in members if name not in saved)
+            kinds = {_kind(*saved[name]): saved[name][1] for name in members if name in saved}
+            if len(kinds) > 1:
+                first = {_kind(*saved[name]): name for name in reversed(members) if name in saved}
+                found.different[f"optimizer {number}, group {index}"] = (
+                    f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
+                    "group them as in the run that saved"
+                )
+            rows.append(next(iter(kinds.values()), None))
+        found.options.append(rows)
+    return found
+
+
+def _kind(index: int, options: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Equal for groups that may become one. Tensors among the options count as equal in groups of one number."""
+    tensors = tensor_names(options)
+    text = json.dumps(options, sort_keys=True)
+    for name in tensors:
+        text = text.replace(json.dumps(name), "0")
+    return text, index if tensors else None
 
 
 def targets(
@@ -177,7 +205,7 @@ def _fresh(
 
 def install(
     decoded_state: Mapping[str, dict[str, Any]],
-    decoded_options: Sequence[Sequence[dict[str, Any]]],
+    decoded_options: Sequence[Sequence[dict[str, Any] | None]],
     optimizers: Sequence[Optimizer],
     names: Mapping[int, str],
 ) -> None:
@@ -185,13 +213,13 @@ def install(
 
     Args:
         decoded_state: Parameter name to its state, tensors in place.
-        decoded_options: For each optimizer and group its options.
+        decoded_options: For each optimizer and group its options; None for a group that keeps its own.
         optimizers: The live optimizers.
         names: Identity of a parameter to its name.
     """
     for optimizer, options in zip(optimizers, decoded_options, strict=True):
         for group, saved in zip(optimizer.param_groups, options, strict=True):
-            group.update(saved)
+            group.update(saved or {})
             for parameter in group["params"]:
                 state = decoded_state.get(names[id(parameter)])
                 if state:

@@ -2,7 +2,7 @@
 
 The ranks do not plan through DCP's collectives: each writes its shares and tells the coordinator where they came to
 lie. Beside the pickled `.metadata`, which plain DCP needs, the same index stands as JSON in the manifest; that is the
-one we read. This is the one module that unpickles, and only tensors (`weights_only=True`).
+one we read. Tensors are unpickled with `weights_only=True`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""Pipeline stages: what each knows beside its tensors, kept apart on disk and brought together for other stages.
+
+A stage writes one document with its optimizers' options, its schedulers, extra state and extras. A run with the same
+stages finds its own; any other takes all of them together, parameter by parameter and key by key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Sequence
+from typing import Any
+
+Document = dict[str, Any]
+
+_TAG = "~"  # marks what JSON does not know; see `hydra_ckpt.storage.tree`
+_DROPPED = object()
+
+
+def qualify(name: str, stage: int) -> str:
+    """A tensor's name that no other stage gives; the first stage's names stay as they are."""
+    return f"{stage}/{name}" if stage else name
+
+
+def unqualified(name: str) -> str:
+    """The name within its stage."""
+    owner = name.partition(":")[0]
+    return name.removeprefix(owner.partition("/")[0] + "/") if "/" in owner else name
+
+
+def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple[Document, list[str]]:
+    """The document of the stage that holds the same tensors; else all of them as one.
+
+    Args:
+        documents: Those of all stages.
+        holds: Digest of the tensors' names that this rank holds.
+        schedulers: Number of live schedulers.
+
+    Returns:
+        The document, and what the stages do not agree about.
+    """
+    own = next((document for document in documents if document.get("holds") == holds), None)
+    if own is not None:
+        return own, []
+    notes: list[str] = []
+    combined: Document = {"lr_scheduler": _schedulers(documents, schedulers, notes)}
+    optimizers = [document["optimizer"] for document in documents if "optimizer" in document]
+    if optimizers:
+        combined["optimizer"] = {
+            "optimizers": [item for described in optimizers for item in described["optimizers"]],
+            "state": {name: state for described in reversed(optimizers) for name, state in described["state"].items()},
+            "placements": {name: dims for described in optimizers for name, dims in described["placements"].items()},
+        }
+    for kind in ("extra_state", "extras"):
+        combined[kind] = {}
+        for name in dict.fromkeys(name for document in documents for name in document.get(kind, {})):
+            trees = [document[kind][name] for document in documents if name in document.get(kind, {})]
+            combined[kind][name] = _merge(trees, f"{kind}[{name!r}]", notes)
+    return combined, notes
+
+
+def optimized(documents: Sequence[Document]) -> set[str]:
+    """The parameters that any stage's optimizers held."""
+    return {
+        name
+        for document in documents
+        for optimizer in document.get("optimizer", {}).get("optimizers", [])
+        for group in optimizer["groups"]
+        for name in group["params"]
+    }
+
+
+def _schedulers(documents: Sequence[Document], wanted: int, notes: list[str]) -> list[Any]:
+    """One state for each live scheduler: stages run the same schedule, however many schedulers each has."""
+    pools = [document.get("lr_scheduler", []) for document in documents]
+    kinds = {json.dumps(state, sort_keys=True): state for pool in pools for state in pool}
+    if len(kinds) == 1:
+        return list(kinds.values()) * wanted
+    if any(pool != pools[0] for pool in pools):
+        notes.append("the pipeline stages' schedulers differ; those of the first stage are taken")
+    return list(pools[0])
+
+
+def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
+    """Dictionaries become their union, key by key; of other values the first stage's counts."""
+    first = trees[0]
+    if len(trees) == 1:
+        return first
+    if all(isinstance(tree, dict) and tree.keys() == {_TAG, "v"} for tree in trees):
+        tags = {tree[_TAG] for tree in trees}
+        if tags == {"ordered"}:
+            return {_TAG: "ordered", "v": _merge([tree["v"] for tree in trees], path, notes)}
+        if tags == {"map"}:
+            pairs = {json.dumps(key): [key, value] for tree in reversed(trees) for key, value in tree["v"]}
+            return {_TAG: "map", "v": list(pairs.values())}
+        if tags == {"tensor"}:
+            return first
+    elif all(isinstance(tree, dict) and _TAG not in tree for tree in trees):
+        keys = dict.fromkeys(key for tree in trees for key in tree)
+        return {key: _merge([tree[key] for tree in trees if key in tree], f"{path}.{key}", notes) for key in keys}
+    if any(tree != first for tree in trees):
+        notes.append(f"the pipeline stages have different values of {path}; the first stage's is taken")
+    return first
+
+
+def _is_tensor(tree: Any) -> bool:
+    return isinstance(tree, dict) and tree.get(_TAG) == "tensor"
+
+
+def keep_known(tree: Any, known: Container[str]) -> Any:
+    """A tree without the tensors, by unqualified name, that only other stages have."""
+    kept = _keep(tree, known)
+    return {} if kept is _DROPPED else kept
+
+
+def _keep(tree: Any, known: Container[str]) -> Any:
+    if _is_tensor(tree):
+        return tree if unqualified(tree["v"]) in known else _DROPPED
+    if isinstance(tree, dict):
+        kept = {key: _keep(value, known) for key, value in tree.items()}
+        return {key: value for key, value in kept.items() if value is not _DROPPED}
+    return tree
