@@ -313,7 +313,7 @@ class Checkpointer:
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
-        nbytes = staged_bytes(sources.tensors)
+        nbytes = staged_bytes(sources.tensors, sources.casts)
         self._warm.clear()
         self._worker.submit(lambda: self._prewarm(nbytes))
 

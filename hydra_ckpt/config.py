@@ -78,6 +78,7 @@ _CHECKS: dict[str, Check] = {
     "verify_on_load": switch,
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
+    "export_dtype": optional(choice("float32", "float16", "bfloat16")),
 }
 
 
@@ -172,6 +173,7 @@ class CheckpointingConfig:
         shared_writes: Ranks on several hosts may fill one file together: true, false, or "auto": not on file systems
             that may lose neighbouring ranges (NFS, SMB, FUSE). If not, each rank writes files of its own.
         on_save_failure: A save that failed ends training ("raise") or is logged ("warn").
+        export_dtype: Element type of exported floating-point tensors: "float32", "float16" or "bfloat16".
     """
 
     enabled: bool = True
@@ -204,6 +206,7 @@ class CheckpointingConfig:
     verify_on_load: bool = True
     shared_writes: bool | str = "auto"
     on_save_failure: str = "raise"
+    export_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel
-from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
+from hydra_ckpt.hub.assets import tokenizer_assets
+from hydra_ckpt.hub.export import ModelExport, Wanted
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.planning import (
     Agreement,
     PartLayout,
@@ -31,15 +36,31 @@ from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
-from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.local import LocalTensor, exported
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks settled about a state, and what follows from it for exports.
+
+    Attributes:
+        agreement: The settlement.
+        namings: Part of a model to how its export calls and stores the tensors.
+        kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
+    """
+
+    agreement: Agreement
+    namings: Mapping[str, Naming]
+    kept: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Planned:
     """A plan and the choices it was made by."""
 
-    agreement: Agreement
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
     merged: tuple[Merged, ...]
@@ -52,10 +73,12 @@ class Sources:
     Attributes:
         tensors: Position of the share to exactly the rows it writes, live.
         late: Positions whose copying may wait for the next optimizer step.
+        casts: Element types to write, where they are not the tensors' own.
     """
 
     tensors: Mapping[int, torch.Tensor]
     late: frozenset[int]
+    casts: Mapping[int, torch.dtype]
 
 
 class Contents:
@@ -73,14 +96,16 @@ class Contents:
         self._channel = channel
         self._stage = stage
         self._keeps_ranges = keeps_ranges
-        self._agreements: dict[str, Agreement] = {}
+        self._export = ModelExport(config.hub, required=config.write.consolidated is not SaveConsolidatedMode.FALSE)
+        self._wanted: dict[str, Wanted] = {}
+        self._settled: dict[str, Agreed] = {}
         self._plans: dict[tuple[str, bool, bool], Planned] = {}
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
     @property
     def agreed(self) -> bool:
         """Whether the ranks have agreed on a layout before."""
-        return bool(self._agreements)
+        return bool(self._settled)
 
     def make(
         self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool
@@ -96,43 +121,87 @@ class Contents:
         Raises:
             TopologyError: The ranks do not fit together.
         """
-        parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
-        planned = self._plan(captured.parts, parts, consolidated, export_only)
-        leads = planned.agreement.leads and not export_only
+        held = signature(captured.parts)
+        if held not in self._settled:
+            self._settled[held] = self._agree(state, captured.parts)
+        agreed = self._settled[held]
+        parts = self._arrange(captured.parts, agreed, consolidated, export_only)
+        key = (held, consolidated, export_only)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(parts, agreed, consolidated, export_only)
+        planned = self._plans[key]
+        leads = agreed.agreement.leads and not export_only
+        models = [part for part in captured.parts if _is_model(part)]
         content = Content(
             planned.layouts,
             planned.plan,
             captured.shared if leads else None,
             None if export_only else captured.own,
-            self._assets(state, consolidated, export_only) if self._channel.is_coordinator else {},
-            {part: f"{part}/{names.CONSOLIDATED}" for part in parts if _is_model(part)} if consolidated else {},
+            self._assets(state, agreed, consolidated, export_only) if self._channel.is_coordinator else {},
+            {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.merged,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _plan(self, everything: Parts, parts: Parts, consolidated: bool, export_only: bool) -> Planned:
-        """The plan for some parts of a state; the ranks talk only when they see a state of this layout first."""
-        held = signature(everything)
-        if held not in self._agreements:
-            order = self._config.write.state_dict_keys
-            self._agreements[held] = agree(everything, self._channel, self._stage, order)
-        key = (held, consolidated, export_only)
-        if key not in self._plans:
-            agreement = self._agreements[held]
-            self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only)
-        return self._plans[key]
+    def _agree(self, state: AppState, parts: Parts) -> Agreed:
+        """Collective: settle what all ranks hold, and how it is exported."""
+        agreement = agree(parts, self._channel, self._stage, self._config.write.state_dict_keys)
+        models = {part_of(name): modules[0] for name, modules in state.models.items()}
+        specs = {part: agreement.specs[part] for part in models}
+        if self._config.write.is_peft:
+            namings = {part: Naming.unchanged(found) for part, found in specs.items()}
+        else:
+            namings = {}
+            for part, found in specs.items():
+                said = self._channel.coordinator_step(
+                    "looking at the reference model", partial(self._export.wanted, models[part])
+                )
+                self._wanted[part] = Wanted(**said)
+                namings[part] = self._export.naming(models[part], found, self._wanted[part])
+        kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
+        return Agreed(agreement, namings, kept)
 
-    def _make_plan(self, parts: Parts, agreement: Agreement, consolidated: bool, export_only: bool) -> Planned:
-        specs = {part: agreement.specs[part] for part in agreement.specs if agreement.specs[part]}
-        merging = consolidated and self._merges(agreement)
-        models = [part for part in specs if _is_model(part)]
-        if export_only:
-            # Where shards are merged, those of the published checkpoint serve: nothing is written by the ranks.
-            specs = {part: specs[part] for part in models if not merging}
-        layouts = tuple(self._layout(part, agreement, consolidated and not merging) for part in specs)
+    def _arrange(self, everything: Parts, agreed: Agreed, consolidated: bool, export_only: bool) -> Parts:
+        """What is written of a state, by the part that a layout is made for."""
+        found: dict[str, Sequence[LocalTensor]] = {}
+        inline = consolidated and not self._merges(agreed.agreement)
+        for part, items in everything.items():
+            if not _is_model(part):
+                found.update({} if export_only else {part: items})
+                continue
+            own, export = _places(part, agreed, inline, export_only)
+            if own is not None:
+                found[own] = items
+            if export is not None:
+                naming = agreed.namings[part]
+                found[export] = items if naming.is_plain else exported(items, naming)
+        return found
+
+    def _make_plan(self, parts: Parts, agreed: Agreed, consolidated: bool, export_only: bool) -> Planned:
+        specs: dict[str, tuple[TensorSpec, ...]] = {}
+        layouts: list[PartLayout] = []
+        merging = consolidated and self._merges(agreed.agreement)
+        models = [part for part, found in agreed.agreement.specs.items() if _is_model(part) and found]
+        for part, found in agreed.agreement.specs.items():
+            if not found or (export_only and not _is_model(part)):
+                continue
+            if not _is_model(part):
+                specs[part] = found
+                layouts.append(self._state_layout(part, agreed.agreement))
+                continue
+            own, export = _places(part, agreed, consolidated and not merging, export_only)
+            if own is not None:
+                specs[own] = found
+                distcp = self._config.write.format == "torch_save"
+                layouts.append(distcp_layout(own) if distcp else shard_layout(own))
+            if export is not None:
+                specs[export] = agreed.namings[part].specs(found)
+                layout = self._export_layout(part)
+                layouts.append(replace(layout, part=export, beside=export != part))
+        agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-        merged = tuple(self._merged(part, agreement) for part in models) if merging else ()
-        return Planned(agreement, layouts, plan, merged)
+        merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
+        return Planned(tuple(layouts), plan, merged)
 
     def _merges(self, agreement: Agreement) -> bool:
         """Whether consolidated files are merged from shards by one rank."""
@@ -146,32 +215,42 @@ class Contents:
         wanted = self._config.write.shared_writes
         return agreement.one_host or self._keeps_ranges if wanted is None else wanted
 
-    def _merged(self, part: str, agreement: Agreement) -> Merged:
-        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return Merged(part, tuple(lay_out_part(layout, agreement)))
+    def _merged(self, part: str, agreed: Agreed) -> Merged:
+        naming = agreed.namings[part]
+        specs = naming.specs(agreed.agreement.specs[part])
+        layout = self._export_layout(part)
+        return Merged(part, tuple(lay_out_part(layout, replace(agreed.agreement, specs={part: specs}))), naming)
 
-    def _layout(self, part: str, agreement: Agreement, consolidated: bool) -> PartLayout:
-        if self._config.write.format == "torch_save" and part != names.EXTRAS:
-            return distcp_layout(part)
-        shared = self._shares_files(agreement)
-        if not _is_model(part):
-            nbytes = sum(spec.nbytes for spec in agreement.specs[part])
-            return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
+    def _export_layout(self, part: str) -> PartLayout:
         if self._config.write.is_peft:
             return adapter_layout(part)
-        if consolidated:
-            return consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return shard_layout(part)
+        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
+        return replace(layout, grouped=self._wanted[part].files or None)
 
-    def _assets(self, state: AppState, consolidated: bool, export_only: bool) -> dict[str, bytes]:
-        """Coordinator only: the small files by path in the checkpoint."""
+    def _state_layout(self, part: str, agreement: Agreement) -> PartLayout:
+        if self._config.write.format == "torch_save" and part != names.EXTRAS:
+            return distcp_layout(part)
+        nbytes = sum(spec.nbytes for spec in agreement.specs[part])
+        shared = self._shares_files(agreement)
+        return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
+
+    def _assets(self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool) -> dict[str, bytes]:
+        """Coordinator only: the small files by path in the checkpoint.
+
+        Those of an export are there without one too, so that it can be made later.
+        """
         found = {}
         if not export_only:
             found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
-        for name, modules in state.models.items() if consolidated else ():
-            place = f"{part_of(name)}/{names.CONSOLIDATED}"
-            assets = {**model_assets(modules[0]), **self._tokenizer(state.tokenizer)}
+        for name, modules in state.models.items():
+            part = part_of(name)
+            place = f"{part}/{names.CONSOLIDATED if consolidated else names.ASSETS}"
+            naming = agreed.namings[part]
+            assets = self._export.assets(modules[0], naming, has_tokenizer=state.tokenizer is not None)
+            assets.update(self._tokenizer(state.tokenizer))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
+            if not export_only and not naming.is_plain:
+                found[f"{part}/{names.NAMING}"] = encode_naming(naming)
         return found
 
     def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
@@ -185,10 +264,25 @@ def _is_model(part: str) -> bool:
     return part == names.MODEL or part.startswith(f"{names.MODEL}/")
 
 
+def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple[str | None, str | None]:
+    """Under which part of a plan a model's own tensors are written, and under which its export; None for not at all.
+
+    An export that holds everything bit for bit is what training resumes from; else both are written.
+    """
+    if not inline:
+        return (None if export_only else part), None
+    if export_only or part in agreed.kept:
+        return None, part
+    return part, f"export/{part}"
+
+
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
-    found = {}
+    found, casts = {}, {}
     for position, share in shares.items():
         local = tensors[position].tensor
         whole = not local.dim() or (share.start, share.stop) == (0, local.shape[0])
         found[position] = local if whole else local[share.start : share.stop]
-    return Sources(found, frozenset(position for position in found if tensors[position].late))
+        dtype = TORCH_DTYPE[share.spec.dtype]
+        if dtype != local.dtype:
+            casts[position] = dtype
+    return Sources(found, frozenset(position for position in found if tensors[position].late), casts)
