@@ -20,6 +20,7 @@ from hydra_ckpt.distributed import Group
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
+from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.pending import PendingSave
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.request import SaveRequest
@@ -37,6 +38,7 @@ from hydra_ckpt.worker import Worker
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self._process_group = process_group
         self.stats = Stats()
         self._pending: PendingSave | None = None
         self._best_value: float | None = None
@@ -178,6 +181,30 @@ class Checkpointer:
         if report is None or "progress" in wanted:
             self._channel.coordinator_step("looking for later steps", self._refuse_later)
         return report
+
+    def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
+        """Collective: fill a model with the weights of `checkpoint.model_repo_id`. Checkpoints are not looked at.
+
+        Works with `enabled=false` too. The model may be on the meta device, and sharded; each rank reads what it holds.
+
+        Args:
+            model: The model, or the parts of it that this rank holds.
+
+        Raises:
+            CheckpointConfigError: No reference is configured, or its weights may not or cannot be read.
+            CheckpointNotFoundError: The reference, or one of its files, is not there.
+            KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
+        """
+        pickle = self.config.read.allow_pickle
+        if self.enabled:
+            return load_base(model, self.config.hub, self._channel, allow_pickle=pickle)
+        group = Group.create(self._process_group, self.config.write.timeout_s)
+        channel = group.channel("base")
+        try:
+            return load_base(model, self.config.hub, channel, allow_pickle=pickle)
+        finally:
+            channel.close()
+            group.close()
 
     def _refuse_later(self) -> None:
         self._directory.refuse_later(self._start_step, self._restorer.passed_over, self.config.read.on_conflict)

@@ -38,10 +38,11 @@ def values(model: Any) -> dict[str, torch.Tensor]:
 
 def shard(model: Any) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and not any(len(list(m.parameters())) == 0 for m in module):
-            for layer in module:
-                fully_shard(layer, mesh=mesh)
+    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    for name in outer:
+        for layer in model.get_submodule(name):
+            fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

@@ -59,7 +59,7 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
     ignored = set(getattr(core, "_keys_to_ignore_on_save", None) or ())
     kept = [spec for spec in specs if spec.name not in ignored]
     traced = _Trace(kept)
-    skeleton = _skeleton(core)
+    skeleton = skeleton_of(core)
     with torch.no_grad(), traced:
         converted = _reversed_conversion(skeleton, dict(traced.sources))
     found = {name: traced.pieces_of(name, tensor) for name, tensor in converted.items()}
@@ -79,8 +79,8 @@ def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dic
     return dict(revert_weight_conversion(skeleton, tensors))
 
 
-def _skeleton(core: Any) -> Any:
-    """The whole model without data: class names and sub-models as transformers looks them up, whatever is sharded."""
+def skeleton_of(core: Any) -> Any:
+    """A transformers model without data: class names and sub-models as its tables know them, whatever is sharded."""
     try:
         with torch.device("meta"):
             skeleton = original_class(core)(copy.deepcopy(core.config))  # type: ignore[call-arg]
