@@ -97,7 +97,6 @@ class Contents:
         self._stage = stage
         self._keeps_ranges = keeps_ranges
         self._export = ModelExport(config.hub, required=config.write.consolidated is not SaveConsolidatedMode.FALSE)
-        self._wanted: dict[str, Wanted] = {}
         self._settled: dict[str, Agreed] = {}
         self._plans: dict[tuple[str, bool, bool], Planned] = {}
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
@@ -156,8 +155,7 @@ class Contents:
                 said = self._channel.coordinator_step(
                     "looking at the reference model", partial(self._export.wanted, models[part])
                 )
-                self._wanted[part] = Wanted(**said)
-                namings[part] = self._export.naming(models[part], found, self._wanted[part])
+                namings[part] = self._export.naming(models[part], found, Wanted(**said))
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         return Agreed(agreement, namings, kept)
 
@@ -196,7 +194,7 @@ class Contents:
                 layouts.append(distcp_layout(own) if distcp else shard_layout(own))
             if export is not None:
                 specs[export] = agreed.namings[part].specs(found)
-                layout = self._export_layout(part)
+                layout = self._export_layout(part, agreed.namings[part])
                 layouts.append(replace(layout, part=export, beside=export != part))
         agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
@@ -218,14 +216,14 @@ class Contents:
     def _merged(self, part: str, agreed: Agreed) -> Merged:
         naming = agreed.namings[part]
         specs = naming.specs(agreed.agreement.specs[part])
-        layout = self._export_layout(part)
+        layout = self._export_layout(part, naming)
         return Merged(part, tuple(lay_out_part(layout, replace(agreed.agreement, specs={part: specs}))), naming)
 
-    def _export_layout(self, part: str) -> PartLayout:
+    def _export_layout(self, part: str, naming: Naming) -> PartLayout:
         if self._config.write.is_peft:
             return adapter_layout(part)
         layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return replace(layout, grouped=self._wanted[part].files or None)
+        return replace(layout, grouped=naming.files or None)
 
     def _state_layout(self, part: str, agreement: Agreement) -> PartLayout:
         if self._config.write.format == "torch_save" and part != names.EXTRAS:
@@ -249,7 +247,7 @@ class Contents:
             assets = self._export.assets(modules[0], naming, has_tokenizer=state.tokenizer is not None)
             assets.update(self._tokenizer(state.tokenizer))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
-            if not export_only and not naming.is_plain:
+            if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
                 found[f"{part}/{names.NAMING}"] = encode_naming(naming)
         return found
 

@@ -25,8 +25,8 @@ from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger, join
-from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.naming import decode_naming
+from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
 from hydra_ckpt.store import names

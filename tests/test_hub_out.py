@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt import AppState, CheckpointingConfig
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import MODELS, logits, make
@@ -117,3 +119,184 @@ def test_exports_of_sharded_models_are_what_save_pretrained_writes(tmp_path: Pat
     everything, _ = run_distributed(_all_models, 2, tmp_path)
     for name, expected in everything.items():
         check(tmp_path, name, expected)
+
+
+# -- element types, files and small files of choice ----------------------------------------------------------------
+
+
+def export_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path / "model" / "consolidated"
+
+
+def save_once(root: Path, model: Any, **options: Any) -> Checkpoint:
+    config = CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="always", **options)
+    with config.build(0, 0, 0) as engine:
+        return engine.save(AppState(model), step=1).result()
+
+
+def _cast_twice(root: Path) -> Any:
+    found = {}
+    for mode in ("fsdp", "ddp"):
+        for is_async in (False, True):
+            model = make("mixtral")
+            if mode == "fsdp":
+                model = shard(model)
+            state = trained(model)
+            options = {"export_dtype": "bfloat16", "save_consolidated": "always", "is_async": is_async}
+            where = f"{mode}-{is_async}"
+            with CheckpointingConfig(checkpoint_dir=str(root / where), **options).build(0, 0, 0) as engine:
+                engine.save(state, step=1)
+                engine.save(state, step=2).result()
+                before = values(model)
+                disturb(state)
+                engine.load(state)
+                for key, tensor in values(model).items():
+                    assert torch.equal(tensor, before[key])
+            found[where] = before
+    return found if dist.get_rank() == 0 else None
+
+
+def test_full_precision_training_exports_half_precision_at_every_save(tmp_path: Path) -> None:
+    """Both from one snapshot: shards in the training's element type, the export beside them in its own."""
+    everything, _ = run_distributed(_cast_twice, 2, tmp_path)
+    for where, expected in everything.items():
+        reference = make("mixtral")
+        reference.load_state_dict(expected)
+        reference.to(torch.bfloat16).save_pretrained(tmp_path / "reference")
+        for step in (1, 2):
+            checkpoint = Checkpoint.open(tmp_path / where / f"epoch_0_step_{step}")
+            assert all("/shard-" in file for file in checkpoint.manifest.parts["model"].files)
+            found, saved = tensors_in(export_of(checkpoint)), tensors_in(tmp_path / "reference")
+            assert found.keys() == saved.keys()
+            for key, tensor in saved.items():
+                assert found[key].dtype == torch.bfloat16
+                assert torch.equal(found[key], tensor)
+            assert json.loads((export_of(checkpoint) / "config.json").read_text())["dtype"] == "bfloat16"
+        opened = transformers.AutoModelForCausalLM.from_pretrained(export_of(checkpoint))
+        assert opened.dtype == torch.bfloat16
+
+
+class Mixed(torch.nn.Module):
+    """Values that are no floating point beside those that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("counts", torch.arange(5))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("packed", torch.randn(6).to(torch.float8_e4m3fn))
+
+
+def test_only_floating_point_changes_its_element_type(tmp_path: Path) -> None:
+    model = Mixed()
+    found = tensors_in(export_of(save_once(tmp_path, model, export_dtype="float16")))
+    assert found["weight"].dtype == torch.float16
+    assert torch.equal(found["weight"], model.weight.half())
+    for name in ("counts", "mask"):
+        assert torch.equal(found[name], model.state_dict()[name])
+    assert found["packed"].dtype == torch.float8_e4m3fn
+
+
+def write_reference(directory: Path) -> dict[str, torch.Tensor]:
+    """A model in half precision with one tensor in full precision, in several files, with code and a tokenizer."""
+    model = make("llama").to(torch.bfloat16)
+    model.model.norm.to(torch.float32)
+    model.save_pretrained(directory, max_shard_size="20KB")
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config["quantization_config"] = {"quant_method": "fp8"}
+    config["rope_theta"] = 10000.0
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "modeling_own.py").write_text("class OwnModel: ...\n")
+    transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    return tensors_in(directory)
+
+
+def test_files_and_element_types_are_the_reference_s(tmp_path: Path) -> None:
+    expected = write_reference(tmp_path / "reference")
+    model = make("llama")
+    before = (model.config.to_dict(), model.generation_config.to_dict())
+    checkpoint = save_once(tmp_path / "run", model, model_repo_id=str(tmp_path / "reference"))
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
+    export = export_of(checkpoint)
+    ours, theirs = (
+        json.loads((place / "model.safetensors.index.json").read_text())["weight_map"]
+        for place in (export, tmp_path / "reference")
+    )
+    assert ours == theirs
+    for name, tensor in tensors_in(export).items():
+        assert tensor.dtype == expected[name].dtype, name
+    assert tensors_in(export)["model.norm.weight"].dtype == torch.float32
+    assert (export / "modeling_own.py").read_text() == "class OwnModel: ...\n"
+    assert (export / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (export / "tokenizer_config.json").exists()
+    assert "quantization_config" not in json.loads((export / "config.json").read_text())
+
+
+def test_the_original_configuration_is_exported_for_older_readers(tmp_path: Path) -> None:
+    write_reference(tmp_path / "reference")
+    checkpoint = save_once(
+        tmp_path / "run", make("llama"), v4_compatible=True, original_model_root_dir=str(tmp_path / "reference")
+    )
+    original = json.loads((export_of(checkpoint) / "config.json").read_text())
+    assert original["rope_theta"] == 10000.0
+    assert "quantization_config" not in original
+    assert json.loads((export_of(checkpoint) / "config.v5.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    with pytest.raises(CheckpointConfigError, match="v4_compatible"):
+        save_once(tmp_path / "none", make("llama"), v4_compatible=True)
+
+
+def test_a_reference_that_is_not_there_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="hf download org/none"):
+        save_once(tmp_path, make("llama"), model_repo_id="org/none", model_cache_dir=str(tmp_path / "cache"))
+    assert not list(tmp_path.glob("epoch*"))
+
+
+def test_one_rank_merges_under_the_hub_s_names(tmp_path: Path) -> None:
+    model = make("mixtral")
+    checkpoint = save_once(tmp_path / "run", model, single_rank_consolidation=True, export_dtype="bfloat16")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "reference")
+    found, saved = tensors_in(export_of(checkpoint)), tensors_in(tmp_path / "reference")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in saved.items())
+
+
+def test_an_export_added_at_the_end_has_the_hub_s_names(tmp_path: Path) -> None:
+    state = trained(make("qwen3_moe"))
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"))
+    with config.build(0, 0, 0) as engine:
+        engine.save(state, step=1).result()
+        checkpoint = engine.save(state, step=1, is_final=True).result()
+        before = values(state.model)
+        disturb(state)
+        engine.load(state)
+    state.model.save_pretrained(tmp_path / "reference")
+    found, saved = tensors_in(export_of(checkpoint)), tensors_in(tmp_path / "reference")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in saved.items())
+    assert all(torch.equal(values(state.model)[key], tensor) for key, tensor in before.items())
+
+
+def test_a_conversion_that_moves_elements_about_is_refused_before_training_has_cost_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    tables = conversion_mapping._build_checkpoint_conversion_mapping()
+    tables["llama"] = [WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Interleave(dim=0)])]
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", tables)
+    with pytest.raises(CheckpointConfigError, match=r"layers.0.mlp.up_proj.weight.*save_consolidated=false"):
+        save_once(tmp_path / "refused", make("llama"))
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "shards"), save_consolidated=False)
+    with config.build(0, 0, 0) as engine:
+        state = AppState(make("llama"))
+        engine.save(state, step=1).result()
+        assert engine.load(state).step == 1
+
+
+@pytest.mark.parametrize("content", ["{", '{"aliases": [["a"]], "dtypes": {}, "files": {}}', "[]"])
+def test_a_damaged_table_of_names_is_named(tmp_path: Path, content: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match="does not tell how an export names tensors"):
+        decode_naming(tmp_path / "names.json", content.encode())

@@ -17,7 +17,6 @@ from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapter_config, is_peft_model
 
-
 # What a tokenizer or processor consists of, wherever it is kept beside a model.
 _TOKENIZER_FILES = (
     "added_tokens.json",

@@ -93,12 +93,12 @@ def load_base(
         parts = model if isinstance(model, list) else [model]
         loader = _Loader(parts, reference, options, allow_pickle)
         error = loader.mismatch()
-    except Exception as failure:  # noqa: BLE001 - the other ranks have to hear of it
+    except Exception as failure:
         error = failure
     channel.raise_together(f"comparing {reference.directory} with the model", _known(error))
     try:
         report = loader.load()
-    except Exception as failure:  # noqa: BLE001 - the other ranks have to hear of it
+    except Exception as failure:
         error = failure
     channel.raise_together(f"reading {reference.directory}", _known(error))
     assert report is not None  # raise_together has raised otherwise
@@ -157,9 +157,7 @@ class _Loader:
         for alias in self._naming.aliases:
             stored = specs.get(fit.stored.get(alias.name, ""))
             if stored is not None and stored.shape != alias.shape and not alias.source.startswith(self._skip):
-                fit.different[alias.name] = (
-                    f"{list(stored.shape)} in the reference, {list(alias.shape)} in the model"
-                )
+                fit.different[alias.name] = f"{list(stored.shape)} in the reference, {list(alias.shape)} in the model"
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:

@@ -37,7 +37,7 @@ def is_transformers_model(model: nn.Module) -> bool:
     return transformers is not None and isinstance(unwrap(model), transformers.PreTrainedModel)
 
 
-def original_class(model: nn.Module) -> type[nn.Module]:
+def original_class(model: nn.Module) -> type[Any]:
     """The class a module was made of; `fully_shard` gives it one of its own."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
@@ -83,8 +83,8 @@ def skeleton_of(core: Any) -> Any:
     """A transformers model without data: class names and sub-models as its tables know them, whatever is sharded."""
     try:
         with torch.device("meta"):
-            skeleton = original_class(core)(copy.deepcopy(core.config))  # type: ignore[call-arg]
-    except Exception:  # noqa: BLE001 - custom code may do anything when it is built
+            skeleton = original_class(core)(copy.deepcopy(core.config))
+    except Exception:
         log.debug("%s cannot be built on the meta device", original_class(core).__name__, exc_info=True)
         return core
     conversions = getattr(core, "_weight_conversions", None)
@@ -172,11 +172,12 @@ class _Trace(TorchFunctionMode):
         if view.shape == spec.shape and view.is_contiguous() and view.numel() == prod(spec.shape):
             return Alias(name, shape, corner, spec.name, Box.whole(spec.shape), tuple(range(view.dim())))
         strides = [prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape))]
-        starts, rest = [], view.storage_offset()
+        starts, rest = [], int(view.storage_offset())
         for stride in strides:
             start, rest = divmod(rest, stride)
             starts.append(start)
-        sizes, dims = [1] * len(strides), []
+        sizes = [1] * len(strides)
+        dims: list[int | None] = []
         for size, step in zip(view.shape, view.stride(), strict=True):
             dim = _dimension(size, step, spec.shape, strides, starts, dims) if size > 1 else None
             if dim is None and size > 1:
@@ -188,7 +189,12 @@ class _Trace(TorchFunctionMode):
 
 
 def _dimension(
-    size: int, step: int, shape: Sequence[int], strides: Sequence[int], starts: Sequence[int], taken: Sequence[int | None]
+    size: int,
+    step: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    starts: Sequence[int],
+    taken: Sequence[int | None],
 ) -> int | None:
     """The source's dimension that a view walks along."""
     fitting = (
@@ -200,6 +206,4 @@ def _dimension(
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
+    return int(tensor.untyped_storage()._cdata)

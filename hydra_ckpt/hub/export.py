@@ -83,7 +83,8 @@ class ModelExport:
             found = Naming.unchanged(specs)
         dtypes = {spec.name: self._dtype(spec, wanted) for spec in found.specs(specs)}
         own = {spec.name: spec.dtype for spec in found.specs(specs)}
-        return replace(found, dtypes={name: dtype for name, dtype in dtypes.items() if dtype != own[name]})
+        changed = {name: dtype for name, dtype in dtypes.items() if dtype != own[name]}
+        return replace(found, dtypes=changed, files={name: wanted.files[name] for name in own if name in wanted.files})
 
     def _dtype(self, spec: TensorSpec, wanted: Wanted) -> str:
         """Only floating point changes, and only to floating point."""

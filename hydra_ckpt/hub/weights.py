@@ -186,7 +186,9 @@ class Dequantized:
             scales = scales.reshape(-1, *[1] * (len(spec.shape) - 1))
         if scales.dim() == len(spec.shape):
             steps = self._steps(spec, scales)
-            if all(-(-size // step) == count for size, step, count in zip(spec.shape, steps, scales.shape, strict=True)):
+            if all(
+                -(-size // step) == count for size, step, count in zip(spec.shape, steps, scales.shape, strict=True)
+            ):
                 return scales
         raise CorruptCheckpointError(
             self._scales[name],

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
 
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,12 @@ class Naming:
     Attributes:
         aliases: In the order of the files; all pieces of one tensor follow each other.
         dtypes: Element types by exported name, where they are not the source's.
+        files: A text by exported name, equal for those of one file; empty where files are cut by size.
     """
 
     aliases: tuple[Alias, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def unchanged(cls, specs: Iterable[TensorSpec]) -> Naming:
@@ -124,7 +126,8 @@ class Naming:
     def keeps(self, specs: Iterable[TensorSpec]) -> bool:
         """Whether every element of these tensors stands in the export bit for bit, so that it can be read back."""
         return all(
-            sum({alias.box: alias.box.numel for alias in self.by_source.get(spec.name, ())}.values()) == prod(spec.shape)
+            sum({alias.box: alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
+            == prod(spec.shape)
             and all(self.dtypes.get(alias.name, spec.dtype) == spec.dtype for alias in self.by_source[spec.name])
             for spec in specs
         )
@@ -138,17 +141,13 @@ class Naming:
         }
         return tuple(found.values())
 
-    def as_stored(self) -> Naming:
-        """The same without changes of element types."""
-        return replace(self, dtypes={})
-
     def to_data(self) -> dict[str, Any]:
         """As plain data, for a file."""
         rows = [
             [a.name, list(a.shape), list(a.corner), a.source, list(a.box.offsets), list(a.box.sizes), list(a.dims)]
             for a in self.aliases
         ]
-        return {"aliases": rows, "dtypes": dict(self.dtypes)}
+        return {"aliases": rows, "dtypes": dict(self.dtypes), "files": dict(self.files)}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Naming:
@@ -159,15 +158,21 @@ class Naming:
         """
         try:
             aliases = tuple(
-                Alias(str(name), _ints(shape), _ints(corner), str(source), Box(_ints(offsets), _ints(sizes)), _dims(dims))
+                Alias(
+                    str(name), _ints(shape), _ints(corner), str(source), Box(_ints(offsets), _ints(sizes)), _dims(dims)
+                )
                 for name, shape, corner, source, offsets, sizes, dims in data["aliases"]
             )
             dtypes = {str(name): str(dtype) for name, dtype in data["dtypes"].items()}
+            files = {str(name): str(file) for name, file in data["files"].items()}
+            unknown = set(dtypes.values()) - set(ITEMSIZE)
+            if unknown:
+                raise ValueError(f"element types {sorted(unknown)}")
             for alias in aliases:
                 _check(alias)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(repr(error)) from None
-        return cls(aliases, dtypes)
+        return cls(aliases, dtypes, files)
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def view_as(alias: Alias, tensor: torch.Tensor, box: Box) -> torch.Tensor:
     tensor = narrow(tensor, box)
     kept = [dim for dim in alias.dims if dim is not None]
     dropped = [dim for dim in range(tensor.dim()) if dim not in kept]
-    tensor = tensor.permute(*kept, *dropped)
+    tensor = tensor.permute((*kept, *dropped))
     for _ in dropped:
         tensor = tensor.select(-1, 0)
     for position, dim in enumerate(alias.dims):

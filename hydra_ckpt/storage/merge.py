@@ -71,20 +71,25 @@ def merge_shards(
 
 
 def content(
-    layout: FileLayout, naming: Naming, stored: Mapping[str, StoredTensor], read: Callable[[list[Fetch]], int]
+    layout: FileLayout,
+    naming: Naming,
+    stored: Mapping[str, StoredTensor],
+    read: Callable[[list[Fetch]], int],
+    block_bytes: int = _BLOCK_BYTES,
 ) -> Iterator[memoryview]:
-    """All bytes of a whole file in order, tensors in blocks of at most 64 MiB (or a row).
+    """All bytes of a whole file in order, tensors in blocks.
 
     Args:
         layout: The file.
         naming: From the stored tensors to the file's.
         stored: The tensors it is made of.
         read: Reads boxes of them.
+        block_bytes: The largest block, unless a row is larger.
     """
     yield memoryview(layout.header)
     for spec in layout.tensors:
         row_bytes = max(spec.nbytes // spec.shape[0], 1) if spec.shape and spec.shape[0] else spec.nbytes
-        step = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        step = max(block_bytes // max(row_bytes, 1), 1)
         whole = Box.whole(spec.shape)
         for start in range(0, spec.shape[0], step) if spec.shape else [0]:
             box = whole.rows(start, min(start + step, spec.shape[0])) if spec.shape else whole
