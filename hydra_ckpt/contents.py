@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel
@@ -37,6 +38,7 @@ from hydra_ckpt.saving import Content, Merged
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor, exported
+from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
@@ -145,7 +147,7 @@ class Contents:
     def _agree(self, state: AppState, parts: Parts) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
         agreement = agree(parts, self._channel, self._stage, self._config.write.state_dict_keys)
-        models = {part_of(name): modules[0] for name, modules in state.models.items()}
+        models = self._models(state)
         specs = {part: agreement.specs[part] for part in models}
         if self._config.write.is_peft:
             namings = {part: Naming.unchanged(found) for part, found in specs.items()}
@@ -153,9 +155,9 @@ class Contents:
             namings = {}
             for part, found in specs.items():
                 said = self._channel.coordinator_step(
-                    "looking at the reference model", partial(self._export.wanted, models[part])
+                    "looking at the reference model", partial(self._export.wanted, models[part][0])
                 )
-                namings[part] = self._export.naming(models[part], found, Wanted(**said))
+                namings[part] = self._export.naming(models[part][0], found, Wanted(**said))
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         return Agreed(agreement, namings, kept)
 
@@ -240,15 +242,22 @@ class Contents:
         found = {}
         if not export_only:
             found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
-        for name, modules in state.models.items():
-            part = part_of(name)
+        for part, (model, adapter) in self._models(state).items():
             place = f"{part}/{names.CONSOLIDATED if consolidated else names.ASSETS}"
             naming = agreed.namings[part]
-            assets = self._export.assets(modules[0], naming, has_tokenizer=state.tokenizer is not None)
+            assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
             assets.update(self._tokenizer(state.tokenizer))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
                 found[f"{part}/{names.NAMING}"] = encode_naming(naming)
+        return found
+
+    def _models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
+        """Part to the model it holds, and to the adapter if it holds only that."""
+        found = {}
+        for name, modules in state.models.items():
+            keys = adapters(name, modules[0]) if self._config.write.is_peft else {name: ""}
+            found.update({part_of(key): (modules[0], adapter) for key, adapter in keys.items()})
         return found
 
     def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:

@@ -114,7 +114,7 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
             assert transformers.AutoModelForCausalLM.from_pretrained(place / "out")
-            with pytest.raises(CheckpointNotFoundError, match="has no part 'teacher'.*model, ema"):
+            with pytest.raises(CheckpointNotFoundError, match=r"has no part 'teacher'.*model, ema"):
                 export_checkpoint(checkpoint, place / "none", part="teacher")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from hydra_ckpt.hub.conversion import original_class
 from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
-from hydra_ckpt.state.peft import adapter_config, is_peft_model
+from hydra_ckpt.state.peft import adapter_config
 
 # What a tokenizer or processor consists of, wherever it is kept beside a model.
 _TOKENIZER_FILES = (
@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
 
 
 def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]:
-    """Configuration files of a transformers model or a PEFT adapter; none for any other model.
+    """Configuration files of a transformers model; none for any other model.
 
     They are what `save_pretrained` would write. The live model's configuration is not touched.
 
@@ -46,8 +46,6 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
         model: The model.
         dtype: The weights' element type, where it is not the live model's.
     """
-    if is_peft_model(model):
-        return _saved(adapter_config(model))
     model = unwrap(model)
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -61,6 +59,16 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     if model.can_generate() and model.generation_config is not None:
         found.update(_saved(copy.deepcopy(model.generation_config)))
     return found
+
+
+def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
+    """The configuration of a PEFT adapter, as peft writes it."""
+    config = adapter_config(model, adapter)
+    mapping = None
+    if config.task_type is None:
+        base = original_class(unwrap(model).get_base_model())  # type: ignore[operator]
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return _saved(config, auto_mapping_dict=mapping)
 
 
 def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str, bytes]:
@@ -86,9 +94,9 @@ def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
     return {} if tokenizer is None else _saved(tokenizer)
 
 
-def _saved(thing: Any) -> dict[str, bytes]:
+def _saved(thing: Any, **options: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as directory:
-        thing.save_pretrained(directory)
+        thing.save_pretrained(directory, **options)
         return {str(path.relative_to(directory)): path.read_bytes() for path in _files_below(Path(directory))}
 
 

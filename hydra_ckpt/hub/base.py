@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -203,7 +203,7 @@ class _Loader:
             sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
             part.to_empty(device="cpu" if sharded is None else sharded.device_mesh.device_type)
             if is_transformers_model(part):
-                part.tie_weights()
+                cast(Any, part).tie_weights()
         if waiting:
             self._items = _locals(ModelMap.of(self._parts))
         return bool(waiting)
@@ -217,7 +217,7 @@ class _Loader:
                 module._is_hf_initialized = False  # type: ignore[assignment]
             for slot in ModelMap.of([part]).slots:
                 slot.tensor._is_hf_initialized = slot.name in loaded  # type: ignore[attr-defined]
-            part.initialize_weights()
+            cast(Any, part).initialize_weights()
             for slot in ModelMap.of([part]).slots:
                 del slot.tensor._is_hf_initialized  # type: ignore[attr-defined]
 

@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
-from hydra_ckpt.hub.assets import json_bytes, model_assets, reference_assets
+from hydra_ckpt.hub.assets import adapter_assets, json_bytes, model_assets, reference_assets
 from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model
 from hydra_ckpt.hub.reference import Reference, at, find_reference
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.model import unwrap
-from hydra_ckpt.state.peft import is_peft_model
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +91,20 @@ class ModelExport:
         found = wanted.dtypes.get(spec.name, spec.dtype) if asked is None else FLOATS[asked]
         return found if {found, spec.dtype} <= set(FLOATS.values()) else spec.dtype
 
-    def assets(self, model: nn.Module, naming: Naming, *, has_tokenizer: bool) -> dict[str, bytes]:
+    def assets(self, model: nn.Module, naming: Naming, adapter: str, *, has_tokenizer: bool) -> dict[str, bytes]:
         """Coordinator only: the small files of a model's export by name.
+
+        Args:
+            model: The model.
+            naming: How it is exported.
+            adapter: Its adapter that is exported; empty for the model itself.
+            has_tokenizer: Whether there is a live tokenizer.
 
         Raises:
             CheckpointConfigError: The original configuration is asked for, and there is none.
         """
+        if adapter:
+            return adapter_assets(model, adapter)
         found = model_assets(model, _main_dtype(naming))
         original = self._options.original_model_root_dir
         reference = self._reference(model) if original is None else at(original)
@@ -118,8 +125,6 @@ class ModelExport:
         return {"config.json": json_bytes(original), "config.v5.json": current}
 
     def _reference(self, model: nn.Module) -> Reference | None:
-        if is_peft_model(model):
-            return None  # an adapter names its base model itself
         named = self._options.repo_id
         if named is not None:
             return find_reference(named, self._options.cache_dir)

@@ -33,9 +33,7 @@ def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | No
         raise CheckpointNotFoundError(f"{adapter} holds no adapter_config.json: there is no adapter to merge")
     base = base or json.loads(path.read_text()).get("base_model_name_or_path")
     if not base:
-        raise CheckpointConfigError(
-            f"{path} names no base model (base_model_name_or_path), so the adapter cannot be merged: name it with --base"
-        )
+        raise CheckpointConfigError(f"{path} names no base model (base_model_name_or_path), so name it with --base")
     try:
         import peft
         import transformers

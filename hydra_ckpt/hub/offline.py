@@ -73,7 +73,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_file_bytes: int | None = None,
     verify: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Write a Hugging Face directory from a checkpoint, in bounded memory.
 
@@ -109,7 +109,8 @@ def export_checkpoint(
         for block in blocks:
             yield block
             done += len(block)
-            progress(done, total)
+            if progress is not None:
+                progress(done, total)
 
     try:
         for layout in layouts:
@@ -155,8 +156,8 @@ def _source(checkpoint: Checkpoint, part: str) -> tuple[_Source, str]:
         )
     source = _model(checkpoint, models[0])
     naming = _stored_naming(checkpoint, models[0]) or source.naming
-    found = _average(naming, part, extra)
-    return _Source(found, naming, source.stem, partial(fetch, checkpoint.path), _BLOCK_BYTES), models[0]
+    averages = _average(naming, part, extra)
+    return _Source(averages, naming, source.stem, partial(fetch, checkpoint.path), _BLOCK_BYTES), models[0]
 
 
 def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
