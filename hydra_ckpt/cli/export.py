@@ -38,7 +38,7 @@ def export(
     ] = names.MODEL,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
     base: Annotated[str | None, typer.Option(help="With --merge: the base model, if not the adapter's own.")] = None,
-    verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest first.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
