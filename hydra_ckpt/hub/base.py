@@ -21,7 +21,7 @@ from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeigh
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.local import Localizer, LocalTensor, exported
+from hydra_ckpt.state.local import Localizer, exported
 from hydra_ckpt.state.model import ModelMap, unwrap
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ class _Loader:
         mapped = ModelMap.of(self._parts)
         self._aliases = mapped.aliases
         self._names = {slot.name for slot in mapped.slots}
-        self._items = _locals(mapped)
+        self._localize = Localizer()
+        self._items = mapped.locals(self._localize)
         self._naming = hub_naming(self._parts[0], [item.spec for item in self._items])
         self._fit = self._compare()
 
@@ -205,7 +206,7 @@ class _Loader:
             if is_transformers_model(part):
                 cast(Any, part).tie_weights()
         if waiting:
-            self._items = _locals(ModelMap.of(self._parts))
+            self._items = ModelMap.of(self._parts).locals(self._localize)
         return bool(waiting)
 
     def _initialize(self, loaded: set[str]) -> None:
@@ -234,10 +235,6 @@ def _check_buffers(part: nn.Module) -> None:
             f"the model is on the meta device, and its buffers {', '.join(lost)} are in no file: only a transformers "
             "model knows how to fill them. Build the model on its device"
         )
-
-
-def _locals(mapped: ModelMap) -> list[LocalTensor]:
-    return mapped.locals(Localizer())
 
 
 def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -> Weights:

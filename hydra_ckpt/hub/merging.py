@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError
+from hydra_ckpt.hub.assets import reference_assets
+from hydra_ckpt.hub.reference import at
 
 
 def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | None, max_file_bytes: int) -> None:
@@ -51,3 +53,5 @@ def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | No
         raise CheckpointNotFoundError(f"the base model {base} is not on this machine: {error}") from None
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, max_shard_size=max_file_bytes)
+    for name, data in reference_assets(at(adapter), with_tokenizer=True).items():
+        (out / name).write_bytes(data)

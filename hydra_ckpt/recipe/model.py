@@ -1,4 +1,4 @@
-"""A Llama over byte tokens: of a few million parameters made from a seed, or a pretrained one; with an adapter or not."""
+"""A Llama over byte tokens: small and made from a seed, or a pretrained one; with an adapter or without."""
 
 from __future__ import annotations
 
