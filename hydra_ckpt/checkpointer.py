@@ -20,6 +20,7 @@ from hydra_ckpt.distributed import Group
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
+from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.pending import PendingSave
 from hydra_ckpt.ranks import Ranks, Topology
 from hydra_ckpt.report import LoadReport, Stats
@@ -40,6 +41,7 @@ from hydra_ckpt.worker import Worker
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self._process_group = process_group
         self.stats = Stats()
         self._pending: PendingSave | None = None
         self._weights: dict[str, frozenset[Digested]] = {}
@@ -192,6 +195,30 @@ class Checkpointer:
             self._channel.coordinator_step("looking for later steps", self._refuse_later)
         return report
 
+    def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
+        """Collective: fill a model with the weights of `checkpoint.model_repo_id`. Checkpoints are not looked at.
+
+        Works with `enabled=false` too. The model may be on the meta device, and sharded; each rank reads what it holds.
+
+        Args:
+            model: The model, or the parts of it that this rank holds.
+
+        Raises:
+            CheckpointConfigError: No reference is configured, or its weights may not or cannot be read.
+            CheckpointNotFoundError: The reference, or one of its files, is not there.
+            KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
+        """
+        pickle = self.config.read.allow_pickle
+        if self.enabled:
+            return load_base(model, self.config.hub, self._channel, allow_pickle=pickle)
+        group = Group.create(self._process_group, self.config.write.timeout_s)
+        channel = group.channel("base")
+        try:
+            return load_base(model, self.config.hub, channel, allow_pickle=pickle)
+        finally:
+            channel.close()
+            group.close()
+
     def _refuse_later(self) -> None:
         self._directory.refuse_later(self._start_step, self._restorer.passed_over, self.config.read.on_conflict)
 
@@ -305,7 +332,7 @@ class Checkpointer:
             raise CheckpointExistsError(f"{self.root / name} is published already; a step is saved once")
         pending = PendingSave(request.step)
         captured, error = self._capture(state, request)
-        self._contents.agree(captured, error)
+        self._contents.agree(state, captured, error)
         transaction: Transaction
         staged, written = Staged(), 0
         if captured is None:
@@ -361,9 +388,9 @@ class Checkpointer:
         captured, error = self._capture(state, request)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._contents.agree(captured)
+        self._contents.agree(state, captured)
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
-        nbytes = staged_bytes(sources.tensors)
+        nbytes = staged_bytes(sources.tensors, sources.casts)
         self._warm.clear()
         self._worker.submit(lambda: self._prewarm(nbytes))
 

@@ -79,6 +79,7 @@ _CHECKS: dict[str, Check] = {
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
+    "export_dtype": optional(choice("float32", "float16", "bfloat16")),
 }
 
 
@@ -175,6 +176,7 @@ class CheckpointingConfig:
         on_save_failure: A save that failed ends training ("raise") or is logged ("warn").
         when_busy: A save that is due while the one before is still being written waits for it ("wait") or is left
             out ("skip"); rank 0 decides for all. The last save of a run always waits.
+        export_dtype: Element type of exported floating-point tensors: "float32", "float16" or "bfloat16".
     """
 
     enabled: bool = True
@@ -208,6 +210,7 @@ class CheckpointingConfig:
     shared_writes: bool | str = "auto"
     on_save_failure: str = "raise"
     when_busy: str = "wait"
+    export_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

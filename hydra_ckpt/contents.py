@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import nn
 
+from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel, Group
-from hydra_ckpt.hub.assets import model_assets, tokenizer_assets
+from hydra_ckpt.hub.assets import tokenizer_assets
+from hydra_ckpt.hub.export import ModelExport, Wanted
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.planning import (
     Agreement,
     PartLayout,
@@ -29,10 +35,14 @@ from hydra_ckpt.planning import (
 )
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving import Content, Merged
+from hydra_ckpt.state.adapter import has_adapter
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
-from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.local import LocalTensor, exported
+from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
 
 # Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
@@ -42,10 +52,24 @@ _NO_OPINION = -(1 << 62)
 
 
 @dataclass(frozen=True)
+class Agreed:
+    """What the ranks settled about a state, and what follows from it for exports.
+
+    Attributes:
+        agreement: The settlement.
+        namings: Part of a model to how its export calls and stores the tensors.
+        kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
+    """
+
+    agreement: Agreement
+    namings: Mapping[str, Naming]
+    kept: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Planned:
     """A plan and the choices it was made by."""
 
-    agreement: Agreement
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
     merged: tuple[Merged, ...]
@@ -59,10 +83,12 @@ class Sources:
     Attributes:
         tensors: Position of the share to exactly the rows it writes, live.
         late: Positions whose copying may wait for the next optimizer step.
+        casts: Element types to write, where they are not the tensors' own.
     """
 
     tensors: Mapping[int, torch.Tensor]
     late: frozenset[int]
+    casts: Mapping[int, torch.dtype]
 
 
 class Contents:
@@ -84,18 +110,20 @@ class Contents:
         self._channel = channel
         self._stage = stage
         self._keeps_ranges = keeps_ranges
-        self._agreements: dict[str, Agreement] = {}
+        self._export = ModelExport(config.hub, required=config.write.consolidated is not SaveConsolidatedMode.FALSE)
+        self._settled: dict[str, Agreed] = {}
         self._plans: dict[tuple[str, bool, bool, bool], Planned] = {}
         self._held = ""
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
-    def agree(self, captured: Captured | None, error: Exception | None = None) -> None:
+    def agree(self, state: AppState, captured: Captured | None, error: Exception | None = None) -> None:
         """Collective: see that the ranks still hold what they agreed on; if not, agree anew.
 
         In the steady state this is a reduction of three numbers. A rank must not find out alone that its layout is a
         new one: the others would go on to write, and it would wait for them.
 
         Args:
+            state: The live objects.
             captured: The state, taken apart.
             error: Why it could not be; then `captured` is None.
 
@@ -104,24 +132,23 @@ class Contents:
             CheckpointError: Ranks have to agree anew, and one of them could not take its state apart.
         """
         self._held = signature(captured.parts) if captured is not None else ""
-        known = self._agreements.get(self._held)
-        opinion = int(known.fingerprint[:15], 16) if known is not None else None
+        known = self._settled.get(self._held)
+        opinion = int(known.agreement.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
-        new = known is None and (captured is not None or not self._agreements)
+        new = known is None and (captured is not None or not self._settled)
         any_new, largest, smallest = self._group.largest("comparing layouts", [int(new), first, last])
         if not any_new and largest in (-smallest, _NO_OPINION):
             return
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        found = agree(captured.parts, self._channel, self._stage, self._config.write.state_dict_keys)
-        self._remember(found)
+        self._remember(self._settle(state, captured.parts))
 
-    def _remember(self, agreement: Agreement) -> None:
-        self._agreements.pop(self._held, None)
-        self._agreements[self._held] = agreement
-        kept = set(list(self._agreements)[-_MAX_LAYOUTS:])
-        self._agreements = {held: found for held, found in self._agreements.items() if held in kept}
-        self._plans = {key: found for key, found in self._plans.items() if key[0] in kept - {self._held}}
+    def _remember(self, found: Agreed) -> None:
+        self._settled.pop(self._held, None)
+        self._settled[self._held] = found
+        kept = set(list(self._settled)[-_MAX_LAYOUTS:])
+        self._settled = {held: agreed for held, agreed in self._settled.items() if held in kept}
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] in kept - {self._held}}
 
     def make(
         self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
@@ -135,44 +162,85 @@ class Contents:
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
         """
-        parts = {part: items for part, items in captured.parts.items() if not export_only or _is_model(part)}
-        planned = self._plan(parts, consolidated, export_only, from_shards)
-        leads = planned.agreement.leads and not export_only
+        agreed = self._settled[self._held]
+        merging = consolidated and (from_shards or self._merges(agreed.agreement))
+        parts = self._arrange(captured.parts, agreed, consolidated and not merging, export_only)
+        key = (self._held, consolidated, export_only, from_shards)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(parts, agreed, consolidated, merging, export_only)
+        planned = self._plans[key]
+        leads = agreed.agreement.leads and not export_only
+        models = [part for part in captured.parts if _is_model(part)]
         content = Content(
             planned.layouts,
             planned.plan,
             captured.shared if leads else None,
             None if export_only else captured.own,
-            self._assets(state, consolidated, export_only) if self._channel.is_coordinator else {},
-            {part: f"{part}/{names.CONSOLIDATED}" for part in parts if _is_model(part)} if consolidated else {},
+            self._assets(state, agreed, consolidated, export_only) if self._channel.is_coordinator else {},
+            {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _plan(self, parts: Parts, consolidated: bool, export_only: bool, from_shards: bool) -> Planned:
-        """The plan for some parts of the state last agreed on."""
-        key = (self._held, consolidated, export_only, from_shards)
-        if key not in self._plans:
-            agreement = self._agreements[self._held]
-            self._plans[key] = self._make_plan(parts, agreement, consolidated, export_only, from_shards)
-        return self._plans[key]
+    def _settle(self, state: AppState, parts: Parts) -> Agreed:
+        """Collective: settle what all ranks hold, and how it is exported."""
+        agreement = agree(parts, self._channel, self._stage, self._config.write.state_dict_keys)
+        models = self._models(state)
+        specs = {part: agreement.specs[part] for part in models}
+        namings = {}
+        for part, found in specs.items():
+            if self._config.write.is_peft or has_adapter(unwrap(models[part][0])):
+                namings[part] = Naming.unchanged(found)  # under the right names already
+            else:
+                said = self._channel.coordinator_step(
+                    "looking at the reference model", partial(self._export.wanted, models[part][0])
+                )
+                namings[part] = self._export.naming(models[part][0], found, Wanted(**said))
+        kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
+        return Agreed(agreement, namings, kept)
 
-    def _make_plan(
-        self, parts: Parts, agreement: Agreement, consolidated: bool, export_only: bool, from_shards: bool
-    ) -> Planned:
-        specs = {part: agreement.specs[part] for part in agreement.specs if agreement.specs[part]}
-        merging = consolidated and (from_shards or self._merges(agreement))
-        models = [part for part in specs if _is_model(part)]
-        if export_only:
-            # Where shards are merged, those of the published checkpoint serve: nothing is written by the ranks.
-            specs = {part: specs[part] for part in models if not merging}
-        layouts = tuple(self._layout(part, agreement, consolidated and not merging) for part in specs)
+    def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
+        """What is written of a state, by the part that a layout is made for."""
+        found: dict[str, Sequence[LocalTensor]] = {}
+        for part, items in everything.items():
+            if not _is_model(part):
+                found.update({} if export_only else {part: items})
+                continue
+            own, export = _places(part, agreed, inline, export_only)
+            if own is not None:
+                found[own] = items
+            if export is not None:
+                naming = agreed.namings[part]
+                found[export] = items if naming.is_plain else exported(items, naming)
+        return found
+
+    def _make_plan(self, parts: Parts, agreed: Agreed, consolidated: bool, merging: bool, export_only: bool) -> Planned:
+        specs: dict[str, tuple[TensorSpec, ...]] = {}
+        layouts: list[PartLayout] = []
+        models = [part for part, found in agreed.agreement.specs.items() if _is_model(part) and found]
+        for part, found in agreed.agreement.specs.items():
+            if not found or (export_only and not _is_model(part)):
+                continue
+            if not _is_model(part):
+                specs[part] = found
+                layouts.append(self._state_layout(part, agreed.agreement))
+                continue
+            own, export = _places(part, agreed, consolidated and not merging, export_only)
+            if own is not None:
+                specs[own] = found
+                distcp = self._config.write.format == "torch_save"
+                layouts.append(distcp_layout(own) if distcp else shard_layout(own))
+            if export is not None:
+                specs[export] = agreed.namings[part].specs(found)
+                layout = self._export_layout(part, agreed.namings[part])
+                layouts.append(replace(layout, part=export, beside=export != part))
+        agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-        merged = tuple(self._merged(part, agreement) for part in models) if merging else ()
-        written = sum(spec.nbytes for layout in layouts for spec in agreement.specs[layout.part])
+        merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
+        written = sum(spec.nbytes for found in specs.values() for spec in found)
         written += sum(file.nbytes for item in merged for file in item.files)
-        return Planned(agreement, layouts, plan, merged, written)
+        return Planned(tuple(layouts), plan, merged, written)
 
     def _merges(self, agreement: Agreement) -> bool:
         """Whether consolidated files are merged from shards by one rank."""
@@ -186,32 +254,49 @@ class Contents:
         wanted = self._config.write.shared_writes
         return agreement.one_host or self._keeps_ranges if wanted is None else wanted
 
-    def _merged(self, part: str, agreement: Agreement) -> Merged:
-        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return Merged(part, tuple(lay_out_part(layout, agreement)))
+    def _merged(self, part: str, agreed: Agreed) -> Merged:
+        naming = agreed.namings[part]
+        specs = naming.specs(agreed.agreement.specs[part])
+        layout = self._export_layout(part, naming)
+        return Merged(part, tuple(lay_out_part(layout, replace(agreed.agreement, specs={part: specs}))), naming)
 
-    def _layout(self, part: str, agreement: Agreement, consolidated: bool) -> PartLayout:
-        if self._config.write.format == "torch_save" and part != names.EXTRAS:
-            return distcp_layout(part)
-        shared = self._shares_files(agreement)
-        if not _is_model(part):
-            nbytes = sum(spec.nbytes for spec in agreement.specs[part])
-            return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
+    def _export_layout(self, part: str, naming: Naming) -> PartLayout:
         if self._config.write.is_peft:
             return adapter_layout(part)
-        if consolidated:
-            return consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return shard_layout(part)
+        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
+        return replace(layout, grouped=naming.files or None)
 
-    def _assets(self, state: AppState, consolidated: bool, export_only: bool) -> dict[str, bytes]:
-        """Coordinator only: the small files by path in the checkpoint."""
+    def _state_layout(self, part: str, agreement: Agreement) -> PartLayout:
+        if self._config.write.format == "torch_save" and part != names.EXTRAS:
+            return distcp_layout(part)
+        nbytes = sum(spec.nbytes for spec in agreement.specs[part])
+        shared = self._shares_files(agreement)
+        return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
+
+    def _assets(self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool) -> dict[str, bytes]:
+        """Coordinator only: the small files by path in the checkpoint.
+
+        Those of an export are there without one too, so that it can be made later.
+        """
         found = {}
         if not export_only:
             found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
-        for name, modules in state.models.items() if consolidated else ():
-            place = f"{part_of(name)}/{names.CONSOLIDATED}"
-            assets = {**model_assets(modules[0]), **self._tokenizer(state.tokenizer)}
+        for part, (model, adapter) in self._models(state).items():
+            place = f"{part}/{names.CONSOLIDATED if consolidated else names.ASSETS}"
+            naming = agreed.namings[part]
+            assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
+            assets.update(self._tokenizer(state.tokenizer))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
+            if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
+                found[f"{part}/{names.NAMING}"] = encode_naming(naming)
+        return found
+
+    def _models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
+        """Part to the model it holds, and to the adapter if it holds only that."""
+        found = {}
+        for name, modules in state.models.items():
+            keys = adapters(name, modules[0]) if self._config.write.is_peft else {name: ""}
+            found.update({part_of(key): (modules[0], adapter) for key, adapter in keys.items()})
         return found
 
     def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
@@ -224,22 +309,32 @@ class Contents:
 def model_sources(sources: Sources, plan: WritePlan) -> Sources:
     """Those of the models' own files only."""
     wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
-    return Sources({position: sources.tensors[position] for position in wanted}, frozenset())
+    return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
 
 
 def _is_model(part: str) -> bool:
     return part == names.MODEL or part.startswith(f"{names.MODEL}/")
 
 
+def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple[str | None, str | None]:
+    """Under which part of a plan a model's own tensors are written, and under which its export; None for not at all.
+
+    An export that holds everything bit for bit is what training resumes from; else both are written.
+    """
+    if not inline:
+        return (None if export_only else part), None
+    if export_only or part in agreed.kept:
+        return None, part
+    return part, f"export/{part}"
+
+
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
-    found, late = {}, set()
+    found, casts = {}, {}
     for position, share in shares.items():
-        item = tensors[position]
-        whole = not item.tensor.dim() or (share.start, share.stop) == (0, item.tensor.shape[0])
-        rows = item.tensor if whole else item.tensor[share.start : share.stop]
+        local = tensors[position].tensor
+        whole = not local.dim() or (share.start, share.stop) == (0, local.shape[0])
+        found[position] = local if whole else local[share.start : share.stop]
         dtype = TORCH_DTYPE[share.spec.dtype]
-        # An adapter may want another element type in the files; that makes a copy, now.
-        found[position] = rows if rows.dtype == dtype else rows.to(dtype)
-        if item.late and rows.dtype == dtype:
-            late.add(position)
-    return Sources(found, frozenset(late))
+        if dtype != local.dtype:
+            casts[position] = dtype
+    return Sources(found, frozenset(position for position in found if tensors[position].late), casts)

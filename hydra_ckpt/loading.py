@@ -13,6 +13,7 @@ import torch
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.ranks import Topology
 from hydra_ckpt.report import LoadReport
@@ -20,12 +21,13 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
-from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.local import LocalTensor, exported
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger, join
+from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
@@ -244,6 +246,11 @@ class Load:
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
             locals_ = self._locals(mapped)
+            naming = self._naming(part)
+            if naming is not None:
+                known = naming.by_source
+                mismatch.missing += [prefix + item.spec.name for item in locals_ if item.spec.name not in known]
+                locals_ = exported(locals_, naming)
             held = {item.spec.name for item in locals_}
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
             for item in locals_:
@@ -256,6 +263,15 @@ class Load:
     def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
         """The tensors of a live model as the checkpoint has them."""
         return mapped.locals(self.extractor.localize)
+
+    def _naming(self, part: str) -> Naming | None:
+        """How the files of a model call its tensors, where these are an export under other names."""
+        name = f"{part}/{names.NAMING}"
+        record = self.checkpoint.manifest.parts.get(part)
+        listed = self.checkpoint.manifest.files
+        if record is None or name not in listed or not all(names.CONSOLIDATED in Path(f).parts for f in record.files):
+            return None
+        return decode_naming(self._root / name, read_small(self._root, name, listed[name]))
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name

@@ -17,7 +17,7 @@ from typing import Any
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_size, lay_out
+from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
 from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import TensorSpec
@@ -227,6 +227,8 @@ class PartLayout:
         max_bytes: Size at which a new file begins.
         own: Whether each rank writes a file of its own instead of all filling the same.
         distcp: Whether the files are PyTorch's own.
+        grouped: Name of a tensor to a text that is equal for those of one file; by size where there is none.
+        beside: Whether it is an export that stands beside the part's own files, instead of being these.
     """
 
     part: str
@@ -235,6 +237,8 @@ class PartLayout:
     max_bytes: int = DEFAULT_FILE_BYTES
     own: bool = False
     distcp: bool = False
+    grouped: Mapping[str, str] | None = None
+    beside: bool = False
 
 
 def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
@@ -302,7 +306,8 @@ def make_plan(
 
 def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
     """The files that hold a part whole."""
-    groups = by_size(agreement.specs.get(layout.part, ()), layout.max_bytes)
+    specs = agreement.specs.get(layout.part, ())
+    groups = by_size(specs, layout.max_bytes) if layout.grouped is None else by_file(specs, layout.grouped)
     return lay_out(groups, layout.directory, layout.stem) if groups else []
 
 

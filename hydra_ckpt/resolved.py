@@ -95,6 +95,7 @@ class HubOptions:
         skip_prefixes: Names beginning so keep their initialization in a base load.
         v4_compatible: Whether the original config.json is exported.
         diffusers_compatible: Whether files and index are named as diffusers names them.
+        export_dtype: Element type of exported floating-point tensors, or None for the reference's, else the training's.
     """
 
     repo_id: str | None
@@ -104,6 +105,7 @@ class HubOptions:
     skip_prefixes: tuple[str, ...]
     v4_compatible: bool
     diffusers_compatible: bool
+    export_dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def _hub_options(config: CheckpointingConfig) -> HubOptions:
         skip_prefixes=tuple(config.skip_task_head_prefixes_for_base_model or ()),
         v4_compatible=config.v4_compatible,
         diffusers_compatible=config.diffusers_compatible,
+        export_dtype=config.export_dtype,
     )
 
 

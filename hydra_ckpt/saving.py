@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.planning import PartLayout
@@ -31,10 +32,17 @@ _JOIN_PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Merged:
-    """Whole files of a part that the coordinator merges from the ranks' shards."""
+    """Whole files of a part that the coordinator merges from the ranks' shards.
+
+    Attributes:
+        part: Its name.
+        files: What they hold.
+        naming: From the shards' tensors to theirs.
+    """
 
     part: str
     files: tuple[FileLayout, ...]
+    naming: Naming
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,7 @@ class DraftWriter:
                 shards,
                 draft.path,
                 merged.files,
+                merged.naming,
                 staging_dir=self.staging_dir,
                 first_file=len(listed),
             )
@@ -244,7 +253,7 @@ class DraftWriter:
 
     def parts(self, found: Mapping[str, FileRecord]) -> dict[str, PartRecord]:
         """Where the tensors of each part lie."""
-        return {layout.part: self._part(layout, found) for layout in self.content.layouts}
+        return {layout.part: self._part(layout, found) for layout in self.content.layouts if not layout.beside}
 
     def _part(self, layout: PartLayout, found: Mapping[str, FileRecord]) -> PartRecord:
         start = f"{layout.directory}/{layout.stem}"

@@ -36,7 +36,7 @@ class Staged:
         staged = cls()
         try:
             _check_memory(staged_bytes(sources.tensors), pool)
-            staged._staging = Staging(sources.tensors, pool)
+            staged._staging = Staging(sources.tensors, pool, sources.casts)
             staged._snapshot = staged._staging.snapshot
             staged._staging.copy(sources.tensors.keys() - late)
         except Exception as error:
@@ -58,7 +58,7 @@ class Staged:
             raise self._error
         if self._snapshot is None:
             assert self._sources is not None  # made by `borrowed`
-            self._snapshot = borrow(self._sources.tensors)
+            self._snapshot = borrow(self._sources.tensors, self._sources.casts)
         return self._snapshot
 
     def release(self) -> None:

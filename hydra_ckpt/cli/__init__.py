@@ -1,4 +1,4 @@
-"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints. Nothing here changes a directory.
+"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints. No checkpoint is ever changed.
 
 Exit codes: 0 all is well, 1 something was found to be wrong, 2 the tool was asked for something it cannot do.
 """
@@ -11,15 +11,21 @@ from typing import Annotated
 import typer
 
 import hydra_ckpt
+from hydra_ckpt.cli.export import export
 from hydra_ckpt.cli.list import list_checkpoints
 from hydra_ckpt.cli.verify import verify_checkpoints
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+)
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hydra-ckpt",
-    help="Looks into checkpoint directories. Nothing is ever changed.",
+    help="Looks into checkpoint directories, and exports models. No checkpoint is ever changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,11 +44,12 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Looks into checkpoint directories. Nothing is ever changed."""
+    """Looks into checkpoint directories, and exports models. No checkpoint is ever changed."""
 
 
 app.command("list")(list_checkpoints)
 app.command("verify")(verify_checkpoints)
+app.command("export")(export)
 
 
 def main() -> None:
@@ -51,7 +58,8 @@ def main() -> None:
         app()
     except CheckpointError as error:
         print(f"hydra-ckpt: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, CheckpointNotFoundError) else 1)
+        misuse = (CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError)
+        sys.exit(2 if isinstance(error, misuse) else 1)
     except OSError as error:
         print(f"hydra-ckpt: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from hydra_ckpt.hub.conversion import original_class
+from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
-from hydra_ckpt.state.peft import adapter_config, is_peft_model
+from hydra_ckpt.state.peft import adapter_config
+
+# What a tokenizer or processor consists of, wherever it is kept beside a model.
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
-def model_assets(model: nn.Module) -> dict[str, bytes]:
-    """Configuration files of a transformers model or a PEFT adapter; none for any other model.
+def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]:
+    """Configuration files of a transformers model; none for any other model.
 
     They are what `save_pretrained` would write. The live model's configuration is not touched.
+
+    Args:
+        model: The model.
+        dtype: The weights' element type, where it is not the live model's.
     """
-    if is_peft_model(model):
-        return _saved(adapter_config(model))
     model = unwrap(model)
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}
     config = copy.deepcopy(model.config)
-    config.architectures = [_class_name(model)]
-    config.dtype = next(
+    config.architectures = [original_class(model).__name__]
+    config.dtype = dtype or next(
         (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None
     )
     found = _saved(config)
@@ -38,10 +61,32 @@ def model_assets(model: nn.Module) -> dict[str, bytes]:
     return found
 
 
-def _class_name(model: nn.Module) -> str:
-    name = type(model).__name__
-    # fully_shard gives a module a class of its own, named after the original.
-    return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name
+def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
+    """The configuration of a PEFT adapter, as peft writes it."""
+    config = adapter_config(model, adapter)
+    mapping = None
+    if config.task_type is None:
+        base = original_class(unwrap(model).get_base_model())  # type: ignore[operator]
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return _saved(config, auto_mapping_dict=mapping)
+
+
+def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str, bytes]:
+    """The small files of a reference model that a live model does not bring along.
+
+    Args:
+        reference: The reference model.
+        with_tokenizer: Whether its tokenizer or processor is taken too, there being no live one.
+    """
+    wanted = [name for name in _TOKENIZER_FILES if reference.has(name)] if with_tokenizer else []
+    if "auto_map" in reference.config:
+        wanted += sorted(path.name for path in reference.directory.glob("*.py"))
+    return {name: reference.read(name) for name in wanted}
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """A configuration as transformers writes it."""
+    return (json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
@@ -49,9 +94,9 @@ def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
     return {} if tokenizer is None else _saved(tokenizer)
 
 
-def _saved(thing: Any) -> dict[str, bytes]:
+def _saved(thing: Any, **options: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as directory:
-        thing.save_pretrained(directory)
+        thing.save_pretrained(directory, **options)
         return {str(path.relative_to(directory)): path.read_bytes() for path in _files_below(Path(directory))}
 
 

@@ -72,6 +72,14 @@ def by_size(specs: Iterable[TensorSpec], max_bytes: int = DEFAULT_FILE_BYTES) ->
     return groups
 
 
+def by_file(specs: Iterable[TensorSpec], file_of: Mapping[str, str]) -> list[list[TensorSpec]]:
+    """Put tensors together as in other files, in the order of their names; those it does not know into the last."""
+    groups: dict[str, list[TensorSpec]] = {name: [] for name in sorted(set(file_of.values()))}
+    for spec in specs:
+        groups[file_of.get(spec.name, max(groups))].append(spec)
+    return [group for group in groups.values() if group]
+
+
 def file_names(stem: str, count: int) -> list[str]:
     """Names as transformers gives them: `stem.safetensors`, or `stem-00001-of-0000N.safetensors`."""
     if count == 1:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM
 
 from hydra_ckpt.errors import TopologyError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from peft import PeftModel
 
     from hydra_ckpt.recipe.settings import MeshSettings, ModelSettings
 
@@ -101,13 +102,14 @@ def plan_parallelism(mesh: MeshSettings, world_size: int, model: ModelSettings) 
     return Parallelism(**{name: sizes[name] for name in _BUILT})
 
 
-def shard_model(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
+def shard_model(model: LlamaForCausalLM | PeftModel, mesh: DeviceMesh) -> None:
     """Splits matrices over `tp` and shards layer by layer over `dp_shard`, replicated over `dp_replicate`, in place.
 
     Collective: every rank of the mesh.
     """
     names = mesh.mesh_dim_names or ()
-    layers = list(model.model.layers)
+    core: Any = model if isinstance(model, LlamaForCausalLM) else model.get_base_model()
+    layers = list(core.model.layers)
     if "tp" in names:
         for layer in layers:
             parallelize_module(layer, mesh["tp"], _TP_PLAN)

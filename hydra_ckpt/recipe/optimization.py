@@ -22,12 +22,12 @@ _LOWEST = 0.1
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AdamW:
-    """AdamW over all parameters of `model`."""
+    """AdamW over all parameters of `model` that are trained."""
     first, second = settings.betas
     # One parameter at a time: under tensor parallelism the parameters lie on different meshes, and a fused step over
     # such a list is refused.
     return AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.lr,
         betas=(first, second),
         weight_decay=settings.weight_decay,

@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass
 class ModelSettings:
-    """The shape of the Llama; names as in `transformers.LlamaConfig`."""
+    """The shape of the Llama; names as in `transformers.LlamaConfig`. With `pretrained` that model's shape instead."""
 
     hidden_size: int
     intermediate_size: int
@@ -39,6 +39,17 @@ class ModelSettings:
     max_position_embeddings: int
     attention_dropout: float
     tie_word_embeddings: bool
+    pretrained: str | None = None
+
+
+@dataclass
+class LoraSettings:
+    """An adapter of low rank in place of training all weights; names as in `peft.LoraConfig`."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: list[str]
 
 
 @dataclass
@@ -99,6 +110,7 @@ class Settings:
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     mesh: MeshSettings
+    lora: LoraSettings | None = None
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -144,6 +156,8 @@ def _check(settings: Settings) -> None:
     for key, least in _AT_LEAST.items():
         if (value := _at(settings, key)) < least:
             raise CheckpointConfigError(f"{key}={value} must be at least {least}")
+    if settings.lora is not None and settings.mesh.tp > 1:
+        raise CheckpointConfigError(f"mesh.tp={settings.mesh.tp}: this recipe does not split adapters; leave it at 1")
     if settings.data.seq_len > settings.model.max_position_embeddings:
         raise CheckpointConfigError(
             f"data.seq_len={settings.data.seq_len} is longer than "

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from hydra_ckpt.recipe.data import load_windows
 from hydra_ckpt.recipe.mesh import plan_parallelism, shard_model
-from hydra_ckpt.recipe.model import build_model
+from hydra_ckpt.recipe.model import add_adapter, build_model, load_pretrained
 from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
 from hydra_ckpt.recipe.reporting import Report
 from hydra_ckpt.recipe.session import seed_everything, session, world_size
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import AdamW
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import LlamaForCausalLM
 
     from hydra_ckpt.callback import CheckpointCallback
+    from hydra_ckpt.config import CheckpointingConfig
     from hydra_ckpt.recipe.data import Windows
     from hydra_ckpt.recipe.mesh import Parallelism
     from hydra_ckpt.recipe.settings import Settings
@@ -52,7 +52,7 @@ def train(cfg: DictConfig) -> float:
     settings = read_settings(cfg)
     parallelism = plan_parallelism(settings.mesh, world_size(), settings.model)
     with session(settings.trainer, Path(HydraConfig.get().runtime.output_dir)) as accelerator:
-        run = _prepare(settings, parallelism, accelerator)
+        run = _prepare(settings, parallelism, accelerator, instantiate(cfg.checkpoint))
         with (
             Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report,
             instantiate(cfg.callbacks.checkpoint) as checkpoints,
@@ -82,7 +82,7 @@ class _Run:
     settings: Settings
     accelerator: Accelerator
     mesh: DeviceMesh | None
-    model: LlamaForCausalLM
+    model: Any
     forward: nn.Module
     optimizer: AdamW
     stepper: Any
@@ -110,12 +110,11 @@ class _Run:
         return float(self.accelerator.reduce(value, reduction="mean"))
 
 
-def _prepare(settings: Settings, parallelism: Parallelism, accelerator: Accelerator) -> _Run:
+def _prepare(
+    settings: Settings, parallelism: Parallelism, accelerator: Accelerator, checkpoint: CheckpointingConfig
+) -> _Run:
     mesh = parallelism.device_mesh(accelerator.device.type)
-    model = build_model(settings.model, settings.seed).to(accelerator.device)
-    if mesh is not None and parallelism.is_sharded:
-        # accelerate refuses to shard on a CPU; so that it is the same everywhere, it never sees the sharded model.
-        shard_model(model, mesh)
+    model = _model(settings, mesh if parallelism.is_sharded else None, accelerator, checkpoint)
     forward = model if parallelism.is_sharded else accelerator.prepare_model(model)
     optimizer = build_optimizer(model, settings.optimizer)
     train_windows, val_windows = load_windows(settings.data)
@@ -134,6 +133,27 @@ def _prepare(settings: Settings, parallelism: Parallelism, accelerator: Accelera
         training=_batches(train_windows, settings, data_rank, parallelism.data_ranks, shuffle=True),
         validation=_batches(val_windows, settings, data_rank, parallelism.data_ranks, shuffle=False),
     )
+
+
+def _model(
+    settings: Settings, mesh: DeviceMesh | None, accelerator: Accelerator, checkpoint: CheckpointingConfig
+) -> Any:
+    """The model on its device, sharded if there is a mesh to shard it over."""
+    model: Any = build_model(settings.model, settings.seed)
+    pretrained = settings.model.pretrained
+    if pretrained is not None and settings.lora is not None:
+        load_pretrained(model, pretrained, checkpoint)  # whole: adapters are made beside weights that exist
+    if settings.lora is not None:
+        model = add_adapter(model, settings.lora, settings.seed)
+    waits = pretrained is not None and settings.lora is None
+    if not waits:
+        model = model.to(accelerator.device)
+    if mesh is not None:
+        # accelerate refuses to shard on a CPU; so that it is the same everywhere, it never sees the sharded model.
+        shard_model(model, mesh)
+    if waits and pretrained is not None:
+        load_pretrained(model, pretrained, checkpoint)  # each rank its shards
+    return model.to(accelerator.device)
 
 
 def _batches(

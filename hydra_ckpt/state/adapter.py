@@ -10,7 +10,6 @@ views of its own memory: nothing is gathered, nothing copied.
 from __future__ import annotations
 
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,17 +124,6 @@ class StackedExperts:
         return name
 
 
-class _Transformers:
-    """What transformers itself does to a model's state dict when it saves it."""
-
-    def __init__(self, model: nn.Module, revert: Callable[..., dict[str, Any]]) -> None:
-        self._model, self._revert = model, revert
-
-    def to_hf(self, state_dict: dict[str, Any], /) -> dict[str, Any]:
-        """See `StateDictAdapter`."""
-        return dict(self._revert(self._model, state_dict))
-
-
 @dataclass(frozen=True)
 class HfView:
     """One Hugging Face tensor as part of a tensor of the model.
@@ -188,12 +176,16 @@ class HfView:
 Views = dict[str, tuple[HfView, ...]]
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model says itself what its files hold."""
+    return getattr(model, "state_dict_adapter", None) is not None
+
+
 def views_of(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Views:
     """The Hugging Face tensors that each tensor of a model consists of; none if they are the tensors themselves.
 
-    The adapter is `model.state_dict_adapter`. Where there is none, transformers' models are taken apart as their own
-    `save_pretrained` does it, if that goes without copying; else they keep the names they have in memory, which
-    `from_pretrained` reads as well.
+    The adapter is `model.state_dict_adapter`. What transformers' own models are called in files is known without one
+    (`hydra_ckpt.hub.conversion`).
 
     Args:
         model: The model, or one pipeline stage of it.
@@ -203,20 +195,15 @@ def views_of(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Views:
         TopologyError: The adapter drops or doubles something, or does more than taking tensors apart. The message
             lists everything.
     """
-    adapter = getattr(model, "state_dict_adapter", None)
-    if adapter is not None:
-        views, problems = _trace(adapter, tensors)
-        if problems:
-            raise TopologyError(
-                f"the model's state_dict_adapter ({type(adapter).__name__}) does not fit; nothing was written or "
-                "loaded.\n  " + "\n  ".join(problems)
-            )
-    else:
-        adapter = _own_adapter(model)
-        views, problems = _trace(adapter, tensors) if adapter is not None else ({}, [])
-        if problems:
-            log.info("%s is saved under the names it has in memory: %s", type(model).__name__, "; ".join(problems[:3]))
-            return {}
+    if not has_adapter(model):
+        return {}
+    adapter = model.state_dict_adapter
+    views, problems = _trace(adapter, tensors)
+    if problems:
+        raise TopologyError(
+            f"the model's state_dict_adapter ({type(adapter).__name__}) does not fit; nothing was written or "
+            "loaded.\n  " + "\n  ".join(problems)
+        )
     same = all(len(found) == 1 and found[0].spec.name == name for name, found in views.items())
     unchanged = same and all(
         found[0].spec.shape == tuple(tensors[name].shape)
@@ -224,17 +211,6 @@ def views_of(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Views:
         for name, found in views.items()
     )
     return {} if unchanged else views
-
-
-def _own_adapter(model: nn.Module) -> _Transformers | None:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 names in memory and in files were the same
-        return None
-    return _Transformers(model, revert_weight_conversion)
 
 
 class _CopiesAsViews(TorchFunctionMode):

@@ -24,7 +24,7 @@ from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
-from hydra_ckpt.state.peft import check_kind, keep_adapter
+from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
 
@@ -67,10 +67,15 @@ class Extractor:
     _resumable: bool | None = None
 
     def maps(self, state: AppState) -> dict[str, ModelMap]:
-        """Model name to where its tensors live."""
+        """Model name to where its tensors live; with PEFT an entry for each adapter."""
         identity = tuple(id(module) for modules in state.models.values() for module in modules)
+        if self.is_peft:  # adapters come and go
+            named = (adapters(name, modules[0]) for name, modules in state.models.items() if is_peft_model(modules[0]))
+            identity += tuple(hash(key) for keys in named for key in keys)
         if identity != self._mapped:
-            self._maps = {name: self._map(modules) for name, modules in state.models.items()}
+            self._maps = {}
+            for name, modules in state.models.items():
+                self._maps.update(self._map(name, modules))
             self._mapped = identity
         return self._maps
 
@@ -91,13 +96,18 @@ class Extractor:
                 error,
             )
 
-    def _map(self, modules: list[nn.Module]) -> ModelMap:
+    def _map(self, name: str, modules: list[nn.Module]) -> dict[str, ModelMap]:
         for module in modules:
             check_kind(module, self.is_peft)
-        mapped = ModelMap.of(modules)
-        if self.is_peft:
-            keep_adapter(mapped, modules[0])
-        return mapped
+        if not self.is_peft:
+            return {name: ModelMap.of(modules)}
+        found = {}
+        for key, adapter in adapters(name, modules[0]).items():
+            found[key] = ModelMap.of(modules)
+            keep_adapter(found[key], modules[0], adapter)
+            if key != name:
+                found[key].names = {}  # the first map knows all parameters
+        return found
 
     def parameter_names(self, state: AppState) -> dict[int, str]:
         """Identity of every parameter to its name, with the model's name before it where there are several."""

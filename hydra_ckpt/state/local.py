@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,10 +11,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
+from hydra_ckpt.storage.memory import view_as
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,3 +150,22 @@ def _sharded_dim(name: str, placement: Placement, ndim: int) -> int | None:
     if isinstance(placement, Shard | _StridedShard):
         return placement.dim % ndim
     raise TopologyError(f"{name}: the placement {placement} cannot be saved; redistribute it to Shard or Replicate")
+
+
+def exported(items: Iterable[LocalTensor], naming: Naming) -> list[LocalTensor]:
+    """What this rank holds, as the exported tensors it is part of: views of the same memory.
+
+    The `spec` has the exported element type, `tensor` still the live one.
+    """
+    found = []
+    held = {item.spec.name: item for item in items}
+    for alias in naming.aliases:
+        item = held.get(alias.source)
+        part = None if item is None else alias.part(item.box)
+        if item is None or part is None:
+            continue
+        inner, placed = part
+        spec = TensorSpec(alias.name, naming.dtypes.get(alias.name, item.spec.dtype), alias.shape)
+        place = replace(item.place, spec=spec, box=placed, origin=item.place.origin or item.spec.name)
+        found.append(replace(item, place=place, tensor=view_as(alias, item.tensor, inner.within(item.box))))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class ModelMap:
     fsdp_modules: list[FSDPModule] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     _converter: Converter = field(default_factory=lambda: Converter({}))
+    _dropped: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -92,20 +94,18 @@ class ModelMap:
             TopologyError: Two parts hold different tensors under one name.
         """
         found = cls([])
-        tied: set[str] = set()
         sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
         cores: dict[tuple[int, str], nn.Module] = {}
         for module in modules:
             core = unwrap(module)
-            tied |= set(getattr(core, "_tied_weights_keys", None) or ())  # transformers' word for dropped names
             sources.update(_tied_to(core))
             for slot in found._walk(core, ""):
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
                 cores[id(slot.owner), slot.attribute] = core
-        found._choose_names(list(places.values()), tied)
+        found._choose_names(list(places.values()))
         found._name_after_other_stages(sources)
         found._convert(cores)
         return found
@@ -114,6 +114,7 @@ class ModelMap:
         module = unwrap(module)
         if isinstance(module, FSDPModule):
             self.fsdp_modules.append(module)
+        self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield Slot(prefix + name, module, name, True)
@@ -131,13 +132,17 @@ class ModelMap:
             if child is not None:
                 yield from self._walk(child, f"{prefix}{name}.")
 
-    def _choose_names(self, slots: list[Slot], tied: set[str]) -> None:
-        """Store a tied tensor under its first name, passing over names that transformers drops."""
+    def _choose_names(self, slots: list[Slot]) -> None:
+        """Store a tied tensor under the name that transformers keeps; where it drops none, under its first."""
+        drops = re.compile("|".join(f"(?:{pattern})" for pattern in self._dropped) or "(?!)")
         by_tensor: dict[int, list[Slot]] = {}
         for slot in slots:
             by_tensor.setdefault(id(slot.tensor), []).append(slot)
         for names in by_tensor.values():
-            chosen = next((slot for slot in names if slot.name not in tied), names[0])
+            # Of names that are all to be dropped, transformers keeps the last in the order of the alphabet.
+            dropped = [slot for slot in names if drops.search(slot.name)]
+            last = max(dropped, key=lambda slot: slot.name, default=names[0])
+            chosen = next((slot for slot in names if slot not in dropped), last)
             self.slots.append(chosen)
             if chosen.is_parameter:
                 self.names[id(chosen.tensor)] = chosen.name

@@ -1,15 +1,19 @@
-"""PEFT: the adapter of a `PeftModel`, under the names in which peft itself saves it."""
+"""PEFT: the adapters of a `PeftModel`, under the names in which peft itself saves them."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.model import ModelMap, unwrap
+
+# Directories that a model's part has for other things.
+_RESERVED = {"consolidated", "assets"}
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -22,7 +26,7 @@ def check_kind(model: nn.Module, wanted: bool) -> None:
     """Compare a model with `checkpoint.is_peft`.
 
     Raises:
-        CheckpointConfigError: One is PEFT and the other is not, or the model has several adapters.
+        CheckpointConfigError: One is PEFT and the other is not, or an adapter's name cannot name a directory.
     """
     found = is_peft_model(model)
     if found and not wanted:
@@ -35,29 +39,50 @@ def check_kind(model: nn.Module, wanted: bool) -> None:
             f"checkpoint.is_peft=true, but the model is a {type(unwrap(model)).__name__}, not a PeftModel: "
             "wrap it with peft.get_peft_model, or set checkpoint.is_peft=false"
         )
-    if found and len(_core(model).peft_config) > 1:
-        raise CheckpointConfigError(
-            f"the PeftModel has several adapters ({', '.join(_core(model).peft_config)}); this version saves models "
-            "with one. Delete the others (model.delete_adapter), or save them with their own save_pretrained"
-        )
+    for adapter in _core(model).peft_config if found else ():
+        if not adapter.isidentifier() or adapter in _RESERVED:
+            raise CheckpointConfigError(f"the adapter's name {adapter!r} cannot name a directory; choose an identifier")
 
 
-def keep_adapter(mapped: ModelMap, model: nn.Module) -> None:
-    """Reduce a model's map to what belongs to the adapter, modules_to_save included, in peft's own names."""
+def adapters(name: str, model: nn.Module) -> dict[str, str]:
+    """The adapters of a model: the name under which a checkpoint holds each, to peft's name of it.
+
+    The one called `default`, or else the first, has the model's own name; others have theirs behind it.
+    """
+    held = list(_core(model).peft_config)
+    first = "default" if "default" in held else held[0]
+    prefix = f"{name}/" if name else ""
+    return {name if adapter == first else prefix + adapter: adapter for adapter in [first, *held]}
+
+
+def keep_adapter(mapped: ModelMap, model: nn.Module, adapter: str) -> None:
+    """Reduce a model's map to what belongs to an adapter, modules_to_save included, in peft's own names."""
     from peft import get_peft_model_state_dict
 
     live = {slot.name: slot.tensor for slot in mapped.slots}
     # peft only filters and renames, so that the tensors tell which name became which.
-    kept = get_peft_model_state_dict(_core(model), state_dict=live, save_embedding_layers=False)
-    names = {id(tensor): name for name, tensor in kept.items()}
+    select = partial(get_peft_model_state_dict, _core(model), state_dict=live, adapter_name=adapter)
+    names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
+    if _trained_embeddings(model) - names.keys():
+        names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
     mapped.keep({slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names})
 
 
-def adapter_config(model: nn.Module) -> Any:
-    """The configuration of the only adapter, as peft saves it: ready for inference."""
-    [live] = _core(model).peft_config.values()
-    config = copy.copy(live)
+def _trained_embeddings(model: nn.Module) -> set[int]:
+    """Identities of the base model's embeddings that are trained themselves, as after new tokens were added."""
+    base = _core(model).get_base_model()
+    found = [getattr(base, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
+    weights = [getattr(module, "weight", None) for module in found]
+    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad}
+
+
+def adapter_config(model: nn.Module, adapter: str) -> Any:
+    """An adapter's configuration as peft saves it: ready for inference, naming its base model."""
+    core = _core(model)
+    config = copy.copy(core.peft_config[adapter])
     config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(core.get_base_model(), "name_or_path", None) or None
     return config
 
 

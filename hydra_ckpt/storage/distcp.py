@@ -39,6 +39,7 @@ from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.memory import narrow
 from hydra_ckpt.storage.read import Fetch
 
 # One written chunk: tensor, element type, global shape, offsets, sizes, file, first byte, bytes.
@@ -187,7 +188,7 @@ def fetch_distcp(root: Path, wanted: Sequence[Fetch], lengths: Mapping[tuple[str
         for chunk, common in _overlaps(item):
             length = lengths[chunk.file, chunk.offset]
             tensor = _load(root, chunk, length, TORCH_DTYPE[item.stored.spec.dtype])
-            source, target = _narrow(tensor, common.within(chunk.box)), _narrow(item.into, common.within(item.box))
+            source, target = narrow(tensor, common.within(chunk.box)), narrow(item.into, common.within(item.box))
             target.copy_(source)
             covered += common.numel
             total += length
@@ -218,10 +219,4 @@ def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> to
         raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
         raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)
-    return tensor
-
-
-def _narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, start, size)
     return tensor

@@ -7,6 +7,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from hydra_ckpt.layout.aliases import Alias
+from hydra_ckpt.layout.boxes import Box
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,3 +37,24 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def is_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether `bytes_of` can look at this tensor where it lies."""
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+
+
+def view_as(alias: Alias, tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """A box of a source's tensor, seen as the part of the other tensor that it is; shares memory."""
+    tensor = narrow(tensor, box)
+    kept = [dim for dim in alias.dims if dim is not None]
+    dropped = [dim for dim in range(tensor.dim()) if dim not in kept]
+    tensor = tensor.permute((*kept, *dropped))
+    for _ in dropped:
+        tensor = tensor.select(-1, 0)
+    for position, dim in enumerate(alias.dims):
+        if dim is None:
+            tensor = tensor.unsqueeze(position)
+    return tensor
+
+
+def narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """The box of a tensor; shares memory."""
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

@@ -6,19 +6,22 @@ Files are written from front to back; with a staging directory they are built th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hydra_ckpt.files import Files
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box, Region
 from hydra_ckpt.layout.files import FileLayout
 from hydra_ckpt.layout.plan import CELL_BYTES, StoredTensor
+from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
-from hydra_ckpt.storage.memory import bytes_of
+from hydra_ckpt.storage.memory import bytes_of, narrow, view_as
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.store import names
 
@@ -31,6 +34,7 @@ def merge_shards(
     shards: Sequence[str],
     target: Path,
     layouts: Sequence[FileLayout],
+    naming: Naming,
     *,
     staging_dir: Path | None,
     first_file: int,
@@ -43,6 +47,7 @@ def merge_shards(
         shards: Their names in it.
         target: The draft that gets the whole files.
         layouts: What these are to hold.
+        naming: From the shards' tensors to theirs.
         staging_dir: Where to build them first, if not in place.
         first_file: Index of the first whole file in the digests.
 
@@ -58,25 +63,57 @@ def merge_shards(
         place = target / layout.path
         built = staging_dir / f"{names.nonce()}-{place.name}" if staging_dir else place
         files.make_dir(built.parent)
-        records += _write(files, built, _content(source, stored, layout), number)
+        records += write_through(files, built, content(layout, naming, stored, partial(fetch, source)), number)
         if built != place:
-            _write(files, place, _read(built), number)
+            write_through(files, place, _read(built), number)
             files.unlink(built)
     return records
 
 
-def _content(source: Path, stored: Mapping[str, StoredTensor], layout: FileLayout) -> Iterator[memoryview]:
-    """All bytes of a whole file in order."""
+def content(
+    layout: FileLayout,
+    naming: Naming,
+    stored: Mapping[str, StoredTensor],
+    read: Callable[[list[Fetch]], int],
+    block_bytes: int = _BLOCK_BYTES,
+) -> Iterator[memoryview]:
+    """All bytes of a whole file in order, tensors in blocks.
+
+    Args:
+        layout: The file.
+        naming: From the stored tensors to the file's.
+        stored: The tensors it is made of.
+        read: Reads boxes of them.
+        block_bytes: The largest block, unless a row is larger.
+    """
     yield memoryview(layout.header)
     for spec in layout.tensors:
         row_bytes = max(spec.nbytes // spec.shape[0], 1) if spec.shape and spec.shape[0] else spec.nbytes
-        step = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        step = max(block_bytes // max(row_bytes, 1), 1)
         whole = Box.whole(spec.shape)
         for start in range(0, spec.shape[0], step) if spec.shape else [0]:
             box = whole.rows(start, min(start + step, spec.shape[0])) if spec.shape else whole
-            block = torch.empty(box.sizes, dtype=TORCH_DTYPE[spec.dtype])
-            fetch(source, [Fetch(stored[spec.name], box, block)])
-            yield bytes_of(block)
+            yield bytes_of(_block(spec, box, naming, stored, read))
+
+
+def _block(
+    spec: TensorSpec,
+    box: Box,
+    naming: Naming,
+    stored: Mapping[str, StoredTensor],
+    read: Callable[[list[Fetch]], int],
+) -> torch.Tensor:
+    block = torch.empty(box.sizes, dtype=TORCH_DTYPE[spec.dtype])
+    for alias in naming.by_name[spec.name]:
+        found = alias.sought(box)
+        if found is None:
+            continue
+        inner, common = found
+        source = stored[alias.source]
+        part = torch.empty(inner.sizes, dtype=TORCH_DTYPE[source.spec.dtype])
+        read([Fetch(source, inner, part)])
+        narrow(block, common.within(box)).copy_(view_as(alias, part, Box.whole(inner.sizes)))
+    return block
 
 
 def _read(path: Path) -> Iterator[memoryview]:
@@ -85,11 +122,16 @@ def _read(path: Path) -> Iterator[memoryview]:
             yield memoryview(data)
 
 
-def _write(files: Files, path: Path, content: Iterator[memoryview], number: int) -> list[Digested]:
+def write_through(files: Files, path: Path, blocks: Iterable[memoryview], number: int = 0) -> list[Digested]:
+    """Write a new file from front to back, durably.
+
+    Returns:
+        Digests of all of it, for the file of this number.
+    """
     records, position = [], 0
     files.allocate(path, 0)
     with files.open(path) as file:
-        for block in content:
+        for block in blocks:
             file.write_at(position, block)
             for start in range(0, len(block), CELL_BYTES):
                 cell = block[start : start + CELL_BYTES]

@@ -115,3 +115,18 @@ def _unpickled(path: Path, data: io.BytesIO) -> Any:
         return torch.load(data, map_location="cpu", weights_only=False)
     except Exception as error:  # noqa: BLE001 - pickles raise whatever they like
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
+
+
+def load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file, mapped into memory rather than read.
+
+    Raises:
+        CorruptCheckpointError: It is no state dict of tensors.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the file leads to
+        raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {error}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise CorruptCheckpointError(path, "is no state dict of tensors")
+    return {str(name): tensor for name, tensor in loaded.items()}

@@ -22,6 +22,7 @@ from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
 _ALIGNMENT = 64
+_NO_CASTS: Mapping[int, torch.dtype] = {}
 
 
 class Buffer:
@@ -117,13 +118,14 @@ class Snapshot:
 
 
 @torch.no_grad()
-def borrow(tensors: Mapping[int, torch.Tensor]) -> Snapshot:
-    """Look at tensors where they lie, copying only those not in plain host memory.
+def borrow(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype] = _NO_CASTS) -> Snapshot:
+    """Look at tensors where they lie, copying only those not in plain host memory, or wanted in another element type.
 
     For synchronous saves: nothing may change the tensors until the snapshot is released.
     """
+    wanted = {key: tensor.to(casts.get(key, tensor.dtype)) for key, tensor in tensors.items()}
     return Snapshot(
-        {key: bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor)) for key, tensor in tensors.items()}
+        {key: bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor)) for key, tensor in wanted.items()}
     )
 
 
@@ -137,12 +139,19 @@ class Staging:
     Args:
         tensors: Live tensors by key.
         pool: Lends the buffer.
+        casts: Element types of the copies, where they are not the tensors' own.
     """
 
-    def __init__(self, tensors: Mapping[int, torch.Tensor], pool: BufferPool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[int, torch.Tensor],
+        pool: BufferPool,
+        casts: Mapping[int, torch.dtype] = _NO_CASTS,
+    ) -> None:
         self._live = dict(tensors)
-        buffer = pool.take(staged_bytes(tensors))
-        slots = dict(zip(tensors, buffer.slots(tensors.values()), strict=True))
+        copies = _copies(tensors, casts)
+        buffer = pool.take(staged_bytes(copies))
+        slots = dict(zip(copies, buffer.slots(copies.values()), strict=True))
         self._targets = {key: target for key, (target, _) in slots.items()}
         self.snapshot = Snapshot({key: view for key, (_, view) in slots.items()}, pool, buffer)
 
@@ -153,9 +162,17 @@ class Staging:
         _copy([(self._targets[key], self._live.pop(key)) for key in wanted])
 
 
-def staged_bytes(tensors: Mapping[int, torch.Tensor]) -> int:
+def staged_bytes(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype] = _NO_CASTS) -> int:
     """The size of the buffer that a copy of these tensors takes."""
-    return _positions(tensors.values())[1]
+    return _positions(_copies(tensors, casts).values())[1]
+
+
+def _copies(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype]) -> dict[int, torch.Tensor]:
+    """What the copies look like: a tensor itself, or one without data where its element type changes."""
+    return {
+        key: torch.empty(tensor.shape, dtype=casts[key], device="meta") if key in casts else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _positions(tensors: Iterable[torch.Tensor]) -> tuple[list[int], int]:

@@ -15,6 +15,10 @@ TOKEN = ".token"  # noqa: S105
 
 MODEL = "model"
 CONSOLIDATED = "consolidated"
+# Beside a model's tensors: how its export calls them, where it calls them otherwise.
+NAMING = "names.json"
+# The small files of an export, in checkpoints without one.
+ASSETS = "assets"
 OPTIMIZER = "optim"
 EXTRAS = "extras"
 PROGRESS = "progress"

@@ -1,0 +1,106 @@
+"""`hydra-ckpt export`: a Hugging Face directory from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from hydra_ckpt.cli.locating import locate
+from hydra_ckpt.cli.output import print_json, shown_size
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.pointers import read_pointer
+
+__all__ = ["export"]
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_DEFAULT_FILE_BYTES = 5 * 10**9
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; the run's own export type if not given.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Where a new file begins, e.g. 5GB; the run's own files if not given.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="model, one of several models, or an extra that averages the weights.")
+    ] = names.MODEL,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
+    base: Annotated[str | None, typer.Option(help="With --merge: the base model, if not the adapter's own.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
+
+    The files are those that the run itself would have written. Weights are streamed, whatever their size.
+    """
+    found = _checkpoint(checkpoint)
+    kind = None if dtype is None else _dtype(dtype)
+    limit = None if max_shard_size is None else _size(max_shard_size)
+    if merge:
+        from hydra_ckpt.hub.merging import merge_adapter
+
+        adapter = found.path / part / names.CONSOLIDATED
+        merge_adapter(adapter, out, base=base, dtype=kind, max_file_bytes=limit or _DEFAULT_FILE_BYTES)
+        made: dict[str, Any] = {"path": str(out), "files": sorted(path.name for path in out.glob("*.safetensors"))}
+        made["bytes"] = sum((out / name).stat().st_size for name in made["files"])
+    else:
+        made = _stream(found, out, part, kind, limit, verify)
+    if as_json:
+        print_json(made)
+    else:
+        print(f"{made['path']}: {len(made['files'])} weight files, {shown_size(made['bytes'])}")
+
+
+def _stream(
+    found: Checkpoint, out: Path, part: str, dtype: str | None, limit: int | None, verify: bool
+) -> dict[str, Any]:
+    from hydra_ckpt.hub.offline import export_checkpoint
+
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(found.name, total=None)
+        made = export_checkpoint(
+            found,
+            out,
+            part=part,
+            dtype=dtype,
+            max_file_bytes=limit,
+            verify=verify,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {"path": str(made.path), "files": list(made.files), "bytes": made.nbytes}
+
+
+def _checkpoint(given: Path) -> Checkpoint:
+    located = locate(given)
+    name = located.only or read_pointer(located.root, names.LATEST)
+    if name is None:
+        raise CheckpointNotFoundError(f"{located.root} has no {names.LATEST}; name the checkpoint to export")
+    return Checkpoint.open(located.root / name)
+
+
+def _dtype(text: str) -> str:
+    name = _DTYPES.get(text, text)
+    if name not in _DTYPES.values():
+        raise CheckpointConfigError(f"--dtype {text} is not one of: {', '.join(_DTYPES)}")
+    return name
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise CheckpointConfigError(f"--max-shard-size {text} is no size; write for example 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,327 @@
+"""Base models: the weights of a reference model into a live one, on any mesh, each rank reading only its slices."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hydra_ckpt.distributed import Channel
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
+from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model, skeleton_of
+from hydra_ckpt.hub.reference import Reference, find_reference
+from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Weights
+from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.resolved import HubOptions
+from hydra_ckpt.state.local import Localizer, exported
+from hydra_ckpt.state.model import ModelMap, unwrap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseReport:
+    """What a base load did.
+
+    Attributes:
+        path: The reference model's directory.
+        skipped: Names that keep their initialization.
+        unexpected: Names of the reference that the model has no place for.
+        read_bytes: Bytes this rank read.
+    """
+
+    path: Path
+    skipped: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    read_bytes: int = 0
+
+
+@dataclass
+class _Fit:
+    """How names of the reference and of the model go together.
+
+    Attributes:
+        stored: Name that `exported` gives a piece to the reference's name for it.
+        missing: Names of the model with nothing to read.
+        unexpected: Names of the reference without a place.
+        different: Name to what does not fit about its shape.
+    """
+
+    stored: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+
+
+def load_base(
+    model: nn.Module | list[nn.Module], options: HubOptions, channel: Channel, *, allow_pickle: bool
+) -> BaseReport:
+    """Collective: fill a model with the weights of its reference model.
+
+    A model on the meta device is brought to its device first, and what is not in the reference is initialized. Element
+    types stay those of the model.
+
+    Args:
+        model: The model, or the parts of it that this rank holds.
+        options: Which reference, and what to leave out.
+        channel: To the other ranks.
+        allow_pickle: Whether `.bin` files may be read.
+
+    Raises:
+        CheckpointConfigError: No reference is configured, or its weights are of a kind that may not or cannot be read.
+        CheckpointNotFoundError: The reference, or one of its files, is not there.
+        KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
+    """
+    repo_id = options.repo_id
+    if repo_id is None:
+        raise CheckpointConfigError(
+            "checkpoint.model_repo_id is not set: give the hub id or directory of the model to start from"
+        )
+    found = channel.coordinator_step("looking for the base model", lambda: _located(repo_id, options.cache_dir))
+    reference = Reference(Path(found["directory"]), Path(found["root"]))
+    error: Exception | None = None
+    report = None
+    try:
+        parts = model if isinstance(model, list) else [model]
+        loader = _Loader(parts, reference, options, allow_pickle)
+        error = loader.mismatch()
+    except Exception as failure:
+        error = failure
+    channel.raise_together(f"comparing {reference.directory} with the model", _known(error))
+    try:
+        report = loader.load()
+    except Exception as failure:
+        error = failure
+    channel.raise_together(f"reading {reference.directory}", _known(error))
+    assert report is not None  # raise_together has raised otherwise
+    return report
+
+
+def _located(repo_id: str, cache_dir: Path) -> dict[str, str]:
+    reference = find_reference(repo_id, cache_dir)
+    return {"directory": str(reference.directory), "root": str(reference.root)}
+
+
+def _known(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, CheckpointError):
+        return error
+    known = CheckpointError(f"{type(error).__name__}: {error}")
+    known.__cause__ = error
+    return known
+
+
+class _Loader:
+    """One base load on one rank."""
+
+    def __init__(
+        self, parts: Sequence[nn.Module], reference: Reference, options: HubOptions, allow_pickle: bool
+    ) -> None:
+        self._parts = [unwrap(part) for part in parts]
+        self._reference = reference
+        self._skip = options.skip_prefixes
+        self._weights = _weights(reference, options.dequantize, allow_pickle)
+        mapped = ModelMap.of(self._parts)
+        self._aliases = mapped.aliases
+        self._names = {slot.name for slot in mapped.slots}
+        self._localize = Localizer()
+        self._items = mapped.locals(self._localize)
+        self._naming = hub_naming(self._parts[0], [item.spec for item in self._items])
+        self._fit = self._compare()
+
+    def _compare(self) -> _Fit:
+        fit = _Fit()
+        rename = _Renaming(
+            self._parts[0], self._naming, {item.spec.name: item.spec for item in self._items}, self._aliases
+        )
+        specs = self._weights.specs
+        for name in specs:
+            place = rename(name)
+            if place is None:
+                fit.unexpected.append(name)
+            elif place not in fit.stored or place == name:
+                fit.stored[place] = name
+        self._naming = rename.naming
+        optional = _optional(self._parts[0])
+        for item in self._items:
+            aliases = self._naming.by_source.get(item.spec.name, ())
+            absent = not aliases or any(alias.name not in fit.stored for alias in aliases)
+            if absent and not item.spec.name.startswith(self._skip) and not optional.search(item.spec.name):
+                fit.missing.append(item.spec.name)
+        for alias in self._naming.aliases:
+            stored = specs.get(fit.stored.get(alias.name, ""))
+            if stored is not None and stored.shape != alias.shape and not alias.source.startswith(self._skip):
+                fit.different[alias.name] = f"{list(stored.shape)} in the reference, {list(alias.shape)} in the model"
+        return fit
+
+    def mismatch(self) -> KeyMismatchError | None:
+        """What does not fit, if anything."""
+        if not self._fit.missing and not self._fit.different:
+            return None
+        return KeyMismatchError(
+            str(self._reference.directory),
+            missing=self._fit.missing,
+            mismatched=self._fit.different,
+            unexpected=self._fit.unexpected if self._fit.missing else (),
+            remedy="Name what is to keep its initialization in checkpoint.skip_task_head_prefixes_for_base_model, "
+            "or build the model from the reference's config.json.",
+        )
+
+    @torch.no_grad()
+    def load(self) -> BaseReport:
+        """Read, and initialize what is left."""
+        fresh = self._materialize()
+        loaded, total = set(), 0
+        chosen = [item for item in self._items if not item.spec.name.startswith(self._skip)]
+        order = {name: number for number, name in enumerate(self._weights.specs)}
+        pieces = [item for item in exported(chosen, self._naming) if item.spec.name in self._fit.stored]
+        for piece in sorted(pieces, key=lambda piece: order[self._fit.stored[piece.spec.name]]):
+            total += self._weights.read(self._fit.stored[piece.spec.name], piece.box, piece.tensor)
+        for alias in self._naming.aliases:
+            if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
+                loaded.add(alias.source)
+        left = sorted(self._names - loaded)
+        if fresh:
+            self._initialize(loaded)
+        if left:
+            log.warning("%s: not taken from the base model: %s", self._reference.directory, ", ".join(left))
+        if self._fit.unexpected:
+            log.info("the model has no place for %s", ", ".join(self._fit.unexpected))
+        return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
+
+    def _materialize(self) -> bool:
+        """Give a model on the meta device memory; whether there was any such part."""
+        waiting = [part for part in self._parts if any(tensor.is_meta for tensor in part.parameters())]
+        for part in waiting:
+            _check_buffers(part)
+            sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
+            part.to_empty(device="cpu" if sharded is None else sharded.device_mesh.device_type)
+            if is_transformers_model(part):
+                cast(Any, part).tie_weights()
+        if waiting:
+            self._items = ModelMap.of(self._parts).locals(self._localize)
+        return bool(waiting)
+
+    def _initialize(self, loaded: set[str]) -> None:
+        """Let transformers initialize what was not read: heads, and buffers that are in no file."""
+        for part in self._parts:
+            if not is_transformers_model(part):
+                continue
+            for module in part.modules():
+                module._is_hf_initialized = False  # type: ignore[assignment]
+            for slot in ModelMap.of([part]).slots:
+                slot.tensor._is_hf_initialized = slot.name in loaded  # type: ignore[attr-defined]
+            cast(Any, part).initialize_weights()
+            for slot in ModelMap.of([part]).slots:
+                del slot.tensor._is_hf_initialized  # type: ignore[attr-defined]
+
+
+def _check_buffers(part: nn.Module) -> None:
+    lost = [
+        f"{place}.{name}".lstrip(".")
+        for place, module in part.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and module._buffers[name].is_meta
+    ]
+    if lost and not is_transformers_model(part):
+        raise CheckpointError(
+            f"the model is on the meta device, and its buffers {', '.join(lost)} are in no file: only a transformers "
+            "model knows how to fill them. Build the model on its device"
+        )
+
+
+def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -> Weights:
+    if reference.weight_files:
+        stored: Weights = SafetensorsWeights(reference)
+    elif not reference.pickled:
+        raise CheckpointNotFoundError(f"{reference.directory} holds no model weights (model.safetensors or its index)")
+    elif not allow_pickle:
+        raise CheckpointConfigError(
+            f"{reference.directory} holds pickled weights only ({', '.join(reference.pickled)}). Set "
+            "checkpoint.allow_legacy_pickle_restore=true to read the tensors in them, or convert them to safetensors"
+        )
+    else:
+        stored = PickledWeights(reference)
+    return Dequantized(stored, reference.config.get("quantization_config") or {}, permitted)
+
+
+def _optional(model: nn.Module) -> re.Pattern[str]:
+    """Names that transformers does not miss in files."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")
+
+
+class _Renaming:
+    """From the reference's names to those that `exported` gives a model's pieces."""
+
+    def __init__(
+        self, model: nn.Module, naming: Naming, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+    ) -> None:
+        self._known = set(naming.by_name)
+        self._specs = specs
+        self._names = set(specs)
+        self._aliases = aliases
+        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        self._naming = naming
+        self._as_in_memory: set[str] = set()
+        if is_transformers_model(model):
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+            mapping = get_model_conversion_mapping(skeleton_of(model))
+            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+            self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def __call__(self, name: str) -> str | None:
+        """The piece that a name of the reference means; None where the model has none."""
+        if name in self._known:
+            return name
+        place = self._in_memory(name)
+        if place in self._names:
+            return self._plain(place)
+        if place in self._aliases:
+            return self._plain(self._aliases[place])
+        return next((other for other in self._other_prefix(name) if other in self._known), None)
+
+    def _in_memory(self, name: str) -> str:
+        """The model's own name for a tensor that is stored as the model holds it."""
+        if not self._renamings and not self._converters:
+            return next((other for other in (name, *self._other_prefix(name)) if other in self._names), name)
+        from transformers.core_model_loading import rename_source_key
+
+        known = dict.fromkeys([*self._names, *self._aliases], True)
+        renamed, converter = rename_source_key(name, self._renamings, self._converters, self._prefix, known)
+        if converter is None and renamed in known:
+            return renamed
+        # transformers, too, takes a name that needs no conversion as it is.
+        return rename_source_key(name, [], [], self._prefix, known)[0]
+
+    def _other_prefix(self, name: str) -> list[str]:
+        if not self._prefix:
+            return []
+        return [f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
+
+    def _plain(self, name: str) -> str:
+        """Have a tensor read whole, as the model holds it."""
+        pieces = self._naming.by_source.get(name, ())
+        if len(pieces) == 1 and pieces[0].is_whole:
+            return pieces[0].name
+        self._as_in_memory.add(name)
+        return name
+
+    @property
+    def naming(self) -> Naming:
+        """The names in which pieces are read, now that the reference's are known."""
+        if not self._as_in_memory:
+            return self._naming
+        kept = [alias for alias in self._naming.aliases if alias.source not in self._as_in_memory]
+        return Naming((*kept, *(Alias.same(self._specs[name]) for name in sorted(self._as_in_memory))))

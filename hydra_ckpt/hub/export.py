@@ -1,0 +1,148 @@
+"""What an export is made like: names and layout as transformers has them, element types and files as asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
+from hydra_ckpt.hub.assets import adapter_assets, json_bytes, model_assets, reference_assets
+from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model
+from hydra_ckpt.hub.reference import Reference, at, find_reference
+from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.resolved import HubOptions
+from hydra_ckpt.state.model import unwrap
+
+log = logging.getLogger(__name__)
+
+FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a reference model says about an export; plain data, so that rank 0 can tell the others.
+
+    Attributes:
+        dtypes: Element type by tensor.
+        files: File by tensor; empty for a single file.
+    """
+
+    dtypes: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+class ModelExport:
+    """How the models of a run are exported.
+
+    Args:
+        options: What is configured.
+        required: Whether exports will be written; if not, a model that cannot be exported is no error.
+    """
+
+    def __init__(self, options: HubOptions, *, required: bool) -> None:
+        self._options = options
+        self._required = required
+
+    def wanted(self, model: nn.Module) -> dict[str, Any]:
+        """Coordinator only: what the reference model says, as plain data; see `Wanted`.
+
+        Raises:
+            CheckpointNotFoundError: The reference that is configured is not there.
+        """
+        reference = self._reference(model)
+        if reference is None:
+            return {"dtypes": {}, "files": {}}
+        stored = reference.tensors(complete=False)
+        quantized = sorted(name for name, item in stored.items() if item.spec.dtype not in FLOATS.values())
+        if quantized:
+            log.warning(
+                "the reference model %s is quantized (%s, ...); the export keeps the training's element types there",
+                reference.directory,
+                quantized[0],
+            )
+        return {"dtypes": {name: item.spec.dtype for name, item in stored.items()}, "files": dict(reference.file_map)}
+
+    def naming(self, model: nn.Module, specs: Sequence[TensorSpec], wanted: Wanted) -> Naming:
+        """Names, layout and element types of an export.
+
+        Raises:
+            CheckpointConfigError: transformers stores the model otherwise than can be done on shards.
+        """
+        try:
+            found = hub_naming(model, specs)
+        except CheckpointConfigError as error:
+            if self._required:
+                raise
+            log.warning("%s", error)
+            found = Naming.unchanged(specs)
+        dtypes = {spec.name: self._dtype(spec, wanted) for spec in found.specs(specs)}
+        own = {spec.name: spec.dtype for spec in found.specs(specs)}
+        changed = {name: dtype for name, dtype in dtypes.items() if dtype != own[name]}
+        return replace(found, dtypes=changed, files={name: wanted.files[name] for name in own if name in wanted.files})
+
+    def _dtype(self, spec: TensorSpec, wanted: Wanted) -> str:
+        """Only floating point changes, and only to floating point."""
+        asked = self._options.export_dtype
+        found = wanted.dtypes.get(spec.name, spec.dtype) if asked is None else FLOATS[asked]
+        return found if {found, spec.dtype} <= set(FLOATS.values()) else spec.dtype
+
+    def assets(self, model: nn.Module, naming: Naming, adapter: str, *, has_tokenizer: bool) -> dict[str, bytes]:
+        """Coordinator only: the small files of a model's export by name.
+
+        Args:
+            model: The model.
+            naming: How it is exported.
+            adapter: Its adapter that is exported; empty for the model itself.
+            has_tokenizer: Whether there is a live tokenizer.
+
+        Raises:
+            CheckpointConfigError: The original configuration is asked for, and there is none.
+        """
+        if adapter:
+            return adapter_assets(model, adapter)
+        found = model_assets(model, _main_dtype(naming))
+        original = self._options.original_model_root_dir
+        reference = self._reference(model) if original is None else at(original)
+        if self._options.v4_compatible and is_transformers_model(model):
+            found.update(self._version_4(reference, found["config.json"]))
+        if reference is not None:
+            beside = reference_assets(reference, with_tokenizer=not has_tokenizer)
+            found = {**beside, **found}
+        return found
+
+    def _version_4(self, reference: Reference | None, current: bytes) -> dict[str, bytes]:
+        if reference is None or not reference.has("config.json"):
+            raise CheckpointConfigError(
+                "checkpoint.v4_compatible=true exports the original config.json, but there is none: point "
+                "checkpoint.model_repo_id or checkpoint.original_model_root_dir to a directory that has it"
+            )
+        original = {key: value for key, value in reference.config.items() if key != "quantization_config"}
+        return {"config.json": json_bytes(original), "config.v5.json": current}
+
+    def _reference(self, model: nn.Module) -> Reference | None:
+        named = self._options.repo_id
+        if named is not None:
+            return find_reference(named, self._options.cache_dir)
+        path = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
+        if not isinstance(path, str) or not path:
+            return None
+        try:
+            return find_reference(path, self._options.cache_dir)
+        except CheckpointNotFoundError:
+            return None  # the model remembers where it came from, but that is gone
+
+
+def _main_dtype(naming: Naming) -> str | None:
+    """The element type of most exported values that change theirs, as config.json spells it; None if none does."""
+    sizes: dict[str, int] = {}
+    for alias in naming.aliases:
+        dtype = naming.dtypes.get(alias.name)
+        if dtype is not None:
+            sizes[dtype] = sizes.get(dtype, 0) + alias.box.numel
+    spelled = {dtype: name for name, dtype in FLOATS.items()}
+    return spelled[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None

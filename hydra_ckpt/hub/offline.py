@@ -1,0 +1,248 @@
+"""Exports made afterwards, from any checkpoint of ours: the same files as the run would have written itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError
+from hydra_ckpt.files import Files
+from hydra_ckpt.hub.assets import json_bytes
+from hydra_ckpt.hub.export import FLOATS
+from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
+from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.ledger import Ledger
+from hydra_ckpt.storage.merge import content, write_through
+from hydra_ckpt.storage.naming import decode_naming
+from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.verify import checks, findings, read_small
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.draft import sync_tree
+from hydra_ckpt.store.manifest import PartRecord
+
+_BLOCK_BYTES = 64 << 20
+_WHOLE_TENSORS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        path: The directory.
+        files: Names of its weight files.
+        nbytes: Their size together.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A part of a checkpoint, ready to be read.
+
+    Attributes:
+        tensors: By name.
+        naming: From these to the export's.
+        stem: How weight files are called.
+        read: Reads boxes.
+        block_bytes: The largest block to read at once.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    naming: Naming
+    stem: str
+    read: Callable[[list[Fetch]], int]
+    block_bytes: int
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    part: str = names.MODEL,
+    dtype: str | None = None,
+    max_file_bytes: int | None = None,
+    verify: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write a Hugging Face directory from a checkpoint, in bounded memory.
+
+    Args:
+        checkpoint: Any of ours; its model as shards, consolidated, or in `.distcp` files (these tensor by tensor).
+        out: The directory to make; it must not exist, or be empty. A crash leaves nothing in its place.
+        part: `model`, the name of one of several models, or of an extra that holds tensors under the model's names
+            (an average of the weights).
+        dtype: Element type of floating-point tensors; None for what the run would have exported.
+        max_file_bytes: Size at which a new file begins; None for the run's own files.
+        verify: Whether the checkpoint's bytes are compared with their digests.
+        progress: Called with bytes written so far and in all.
+
+    Raises:
+        CheckpointExistsError: There is something at `out`.
+        CheckpointNotFoundError: The checkpoint has no such part.
+        CorruptCheckpointError: The checkpoint is damaged.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+    manifest = checkpoint.manifest
+    ledger = Ledger(checks(checkpoint.path, manifest.files, manifest.digests)) if verify else None
+    source, model = _source(checkpoint, part, ledger)
+    naming = source.naming if dtype is None else _cast(source, dtype)
+    layouts = _layouts(source, naming, max_file_bytes)
+    total = sum(layout.nbytes for layout in layouts)
+    files, done = Files(), 0
+    draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
+    files.make_dir(draft)
+
+    def counted(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+        nonlocal done
+        for block in blocks:
+            yield block
+            done += len(block)
+            if progress is not None:
+                progress(done, total)
+
+    try:
+        for layout in layouts:
+            blocks = content(layout, naming, source.tensors, source.read, source.block_bytes)
+            write_through(files, draft / layout.path, counted(blocks))
+        for name, data in _small_files(checkpoint, model, layouts, source.stem, dtype).items():
+            files.make_dir((draft / name).parent)
+            files.write_new(draft / name, data)
+        if ledger is not None:
+            _verify_rest(checkpoint, source, ledger)
+        sync_tree(files, draft)
+        if out.is_dir():
+            out.rmdir()
+        files.rename(draft, out.absolute())
+        files.sync_dir(out.absolute().parent)
+    except BaseException:
+        files.remove_tree(draft)
+        raise
+    return Exported(out, tuple(layout.path for layout in layouts), total)
+
+
+def _verify_rest(checkpoint: Checkpoint, source: _Source, ledger: Ledger) -> None:
+    """Compare what was not read in whole digests; nobody has seen the export yet."""
+    read = {chunk.file for item in source.tensors.values() for chunk in item.chunks}
+    for error in findings(checkpoint.path, [check for check in ledger.left(ledger.done()) if check.file in read]):
+        raise error
+
+
+def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_Source, str]:
+    """The part to read, and the model whose small files go with it."""
+    parts = checkpoint.manifest.parts
+    models = [name for name in parts if name.split("/")[0] == names.MODEL]
+    for model in models:
+        if part in (model, model.removeprefix(f"{names.MODEL}/")):
+            return _model(checkpoint, model, ledger), model
+    tensors, _ = _read(checkpoint, names.EXTRAS) if names.EXTRAS in parts else ({}, None)
+    extra = {name: item for name, item in tensors.items() if name.startswith(f"{part}:")}
+    if not extra or len(models) != 1:
+        found = sorted({name.split(":")[0] for name in tensors})
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path} has no part {part!r} to export; it has {', '.join([*models, *found])}"
+        )
+    source = _model(checkpoint, models[0], ledger)
+    naming = _stored_naming(checkpoint, models[0]) or source.naming
+    averages = _average(naming, part, extra)
+    read = partial(fetch, checkpoint.path, ledger=ledger)
+    return _Source(averages, naming, source.stem, read, _BLOCK_BYTES), models[0]
+
+
+def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of an extra that holds the model's under one prefix, by the model's names."""
+    sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
+    first = next(iter(sizes))
+    prefixes = {name.removesuffix(first) for name in extra if name.endswith((f".{first}", f":{first}"))}
+    lacking = list(sizes)
+    for prefix in sorted(prefixes, key=len):
+        found = {name: extra[prefix + name] for name in sizes if prefix + name in extra}
+        lacking = [name for name, size in sizes.items() if name not in found or prod(found[name].spec.shape) != size]
+        if not lacking:
+            return found
+    raise CheckpointNotFoundError(
+        f"the extra {part!r} does not hold the model's tensors under their names and in their shapes: "
+        f"{', '.join(lacking)}"
+    )
+
+
+def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source:
+    tensors, lengths = _read(checkpoint, model)
+    record = checkpoint.manifest.parts[model]
+    whole = _is_whole(record)
+    naming = None if whole else _stored_naming(checkpoint, model)
+    if naming is None:
+        own = {item.spec.name: item.chunks[0].file for item in tensors.values()} if whole else {}
+        naming = Naming(tuple(Alias.same(item.spec) for item in tensors.values()), files=own)
+    stem = Path(record.files[0]).name.split("-00001-of-")[0].removesuffix(".safetensors") if whole else "model"
+    if lengths is None:
+        return _Source(tensors, naming, stem, partial(fetch, checkpoint.path, ledger=ledger), _BLOCK_BYTES)
+    # A chunk of these can only be loaded whole.
+    return _Source(tensors, naming, stem, partial(fetch_distcp, checkpoint.path, lengths=lengths), _WHOLE_TENSORS)
+
+
+def _is_whole(record: PartRecord) -> bool:
+    """Whether a part lies in the files of an export, under its names."""
+    return all(Path(file).parent.name == names.CONSOLIDATED for file in record.files)
+
+
+def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:
+    name = f"{model}/{names.NAMING}"
+    record = checkpoint.manifest.files.get(name)
+    if record is None:
+        return None
+    return decode_naming(checkpoint.path / name, read_small(checkpoint.path, name, record))
+
+
+def _read(checkpoint: Checkpoint, part: str) -> tuple[dict[str, StoredTensor], dict[tuple[str, int], int] | None]:
+    record = checkpoint.manifest.parts[part]
+    if record.format != "distcp":
+        return read_tensors(checkpoint.path, list(record.files)), None
+    lengths = {(f"{part}/{row[5]}", row[6]): row[7] for row in record.index}
+    return stored_tensors(checkpoint.path / names.MANIFEST, part, record.index), lengths
+
+
+def _cast(source: _Source, dtype: str) -> Naming:
+    if dtype not in FLOATS:
+        raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
+    kinds = {name: item.spec.dtype for name, item in source.tensors.items()}
+    floating = {alias.name for alias in source.naming.aliases if kinds[alias.source] in FLOATS.values()}
+    return replace(source.naming, dtypes=dict.fromkeys(floating, FLOATS[dtype]))
+
+
+def _layouts(source: _Source, naming: Naming, max_file_bytes: int | None) -> list[FileLayout]:
+    # An average's tensors are called otherwise in their file than here.
+    specs = naming.specs([replace(item.spec, name=name) for name, item in source.tensors.items()])
+    by_map = naming.files and max_file_bytes is None
+    groups = by_file(specs, naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
+    return [replace(layout, path=layout.path.removeprefix("/")) for layout in lay_out(groups, "", source.stem)]
+
+
+def _small_files(
+    checkpoint: Checkpoint, model: str, layouts: list[FileLayout], stem: str, dtype: str | None
+) -> dict[str, bytes]:
+    """Configuration, tokenizer and index."""
+    found: dict[str, bytes] = {}
+    for place in (f"{model}/{names.CONSOLIDATED}/", f"{model}/{names.ASSETS}/"):
+        for name, record in checkpoint.manifest.files.items():
+            if name.startswith(place) and record.xxh3 is not None and not name.endswith(".safetensors.index.json"):
+                found.setdefault(name.removeprefix(place), read_small(checkpoint.path, name, record))
+    for name in ("config.json", "config.v5.json") if dtype is not None else ():
+        if name in found:
+            body = dict(json.loads(found[name]))
+            found[name] = json_bytes({**body, "torch_dtype" if "torch_dtype" in body else "dtype": dtype})
+    if len(layouts) > 1:
+        found[f"{stem}.safetensors.index.json"] = index_json(layouts)
+    return found

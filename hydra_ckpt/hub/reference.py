@@ -1,0 +1,162 @@
+"""The reference model: where it lies on disk, and what its files hold. The network is never touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.storage.header import read_header
+
+_INDICES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+_MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model directory as Hugging Face lays it out.
+
+    Attributes:
+        directory: The local directory, or the snapshot in the hub cache.
+        root: What its files must lie in once links are followed: a snapshot's are links into the cache.
+    """
+
+    directory: Path
+    root: Path
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.directory / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """A small file.
+
+        Raises:
+            CorruptCheckpointError: It is a link that leads out of the directory.
+        """
+        return (self.root / self.inside(name)).read_bytes()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A small JSON file; empty if there is none.
+
+        Raises:
+            CorruptCheckpointError: It is no JSON object, or far too large.
+        """
+        if not self.has(name):
+            return {}
+        path = self.directory / name
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CorruptCheckpointError(path, f"is larger than {_MAX_JSON_BYTES} bytes")
+        try:
+            return dict(json.loads(self.read(name)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptCheckpointError(path, f"is no JSON object: {error}") from None
+
+    def inside(self, name: str) -> str:
+        """The path of a file below `root`, links followed.
+
+        Raises:
+            CorruptCheckpointError: The name, or a link, leads out.
+        """
+        path = self.directory / name
+        real = path.resolve()
+        if not real.is_relative_to(self.root) or Path(name).name != name:
+            raise CorruptCheckpointError(path, f"leads out of {self.root}")
+        return str(real.relative_to(self.root))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return self.json("config.json")
+
+    @cached_property
+    def file_map(self) -> Mapping[str, str]:
+        """Name of a tensor to the file it lies in, as its index says; empty for a single file.
+
+        Raises:
+            CorruptCheckpointError: The index makes no sense.
+        """
+        for index in _INDICES:
+            if self.has(index):
+                found = self.json(index).get("weight_map")
+                if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+                    raise CorruptCheckpointError(self.directory / index, "has no weight_map from names to files")
+                return {str(name): file for name, file in found.items()}
+        return {}
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The safetensors files with its weights."""
+        if self.file_map:
+            return sorted(set(self.file_map.values()))
+        return [name for name in _SINGLE if self.has(name)][:1]
+
+    @property
+    def pickled(self) -> list[str]:
+        """Its files in PyTorch's pickled form, for models that have no other."""
+        if self.has(_PICKLED[0]):
+            return sorted({str(file) for file in self.json(_PICKLED[0]).get("weight_map", {}).values()})
+        return [_PICKLED[1]] if self.has(_PICKLED[1]) else []
+
+    def tensors(self, *, complete: bool = True) -> dict[str, StoredTensor]:
+        """Its tensors by name; files are named relative to `root`.
+
+        Args:
+            complete: Whether all files must be there.
+
+        Raises:
+            CheckpointNotFoundError: Files that the index lists are missing; all of them are named.
+            CorruptCheckpointError: A header is damaged.
+        """
+        missing = [name for name in self.weight_files if not self.has(name)]
+        if missing and complete:
+            raise CheckpointNotFoundError(
+                f"{self.directory}: the index lists files that are not there: {', '.join(missing)}. "
+                "The download is incomplete; repeat it"
+            )
+        found: dict[str, StoredTensor] = {}
+        for name in self.weight_files:
+            if name not in missing:
+                found.update({item.spec.name: item for item in read_header(self.root, self.inside(name))[0]})
+        return found
+
+
+def find_reference(repo_id: str, cache_dir: Path) -> Reference:
+    """A reference model by local directory or hub id.
+
+    Args:
+        repo_id: What the user named. A directory of that name comes first.
+        cache_dir: The hub cache.
+
+    Raises:
+        CheckpointNotFoundError: It is in neither place.
+    """
+    local = Path(repo_id).expanduser()
+    if local.is_dir():
+        return at(local)
+    repository = cache_dir / f"models--{repo_id.replace('/', '--')}"
+    reference = repository / "refs" / "main"
+    if ".." not in repo_id.split("/") and reference.is_file():
+        snapshot = repository / "snapshots" / reference.read_text().strip()
+        if snapshot.is_dir():
+            return Reference(snapshot, repository.resolve())
+    raise CheckpointNotFoundError(
+        f"checkpoint.model_repo_id={repo_id} is no directory, and {cache_dir} has no complete copy of it "
+        f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, "
+        "or give a directory"
+    )
+
+
+def at(directory: Path) -> Reference:
+    """The reference model in a local directory."""
+    real = directory.resolve()
+    # A snapshot of a hub cache, named by its path: its files are links to blobs/ beside it.
+    cached = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
+    return Reference(directory.absolute(), real.parent.parent if cached else real)

@@ -1,0 +1,223 @@
+"""The weights of a reference model, read box by box, dequantized on the way where they are FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.hub.reference import Reference
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE, safetensors_dtype
+from hydra_ckpt.storage.memory import narrow
+from hydra_ckpt.storage.pickled import load_pickled
+from hydra_ckpt.storage.read import Fetch, fetch
+
+_BLOCK_BYTES = 64 << 20
+_FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+# Quantizations whose FP8 weights have a scale beside them; others pack their values in ways of their own.
+_FP8_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}
+_SCALES = ("_scale_inv", "_scale")
+# What quantized models keep for activations; nothing that a dequantized model needs.
+_ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
+
+
+class Weights(Protocol):
+    """A reference model's tensors."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All of them by name."""
+
+    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+        """Read a box of one into a tensor of its shape, of any element type; returns bytes read."""
+
+
+class SafetensorsWeights:
+    """Weights in safetensors files.
+
+    Args:
+        reference: Where they lie.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self._root = reference.root
+        self._stored: Mapping[str, StoredTensor] = reference.tensors()
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `Weights`; in the order of the files."""
+        ordered = sorted(self._stored.values(), key=lambda item: (item.chunks[0].file, item.chunks[0].offset))
+        return {item.spec.name: item.spec for item in ordered}
+
+    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+        """See `Weights`."""
+        stored = self._stored[name]
+        return fetch(
+            self._root, (Fetch(stored, part, narrow(into, part.within(box))) for part in _blocks(box, stored.spec))
+        )
+
+
+class PickledWeights:
+    """Weights in PyTorch's `.bin` files.
+
+    Args:
+        reference: Where they lie.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        missing = [name for name in reference.pickled if not reference.has(name)]
+        if missing:
+            raise CheckpointNotFoundError(f"{reference.directory}: files are missing: {', '.join(missing)}")
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name in reference.pickled:
+            self._tensors.update(load_pickled(reference.root / reference.inside(name)))
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `Weights`."""
+        return {
+            name: TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+        """See `Weights`."""
+        source = narrow(self._tensors[name], box)
+        into.copy_(source)
+        return source.nbytes
+
+
+def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
+    """A box in parts that bound what a change of element type takes."""
+    if not box.sizes or not box.numel:
+        yield box
+        return
+    row_bytes = box.numel // box.sizes[0] * spec.itemsize
+    step = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+    for start in range(0, box.sizes[0], step):
+        yield box.rows(start, min(start + step, box.sizes[0]))
+
+
+class Dequantized:
+    """FP8 weights with the values they stand for.
+
+    Args:
+        weights: As they are stored.
+        config: The reference's `quantization_config`.
+        permitted: `checkpoint.dequantize_base_checkpoint`.
+
+    Raises:
+        CheckpointConfigError: Dequantizing is forbidden, or the quantization is not one of FP8 with scales.
+    """
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any], permitted: bool | None) -> None:
+        self._weights = weights
+        specs = weights.specs
+        self._scales = {
+            name: name + end
+            for name, spec in specs.items()
+            for end in _SCALES
+            if spec.dtype in _FP8 and name + end in specs
+        }
+        # The first way of spelling wins where both are there.
+        method = config.get("quant_method")
+        if method is not None and (method not in _FP8_METHODS or not self._scales):
+            raise CheckpointConfigError(
+                f"the reference model is quantized by {method} in a way this version does not read; it reads FP8 with "
+                "scales per block, per channel or per tensor. Take a copy of the model that is not quantized"
+            )
+        if self._scales and permitted is False:
+            raise CheckpointConfigError(
+                "checkpoint.dequantize_base_checkpoint=false, but the reference model is quantized "
+                f"({next(iter(self._scales))}); set it to null or true, or take a copy that is not quantized"
+            )
+        self._block = _block_size(config)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `Weights`; scales are left out."""
+        scales = set(self._scales.values())
+        return {
+            name: spec
+            for name, spec in self._weights.specs.items()
+            if name not in scales and not (self._scales and name.endswith(_ACTIVATION_SCALES))
+        }
+
+    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+        """See `Weights`; a target of FP8 gets the stored values."""
+        spec = self._weights.specs[name]
+        if name not in self._scales or into.dtype == TORCH_DTYPE[spec.dtype]:
+            if spec.dtype in _FP8 and into.dtype != TORCH_DTYPE[spec.dtype]:
+                raise CheckpointConfigError(f"{name} is FP8, but there is no scale for it ({name}_scale_inv)")
+            return self._weights.read(name, box, into)
+        scales, total = self._read_all(self._scales[name])
+        factors = self._factors(name, spec, scales)
+        for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):
+            stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype])
+            total += self._weights.read(name, part, stored)
+            values = stored.to(torch.float32)
+            if factors is None:
+                values *= scales.reshape(())
+            else:
+                values *= _spread(factors, part, self._steps(spec, factors))
+            narrow(into, part.within(box)).copy_(values)
+        return total
+
+    def _read_all(self, name: str) -> tuple[torch.Tensor, int]:
+        spec = self._weights.specs[name]
+        found = torch.empty(spec.shape, dtype=torch.float32)
+        if spec.dtype in ("U8", "F8_E8M0"):
+            # Powers of two by their exponent, as in the microscaling formats.
+            raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
+            count = self._weights.read(name, Box.whole(spec.shape), raw)
+            return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
+        return found, self._weights.read(name, Box.whole(spec.shape), found)
+
+    def _factors(self, name: str, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
+        """The scales with one dimension for each of the weight's; None where one number serves all."""
+        if scales.numel() == 1:
+            return None
+        if scales.dim() == 1 and spec.shape and scales.shape[0] == spec.shape[0]:
+            scales = scales.reshape(-1, *[1] * (len(spec.shape) - 1))
+        if scales.dim() == len(spec.shape):
+            steps = self._steps(spec, scales)
+            if all(
+                -(-size // step) == count for size, step, count in zip(spec.shape, steps, scales.shape, strict=True)
+            ):
+                return scales
+        raise CorruptCheckpointError(
+            self._scales[name],
+            f"its shape {list(scales.shape)} fits neither blocks of {list(self._block)} nor the rows of {name}, "
+            f"whose shape is {list(spec.shape)}",
+        )
+
+    def _steps(self, spec: TensorSpec, scales: torch.Tensor) -> tuple[int, ...]:
+        """How many elements share a scale along each dimension."""
+        blocks = (*(1,) * (len(spec.shape) - 2), *self._block)[-len(spec.shape) :]
+        return tuple(
+            1 if count == size else (max(size, 1) if count == 1 else block)
+            for size, count, block in zip(spec.shape, scales.shape, blocks, strict=True)
+        )
+
+
+def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    found = config.get("weight_block_size") or (128, 128)
+    try:
+        rows, columns = (int(size) for size in found)
+    except (TypeError, ValueError):
+        raise CheckpointConfigError(f"quantization_config.weight_block_size={found} is not two numbers") from None
+    if rows < 1 or columns < 1:
+        raise CheckpointConfigError(f"quantization_config.weight_block_size={found} must be positive")
+    return rows, columns
+
+
+def _spread(factors: torch.Tensor, box: Box, steps: tuple[int, ...]) -> torch.Tensor:
+    """The factor of every element of a box."""
+    for dim, (start, size, step) in enumerate(zip(box.offsets, box.sizes, steps, strict=True)):
+        factors = factors.index_select(dim, torch.arange(start, start + size) // step)
+    return factors

@@ -1,0 +1,195 @@
+"""Aliases: the elements of a model's tensors under the names, and in the shapes, that others know them by.
+
+A tensor of the model may be several tensors of an export (experts fused in memory), a part of one (projections split
+in memory), or one whose dimensions stand in another order. Each alias is one box of one tensor and where it lies in
+the other, so that it applies to shards as it does to whole tensors, and in both directions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A box of a tensor as (a part of) another one.
+
+    Attributes:
+        name: The other tensor.
+        shape: Its global shape.
+        corner: Where in it the box begins.
+        source: The tensor the elements belong to.
+        box: Which of its elements.
+        dims: For each dimension of the other tensor the source's dimension it is; None for one of a single element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    corner: tuple[int, ...]
+    source: str
+    box: Box
+    dims: tuple[int | None, ...]
+
+    @classmethod
+    def same(cls, spec: TensorSpec, name: str | None = None) -> Alias:
+        """A whole tensor as it is, under this name or its own."""
+        whole = Box.whole(spec.shape)
+        return cls(name or spec.name, spec.shape, whole.offsets, spec.name, whole, tuple(range(len(spec.shape))))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the other tensor, dimensions in their order: a change of name at most."""
+        return self.dims == tuple(range(len(self.shape))) and self.box == Box.whole(self.shape)
+
+    def part(self, held: Box) -> tuple[Box, Box] | None:
+        """The elements of the alias that lie in a box of the source.
+
+        Returns:
+            Their box in the source and their box in the other tensor; None where there are none.
+        """
+        inner = self.box.intersect(held)
+        return None if inner is None else (inner, self.placed(inner))
+
+    def placed(self, inner: Box) -> Box:
+        """A box of the source, within this alias, as a box of the other tensor."""
+        offsets = tuple(
+            start if dim is None else start + inner.offsets[dim] - self.box.offsets[dim]
+            for start, dim in zip(self.corner, self.dims, strict=True)
+        )
+        return Box(offsets, tuple(1 if dim is None else inner.sizes[dim] for dim in self.dims))
+
+    def sought(self, wanted: Box) -> tuple[Box, Box] | None:
+        """The elements of the alias that lie in a box of the other tensor.
+
+        Returns:
+            Their box in the source and their box in the other tensor; None where there are none.
+        """
+        common = self.placed(self.box).intersect(wanted)
+        if common is None:
+            return None
+        offsets, sizes = list(self.box.offsets), [1] * len(self.box.sizes)
+        for position, dim in enumerate(self.dims):
+            if dim is not None:
+                offsets[dim] += common.offsets[position] - self.corner[position]
+                sizes[dim] = common.sizes[position]
+        return Box(tuple(offsets), tuple(sizes)), common
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a model's tensors are called, laid out and typed in an export.
+
+    Attributes:
+        aliases: In the order of the files; all pieces of one tensor follow each other.
+        dtypes: Element types by exported name, where they are not the source's.
+        files: A text by exported name, equal for those of one file; empty where files are cut by size.
+    """
+
+    aliases: tuple[Alias, ...]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def unchanged(cls, specs: Iterable[TensorSpec]) -> Naming:
+        """Every tensor under its own name."""
+        return cls(tuple(Alias.same(spec) for spec in specs))
+
+    @cached_property
+    def by_source(self) -> Mapping[str, Sequence[Alias]]:
+        """Aliases by the tensor they are taken from."""
+        found: dict[str, list[Alias]] = defaultdict(list)
+        for alias in self.aliases:
+            found[alias.source].append(alias)
+        return found
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Sequence[Alias]]:
+        """Aliases by the exported tensor they are part of."""
+        found: dict[str, list[Alias]] = defaultdict(list)
+        for alias in self.aliases:
+            found[alias.name].append(alias)
+        return found
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the export holds the model's tensors exactly as they are."""
+        return not self.dtypes and all(alias.is_whole and alias.name == alias.source for alias in self.aliases)
+
+    def keeps(self, specs: Iterable[TensorSpec]) -> bool:
+        """Whether every element of these tensors stands in the export bit for bit, so that it can be read back."""
+        return all(
+            sum({alias.box: alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
+            == prod(spec.shape)
+            and all(self.dtypes.get(alias.name, spec.dtype) == spec.dtype for alias in self.by_source[spec.name])
+            for spec in specs
+        )
+
+    def specs(self, sources: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The exported tensors, in order."""
+        dtypes = {spec.name: spec.dtype for spec in sources}
+        found = {
+            alias.name: TensorSpec(alias.name, self.dtypes.get(alias.name, dtypes[alias.source]), alias.shape)
+            for alias in self.aliases
+        }
+        return tuple(found.values())
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data, for a file."""
+        rows = [
+            [a.name, list(a.shape), list(a.corner), a.source, list(a.box.offsets), list(a.box.sizes), list(a.dims)]
+            for a in self.aliases
+        ]
+        return {"aliases": rows, "dtypes": dict(self.dtypes), "files": dict(self.files)}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Naming:
+        """What `to_data` returned.
+
+        Raises:
+            ValueError: It makes no sense.
+        """
+        try:
+            aliases = tuple(
+                Alias(
+                    str(name), _ints(shape), _ints(corner), str(source), Box(_ints(offsets), _ints(sizes)), _dims(dims)
+                )
+                for name, shape, corner, source, offsets, sizes, dims in data["aliases"]
+            )
+            dtypes = {str(name): str(dtype) for name, dtype in data["dtypes"].items()}
+            files = {str(name): str(file) for name, file in data["files"].items()}
+            unknown = set(dtypes.values()) - set(ITEMSIZE)
+            if unknown:
+                raise ValueError(f"element types {sorted(unknown)}")
+            for alias in aliases:
+                _check(alias)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(repr(error)) from None
+        return cls(aliases, dtypes, files)
+
+
+def _ints(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _dims(values: Iterable[Any]) -> tuple[int | None, ...]:
+    return tuple(None if value is None else int(value) for value in values)
+
+
+def _check(alias: Alias) -> None:
+    ranks = {len(alias.shape), len(alias.corner), len(alias.dims)}
+    used = [dim for dim in alias.dims if dim is not None]
+    numbers = (*alias.shape, *alias.corner, *alias.box.offsets, *alias.box.sizes, *used)
+    if len(ranks) != 1 or len(alias.box.offsets) != len(alias.box.sizes) or any(number < 0 for number in numbers):
+        raise ValueError(f"{alias.name}: an alias of {alias.source} that makes no sense")
+    placed = alias.placed(alias.box)
+    inside = all(a + n <= m for a, n, m in zip(placed.offsets, placed.sizes, alias.shape, strict=True))
+    if len(set(used)) != len(used) or not inside or placed.numel != alias.box.numel:
+        raise ValueError(f"{alias.name}: an alias of {alias.source} that does not fit")

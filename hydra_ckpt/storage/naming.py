@@ -1,0 +1,26 @@
+"""The file that tells how an export calls the tensors of a model, where it calls them otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.aliases import Naming
+
+
+def encode_naming(naming: Naming) -> bytes:
+    """The file's content: JSON, each row an alias; see docs/format.md."""
+    return (json.dumps(naming.to_data(), separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+
+def decode_naming(path: Path, data: bytes) -> Naming:
+    """What `encode_naming` was given.
+
+    Raises:
+        CorruptCheckpointError: It was not made by `encode_naming`.
+    """
+    try:
+        return Naming.from_data(json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"does not tell how an export names tensors: {error}") from None
