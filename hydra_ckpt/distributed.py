@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # A farewell needs no longer than any other message; whoever is later has died.
 _FAREWELL_S = 20.0
+# PyTorch's store reads a long message again from its start whenever more of it arrives: to wait for 16,384 keys and
+# get them took 0.4 s in one message each, and 0.05 s in sixteen.
+_KEYS_A_MESSAGE = 1024
 
 
 class RankTimeoutError(CheckpointError):
@@ -240,9 +243,14 @@ class StoreChannel(Channel):
     def _wait(self, what: str, keys: list[str]) -> list[Any]:
         if not keys:
             return []
+        deadline = time.monotonic() + self._limit_s
+        values: list[bytes] = []
         try:
-            self._connection.wait(keys, timedelta(seconds=self._limit_s))
-            return [json.loads(value) for value in self._connection.multi_get(keys)]
+            for start in range(0, len(keys), _KEYS_A_MESSAGE):
+                batch = keys[start : start + _KEYS_A_MESSAGE]
+                self._connection.wait(batch, timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                values += self._connection.multi_get(batch)
+            return [json.loads(value) for value in values]
         except dist.DistStoreError as error:
             missing = [key for key in keys if not self._connection.check([key])]
             ranks = [int(key.rsplit("/", 1)[1]) for key in missing if "/from/" in key] or [0]

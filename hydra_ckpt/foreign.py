@@ -68,6 +68,11 @@ class ForeignLoad(Load):
     _pools: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     _given: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def _same_ranks(self) -> bool:
+        """Nothing is known of the places its ranks had; as many count as the same."""
+        return self.checkpoint.manifest.world_size == self.channel.world_size
+
     def _read_progress(self) -> None:
         self._shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
         self._pools = {names.OPTIMIZER: {}, names.EXTRAS: {}}

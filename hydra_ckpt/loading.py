@@ -247,7 +247,7 @@ class Load:
             prefix = f"{name}/" if name else ""
             locals_ = self._locals(mapped)
             naming = self._naming(part)
-            if naming is not None:
+            if naming is not None and not mapped.is_adapted:  # an adapter gives the files' names itself
                 known = naming.by_source
                 mismatch.missing += [prefix + item.spec.name for item in locals_ if item.spec.name not in known]
                 locals_ = exported(locals_, naming)

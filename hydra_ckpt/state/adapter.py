@@ -358,6 +358,11 @@ class Converter:
         self._views = views
         self._known: dict[Place, list[tuple[HfView, Place, Box | None]]] = {}
 
+    @property
+    def changes(self) -> bool:
+        """Whether any tensor is stored otherwise than it is in memory."""
+        return bool(self._views)
+
     def __call__(self, item: LocalTensor) -> list[LocalTensor]:
         """The Hugging Face tensors, views of the item's memory. Their element type in memory is the model's."""
         views = self._views.get(item.spec.name)

@@ -173,6 +173,11 @@ class ModelMap:
         self.extra_states = {}
         self._converter = Converter({})
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter of the model's own gives its tensors other names or shapes in files."""
+        return self._converter.changes
+
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
         for module in self.fsdp_modules:
