@@ -1,4 +1,4 @@
-"""What a resume costs, ours and DCP's alternately in one run, from a warm page cache.
+"""What a resume costs, ours and DCP's alternately in one run, from a warm and a cold page cache.
 
 scripts/bench/load.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam]
 """
@@ -40,6 +40,22 @@ def read_floor(path: Path, local: list[torch.Tensor]) -> Measure:
     return lambda _: timed(read)
 
 
+def cold(place: Path, measure: Measure) -> Measure:
+    """The same with the files dropped from the page cache before."""
+
+    def drop_and_measure(number: int) -> float:
+        for file in place.rglob("*"):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
+        together()
+        return measure(number)
+
+    return drop_and_measure
+
+
 def _rank(root: str, arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     place = Path(root)
@@ -70,7 +86,11 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             size = sum(tensor.nbytes for tensor in local) / 1e6
             print(f"{dist.get_world_size()} ranks, FSDP2, {len(tensors)} tensors, {size:.0f} MB a rank", flush=True)
-        table.show("seconds of a resume, warm page cache", ["read floor (preadv)", "dcp.load of .distcp"])
+        bases = ["read floor (preadv)", "dcp.load of .distcp"]
+        table.show("seconds of a resume, warm page cache", bases)
+        table = Table()
+        table.run({name: cold(place, measure) for name, measure in contestants.items()}, arguments.rounds)
+        table.show("seconds of a resume, files dropped from the page cache", bases)
         trusting.close()
 
 

@@ -1,14 +1,16 @@
 """What a save costs, ours and the peers' alternately in one run.
 
-scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--tables stall,durable]
+scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--tables memory,stall,durable,steps]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
+
+_STEPS = 100
 
 
 class Bench:
@@ -43,6 +47,7 @@ class Bench:
         self.group = dist.new_group(backend="gloo")
         self.step = 0
         self.ours: dict[str, Checkpointer] = {}
+        self.square = torch.rand(900, 900)
 
     def state_dict(self) -> dict[str, Any]:
         """What DCP's users hand over: parameters and, with Adam, the optimizer's tensors."""
@@ -131,6 +136,68 @@ class Bench:
 
         return measure
 
+    def ours_first(self, _: int) -> float:
+        """Time the first save of a run keeps the training thread, behind `prepare()`."""
+        self.step += 1
+        place = self.fresh("first")
+        config = CheckpointingConfig(
+            checkpoint_dir=str(place),
+            restore_from=None,
+            is_async=True,
+            wait_for_staging=True,
+            save_consolidated="always",
+        )
+        with config.build(dist.get_rank(), 0, 0) as checkpointer:
+            checkpointer.prepare(self.state)
+            checkpointer.drain()
+            together()
+            return timed(lambda: checkpointer.save(self.state, step=1))
+
+    def work(self, *, python: bool) -> None:
+        """A training step of 20 to 40 ms on one thread, in the optimizer's hooks like a real one."""
+        if python:
+            sum(number * number for number in range(400_000))
+        else:
+            torch.mm(self.square, self.square)
+        self.optimizer.step()
+
+    def steps(self, key: str | None, *, python: bool = False, **options: Any) -> Measure:
+        """The 95th percentile of step times while saves follow each other without a pause, or without any."""
+
+        def measure(_: int) -> float:
+            checkpointer = None if key is None else self.checkpointer(key, is_async=True, **options)
+            taken = []
+            for _ in range(_STEPS):
+                begun = time.perf_counter()
+                self.work(python=python)
+                if checkpointer is not None and (checkpointer.pending is None or checkpointer.pending.done()):
+                    self.step += 1
+                    checkpointer.save(self.state, step=self.step)
+                taken.append(time.perf_counter() - begun)
+            if checkpointer is not None:
+                checkpointer.drain()
+            return sorted(taken)[int(0.95 * _STEPS)]
+
+        return measure
+
+    def every_step(self, key: str, **options: Any) -> Measure:
+        """Seconds for twenty steps with a save at each."""
+
+        def measure(_: int) -> float:
+            checkpointer = self.checkpointer(key, is_async=True, save_consolidated="always", **options)
+
+            def train() -> None:
+                for _ in range(20):
+                    self.work(python=False)
+                    self.step += 1
+                    checkpointer.save(self.state, step=self.step)
+
+            taken = timed(train)
+            checkpointer.drain()
+            return taken
+
+        return measure
+
     # -- peers ---------------------------------------------------------------------------------------------------
 
     def dcp_async(self, name: str, stager: Any = None, kind: Any = AsyncCheckpointerType.THREAD) -> Measure:
@@ -197,6 +264,7 @@ def stall_table(bench: Bench, rounds: int) -> None:
         "copy floor (warm torch.copy_)": bench.copy_floor,
         "ours, staging awaited in save()": bench.ours_blocked("awaited", wait_for_staging=True),
         "ours, staging overlapped": bench.ours_blocked("overlapped"),
+        "ours, first save behind prepare()": bench.ours_first,
         "dcp.async_save as it comes": bench.dcp_async("dcp_async"),
         # BlockingAsyncStager's own cache needs pinned memory, which a machine without an accelerator has not.
         "dcp.async_save, DefaultStager (cached)": bench.dcp_async("dcp_cached", cached),
@@ -213,6 +281,9 @@ def durable_table(bench: Bench, rounds: int) -> None:
     contestants: dict[str, Measure] = {
         "write floor (own files, fsync)": bench.write_floor,
         "ours, consolidated, published": bench.ours_durable("whole", save_consolidated="always"),
+        "ours, fp32 shards and a bf16 export": bench.ours_durable(
+            "cast", save_consolidated="always", export_dtype="bfloat16"
+        ),
         "ours, shard files, published": bench.ours_durable("shards", save_consolidated=False),
         "dcp.save (shards)": bench.dcp_sync,
         "DCP HF writer + consolidation, fsync": bench.hf_then_consolidate,
@@ -226,7 +297,47 @@ def durable_table(bench: Bench, rounds: int) -> None:
     )
 
 
-TABLES = {"stall": stall_table, "durable": durable_table}
+def steps_table(bench: Bench, rounds: int) -> None:
+    """What saving without a pause does to training steps."""
+    always: dict[str, Any] = {"save_consolidated": "always"}
+    for python in (False, True):
+        table = Table()
+        contestants = {
+            "no saves": bench.steps(None, python=python),
+            "saves without a pause, overlapped": bench.steps("overlapped", python=python, **always),
+            "saves without a pause, awaited": bench.steps("awaited", python=python, wait_for_staging=True, **always),
+        }
+        table.run(contestants, rounds)
+        kind = "bound to Python" if python else "in matrix products"
+        table.show(f"seconds of a step (95th percentile), {kind}", ["no saves"])
+    table = Table()
+    table.run(
+        {
+            "overlapped": bench.every_step("overlapped"),
+            "awaited": bench.every_step("awaited", wait_for_staging=True),
+        },
+        rounds,
+    )
+    table.show("seconds of twenty steps, a save at each", ["awaited"])
+
+
+def memory_table(bench: Bench, _: int) -> None:
+    """How far memory grows beyond the model; the first save of the process, so no rounds."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpointer = bench.checkpointer("memory", is_async=True, save_consolidated="always")
+    for _ in range(3):
+        bench.step += 1
+        checkpointer.save(bench.state, step=bench.step).result()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if dist.get_rank() == 0:
+        print(
+            f"\npeak memory of rank 0 grew by {grown / 1024:.0f} MiB over three asynchronous saves; "
+            f"staged {bench.nbytes / 2**20:.0f} MiB",
+            flush=True,
+        )
+
+
+TABLES = {"memory": memory_table, "stall": stall_table, "durable": durable_table, "steps": steps_table}
 
 
 def _rank(root: str, arguments: argparse.Namespace) -> None:
