@@ -113,7 +113,7 @@ class Checkpointer:
         self._start_step: int | None = None
         self._published: set[str] = set()
         self._exported: set[str] = set()
-        self._opened = self._settled = False
+        self._opened = self._settled = self._warned_of_unlike = False
 
     @property
     def enabled(self) -> bool:
@@ -443,7 +443,7 @@ class Checkpointer:
         try:
             staged.finish()
             pending.staged()
-            perform(transaction, self._save_channel)
+            outcome = perform(transaction, self._save_channel)
         except Exception as error:
             if self.config.write.is_async:
                 # Raised at the next hook; said here as well, because a program may end before there is one.
@@ -457,11 +457,22 @@ class Checkpointer:
         staged.release()
         if isinstance(transaction, Save) and not request.consolidated:
             self._weights = {request.name: transaction.writer.weights}
+        self._warn_of_unlike(outcome.get("unlike", []))
         self.stats.written_bytes += written
         self._longest_save_s = max(self._longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self.root / request.name, request.step, request.epoch))
         if self.group.rank == 0:
             self._prune()
+
+    def _warn_of_unlike(self, ranks: list[int]) -> None:
+        if ranks and self.group.rank == 0 and not self._warned_of_unlike:
+            self._warned_of_unlike = True
+            log.warning(
+                "options of optimizers, learning rate schedules, extra state or extras differ on rank %s from those on "
+                "the first rank that holds the same tensors, whose values all of them get on resuming. Keep them "
+                "equal, or put what belongs to one rank into tensors of its own",
+                ", ".join(map(str, ranks)),
+            )
 
     def _prune(self) -> None:
         try:

@@ -41,6 +41,7 @@ from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor, exported
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapters
+from hydra_ckpt.storage.digests import hex_digest
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
@@ -180,6 +181,7 @@ class Contents:
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
+            (planned.agreement.leader, "" if export_only else hex_digest(captured.shared)),
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 

@@ -42,6 +42,7 @@ class Agreement:
         elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
             two pipeline stages share.
         one_host: Whether all ranks run on one host.
+        leader: The first of the ranks that hold the same tensors as this one.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
@@ -50,6 +51,7 @@ class Agreement:
     fingerprint: str
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     one_host: bool = True
+    leader: int = 0
 
 
 Parts = Mapping[str, Sequence[LocalTensor]]
@@ -98,7 +100,8 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, positions["one_host"])
+    leader, one_host = positions["leader"], positions["one_host"]
+    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader)
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class Content:
         exports: Part to its Hugging Face directory.
         total_bytes: Tensor values that all ranks write together.
         merged: Whole files that the coordinator merges from shards.
+        alike: The first rank that holds the same tensors, and a digest of what should be the same there.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -68,6 +69,7 @@ class Content:
     exports: Mapping[str, str]
     total_bytes: int
     merged: tuple[Merged, ...] = ()
+    alike: tuple[int, str] = (0, "")
 
 
 @dataclass
@@ -170,6 +172,7 @@ class DraftWriter:
             "token": draft.token,
             "plan": plan.fingerprint,
             "coverage": plan.coverage,
+            "alike": list(content.alike),
             "bytes": plan.nbytes,
             "files": {**small, **own},
             "rows": rows,
@@ -277,6 +280,12 @@ def check_space(root: Path, needed: int) -> None:
         )
 
 
+def unlike_ranks(receipts: Sequence[dict[str, Any]]) -> list[int]:
+    """Ranks whose values beyond tensors are not those of the first rank with the same tensors, which are kept."""
+    found = [receipt["alike"] for receipt in receipts]
+    return [rank for rank, (leader, digest) in enumerate(found) if digest != found[leader][1]]
+
+
 @dataclass(frozen=True)
 class FailedSave:
     """The transaction of a save that failed before it began on this rank; tells all the others.
@@ -376,7 +385,7 @@ class Save:
         self.fence()
         publish_draft(self.writer.files, draft)
         self.published(self.name)
-        return {"name": self.name, "bytes": manifest.nbytes}
+        return {"name": self.name, "bytes": manifest.nbytes, "unlike": unlike_ranks(receipts)}
 
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""

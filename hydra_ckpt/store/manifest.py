@@ -197,11 +197,19 @@ def _check_kinds(path: Path, manifest: Manifest) -> None:
         "created": type(manifest.created) in (int, float),
         "world_size": type(manifest.world_size) is int and manifest.world_size > 0,
         "plan": isinstance(manifest.plan, str),
+        "topology": _is_topology(manifest.topology),
         "details": type(manifest.details) is dict,
     }
     wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong:
         raise CorruptCheckpointError(path, f"a field is of the wrong kind: {', '.join(wrong)}")
+
+
+def _is_topology(value: object) -> bool:
+    if type(value) is not dict:
+        return False
+    leaders = value.get("leaders", [])
+    return type(leaders) is list and all(type(rank) is int and rank >= 0 for rank in leaders)
 
 
 def _is_digest(value: object) -> bool:
