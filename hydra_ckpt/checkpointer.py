@@ -216,6 +216,7 @@ class Checkpointer:
         try:
             return load_base(model, self.config.hub, channel, allow_pickle=pickle)
         finally:
+            channel.farewell()  # rank 0 hosts what the others still listen to
             channel.close()
             group.close()
 

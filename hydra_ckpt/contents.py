@@ -181,7 +181,7 @@ class Contents:
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
-            (planned.agreement.leader, "" if export_only else hex_digest(captured.shared)),
+            (agreed.agreement.leader, "" if export_only else hex_digest(captured.shared)),
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 

@@ -202,13 +202,11 @@ RESOLVED = {
 }
 
 
-# Where settings are declared and handed on, which is no effect yet.
-SETTINGS = {"config.py", "resolved.py"}
-
-
 def test_what_is_said_to_have_no_effect_yet_is_read_nowhere() -> None:
     engine = "".join(
-        path.read_text() for path in (REPOSITORY / "hydra_ckpt").rglob("*.py") if path.name not in SETTINGS
+        path.read_text()
+        for path in (REPOSITORY / "hydra_ckpt").rglob("*.py")
+        if path.name not in ("config.py", "resolved.py")
     )
     waiting = {row[0] for row in rows(section("docs/configuration.md", "checkpoint")) if "*No effect yet.*" in row[2]}
     for setting in waiting:

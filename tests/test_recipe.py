@@ -356,3 +356,35 @@ def test_switched_off_it_trains_and_leaves_no_checkpoint(tmp_path: Path) -> None
     run = tmp_path / "outputs" / "hydra_ckpt" / "off"
     assert not (run / "checkpoints").exists()
     assert list((run / "hydra_ckpt").glob("events.*"))
+
+
+# --- pretrained models and adapters
+
+
+def _recipe(tmp_path: Path, ranks: int, *overrides: str) -> Path:
+    """Run the application on a model made smaller still; where its newest checkpoint holds the model."""
+    small = ("model.hidden_size=48", "model.num_attention_heads=4", "model.intermediate_size=64", "data.seq_len=32")
+    short = ("data.max_bytes=100000", "trainer.batch_size=2", "trainer.max_steps=2", "trainer.validate_every=0")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "hydra_ckpt.recipe", *small, *short, *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = next(item.removeprefix("run_name=") for item in overrides if item.startswith("run_name="))
+    return tmp_path / "outputs/hydra_ckpt" / name / "checkpoints/LATEST/model/consolidated"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_pretrained_model_is_trained_whole_and_by_an_adapter(tmp_path: Path, ranks: int) -> None:
+    base = _recipe(tmp_path, 1, "run_name=base")
+    still = "optimizer.lr=0.0"
+    again = _recipe(tmp_path, ranks, "run_name=again", f"model.pretrained={base}", still, "optimizer.weight_decay=0")
+    found, expected = load_file(again / "model.safetensors"), load_file(base / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    lora = _recipe(tmp_path, ranks, "run_name=lora", "experiment=hydra_ckpt_lora", f"model.pretrained={base}")
+    assert all("lora_" in name for name in load_file(lora / "adapter_model.safetensors"))
+
+
+def test_an_adapter_is_not_split_by_tensor_parallelism() -> None:
+    with pytest.raises(CheckpointConfigError, match=r"mesh\.tp=2: this recipe does not split adapters"):
+        settings("experiment=hydra_ckpt_lora", "mesh.tp=2")
