@@ -160,7 +160,7 @@ class Directory:
             self._janitor.close()
         if self._heart is not None:
             self._heart.stop()
-            lease.release(self._owner)
+            lease.release(self.files, self.root, self._owner)
             self._heart = None
 
     # -- a checkpoint is published -------------------------------------------------------------------------------

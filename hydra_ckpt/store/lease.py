@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -37,6 +37,7 @@ class Owner:
         started: When that process started, Unix time in seconds: a reused pid has another.
         job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
         run: The sweep and job number the directory belongs to; empty outside a sweep.
+        released: Whether it has let go of the directory; the record of who wrote last stays.
     """
 
     incarnation: str
@@ -45,6 +46,7 @@ class Owner:
     started: float
     job: str = ""
     run: str = ""
+    released: bool = False
 
     @classmethod
     def here(cls, run: str = "") -> Owner:
@@ -91,10 +93,9 @@ def _text(owner: Owner) -> bytes:
 
 
 def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
+    if other.released:
+        return False
     if other.host == owner.host:
-        if other.pid == owner.pid and abs(other.started - owner.started) < 1:
-            # An earlier Checkpointer of this very process: alive until it was closed.
-            return other.incarnation not in _RELEASED
         try:
             process = psutil.Process(other.pid)
             # A killed process that nobody has waited for keeps its number, but writes no more.
@@ -106,13 +107,13 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
     return age < STALE_S
 
 
-# Incarnations of this process that have let go of their directories.
-_RELEASED: set[str] = set()
-
-
-def release(owner: Owner) -> None:
-    """Let go of the directory; the record of who wrote it stays."""
-    _RELEASED.add(owner.incarnation)
+def release(files: Files, root: Path, owner: Owner) -> None:
+    """Coordinator only: let go of the directory, unless somebody else has it by now."""
+    try:
+        check(root, owner)
+        write_atomically(files, root / names.OWNER, _text(replace(owner, released=True)), owner.incarnation)
+    except (OSError, CheckpointError):
+        return  # it is free as soon as this process has ended
 
 
 def check(root: Path, owner: Owner) -> None:
