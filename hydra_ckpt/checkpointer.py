@@ -426,7 +426,7 @@ class Checkpointer:
             content,
             staged.snapshot,
             "export" if request.adds_export else "rank",
-            min(_JOIN_PATIENCE_S, self.config.write.timeout_s),
+            min(_JOIN_PATIENCE_S, self.config.write.timeout_s / 2),  # to be told before the others give up
             self.config.write.staging_dir,
         )
         fence = self._directory.fence
