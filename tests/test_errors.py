@@ -389,7 +389,8 @@ def test_whoever_was_taken_for_dead_must_not_publish(tmp_path: Path) -> None:
     with build(tmp_path) as engine:
         engine.save(state, step=1).result()
         record = json.loads((tmp_path / "owner.json").read_text())
-        (tmp_path / "owner.json").write_text(json.dumps({**record, "incarnation": "other", "host": "elsewhere", "released": False}))
+        other = {**record, "incarnation": "other", "host": "elsewhere", "released": False}
+        (tmp_path / "owner.json").write_text(json.dumps(other))
         with pytest.raises(SaveFailedError, match="no longer held by this run but by host elsewhere"):
             engine.save(state, step=2).result()
     assert [item.step for item in scan(tmp_path).checkpoints] == [1]
@@ -400,7 +401,8 @@ def test_a_lease_from_another_host_is_taken_over_when_its_heartbeat_is_old(tmp_p
     state = make_state()
     save(tmp_path, state, 1)
     record = json.loads((tmp_path / "owner.json").read_text())
-    (tmp_path / "owner.json").write_text(json.dumps({**record, "incarnation": "other", "host": "elsewhere", "released": False}))
+    other = {**record, "incarnation": "other", "host": "elsewhere", "released": False}
+    (tmp_path / "owner.json").write_text(json.dumps(other))
     with build(tmp_path) as engine, pytest.raises(CheckpointExistsError, match="host elsewhere"):
         engine.start(state)
     old = time.time() - 3600
