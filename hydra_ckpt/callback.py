@@ -315,7 +315,8 @@ class CheckpointCallback:
         key = self._key
         if key not in values:
             settled = key != metric.DEFAULT_KEY or (not self.config.enabled and len(values) > 1)
-            if settled and not decisive:
+            learned = settled and self.config.best_metric_key == metric.DEFAULT_KEY
+            if settled and (learned or not decisive):
                 return False
             found = metric.deciding_key(values, self._key, required=decisive)
             if found is None:

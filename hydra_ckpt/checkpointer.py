@@ -191,7 +191,9 @@ class Checkpointer:
         wanted = self._restorer.wanted_parts(parts)
         report = self._restorer.restore(state, restore_from, wanted)
         self._start_step = report.step if report else 0
-        if report is None or "progress" in wanted:
+        selector = self.config.read.restore_from if restore_from is None else restore_from
+        # What auto and latest find is where the run is; another one may be writing on meanwhile.
+        if selector not in ("auto", "latest") and (report is None or "progress" in wanted):
             self._channel.coordinator_step("looking for later steps", self._refuse_later)
         return report
 

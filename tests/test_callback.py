@@ -788,3 +788,62 @@ def test_a_launcher_without_a_process_group_is_told_of(
 def test_signals_that_cannot_be_caught_are_refused() -> None:
     with pytest.raises(CheckpointConfigError, match="SIGKILL cannot be caught"):
         CheckpointCallback(CheckpointingConfig(), signals=["SIGTERM", "SIGKILL"])
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_published(
+    tmp_path: Path, wait: bool
+) -> None:
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gate = threading.Event()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=True, wait_for_staging=wait).build(
+        0, 0, 0
+    ) as engine:
+        state = AppState(model, optimizer)
+        engine.save(state, step=1).result()
+        # The background is kept busy, as by a save that takes long.
+        engine._worker.submit(lambda: gate.wait(30) and None)
+        pending = engine.save(state, step=2)
+        before = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.zero_()
+        gate.set()
+        if wait:
+            checkpoint = pending.result()
+            [shard] = (checkpoint.path / "model").glob("*.safetensors")
+            assert torch.equal(load_file(shard)["weight"], before)
+        else:
+            with pytest.raises(
+                SaveFailedError, match=r"were changed while they were being copied.*wait_for_staging=true"
+            ):
+                pending.result()
+            engine.save(state, step=3).result()
+    assert steps(tmp_path) == ([1, 2] if wait else [1, 3])
+
+
+def test_a_learning_rate_that_is_a_tensor_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1.0), foreach=False)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    gate = threading.Event()
+    state = AppState(model, optimizer, scheduler)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=True).build(0, 0, 0) as engine:
+        engine.save(state, step=1).result()
+        engine._worker.submit(lambda: gate.wait(30) and None)
+        pending = engine.save(state, step=2)
+        scheduler.step()
+        gate.set()
+        pending.result()
+        engine.load(state, restore_from="epoch_0_step_2")
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert scheduler.last_epoch == 0
+
+
+def test_validation_may_change_what_it_measures(tmp_path: Path) -> None:
+    with make(tmp_path, _every_n_steps=1) as callback:
+        callback.on_train_begin(make_state())
+        for step, metrics in enumerate([{"val_a": 2.0}, {"val_a": 1.0, "val_b": 2.0}, {"val_b": 0.0}], start=1):
+            callback.on_step_end(step, metrics={"loss": 1.0})
+            callback.on_validation_end(metrics)
+        assert callback.best_metric == 1.0

@@ -21,6 +21,7 @@ from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
+_OPTIONS = "options"
 
 
 def describe(
@@ -47,7 +48,7 @@ def describe(
             options = {key: value for key, value in group.items() if key != "params"}
             # Named after a parameter: optimizers of other pipeline stages have the same numbers.
             place = members[0] if members else f"{number}.{index}"
-            described.append({"params": members, "options": encode(options, f"{place}{SEPARATOR}options", tensors)})
+            described.append({"params": members, "options": encode(options, f"{place}{SEPARATOR}{_OPTIONS}", tensors)})
             for name, parameter in zip(members, group["params"], strict=True):
                 if name in state:
                     raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
@@ -79,8 +80,13 @@ def _placements(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int | Non
 
 
 def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[LocalTensor]:
-    """The state's tensors, by name, as this rank holds them; only the optimizers' steps change them."""
-    return [localize(name, tensor, late=True) for name, tensor in tensors.items()]
+    """The state's tensors, by name, as this rank holds them.
+
+    Only the optimizers' steps change the state of parameters; options (a learning rate that is a tensor) belong to
+    schedulers too.
+    """
+    options = f"{SEPARATOR}{_OPTIONS}"
+    return [localize(name, tensor, late=options not in name) for name, tensor in tensors.items()]
 
 
 @dataclass(frozen=True)

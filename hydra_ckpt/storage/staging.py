@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
@@ -149,6 +150,7 @@ class Staging:
         casts: Mapping[int, torch.dtype] = _NO_CASTS,
     ) -> None:
         self._live = dict(tensors)
+        self._versions = {key: _version(tensor) for key, tensor in tensors.items()}
         copies = _copies(tensors, casts)
         buffer = pool.take(staged_bytes(copies))
         slots = dict(zip(copies, buffer.slots(copies.values()), strict=True))
@@ -157,9 +159,26 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, keys: Iterable[int] | None = None) -> None:
-        """Copy these tensors, or all that are left; afterwards they may change."""
+        """Copy these tensors, or all that are left; afterwards they may change.
+
+        Raises:
+            CheckpointError: One has been changed before it was copied.
+        """
         wanted = list(self._live) if keys is None else list(keys)
-        _copy([(self._targets[key], self._live.pop(key)) for key in wanted])
+        pairs = [(self._targets[key], self._live.pop(key)) for key in wanted]
+        _copy(pairs)
+        changed = sum(_version(source) != self._versions[key] for key, (_, source) in zip(wanted, pairs, strict=True))
+        if changed:
+            raise CheckpointError(
+                f"{changed} tensors were changed while they were being copied, between save() and the optimizer's next "
+                "step (weights swapped for an average, or scaled). Set checkpoint.wait_for_staging=true, which copies "
+                "everything before save() returns, or make the change before the save"
+            )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """PyTorch's count of a tensor's changes in place, which its views share; those through `.data` escape it."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - documented for autograd, and in no other place
 
 
 def staged_bytes(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype] = _NO_CASTS) -> int:
