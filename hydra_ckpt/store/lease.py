@@ -96,6 +96,8 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
     if other.released:
         return False
     if other.host == owner.host:
+        if other.incarnation in _RELEASED:
+            return False
         try:
             process = psutil.Process(other.pid)
             # A killed process that nobody has waited for keeps its number, but writes no more.
@@ -107,8 +109,13 @@ def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
     return age < STALE_S
 
 
+# Incarnations of this process that have let go, for directories where that could not be written down.
+_RELEASED: set[str] = set()
+
+
 def release(files: Files, root: Path, owner: Owner) -> None:
     """Coordinator only: let go of the directory, unless somebody else has it by now."""
+    _RELEASED.add(owner.incarnation)
     try:
         check(root, owner)
         write_atomically(files, root / names.OWNER, _text(replace(owner, released=True)), owner.incarnation)
