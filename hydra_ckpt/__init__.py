@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from hydra_ckpt.callback import CheckpointCallback
     from hydra_ckpt.checkpointer import Checkpointer
     from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode
-    from hydra_ckpt.pending import PendingSave
     from hydra_ckpt.registry import register
     from hydra_ckpt.report import LoadReport
+    from hydra_ckpt.saving.pending import PendingSave
     from hydra_ckpt.state.app_state import AppState
     from hydra_ckpt.state.dataloader import resumable
     from hydra_ckpt.store.catalog import Checkpoint
@@ -60,7 +60,7 @@ _HOMES = {
     "Checkpointer": "hydra_ckpt.checkpointer",
     "CheckpointingConfig": "hydra_ckpt.config",
     "LoadReport": "hydra_ckpt.report",
-    "PendingSave": "hydra_ckpt.pending",
+    "PendingSave": "hydra_ckpt.saving.pending",
     "SaveConsolidatedMode": "hydra_ckpt.config",
     "register": "hydra_ckpt.registry",
     "resumable": "hydra_ckpt.state.dataloader",

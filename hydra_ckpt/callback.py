@@ -12,16 +12,16 @@ from hydra_ckpt import metrics as metric
 from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.distributed import StepVote
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
-from hydra_ckpt.ranks import Ranks
-from hydra_ckpt.schedule import Schedule
-from hydra_ckpt.signals import SignalWatch
+from hydra_ckpt.state.ranks import Ranks
+from hydra_ckpt.triggers.schedule import Schedule
+from hydra_ckpt.triggers.signals import SignalWatch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from hydra_ckpt.config import CheckpointingConfig
-    from hydra_ckpt.pending import PendingSave
     from hydra_ckpt.report import LoadReport
+    from hydra_ckpt.saving.pending import PendingSave
     from hydra_ckpt.state.app_state import AppState
     from hydra_ckpt.store.catalog import Checkpoint
 

@@ -14,29 +14,29 @@ import torch
 
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.config import SaveConsolidatedMode
-from hydra_ckpt.contents import Contents, Sources, model_sources
-from hydra_ckpt.directory import Directory
 from hydra_ckpt.distributed import Group
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
-from hydra_ckpt.exporting import AddExport
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.hub.base import BaseReport, load_base
-from hydra_ckpt.pending import PendingSave
-from hydra_ckpt.ranks import Ranks, Topology
+from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
-from hydra_ckpt.request import SaveRequest
 from hydra_ckpt.resolved import ResolvedConfig
-from hydra_ckpt.restoring import Restorer
-from hydra_ckpt.saving import Content, DraftWriter, FailedSave, Save
-from hydra_ckpt.staged import Staged
+from hydra_ckpt.saving.contents import Contents, Sources, model_sources
+from hydra_ckpt.saving.exporting import AddExport
+from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.saving.request import SaveRequest
+from hydra_ckpt.saving.save import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.saving.staged import Staged
+from hydra_ckpt.saving.transaction import Transaction, perform
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
+from hydra_ckpt.state.ranks import Ranks, Topology
 from hydra_ckpt.storage.digests import Digested
 from hydra_ckpt.storage.staging import BufferPool, borrow, staged_bytes
 from hydra_ckpt.storage.write import digests_below
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
-from hydra_ckpt.transaction import Transaction, perform
+from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.worker import Worker
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode, _normalize_save_consolidated, hub_cache
-from hydra_ckpt.hydra_run import HydraRun
+from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.values import word
 
 __all__ = ["HubOptions", "KeepOptions", "ReadOptions", "ResolvedConfig", "Where", "WriteOptions", "resolve"]

@@ -28,9 +28,9 @@ from torch import nn
 from hydra_ckpt import AppState, CheckpointCallback, CheckpointConfigError, Checkpointer, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointError, SaveFailedError
 from hydra_ckpt.files import Files
-from hydra_ckpt.schedule import Schedule
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, run_distributed
+from hydra_ckpt.triggers.schedule import Schedule
 
 
 def make_state() -> AppState:

@@ -113,13 +113,13 @@ def test_a_disk_that_is_full(tmp_path: Path, is_async: bool) -> None:
 def test_memory_for_the_copy_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = make_state()
     with build(tmp_path, is_async=True) as engine:
-        monkeypatch.setattr("hydra_ckpt.staged.available_bytes", lambda: 10)
+        monkeypatch.setattr("hydra_ckpt.saving.staged.available_bytes", lambda: 10)
         error = failure(engine, state, 1)
         assert "an asynchronous save needs" in str(error)
         assert "checkpoint.is_async=false" in str(error)
         monkeypatch.undo()
         engine.save(state, step=2).result()
-        monkeypatch.setattr("hydra_ckpt.staged.available_bytes", lambda: 10)
+        monkeypatch.setattr("hydra_ckpt.saving.staged.available_bytes", lambda: 10)
         engine.save(state, step=3).result()  # the buffer is there already
     assert steps(tmp_path) == [2, 3]
 

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
-from hydra_ckpt.planning import PartLayout, agree, make_plan
+from hydra_ckpt.saving.planning import PartLayout, agree, make_plan
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.storage.staging import borrow
 from hydra_ckpt.storage.write import create_files, write_plan

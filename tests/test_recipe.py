@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
-from hydra_ckpt.recipe import launch
+from hydra_ckpt.jobs import launch
 from hydra_ckpt.recipe.data import load_windows
 from hydra_ckpt.recipe.mesh import plan_parallelism
 from hydra_ckpt.recipe.model import build_model

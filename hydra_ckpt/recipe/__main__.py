@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.recipe.launch import register_resolvers
+from hydra_ckpt.jobs.launch import register_resolvers
 from hydra_ckpt.registry import register
 
 if TYPE_CHECKING:

@@ -36,13 +36,13 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hydra_ckpt.contents import Planned
 from hydra_ckpt.distributed import SoloChannel
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.planning import (
+from hydra_ckpt.saving.contents import Planned
+from hydra_ckpt.saving.planning import (
     Agreement,
     PartLayout,
     Parts,
@@ -52,7 +52,7 @@ from hydra_ckpt.planning import (
     signature,
     state_layout,
 )
-from hydra_ckpt.saving import Content, DraftWriter
+from hydra_ckpt.saving.save import Content, DraftWriter
 from hydra_ckpt.state.local import Localizer, LocalTensor, Place
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.store.draft import Draft

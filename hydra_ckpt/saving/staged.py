@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hydra_ckpt.contents import Sources
 from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow, staged_bytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.files import write_atomically
-from hydra_ckpt.saving import DraftWriter, check_space
+from hydra_ckpt.saving.save import DraftWriter, check_space
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import Draft, discard, join_draft, sync_tree

@@ -17,7 +17,8 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.planning import (
+from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.planning import (
     Agreement,
     PartLayout,
     Parts,
@@ -33,8 +34,7 @@ from hydra_ckpt.planning import (
     state_layout,
     tensors_of,
 )
-from hydra_ckpt.resolved import ResolvedConfig
-from hydra_ckpt.saving import Content, Merged
+from hydra_ckpt.saving.save import Content, Merged
 from hydra_ckpt.state.adapter import has_adapter
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of

@@ -16,7 +16,7 @@ import torch
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.loading import Load
+from hydra_ckpt.loading.load import Load
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
 from hydra_ckpt.state.local import LocalTensor
