@@ -94,7 +94,6 @@ class Load:
                 `touched` may have been overwritten by then.
             KeyMismatchError: Names, shapes or element types differ; nothing was changed.
         """
-        self._together("reading the checkpoint's progress", self._read_progress)
         self._compare()
         self.touched = frozenset(self._available() & {"model", "optimizer"})
         self._together("reading the checkpoint", self._read)
@@ -204,7 +203,12 @@ class Load:
     def _compare(self) -> None:
         """Collective: find out what to read, and list everything that does not fit."""
         mismatch = _Mismatch()
-        self._together("comparing the checkpoint with the live objects", lambda: self._match(mismatch))
+
+        def compare() -> None:
+            self._read_progress()
+            self._match(mismatch)
+
+        self._together("comparing the checkpoint with the live objects", compare)
         found = self.channel.agree("comparing keys", vars(mismatch), _merge_mismatches)
         if any(found.values()):
             raise KeyMismatchError(

@@ -162,6 +162,7 @@ class Restorer:
 
     def _finish(self, load: Load) -> LoadReport:
         report = load.run()
+        self._extractor.localize.forget()  # what was replaced must not be kept alive
         for note in report.notes if self._channel.is_coordinator else ():
             log.warning("%s: %s", load.checkpoint.name, note)
         if self._channel.is_coordinator:

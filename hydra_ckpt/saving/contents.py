@@ -41,7 +41,6 @@ from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import LocalTensor, exported
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapters
-from hydra_ckpt.storage.digests import hex_digest
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
@@ -181,7 +180,8 @@ class Contents:
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
-            (agreed.agreement.leader, "" if export_only else hex_digest(captured.shared)),
+            agreed.agreement.leader,
+            None if export_only else captured.shared,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
@@ -331,12 +331,15 @@ def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
-    found, casts = {}, {}
+    found, casts, late = {}, {}, []
     for position, share in shares.items():
-        local = tensors[position].tensor
-        whole = not local.dim() or (share.start, share.stop) == (0, local.shape[0])
-        found[position] = local if whole else local[share.start : share.stop]
+        item = tensors[position]
+        sizes = item.place.box.sizes  # faster to ask than the tensor
+        whole = not sizes or (share.start == 0 and share.stop == sizes[0])
+        found[position] = item.tensor if whole else item.tensor[share.start : share.stop]
         dtype = TORCH_DTYPE[share.spec.dtype]
-        if dtype != local.dtype:
+        if dtype != item.tensor.dtype:
             casts[position] = dtype
-    return Sources(found, frozenset(position for position in found if tensors[position].late), casts)
+        if item.late:
+            late.append(position)
+    return Sources(found, frozenset(late), casts)

@@ -16,6 +16,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.saving.planning import PartLayout
+from hydra_ckpt.state.capture import Packed
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
 from hydra_ckpt.storage.merge import merge_shards
@@ -58,18 +59,20 @@ class Content:
         exports: Part to its Hugging Face directory.
         total_bytes: Tensor values that all ranks write together.
         merged: Whole files that the coordinator merges from shards.
-        alike: The first rank that holds the same tensors, and a digest of what should be the same there.
+        leader: The first rank that holds the same tensors, whose `shared` is kept.
+        alike: What should be the same there; None where only an export is written.
     """
 
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
-    shared: bytes | None
-    own: bytes | None
+    shared: Packed | None
+    own: Packed | None
     assets: Mapping[str, bytes]
     exports: Mapping[str, str]
     total_bytes: int
     merged: tuple[Merged, ...] = ()
-    alike: tuple[int, str] = (0, "")
+    leader: int = 0
+    alike: Packed | None = None
 
 
 @dataclass
@@ -162,9 +165,9 @@ class DraftWriter:
             draft.path, f"{names.DIGESTS}/{self.sidecar}-{label}.bin", encode(listed, self._headers + records)
         )
         if content.own is not None:
-            self._write_small(draft.path, f"{names.PROGRESS}/rank-{label}.safetensors", content.own)
+            self._write_small(draft.path, f"{names.PROGRESS}/rank-{label}.safetensors", content.own.data)
         if content.shared is not None:
-            self._write_small(draft.path, f"{names.PROGRESS}/shared-{label}.json", content.shared)
+            self._write_small(draft.path, f"{names.PROGRESS}/shared-{label}.json", content.shared.data)
         small = {path: [record.bytes, record.xxh3] for path, record in self._small.items()}
         own = {file.path: [file.nbytes, None] for file in plan.own_files}
         own.update({path: [(draft.path / path).stat().st_size, None] for path in foreign})
@@ -172,7 +175,7 @@ class DraftWriter:
             "token": draft.token,
             "plan": plan.fingerprint,
             "coverage": plan.coverage,
-            "alike": list(content.alike),
+            "alike": [content.leader, "" if content.alike is None else hex_digest(content.alike.data)],
             "bytes": plan.nbytes,
             "files": {**small, **own},
             "rows": rows,

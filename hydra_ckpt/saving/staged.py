@@ -35,7 +35,7 @@ class Staged:
         """
         staged = cls()
         try:
-            _check_memory(staged_bytes(sources.tensors), pool)
+            _check_memory(staged_bytes(sources.tensors, sources.casts), pool)
             staged._staging = Staging(sources.tensors, pool, sources.casts)
             staged._snapshot = staged._staging.snapshot
             staged._staging.copy(sources.tensors.keys() - late)

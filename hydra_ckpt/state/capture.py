@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,34 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
+
+    Attributes:
+        make: Gives the bytes.
+    """
+
+    make: Callable[[], bytes]
+
+    @cached_property
+    def data(self) -> bytes:
+        """The bytes."""
+        return self.make()
+
+
+@dataclass(frozen=True)
 class Captured:
     """An AppState taken apart.
 
     Attributes:
         parts: Name of a part (`model`, `model/<name>`, `optim`, `extras`) to its tensors, live.
-        shared: What is the same on all ranks of a pipeline stage, as JSON.
-        own: What belongs to this rank alone: generators and the place in the data, as a safetensors file.
+        shared: What is the same on all ranks of a pipeline stage; its bytes are JSON.
+        own: What belongs to this rank alone: generators and the place in the data; its bytes are a safetensors file.
     """
 
     parts: dict[str, list[LocalTensor]]
-    shared: bytes
-    own: bytes
+    shared: Packed
+    own: Packed
 
 
 @dataclass
@@ -163,7 +180,7 @@ class Extractor:
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "buffers": self._own_buffers(maps),
         }
-        return Captured(parts, json.dumps(shared, separators=(",", ":")).encode(), pack(own))
+        return Captured(parts, Packed(partial(_json, shared)), pack(own))
 
     def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
         """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
@@ -188,12 +205,16 @@ def part_of(model: str) -> str:
     return f"{names.MODEL}/{model}" if model else names.MODEL
 
 
-def pack(value: Any) -> bytes:
+def pack(value: Any) -> Packed:
     """A nested value as one safetensors file: its tensors, and the rest as JSON in the metadata."""
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(value, "", tensors)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return safetensors_bytes(plain, metadata={"tree": json.dumps(tree, separators=(",", ":"))})
+    return Packed(lambda: safetensors_bytes(plain, metadata={"tree": _json(tree).decode()}))
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def unpack(path: Path, data: bytes) -> Any:

@@ -69,26 +69,75 @@ class LocalTensor:
         return self.place.box
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A `LocalTensor` made before, and what it was made of."""
+
+    tensor: torch.Tensor
+    item: LocalTensor
+
+    def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool) -> bool:
+        """Whether the same live tensor, with its memory where it was, would give the same again."""
+        item = self.item
+        return (
+            tensor is self.tensor
+            and type(local) in _PLAIN
+            and local.data_ptr() == item.tensor.data_ptr()
+            and local.shape == item.tensor.shape
+            and local.dtype == item.tensor.dtype
+            and item.divisible == divisible
+            and item.late == late
+        )
+
+
+# Other kinds may be results that are still to come, whose memory cannot be asked for.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 class Localizer:
     """Makes `LocalTensor`s and remembers where each lies: asking PyTorch's meshes takes longer than copying."""
 
     def __init__(self) -> None:
+        self._kept: dict[str, _Kept] = {}
         self._last: dict[str, tuple[tuple[object, ...], Place]] = {}
         self._places: dict[Hashable, dict[str, Place]] = {}
         self._meshes: dict[DeviceMesh, tuple[str, tuple[int, ...] | None]] = {}
 
-    def __call__(self, name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False) -> LocalTensor:
+    def __call__(
+        self, name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False, lasting: bool = False
+    ) -> LocalTensor:
         """A live tensor or DTensor as a `LocalTensor`.
+
+        Args:
+            name: Its name in the checkpoint.
+            tensor: The live tensor.
+            divisible: See `LocalTensor`.
+            late: See `LocalTensor`.
+            lasting: Whether it is the same object from save to save, and may be remembered until `forget`.
 
         Raises:
             TopologyError: A placement that has no whole value yet (partial sums), or a local shape other than the
                 placements imply.
         """
+        local = _local(tensor)
+        if not lasting:
+            return self._make(name, tensor, local, divisible=divisible, late=late)
+        kept = self._kept.get(name)
+        if kept is None or not kept.holds(tensor, local, divisible=divisible, late=late):
+            kept = _Kept(tensor, self._make(name, tensor, local, divisible=divisible, late=late))
+            self._kept[name] = kept
+        return kept.item
+
+    def forget(self) -> None:
+        """Let go of the live tensors remembered."""
+        self._kept = {}
+
+    def _make(
+        self, name: str, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool
+    ) -> LocalTensor:
         known: tuple[object, ...] = (tensor.dtype, tensor.shape)
-        local = tensor
         if isinstance(tensor, DTensor):
             known = (*known, tensor.device_mesh, tensor.placements)
-            local = tensor.to_local()
         last = self._last.get(name)
         # Comparing is fast and hashing is not: from save to save these are the same objects.
         if last is None or last[0] != known:
@@ -134,6 +183,15 @@ class Localizer:
             digest = fingerprint([str(list(ranks.shape)), ranks.flatten().numpy().tobytes().hex()])
             self._meshes[mesh] = digest, None if coordinate is None else tuple(coordinate)
         return self._meshes[mesh]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of this rank behind a tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # to_local() makes a new view, or a step of autograd, which takes longer than all that is done with it here.
+    local = tensor._local_tensor
+    return local if type(local) in _PLAIN else tensor.to_local()
 
 
 def _sharding(name: str, tensor: DTensor, coordinate: tuple[int, ...]) -> Sharding:

@@ -66,6 +66,35 @@ class Slot:
         return tensor
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """A module that FSDP2 shards, with its parameters as they are while it is not gathered."""
+
+    module: FSDPModule
+    sharded: list[tuple[Slot, torch.Tensor]]
+
+    @classmethod
+    def of(cls, module: FSDPModule) -> _Unit:
+        module.reshard()
+        assert isinstance(module, nn.Module)  # FSDPModule is mixed into the module's own class
+        return cls(module, [(slot, slot.tensor) for slot in _parameters(module)])
+
+    def reshard(self) -> None:
+        # FSDP puts other objects in place while it gathers. Asking it costs more than all the rest of a walk.
+        if any(slot.tensor is not tensor for slot, tensor in self.sharded):
+            self.module.reshard()
+
+
+def _parameters(module: nn.Module) -> Iterator[Slot]:
+    """The parameters of a module that belong to no FSDP module further in."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield Slot(name, module, name, is_parameter=True)
+    for child in module._modules.values():
+        if child is not None and not isinstance(child, FSDPModule):
+            yield from _parameters(child)
+
+
 @dataclass
 class ModelMap:
     """Where the tensors of one model live.
@@ -73,7 +102,7 @@ class ModelMap:
     Attributes:
         slots: One place for each stored tensor, in the model's order.
         aliases: Other names of tied tensors, to the name they are stored under.
-        fsdp_modules: The modules that FSDP2 shards.
+        units: The modules that FSDP2 shards.
         names: Identity of every parameter to its canonical name, whether it is stored or not.
         extra_states: Modules with state beyond tensors (`get_extra_state`), by canonical name.
     """
@@ -81,7 +110,7 @@ class ModelMap:
     slots: list[Slot]
     aliases: dict[str, str] = field(default_factory=dict)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
-    fsdp_modules: list[FSDPModule] = field(default_factory=list)
+    units: list[_Unit] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     _converter: Converter = field(default_factory=lambda: Converter({}))
     _dropped: list[str] = field(default_factory=list)
@@ -113,7 +142,7 @@ class ModelMap:
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         module = unwrap(module)
         if isinstance(module, FSDPModule):
-            self.fsdp_modules.append(module)
+            self.units.append(_Unit.of(module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -180,8 +209,8 @@ class ModelMap:
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
-        for module in self.fsdp_modules:
-            module.reshard()
+        for unit in self.units:
+            unit.reshard()
 
     def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
         """This rank's part of every tensor of the model's files, as it is now.
@@ -201,6 +230,7 @@ class ModelMap:
                 slot.tensor,
                 divisible=slot.is_parameter,  # buffers differ between data-parallel ranks
                 late=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in late,
+                lasting=True,
             )
             for slot in self.slots
         ]

@@ -86,7 +86,7 @@ def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[
     schedulers too.
     """
     options = f"{SEPARATOR}{_OPTIONS}"
-    return [localize(name, tensor, late=options not in name) for name, tensor in tensors.items()]
+    return [localize(name, tensor, late=options not in name, lasting=True) for name, tensor in tensors.items()]
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
     if len(body) % _RECORD.itemsize:
         raise CorruptCheckpointError(path, f"its records are no multiple of {_RECORD.itemsize} bytes", found=len(body))
     records = []
-    for row in np.frombuffer(body, _RECORD):
-        file, count, offset, run, stride, digest = row.item()
+    for file, count, offset, run, stride, digest in np.frombuffer(body, _RECORD).tolist():
         region = Region(offset, run, count, stride)
         if file >= len(limits) or not count or not run or region.end > limits[file] or (count > 1 and stride < run):
             raise CorruptCheckpointError(path, f"a digest speaks of bytes that do not exist: file {file}, {region}")

@@ -17,6 +17,8 @@ from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 # The limit of the safetensors reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
+_LIMIT = 1 << 62
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 BOXES_KEY = "hydra_ckpt.boxes"
 
 
@@ -105,7 +107,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, fail: Callable[[str], CorruptCheckpointError]) -> tuple[TensorSpec, int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise fail(f"{name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
@@ -121,7 +123,7 @@ def _entry(name: str, entry: Any, fail: Callable[[str], CorruptCheckpointError])
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _LIMIT for value in values)
 
 
 def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
@@ -158,7 +160,7 @@ def _stored(
     inside = len(shape) == len(corner) == len(spec.shape) and all(
         start + size <= whole for start, size, whole in zip(corner, spec.shape, shape, strict=True)
     )
-    if not inside or prod(shape) >= 1 << 62:
+    if not inside or prod(shape) >= _LIMIT:
         raise fail(f"{spec.name}: the part at {corner} does not lie within shape {shape}")
     whole = TensorSpec(spec.name, spec.dtype, shape)
     return StoredTensor(whole, (StoredChunk(Box(corner, spec.shape), file, offset),))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import sys
 from pathlib import Path
 
 import psutil
@@ -23,6 +26,19 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
         return free if limit == "max" else min(free, int(limit) - used + int(cached))
     except (OSError, ValueError):
         return free  # no control group of version 2
+
+
+def resident(nbytes: int) -> torch.Tensor:
+    """Host memory as uint8 of shape (nbytes,), whose pages are there already.
+
+    Huge pages where the system gives them to who asks: a processor keeps few pages in mind, and copies of gigabytes
+    visit many.
+    """
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes].fill_(0)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

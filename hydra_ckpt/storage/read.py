@@ -119,7 +119,7 @@ def fetch(root: Path, wanted: Iterable[Fetch], ledger: Ledger | None = None) -> 
 
 def _fetch_part(files: OpenFiles, part: Read, item: Fetch, ledger: Ledger | None) -> int:
     target = item.into.detach()
-    if part.box != item.box:
+    if part.box is not item.box:
         inner = part.box.within(item.box)
         for dim, (start, size) in enumerate(zip(inner.offsets, inner.sizes, strict=True)):
             target = target.narrow(dim, start, size)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hydra_ckpt.errors import CheckpointError
-from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
+from hydra_ckpt.storage.memory import bytes_of, is_plain_memory, resident
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
 _ALIGNMENT = 64
@@ -35,7 +35,7 @@ class Buffer:
     """
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        self._memory = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned).fill_(0)  # makes its pages resident
+        self._memory = resident(nbytes) if not pinned else torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
         self._layout: list[tuple[torch.dtype, torch.Size]] | None = None
         self._slots: list[tuple[torch.Tensor, memoryview]] = []
 
@@ -152,7 +152,7 @@ class Staging:
         self._live = dict(tensors)
         self._versions = {key: _version(tensor) for key, tensor in tensors.items()}
         copies = _copies(tensors, casts)
-        buffer = pool.take(staged_bytes(copies))
+        buffer = pool.take(_positions(copies.values())[1])
         slots = dict(zip(copies, buffer.slots(copies.values()), strict=True))
         self._targets = {key: target for key, (target, _) in slots.items()}
         self.snapshot = Snapshot({key: view for key, (_, view) in slots.items()}, pool, buffer)
@@ -188,17 +188,15 @@ def staged_bytes(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.
 
 def _copies(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype]) -> dict[int, torch.Tensor]:
     """What the copies look like: a tensor itself, or one without data where its element type changes."""
-    return {
-        key: torch.empty(tensor.shape, dtype=casts[key], device="meta") if key in casts else tensor
-        for key, tensor in tensors.items()
-    }
+    changed = {key: torch.empty(tensors[key].shape, dtype=dtype, device="meta") for key, dtype in casts.items()}
+    return {**tensors, **changed}
 
 
 def _positions(tensors: Iterable[torch.Tensor]) -> tuple[list[int], int]:
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
-        end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     return offsets, end
 
 

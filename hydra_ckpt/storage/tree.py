@@ -18,6 +18,7 @@ from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
 
 _TAG = "~"
+_AS_THEY_ARE = {int, str, bool, type(None)}
 # NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
 _ARRAY_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
 
@@ -38,6 +39,8 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if kind is dict:
         return _dict(value, name, tensors)
     if kind is list:
+        if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+            return list(value)
         return [encode(item, _join(name, str(index)), tensors) for index, item in enumerate(value)]
     encoder = _ENCODERS.get(kind)
     if encoder is not None:

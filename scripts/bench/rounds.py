@@ -7,6 +7,7 @@ one round are compared. Printed are medians and the middle half of the paired ra
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from torch.distributed.fsdp import fully_shard
 
 Measure = Callable[[int], float]
 
+# A file system mounted with `discard` trims deleted blocks in the background for about so long a gigabyte.
+_TRIMMED_S = 1.0
+
 
 @dataclass
 class Table:
@@ -31,6 +35,7 @@ class Table:
         """Let every contestant measure itself once a round; each returns its seconds."""
         for number in range(rounds):
             for name, measure in contestants.items():
+                _quiet()
                 together()
                 slowest = torch.tensor(measure(number))
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -51,6 +56,12 @@ class Table:
         for name, found in self.seconds.items():
             cells = "  ".join(f"{self.ratio(name, base):>24s}" for base in bases)
             print(f"{name:42s} {statistics.median(found):9.4f}  {cells}", flush=True)
+
+
+def _quiet() -> None:
+    """What one has left to the disk is not the next one's cost: dirty pages, and blocks that are trimmed."""
+    os.sync()
+    time.sleep(_TRIMMED_S)
 
 
 def together() -> None:
