@@ -262,7 +262,7 @@ class Bench:
 
 def stall_table(bench: Bench, rounds: int) -> None:
     """How long saving keeps the training thread."""
-    table = Table()
+    table = Table(touched=3 * bench.nbytes)
     cached = DefaultStager(
         StagingOptions(use_pinned_memory=False, use_non_blocking_copy=False, use_async_staging=False)
     )
@@ -283,7 +283,7 @@ def stall_table(bench: Bench, rounds: int) -> None:
 
 def durable_table(bench: Bench, rounds: int) -> None:
     """How long a save takes until nothing can take it away."""
-    table = Table()
+    table = Table(touched=3 * bench.nbytes)
     contestants: dict[str, Measure] = {
         "write floor (own files, fsync)": bench.write_floor,
         "ours, consolidated, published": bench.ours_durable("whole", save_consolidated="always"),
