@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,6 +80,15 @@ def settle(nbytes: int) -> None:
 def together() -> None:
     """Let all ranks start at the same moment."""
     dist.barrier()
+
+
+def fresh(path: Path) -> Path:
+    """Collective: a directory that does not exist; one that was there is removed."""
+    together()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    together()
+    return path
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import shutil
 import tempfile
 import time
 import warnings
@@ -17,11 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from rounds import Measure, Table, arguments_of, build, local_tensors, timed, together
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from peers import Peers
+from rounds import Block, Measure, Table, arguments_of, build, fresh, local_tensors, timed, together
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
@@ -44,7 +40,6 @@ class Bench:
         )
         self.nbytes = sum(tensor.nbytes for tensor in self.local)
         self.warm = [torch.empty_like(tensor).copy_(tensor) for tensor in self.local]
-        self.group = dist.new_group(backend="gloo")
         self.step = 0
         self.ours: dict[str, Checkpointer] = {}
         self.square = torch.rand(900, 900)
@@ -56,15 +51,6 @@ class Bench:
             for name, parameter in self.model.named_parameters():
                 found.update({f"optim.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()})
         return found
-
-    def fresh(self, name: str) -> Path:
-        """A directory that does not exist, on the disk all contestants write to."""
-        path = self.root / name
-        together()
-        if dist.get_rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-        together()
-        return path
 
     def checkpointer(self, key: str, **options: Any) -> Checkpointer:
         """Our Checkpointer with these options, kept from round to round as in training."""
@@ -99,7 +85,7 @@ class Bench:
 
     def write_floor(self, _: int) -> float:
         """The local bytes written to one new file a rank, in large pieces, and fsynced."""
-        path = self.fresh("floor")
+        path = fresh(self.root / "floor")
         path.mkdir(exist_ok=True)
         together()
 
@@ -145,7 +131,7 @@ class Bench:
     def ours_first(self, _: int) -> float:
         """Time the first save of a run keeps the training thread, behind `prepare()`."""
         self.step += 1
-        place = self.fresh("first")
+        place = fresh(self.root / "first")
         config = CheckpointingConfig(
             checkpoint_dir=str(place),
             restore_from=None,
@@ -204,86 +190,29 @@ class Bench:
 
         return measure
 
-    # -- peers ---------------------------------------------------------------------------------------------------
-
-    def dcp_async(self, name: str, stager: Any = None, kind: Any = AsyncCheckpointerType.THREAD) -> Measure:
-        """Time `dcp.async_save` keeps the training thread."""
-
-        def measure(_: int) -> float:
-            path = self.fresh(name)
-            state = self.state_dict()
-            found: list[Any] = []
-            options = {"async_stager": stager} if stager is not None else {}
-            taken = timed(
-                lambda: found.append(
-                    dcp.async_save(
-                        state, checkpoint_id=path, process_group=self.group, async_checkpointer_type=kind, **options
-                    )
-                )
-            )
-            result = found[0]
-            getattr(result, "upload_completion", result).result()
-            return taken
-
-        return measure
-
-    def dcp_sync(self, _: int) -> float:
-        """`dcp.save`, whose writer fsyncs its files."""
-        path = self.fresh("dcp")
-        state = self.state_dict()
-        return timed(lambda: dcp.save(state, checkpoint_id=path))
-
-    def hf_then_consolidate(self, _: int) -> float:
-        """DCP's Hugging Face writer, its shards merged by all ranks, everything made durable."""
-        from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
-
-        path = self.fresh("hf")
-        state = self.state_dict()
-        names = list(state)
-        size = sum(value.numel() * value.element_size() for value in state.values())
-        files = max(-(-size // 5_000_000_000), 1)
-        mapping = {name: number * files // len(names) + 1 for number, name in enumerate(names)}
-
-        def save() -> None:
-            dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(path / "shards"), save_distributed=True))
-            together()
-            consolidate_safetensors_files_on_every_rank(str(path / "shards"), str(path / "whole"), mapping)
-            together()
-            for file in sorted((path / "whole").iterdir())[dist.get_rank() :: dist.get_world_size()]:
-                descriptor = os.open(file, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            together()
-
-        (path / "whole").mkdir(parents=True, exist_ok=True)
-        together()
-        return timed(save)
-
 
 def stall_table(bench: Bench, rounds: int) -> None:
     """How long saving keeps the training thread."""
     table = Table(touched=3 * bench.nbytes)
-    cached = DefaultStager(
-        StagingOptions(use_pinned_memory=False, use_non_blocking_copy=False, use_async_staging=False)
-    )
+    peers = Peers(bench.root, bench.state_dict)
     contestants: dict[str, Measure] = {
         "copy floor (warm torch.copy_)": bench.copy_floor,
         "ours, staging awaited in save()": bench.ours_blocked("awaited", wait_for_staging=True),
         "ours, staging overlapped": bench.ours_blocked("overlapped"),
         "ours, first save behind prepare()": bench.ours_first,
-        "dcp.async_save as it comes": bench.dcp_async("dcp_async"),
-        # BlockingAsyncStager's own cache needs pinned memory, which a machine without an accelerator has not.
-        "dcp.async_save, DefaultStager (cached)": bench.dcp_async("dcp_cached", cached),
+        **peers.asynchronous(),
     }
     for measure in contestants.values():
         measure(0)  # first saves allocate; steady state is what is compared
     table.run(contestants, rounds)
+    peers.close()
     table.show("seconds the training thread is kept", ["copy floor (warm torch.copy_)", "dcp.async_save as it comes"])
 
 
 def durable_table(bench: Bench, rounds: int) -> None:
     """How long a save takes until nothing can take it away."""
     table = Table(touched=3 * bench.nbytes)
+    peers = Peers(bench.root, bench.state_dict)
     contestants: dict[str, Measure] = {
         "write floor (own files, fsync)": bench.write_floor,
         "ours, consolidated, published": bench.ours_durable("whole", save_consolidated="always"),
@@ -291,12 +220,12 @@ def durable_table(bench: Bench, rounds: int) -> None:
             "cast", save_consolidated="always", export_dtype="bfloat16"
         ),
         "ours, shard files, published": bench.ours_durable("shards", save_consolidated=False),
-        "dcp.save (shards)": bench.dcp_sync,
-        "DCP HF writer + consolidation, fsync": bench.hf_then_consolidate,
+        **peers.durable(),
     }
     for measure in contestants.values():
         measure(0)
     table.run(contestants, rounds)
+    peers.close()
     table.show(
         "seconds of a durable, synchronous save",
         ["write floor (own files, fsync)", "dcp.save (shards)", "DCP HF writer + consolidation, fsync"],
@@ -343,7 +272,32 @@ def memory_table(bench: Bench, _: int) -> None:
         )
 
 
-TABLES = {"memory": memory_table, "stall": stall_table, "durable": durable_table, "steps": steps_table}
+def single_table(bench: Bench, rounds: int) -> None:
+    """One process and a plain model: what accelerate's users have on a machine like this one."""
+    table = Table(touched=3 * bench.nbytes)
+    plain = [Block(torch.float32) for _ in range(len(bench.local) // 4)]
+    model = torch.nn.Sequential(*plain)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    bench.state = AppState(model)
+    contestants: dict[str, Measure] = {
+        "write floor (own files, fsync)": bench.write_floor,
+        "ours, consolidated, published": bench.ours_durable("whole", save_consolidated="always"),
+        "accelerate.save_state, fsync": Peers(bench.root, model.state_dict).accelerate(model),
+    }
+    for measure in contestants.values():
+        measure(0)
+    table.run(contestants, rounds)
+    table.show("seconds of a durable save of one process", list(contestants)[::2])
+
+
+TABLES = {
+    "memory": memory_table,
+    "stall": stall_table,
+    "durable": durable_table,
+    "steps": steps_table,
+    "single": single_table,
+}
 
 
 def _rank(root: str, arguments: argparse.Namespace) -> None:
