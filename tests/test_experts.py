@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hydra_ckpt import AppState, CheckpointingConfig, SaveFailedError, TopologyError
-from hydra_ckpt.state.adapter import StackedExperts, views_of
+from hydra_ckpt.state.adapter import StackedExperts, adapter_naming
+from hydra_ckpt.state.local import Localizer
 from hydra_ckpt.testing import run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -330,8 +331,9 @@ def test_a_cast_that_loses_is_refused() -> None:
 
     model = Odd()
     model.state_dict_adapter = Narrowing()
+    localize = Localizer()
     with pytest.raises(TopologyError, match=r"upper: torch\.bfloat16 cannot be stored as torch\.float16 without loss"):
-        views_of(model, dict(model.named_parameters()))
+        adapter_naming(model, [localize(name, tensor).spec for name, tensor in model.named_parameters()])
 
 
 @pytest.mark.parametrize("kind", MODELS)

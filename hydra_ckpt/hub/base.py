@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
-from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model, skeleton_of
+from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, skeleton_of
 from hydra_ckpt.hub.reference import Reference, find_reference
 from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.local import Localizer, exported
+from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ class _Loader:
         self._localize = Localizer()
         self._items = self._mapped.locals(self._localize)
         self._skeleton = skeleton_of(self._parts[0]) if is_transformers_model(self._parts[0]) else None
-        self._naming = hub_naming(self._parts[0], [item.spec for item in self._items], self._skeleton)
+        specs = [item.spec for item in self._items]
+        self._naming = naming_of(self._mapped, self._parts[0], specs, self._skeleton)
         self._fit = self._compare()
 
     def _compare(self) -> _Fit:
@@ -181,7 +182,7 @@ class _Loader:
         loaded = set()
         chosen = [item for item in self._items if not item.spec.name.startswith(self._skip)]
         order = {name: number for number, name in enumerate(self._weights.specs)}
-        named = chosen if self._naming.is_plain else exported(chosen, self._naming)
+        named = chosen if self._naming.is_plain else Exporter(self._naming)(chosen)
         pieces = [item for item in named if item.spec.name in self._fit.stored]
         wanted = [
             Wanted(

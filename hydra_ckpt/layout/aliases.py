@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from hydra_ckpt.layout.boxes import Box
@@ -68,6 +69,21 @@ class Alias:
         )
         return Box(offsets, tuple(1 if dim is None else inner.sizes[dim] for dim in self.dims))
 
+    def onto(self, theirs: Alias, shape: tuple[int, ...]) -> Alias | None:
+        """The elements that two tensors give to the same one, as a part of the other's source; None if there are none.
+
+        Args:
+            theirs: What the other tensor gives.
+            shape: The other tensor's.
+        """
+        common = self.placed(self.box).intersect(theirs.placed(theirs.box))
+        ours, place = (None, None) if common is None else (self.sought(common), theirs.sought(common))
+        if ours is None or place is None:
+            return None
+        same = {dim: self.dims[position] for position, dim in enumerate(theirs.dims) if dim is not None}
+        dims = tuple(same.get(dim) for dim in range(len(shape)))
+        return Alias(theirs.source, shape, place[0].offsets, self.source, ours[0], dims, self.grid)
+
     def sought(self, wanted: Box) -> tuple[Box, Box] | None:
         """The elements of the alias that lie in a box of the other tensor.
 
@@ -105,6 +121,51 @@ class Naming:
     def unchanged(cls, specs: Iterable[TensorSpec]) -> Naming:
         """Every tensor under its own name."""
         return cls(tuple(Alias.same(spec) for spec in specs))
+
+    @classmethod
+    def ordered(
+        cls,
+        aliases: Iterable[Alias],
+        specs: Iterable[TensorSpec],
+        dtypes: Mapping[str, str] = MappingProxyType({}),
+        shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> Naming:
+        """Aliases in the order of the tensors they are taken from, all pieces of one exported tensor together.
+
+        Args:
+            aliases: In any order.
+            specs: The tensors they are taken from.
+            dtypes: Element types by exported name, where they are not the source's.
+            shapes: Shapes by exported name.
+        """
+        aliases = list(aliases)
+        order = {spec.name: number for number, spec in enumerate(specs)}
+        first = {alias.name: order[alias.source] for alias in reversed(aliases)}
+        finer = {a.name: shapes[a.name] for a in aliases if shapes.get(a.name, a.shape) != a.shape}
+        return cls(tuple(sorted(aliases, key=lambda alias: first[alias.name])), dtypes, shapes=finer)
+
+    def completed(self, specs: Sequence[TensorSpec]) -> Naming:
+        """The same for these tensors and no others; those it does not know keep their names."""
+        known = {spec.name for spec in specs}
+        aliases = [alias for alias in self.aliases if alias.source in known]
+        aliases += [Alias.same(spec) for spec in specs if spec.name not in self.by_source]
+        return Naming.ordered(aliases, specs, self.dtypes, self.shapes)
+
+    def onto(self, other: Naming, specs: Mapping[str, TensorSpec]) -> Naming:
+        """From this one's tensors to those of another naming, by the exported tensors that both are parts of.
+
+        Args:
+            other: How other tensors are exported.
+            specs: These tensors by name.
+        """
+        found = []
+        for alias in self.aliases:
+            for theirs in other.by_name.get(alias.name, ()):
+                fits = alias.shape == theirs.shape and not theirs.grid
+                piece = alias.onto(theirs, specs[theirs.source].shape) if fits else None
+                if piece is not None:
+                    found.append(piece)
+        return Naming(tuple(found))
 
     @cached_property
     def by_source(self) -> Mapping[str, Sequence[Alias]]:

@@ -13,6 +13,7 @@ import torch
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.report import LoadReport
@@ -20,8 +21,7 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
-from hydra_ckpt.state.local import LocalTensor, exported
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
@@ -249,33 +249,71 @@ class Load:
             part = part_of(name)
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
-            locals_ = self._locals(mapped)
-            naming = self._naming(part)
-            if naming is not None and not mapped.is_adapted:  # an adapter gives the files' names itself
-                known = naming.by_source
-                mismatch.missing += [prefix + item.spec.name for item in locals_ if item.spec.name not in known]
-                locals_ = exported(locals_, naming)
-            held = {item.spec.name for item in locals_}
+            items = mapped.locals(self.extractor.localize)
+            naming = self._translation(mismatch, name, part, stored)
+            held = {item.spec.name for item in items}
+            if naming is not None:
+                mismatch.missing += [prefix + key for key in held if key not in naming.by_source]
+                held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
+                items = Exporter(naming)(items)
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
-            for item in locals_:
+            for item in items:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _translation(
+        self, mismatch: _Mismatch, name: str, part: str, stored: Mapping[str, StoredTensor]
+    ) -> Naming | None:
+        """From the live tensors of a model to the stored ones; None where the names are the same.
+
+        Files hold either the names that the saved model had in memory, or those of an export. A model that holds its
+        tensors otherwise in memory meets the saved one at the names of their exports, which its adapter or
+        transformers knows.
+        """
+        mapped = self.extractor.maps(self.state)[name]
+        saved = self._naming(part)
+        whole = self._is_export(part)
+        known = saved.by_source if saved is not None and whole else stored
+        unknown = [slot.name for slot in mapped.slots if slot.name not in known]
+        direct = saved if whole else None
+        if not unknown or self.extractor.is_peft:  # an adapter's names are peft's
+            return direct
+        specs = {item.spec.name: item.spec for item in mapped.locals(self.extractor.localize)}
+        live = naming_of(mapped, self.state.models[name][0], list(specs.values()))
+        exported = stored if saved is None or whole else saved.by_name
+        if len(live.by_name.keys() - exported.keys()) >= len(unknown):
+            return direct
+        if saved is None or whole:
+            return live
+        return self._met(mismatch, f"{name}/" if name else "", live, saved, stored)
+
+    def _met(
+        self, mismatch: _Mismatch, prefix: str, live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]
+    ) -> Naming:
+        """From live tensors to saved ones of another layout, by the exported tensors that both are parts of."""
+        theirs = {name: aliases[0].shape for name, aliases in saved.by_name.items()}
+        for name, aliases in live.by_name.items():
+            if name not in theirs:
+                mismatch.missing.append(prefix + name)
+            elif theirs[name] != aliases[0].shape:
+                mismatch.different[prefix + name] = (
+                    f"{list(theirs[name])} in the checkpoint's export, {list(aliases[0].shape)} in the model's"
+                )
+        return live.onto(saved, {name: item.spec for name, item in stored.items()})
 
     def _saved_models(self) -> set[str]:
         """The parts that hold models."""
         return {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
 
-    def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
-        """The tensors of a live model as the checkpoint has them."""
-        return mapped.locals(self.extractor.localize)
+    def _is_export(self, part: str) -> bool:
+        """Whether the files of a model are an export, and have its names."""
+        record = self.checkpoint.manifest.parts.get(part)
+        return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
 
     def _naming(self, part: str) -> Naming | None:
-        """How the files of a model call its tensors, where these are an export under other names."""
+        """How the saved model's tensors are called in its export, where they are called otherwise."""
         name = f"{part}/{names.NAMING}"
-        record = self.checkpoint.manifest.parts.get(part)
         listed = self.checkpoint.manifest.files
-        if record is None or name not in listed or not all(names.CONSOLIDATED in Path(f).parts for f in record.files):
-            return None
-        return decode_naming(self._root / name, read_small(self._root, name, listed[name]))
+        return decode_naming(self._root / name, read_small(self._root, name, listed[name])) if name in listed else None
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name

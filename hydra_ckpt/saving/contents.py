@@ -19,6 +19,7 @@ from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.planning import (
+    BESIDE,
     Agreement,
     PartLayout,
     Parts,
@@ -35,11 +36,9 @@ from hydra_ckpt.saving.planning import (
     tensors_of,
 )
 from hydra_ckpt.saving.save import Content, Merged
-from hydra_ckpt.state.adapter import has_adapter
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
-from hydra_ckpt.state.local import LocalTensor, exported
-from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
@@ -58,11 +57,13 @@ class Agreed:
     Attributes:
         agreement: The settlement.
         namings: Part of a model to how its export calls and stores the tensors.
+        exporters: The same, at work.
         kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
     """
 
     agreement: Agreement
     namings: Mapping[str, Naming]
+    exporters: Mapping[str, Exporter]
     kept: frozenset[str]
 
 
@@ -141,7 +142,7 @@ class Contents:
             return
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._remember(self._settle(state, captured.parts))
+        self._remember(self._settle(state, captured))
 
     def _remember(self, found: Agreed) -> None:
         self._settled.pop(self._held, None)
@@ -185,22 +186,25 @@ class Contents:
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _settle(self, state: AppState, parts: Parts) -> Agreed:
+    def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
-        agreement = agree(parts, self._channel, self._stage, self._config.write.state_dict_keys)
+        order = self._config.write.state_dict_keys
+        agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted)
         models = self._models(state)
         specs = {part: agreement.specs[part] for part in models}
         namings = {}
         for part, found in specs.items():
-            if self._config.write.is_peft or has_adapter(unwrap(models[part][0])):
+            if self._config.write.is_peft:
                 namings[part] = Naming.unchanged(found)  # under the right names already
             else:
                 said = self._channel.coordinator_step(
                     "looking at the reference model", partial(self._export.wanted, models[part][0])
                 )
-                namings[part] = self._export.naming(models[part][0], found, Wanted(**said))
+                adapted = agreement.adapted.get(part)
+                namings[part] = self._export.naming(models[part][0], found, Wanted(**said), adapted)
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
-        return Agreed(agreement, namings, kept)
+        exporters = {part: Exporter(naming) for part, naming in namings.items()}
+        return Agreed(agreement, namings, exporters, kept)
 
     def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
         """What is written of a state, by the part that a layout is made for."""
@@ -213,8 +217,7 @@ class Contents:
             if own is not None:
                 found[own] = items
             if export is not None:
-                naming = agreed.namings[part]
-                found[export] = items if naming.is_plain else exported(items, naming)
+                found[export] = items if agreed.namings[part].is_plain else agreed.exporters[part](items)
         return found
 
     def _make_plan(self, parts: Parts, agreed: Agreed, consolidated: bool, merging: bool, export_only: bool) -> Planned:
@@ -327,7 +330,7 @@ def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple
         return (None if export_only else part), None
     if export_only or part in agreed.kept:
         return None, part
-    return part, f"export/{part}"
+    return part, BESIDE + part
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
