@@ -278,6 +278,49 @@ def test_any_stages_go_on_as_any_others(tmp_path: Path, source: str, options: di
         check(tmp_path / str(tied), source, targets, tied, options)
 
 
+class Renaming:
+    """An adapter that calls everything otherwise; it is given one stage's part of the model."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {f"hf.{name}": tensor for name, tensor in state_dict.items()}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix("hf."): tensor for name, tensor in hf_state_dict.items()}
+
+
+def _adapted(directory: Path, layout: str, load: bool, options: dict[str, Any]) -> dict[str, Any]:
+    stages = Stages(layout, 2 if load else 1, tied=True)
+    for part in stages.parts:
+        part.state_dict_adapter = Renaming()
+    if not load:
+        stages.train(1)
+    with engine_of(directory, stages, **options) as engine:
+        if load:
+            engine.load(stages.state)
+        else:
+            engine.save(stages.state, step=1).result()
+    return stages.everything()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_stages_with_adapters_write_one_export_of_a_tied_model_in_any_element_type(
+    tmp_path: Path, dtype: str | None
+) -> None:
+    options = {"save_consolidated": "always", "export_dtype": dtype}
+    saved = run_distributed(_adapted, 2, tmp_path, "interleaved", False, options)
+    wanted = {key: value for part in saved for key, value in part.items()}
+    on_disk: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "LATEST" / "model" / "consolidated").glob("*.safetensors"):
+        on_disk.update(load_file(file))
+    tensors = {key: value for key, value in wanted.items() if ":" not in key and isinstance(value, torch.Tensor)}
+    assert on_disk.keys() == {f"hf.{name}" for name in tensors}
+    for name, tensor in tensors.items():
+        assert torch.equal(on_disk[f"hf.{name}"], tensor.to(on_disk[f"hf.{name}"].dtype)), name
+        assert on_disk[f"hf.{name}"].dtype == (torch.bfloat16 if dtype else torch.float32), name
+    for found in run_distributed(_adapted, 2, tmp_path, "uneven", True, options):
+        assert_holds(found, wanted)
+
+
 # -- no stage knows the others -------------------------------------------------------------------------------------
 
 

@@ -253,7 +253,6 @@ class Load:
             naming = self._translation(mismatch, name, part, stored)
             held = {item.spec.name for item in items}
             if naming is not None:
-                mismatch.missing += [prefix + key for key in held if key not in naming.by_source]
                 held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
                 items = Exporter(naming)(items)
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
@@ -275,12 +274,13 @@ class Load:
         known = saved.by_source if saved is not None and whole else stored
         unknown = [slot.name for slot in mapped.slots if slot.name not in known]
         direct = saved if whole else None
-        if not unknown or self.extractor.is_peft:  # an adapter's names are peft's
+        if self.extractor.is_peft or not unknown:  # adapters have peft's names in any case
             return direct
         specs = {item.spec.name: item.spec for item in mapped.locals(self.extractor.localize)}
         live = naming_of(mapped, self.state.models[name][0], list(specs.values()))
         exported = stored if saved is None or whole else saved.by_name
         if len(live.by_name.keys() - exported.keys()) >= len(unknown):
+            mismatch.missing += [f"{name}/{key}" if name else key for key in unknown if direct is not None]
             return direct
         if saved is None or whole:
             return live
