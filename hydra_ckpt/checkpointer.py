@@ -100,7 +100,11 @@ class Checkpointer:
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft, pp_rank)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
-        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel, self._topology)
+        # Whoever looks for a directory in vain tells the others before they give up.
+        self._patience_s = min(_JOIN_PATIENCE_S, config.write.timeout_s / 2)
+        self._restorer = Restorer(
+            config.read, self._directory, self._extractor, self._channel, self._topology, self._patience_s
+        )
         self._contents = Contents(
             config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root)
         )
@@ -428,7 +432,7 @@ class Checkpointer:
             content,
             staged.snapshot,
             "export" if request.adds_export else "rank",
-            min(_JOIN_PATIENCE_S, self.config.write.timeout_s / 2),  # to be told before the others give up
+            self._patience_s,
             self.config.write.staging_dir,
         )
         fence = self._directory.fence

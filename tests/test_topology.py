@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -347,3 +349,40 @@ def test_values_beyond_tensors_that_differ_between_ranks_are_warned_about_once(t
     [message] = [text for text in first if "differ on rank" in text]
     assert "differ on rank 2 from those on the first rank" in message
     assert not [text for messages in others for text in messages if "differ on rank" in text]
+
+
+# -- a file system that shows things late --------------------------------------------------------------------------
+
+
+def _late(root: Path, appears: bool) -> tuple[tuple[str, str], float]:
+    """Load a checkpoint that rank 1 does not see when rank 0 does.
+
+    Each process finds the directory below its own working directory, as hosts do below their own mounts.
+    """
+    rank = dist.get_rank()
+    here = root / f"host-{rank}"
+    here.mkdir()
+    os.chdir(here)
+    model = nn.Linear(2, 2)
+    if rank == 0:
+        (here / "run").symlink_to(root / "run")
+    elif appears:
+        threading.Timer(1.0, lambda: (here / "run").symlink_to(root / "run")).start()
+    config = CheckpointingConfig(checkpoint_dir="/proc/self/cwd/run", consolidation_timeout_minutes=0.1)
+    with config.build(rank, 0, 0) as engine:
+        error = _error(lambda: engine.load(AppState(model)))
+    return error, model.weight[0, 0].item()
+
+
+@pytest.mark.parametrize("appears", [True, False])
+def test_a_checkpoint_that_another_host_sees_late_is_waited_for_no_longer_than_the_limit(
+    tmp_path: Path, appears: bool
+) -> None:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, 3.0)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run")).build(0, 0, 0) as engine:
+        engine.save(AppState(model), step=1).result()
+    for (kind, text), value in run_distributed(_late, 2, tmp_path, appears):
+        assert kind == ("" if appears else "CheckpointNotFoundError")
+        assert (value == 3.0) == appears
+        assert appears or ("holds no manifest.json" in text and "must be one directory shared by all hosts" in text)
