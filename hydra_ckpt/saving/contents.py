@@ -18,6 +18,7 @@ from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.drift import Sampler
 from hydra_ckpt.saving.planning import (
     BESIDE,
     Agreement,
@@ -59,12 +60,14 @@ class Agreed:
         namings: Part of a model to how its export calls and stores the tensors.
         exporters: The same, at work.
         kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
+        sampler: Compares replicas.
     """
 
     agreement: Agreement
     namings: Mapping[str, Naming]
     exporters: Mapping[str, Exporter]
     kept: frozenset[str]
+    sampler: Sampler
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,14 @@ class Contents:
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in kept - {self._held}}
 
     def make(
-        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
+        self,
+        state: AppState,
+        captured: Captured,
+        *,
+        consolidated: bool,
+        export_only: bool,
+        from_shards: bool = False,
+        turn: int = 0,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
 
@@ -162,6 +172,7 @@ class Contents:
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
+            turn: Equal on all ranks; chooses the tensors whose replicas are compared.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
@@ -183,6 +194,7 @@ class Contents:
             planned.merged,
             agreed.agreement.leader,
             None if export_only else captured.shared,
+            agreed.sampler.take(captured.parts, turn),
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
@@ -204,7 +216,12 @@ class Contents:
                 namings[part] = self._export.naming(models[part][0], found, Wanted(**said), adapted)
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         exporters = {part: Exporter(naming) for part, naming in namings.items()}
-        return Agreed(agreement, namings, exporters, kept)
+        agreed = Agreed(agreement, namings, exporters, kept, Sampler(captured.parts, agreement))
+        # What cannot be had at all is found here, where all ranks hear of it.
+        self._channel.coordinator_step(
+            "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False))
+        )
+        return agreed
 
     def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
         """What is written of a state, by the part that a layout is made for."""

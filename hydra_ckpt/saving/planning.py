@@ -24,7 +24,7 @@ from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_
 from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
 from hydra_ckpt.store import names
 
@@ -376,17 +376,22 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
     return list(itertools.chain.from_iterable(parts.values()))
 
 
+def replica_of(place: Place, agreement: Agreement) -> tuple[int, int]:
+    """This rank's index among all ranks that hold the same, whatever their mesh, and their number."""
+    copy, copies = agreement.copies[place.mesh]
+    index, count = place.replica
+    return copy * count + index, copies * count
+
+
 def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
     holdings = []
     for item in items:
         place = item.place
-        copy, copies = agreement.copies[place.mesh]
-        index, count = place.replica
-        replica = (copy * count + index, copies * count)
+        replica = replica_of(place, agreement)
         divisible = item.divisible
         if (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
             # Its writers are the replicas before these, and write all of it.
-            replica, divisible = (copies * count + replica[0], 2 * copies * count), False
+            replica, divisible = (replica[1] + replica[0], 2 * replica[1]), False
         holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 
