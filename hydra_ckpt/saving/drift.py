@@ -20,6 +20,8 @@ from hydra_ckpt.storage.digests import digest_of, hex_digest
 
 _TENSORS_A_SAVE = 64
 _PLACES_A_DIMENSION = 3
+# Of hexadecimal keys and digests: 48 bits each.
+_DIGITS = 12
 # Spreads the tensors looked at over the saves, whatever the distance of their steps.
 _STRIDE = 2654435761
 
@@ -39,7 +41,7 @@ class Sample:
     @property
     def digest(self) -> str:
         """Of all elements."""
-        return hex_digest(b"".join(self.elements.values()))
+        return hex_digest(b"".join(self.elements.values()))[:_DIGITS]
 
     def digests(self) -> dict[str, int]:
         """Of each tensor's elements."""
@@ -62,7 +64,9 @@ class Sampler:
                 groups[item.place.mesh, item.place.group].append((position, label))
         tensors = tensors_of(parts)
         self._groups = {
-            fingerprint([str(agreement.leader), *(f"{label} {tensors[at].box}" for at, label in members)]): members
+            fingerprint([str(agreement.leader), *(f"{label} {tensors[at].box}" for at, label in members)])[
+                :_DIGITS
+            ]: members
             for members in groups.values()
         }
 
@@ -106,12 +110,19 @@ def _as_bytes(values: Sequence[torch.Tensor]) -> list[bytes]:
     return found
 
 
+def summary(samples: Sequence[Sample]) -> str:
+    """Keys and digests in one text; there may be many receipts, and each is taken apart by one rank."""
+    return "".join(sample.key + sample.digest for sample in samples)
+
+
 def drifted(receipts: Sequence[Mapping[str, Any]]) -> list[int]:
     """Coordinator only: two ranks that should hold the same and do not; empty if there are none."""
     first: dict[str, tuple[int, str]] = {}
     for rank, receipt in enumerate(receipts):
-        for key, digest in receipt["copies"]:
-            known, expected = first.setdefault(key, (rank, digest))
+        text = receipt["copies"]
+        for start in range(0, len(text), 2 * _DIGITS):
+            digest = text[start + _DIGITS : start + 2 * _DIGITS]
+            known, expected = first.setdefault(text[start : start + _DIGITS], (rank, digest))
             if expected != digest:
                 return [known, rank]
     return []
