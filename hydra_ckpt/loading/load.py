@@ -290,15 +290,19 @@ class Load:
         self, mismatch: _Mismatch, prefix: str, live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]
     ) -> Naming:
         """From live tensors to saved ones of another layout, by the exported tensors that both are parts of."""
-        theirs = {name: aliases[0].shape for name, aliases in saved.by_name.items()}
-        for name, aliases in live.by_name.items():
-            if name not in theirs:
-                mismatch.missing.append(prefix + name)
-            elif theirs[name] != aliases[0].shape:
+        theirs, ours = _shapes(saved), _shapes(live)
+        mismatch.missing += [prefix + name for name in ours if name not in theirs]
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
                 mismatch.different[prefix + name] = (
-                    f"{list(theirs[name])} in the checkpoint's export, {list(aliases[0].shape)} in the model's"
+                    f"{list(theirs[name])} in the checkpoint's export, {list(ours[name])} in the model's"
                 )
-        return live.onto(saved, {name: item.spec for name, item in stored.items()})
+        met = live.onto(saved, {name: item.spec for name, item in stored.items()})
+        for source, aliases in live.by_source.items() if not mismatch.missing and not mismatch.different else ():
+            found = sum(alias.box.numel for alias in met.by_source.get(source, ()))
+            if found != sum(alias.box.numel for alias in aliases):  # exported by other rearrangements
+                mismatch.missing.append(prefix + source)
+        return met
 
     def _saved_models(self) -> set[str]:
         """The parts that hold models."""
@@ -480,3 +484,8 @@ def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
     missing = {name for item in found for name in item["missing"]}
     different = {name: text for item in found for name, text in item["different"].items()}
     return {"missing": sorted(missing), "unexpected": sorted(unexpected), "different": different}
+
+
+def _shapes(naming: Naming) -> dict[str, tuple[int, ...]]:
+    """Exported tensors with their shapes."""
+    return {name: naming.shapes.get(name, aliases[0].shape) for name, aliases in naming.by_name.items()}
