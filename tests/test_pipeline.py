@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
 from hydra_ckpt.saving.planning import PartLayout, agree, make_plan
@@ -35,6 +36,18 @@ LAYOUTS: dict[str, tuple[list[list[tuple[int, ...]]], int]] = {
     "pp4": ([[(0,)], [(1,)], [(2,)], [(3,)]], 1),
     "uneven": ([[(0, 1, 2)], [(3,)]], 1),
     "pp2-fsdp2": ([[(0, 1)], [(2, 3)]], 2),
+    "tp": ([[(0, 1, 2, 3)]], 2),
+    "hsdp": ([[(0, 1, 2, 3)]], 4),
+    "tp-fsdp2": ([[(0, 1, 2, 3)]], 4),
+    "pp2-tp2": ([[(0, 1)], [(2, 3)]], 2),
+}
+# The mesh within a stage, where it is not FSDP's alone; `tp` splits projections by columns.
+WITHIN: dict[str, dict[str, int]] = {
+    "ddp": {},
+    "tp": {"tp": 2},
+    "hsdp": {"replicate": 2, "shard": 2},
+    "tp-fsdp2": {"shard": 2, "tp": 2},
+    "pp2-tp2": {"tp": 2},
 }
 RANKS = {name: len(stages) * width for name, (stages, width) in LAYOUTS.items()}
 
@@ -109,10 +122,16 @@ class Stages:
         torch.manual_seed(seed)
         whole = Net(tied=tied)
         self.parts = [whole.part(layers) for layers in stages[self.pp_rank]]
-        if self.width > 1 and layout != "ddp":
-            mesh = init_device_mesh("cpu", (len(stages), self.width), mesh_dim_names=("pp", "dp"))["dp"]
+        within = WITHIN.get(layout, {"shard": self.width} if self.width > 1 else {})
+        if within:
+            sizes = {"pp": len(stages), **within}
+            mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            data = tuple(name for name in within if name != "tp")
             for part in self.parts:
-                fully_shard(part, mesh=mesh)
+                if "tp" in within:
+                    parallelize_module(part, mesh["tp"], {"layers.*.proj": ColwiseParallel()})
+                if data:
+                    fully_shard(part, mesh=mesh[data])
         self.tied = tied
         self.optimizers = [
             torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.01) for part in self.parts
