@@ -1,1 +1,1 @@
-"""One load, from a selector to installed state: `restoring` (which one), `load` (ours), `foreign` (other tools')."""
+"""One load, from a selector to installed state: `restoring` (which one), `load` (ours), `foreign` (other tools'), `translation` (names)."""

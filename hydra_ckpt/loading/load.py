@@ -16,6 +16,7 @@ from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismat
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng, stages
@@ -250,7 +251,7 @@ class Load:
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
             items = mapped.locals(self.extractor.localize)
-            naming = self._translation(mismatch, name, part, stored)
+            naming = self._naming(mismatch, name, stored)
             held = {item.spec.name for item in items}
             if naming is not None:
                 held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
@@ -259,50 +260,20 @@ class Load:
             for item in items:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
 
-    def _translation(
-        self, mismatch: _Mismatch, name: str, part: str, stored: Mapping[str, StoredTensor]
-    ) -> Naming | None:
-        """From the live tensors of a model to the stored ones; None where the names are the same.
-
-        Files hold either the names that the saved model had in memory, or those of an export. A model that holds its
-        tensors otherwise in memory meets the saved one at the names of their exports, which its adapter or
-        transformers knows.
-        """
-        mapped = self.extractor.maps(self.state)[name]
-        saved = self._naming(part)
-        whole = self._is_export(part)
-        known = saved.by_source if saved is not None and whole else stored
-        unknown = [slot.name for slot in mapped.slots if slot.name not in known]
-        direct = saved if whole else None
-        if self.extractor.is_peft or not unknown:  # adapters have peft's names in any case
-            return direct
-        specs = {item.spec.name: item.spec for item in mapped.locals(self.extractor.localize)}
-        live = naming_of(mapped, self.state.models[name][0], list(specs.values()))
-        exported = stored if saved is None or whole else saved.by_name
-        if len(live.by_name.keys() - exported.keys()) >= len(unknown):
-            mismatch.missing += [f"{name}/{key}" if name else key for key in unknown if direct is not None]
-            return direct
-        if saved is None or whole:
-            return live
-        return self._met(mismatch, f"{name}/" if name else "", live, saved, stored)
-
-    def _met(
-        self, mismatch: _Mismatch, prefix: str, live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]
-    ) -> Naming:
-        """From live tensors to saved ones of another layout, by the exported tensors that both are parts of."""
-        theirs, ours = _shapes(saved), _shapes(live)
-        mismatch.missing += [prefix + name for name in ours if name not in theirs]
-        for name in ours.keys() & theirs.keys():
-            if ours[name] != theirs[name]:
-                mismatch.different[prefix + name] = (
-                    f"{list(theirs[name])} in the checkpoint's export, {list(ours[name])} in the model's"
-                )
-        met = live.onto(saved, {name: item.spec for name, item in stored.items()})
-        for source, aliases in live.by_source.items() if not mismatch.missing and not mismatch.different else ():
-            found = sum(alias.box.numel for alias in met.by_source.get(source, ()))
-            if found != sum(alias.box.numel for alias in aliases):  # exported by other rearrangements
-                mismatch.missing.append(prefix + source)
-        return met
+    def _naming(self, mismatch: _Mismatch, name: str, stored: Mapping[str, StoredTensor]) -> Naming | None:
+        """From a model's live tensors to the stored ones; None where the names are the same."""
+        mapped, part = self.extractor.maps(self.state)[name], part_of(name)
+        saved = Saved(stored, self._saved_naming(part), self._is_export(part))
+        if self.extractor.is_peft:
+            return saved.naming if saved.is_export else None
+        specs = [item.spec for item in mapped.locals(self.extractor.localize)]
+        found = translate(
+            [spec.name for spec in specs], saved, lambda: naming_of(mapped, self.state.models[name][0], specs)
+        )
+        prefix = f"{name}/" if name else ""
+        mismatch.missing += [prefix + key for key in found.missing]
+        mismatch.different.update({prefix + key: text for key, text in found.different.items()})
+        return found.naming
 
     def _saved_models(self) -> set[str]:
         """The parts that hold models."""
@@ -313,7 +284,7 @@ class Load:
         record = self.checkpoint.manifest.parts.get(part)
         return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
 
-    def _naming(self, part: str) -> Naming | None:
+    def _saved_naming(self, part: str) -> Naming | None:
         """How the saved model's tensors are called in its export, where they are called otherwise."""
         name = f"{part}/{names.NAMING}"
         listed = self.checkpoint.manifest.files
@@ -484,8 +455,3 @@ def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
     missing = {name for item in found for name in item["missing"]}
     different = {name: text for item in found for name, text in item["different"].items()}
     return {"missing": sorted(missing), "unexpected": sorted(unexpected), "different": different}
-
-
-def _shapes(naming: Naming) -> dict[str, tuple[int, ...]]:
-    """Exported tensors with their shapes."""
-    return {name: naming.shapes.get(name, aliases[0].shape) for name, aliases in naming.by_name.items()}
