@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
 from hydra_ckpt.saving.planning import PartLayout, agree, make_plan
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[list[list[tuple[int, ...]]], int]] = {
     "tp-fsdp2": ([[(0, 1, 2, 3)]], 4),
     "pp2-tp2": ([[(0, 1)], [(2, 3)]], 2),
 }
-# The mesh within a stage, where it is not FSDP's alone; `tp` splits projections by columns.
+# The mesh within a stage, where it is not FSDP's alone; `tp` splits projections.
 WITHIN: dict[str, dict[str, int]] = {
     "ddp": {},
     "tp": {"tp": 2},
@@ -129,7 +129,9 @@ class Stages:
             data = tuple(name for name in within if name != "tp")
             for part in self.parts:
                 if "tp" in within:
-                    parallelize_module(part, mesh["tp"], {"layers.*.proj": ColwiseParallel()})
+                    # FSDP on top of columns makes strided shards, which PyTorch cannot distribute a gradient to.
+                    style = RowwiseParallel() if data else ColwiseParallel()
+                    parallelize_module(part, mesh["tp"], {"layers.*.proj": style})
                 if data:
                     fully_shard(part, mesh=mesh[data])
         self.tied = tied
