@@ -22,6 +22,7 @@ from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
+from hydra_ckpt.saving.drift import Sample, describe_drift
 from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
@@ -100,7 +101,11 @@ class Checkpointer:
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
         self._extractor = Extractor(config.write.is_peft, pp_rank)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
-        self._restorer = Restorer(config.read, self._directory, self._extractor, self._channel, self._topology)
+        # Whoever looks for a directory in vain tells the others before they give up.
+        self._patience_s = min(_JOIN_PATIENCE_S, config.write.timeout_s / 2)
+        self._restorer = Restorer(
+            config.read, self._directory, self._extractor, self._channel, self._topology, self._patience_s
+        )
         self._contents = Contents(
             config, self.group, self._channel, pp_rank, keeps_ranges=keeps_ranges_apart(self.root)
         )
@@ -113,7 +118,7 @@ class Checkpointer:
         self._start_step: int | None = None
         self._published: set[str] = set()
         self._exported: set[str] = set()
-        self._opened = self._settled = self._warned_of_unlike = False
+        self._opened = self._settled = self._warned_of_unlike = self._warned_of_drift = False
 
     @property
     def enabled(self) -> bool:
@@ -336,41 +341,42 @@ class Checkpointer:
         pending = PendingSave(request.step)
         captured, error = self._capture(state, request)
         self._contents.agree(state, captured, error)
+        from_shards = request.adds_export and self._has_changed(state, captured, request)
         transaction: Transaction
-        staged, written = Staged(), 0
-        if captured is None:
-            transaction = FailedSave(request.step, error or CheckpointError("the state could not be taken apart"))
-        else:
+        staged = Staged()
+        try:
+            if captured is None:
+                raise error or CheckpointError("the state could not be taken apart")
             content, sources = self._contents.make(
                 state,
                 captured,
                 consolidated=request.consolidated,
                 export_only=request.adds_export,
-                from_shards=request.adds_export and self._has_changed(state, captured, request),
+                from_shards=from_shards,
+                turn=request.step,
             )
             staged = self._stage(state, sources)
-            written = content.plan.nbytes
             transaction = self._transaction(request, content, staged)
+        except Exception as failure:
+            transaction = FailedSave(request.step, failure)
         self.stats.saves += 1
         self._published.add(name)
         if request.consolidated:
             self._exported.add(name)
         self._pending = pending  # only now: one that never began would be waited for for ever
-        self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged, written))
+        self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         return pending
 
-    def _has_changed(self, state: AppState, captured: Captured, request: SaveRequest) -> bool:
+    def _has_changed(self, state: AppState, captured: Captured | None, request: SaveRequest) -> bool:
         """Collective: whether the weights differ from those published under the step, or it is not known.
 
         Averages swapped in, or batch statistics measured anew, belong to no step; an export of them beside that
         step's shards would be another model under the same name.
         """
-        content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
-        live = borrow(model_sources(sources, content.plan).tensors)
-        digests = frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
         saved = self._weights.get(request.name)
-        found = self._channel.agree("comparing weights", [saved is None, saved is not None and saved != digests], _any)
-        unknown, changed = found
+        live = None if captured is None or saved is None else self._weights_now(state, captured)
+        answers = [live is None, live is not None and live != saved]
+        unknown, changed = self._channel.agree("comparing weights", answers, _any)
         if changed and self.group.rank == 0:
             log.warning(
                 "the weights have changed since step %d was saved; the export holds the saved ones. To export what is "
@@ -378,6 +384,16 @@ class Checkpointer:
                 request.step,
             )
         return bool(unknown or changed)
+
+    def _weights_now(self, state: AppState, captured: Captured) -> frozenset[Digested] | None:
+        """Digests of the models' bytes that this rank would write; None if they cannot be had."""
+        try:
+            content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
+            live = borrow(model_sources(sources, content.plan).tensors)
+            return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
+        except Exception:
+            log.debug("the weights cannot be compared", exc_info=True)
+            return None  # the save that follows says why, on all ranks
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves.
@@ -428,7 +444,7 @@ class Checkpointer:
             content,
             staged.snapshot,
             "export" if request.adds_export else "rank",
-            min(_JOIN_PATIENCE_S, self.config.write.timeout_s / 2),  # to be told before the others give up
+            self._patience_s,
             self.config.write.staging_dir,
         )
         fence = self._directory.fence
@@ -438,9 +454,7 @@ class Checkpointer:
         step, epoch, metrics = request.step, request.epoch, request.metrics
         return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, directory.details)
 
-    def _carry_out(
-        self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int
-    ) -> None:
+    def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
         """In the background: finish staging, write, publish, prune."""
         begun = time.monotonic()
         try:
@@ -458,12 +472,16 @@ class Checkpointer:
             pending.fail(error)
             return
         staged.release()
+        content = None
+        if isinstance(transaction, Save | AddExport):
+            content = transaction.writer.content
+            self.stats.written_bytes += content.plan.nbytes
         if isinstance(transaction, Save) and not request.consolidated:
             self._weights = {request.name: transaction.writer.weights}
         self._warn_of_unlike(outcome.get("unlike", []))
-        self.stats.written_bytes += written
         self._longest_save_s = max(self._longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self.root / request.name, request.step, request.epoch))
+        self._warn_of_drift(outcome.get("drifted", []), content.samples if content is not None else ())
         if self.group.rank == 0:
             self._prune()
 
@@ -476,6 +494,20 @@ class Checkpointer:
                 "equal, or put what belongs to one rank into tensors of its own",
                 ", ".join(map(str, ranks)),
             )
+
+    def _warn_of_drift(self, ranks: list[int], samples: Sequence[Sample]) -> None:
+        """Collective, once: have two replicas that have drifted apart tell in which tensors."""
+        if not ranks or self._warned_of_drift:
+            return
+        self._warned_of_drift = True
+        digests = {name: digest for sample in samples for name, digest in sample.digests().items()}
+        try:
+            told = self._save_channel.gather("comparing replicas", digests if self.group.rank in ranks else None)
+        except CheckpointError as error:  # the save itself is published
+            log.warning("ranks %d and %d hold different values, but did not tell in which tensors: %s", *ranks, error)
+            return
+        if told is not None:
+            log.warning("%s", describe_drift(ranks, [told[rank] for rank in ranks]))
 
     def _prune(self) -> None:
         try:

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hydra_ckpt import AppState, CheckpointingConfig, SaveFailedError, TopologyError
-from hydra_ckpt.state.adapter import StackedExperts, views_of
+from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, SaveFailedError, TopologyError
+from hydra_ckpt.state.adapter import StackedExperts, adapter_naming
+from hydra_ckpt.state.local import Localizer
 from hydra_ckpt.testing import run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -183,6 +184,130 @@ def test_a_model_of_transformers_needs_no_adapter(tmp_path: Path, kind: str) -> 
     assert_same(_load(tmp_path / "run", kind, 1), run.everything())
 
 
+# -- other layouts in memory ---------------------------------------------------------------------------------------
+
+
+class Separate(nn.Module):
+    """The same model with a tensor for each expert, as its files have them; no adapter."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            *places, last = name.split(".")
+            owner: nn.Module = self
+            for place in places:
+                if not hasattr(owner, place):
+                    owner.add_module(place, nn.Module())
+                owner = getattr(owner, place)
+            owner.register_parameter(last, nn.Parameter(tensor.clone()))
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    """Every tensor over all ranks, along its first dimension."""
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    return model
+
+
+def _bare(directory: Path, kind: str, layout: str, seed: int, load: bool, options: dict[str, Any]) -> Any:
+    """Save or load a model alone, held in one of three ways; returns its tensors under the names of memory."""
+    model = tiny(kind, seed)
+    if layout == "separate":
+        model = Separate(adapter_for(kind).to_hf(model.state_dict()))
+    if layout == "adapter":
+        model.state_dict_adapter = adapter_for(kind)
+    model = _sharded(model)
+    config = CheckpointingConfig(checkpoint_dir=str(directory), **options)
+    with config.build(dist.get_rank() if dist.is_initialized() else 0, 0, 0) as engine:
+        if load:
+            engine.load(AppState(model))
+        else:
+            engine.save(AppState(model), step=1).result()
+    found = {name: full(parameter) for name, parameter in model.named_parameters()}
+    return found if layout == "separate" else adapter_for(kind).to_hf(found)
+
+
+FORMS = [{}, {"save_consolidated": "always"}, {"model_save_format": "torch_save"}]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "options"),
+    [("transformers", "separate", FORMS[0]), ("separate", "adapter", FORMS[1]), ("adapter", "separate", FORMS[2])],
+)
+def test_a_model_held_otherwise_in_memory_goes_on(
+    tmp_path: Path, saved: str, loaded: str, options: dict[str, Any]
+) -> None:
+    _check_layouts(tmp_path, "mixtral", saved, loaded, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("loaded", ["separate", "adapter", "transformers"])
+@pytest.mark.parametrize("saved", ["separate", "adapter", "transformers"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_layout_in_memory_goes_on_as_any_other(
+    tmp_path: Path, kind: str, saved: str, loaded: str, options: dict[str, Any]
+) -> None:
+    _check_layouts(tmp_path, kind, saved, loaded, options)
+
+
+def _check_layouts(tmp_path: Path, kind: str, saved: str, loaded: str, options: dict[str, Any]) -> None:
+    wanted = run_distributed(_bare, 2, tmp_path, kind, saved, 1, False, options)[0]
+    for found in run_distributed(_bare, 2, tmp_path, kind, loaded, 2, True, options):
+        assert_same(found, wanted)
+
+
+def test_layouts_that_do_not_meet_are_told_in_the_names_of_the_files(tmp_path: Path) -> None:
+    _bare(tmp_path, "mixtral", "transformers", 1, False, {})
+    tensors = adapter_for("mixtral").to_hf(tiny("mixtral").state_dict())
+    first, second, *_ = (name for name in tensors if ".experts." in name)
+    tensors[first], tensors[f"{second}.more"] = torch.zeros(3), tensors.pop(second)
+    model = Separate(tensors)
+    with (
+        CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine,
+        pytest.raises(KeyMismatchError) as failure,
+    ):
+        engine.load(AppState(model))
+    assert failure.value.missing == [f"{second}.more"]
+    assert failure.value.mismatched == {first: "[20, 12] in the checkpoint's export, [3] in the model's"}
+
+
+class Joining:
+    """Files hold one tensor of what are two in memory."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {"qk": torch.cat([state_dict["q"], state_dict["k"].T], dim=1)}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {"q": hf_state_dict["qk"][:, :3], "k": hf_state_dict["qk"][:, 3:].T}
+
+
+def _joined(directory: Path, seed: int, load: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Module()
+    model.q, model.k = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5, 4))
+    model.state_dict_adapter = Joining()
+    model = _sharded(model)
+    with CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="always").build(
+        dist.get_rank() if dist.is_initialized() else 0, 0, 0
+    ) as engine:
+        if load:
+            engine.load(AppState(model))
+        else:
+            engine.save(AppState(model), step=1).result()
+    return {name: full(parameter) for name, parameter in model.named_parameters()}
+
+
+def test_an_adapter_may_join_tensors(tmp_path: Path) -> None:
+    wanted, _ = run_distributed(_joined, 2, tmp_path, 1, False)
+    assert_same(_joined(tmp_path, 2, True), wanted)
+    [file] = (tmp_path / "LATEST" / "model" / "consolidated").glob("*.safetensors")
+    assert torch.equal(load_file(file)["qk"], torch.cat([wanted["q"], wanted["k"].T], dim=1))
+
+
 # -- what adapters may do ------------------------------------------------------------------------------------------
 
 
@@ -330,8 +455,9 @@ def test_a_cast_that_loses_is_refused() -> None:
 
     model = Odd()
     model.state_dict_adapter = Narrowing()
+    localize = Localizer()
     with pytest.raises(TopologyError, match=r"upper: torch\.bfloat16 cannot be stored as torch\.float16 without loss"):
-        views_of(model, dict(model.named_parameters()))
+        adapter_naming(model, [localize(name, tensor).spec for name, tensor in model.named_parameters()])
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hydra_ckpt import CorruptCheckpointError
+from hydra_ckpt.storage.digests import Check
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
 from tests.meshes import KEYS, Net, Place, Run, canonical, place, values
@@ -169,3 +171,34 @@ def _flip(file: Path, position: int) -> None:
 
 def test_a_flipped_bit_is_found_on_another_mesh_whoever_reads_it(tmp_path: Path) -> None:
     assert run_distributed(_damage, 4, tmp_path) == [[]] * 4
+
+
+def _compared(root: Path) -> list[tuple[str, int]]:
+    """Which digests this rank compares when it loads what another mesh has saved."""
+    logging.getLogger("hydra_ckpt").setLevel(logging.ERROR)
+    here, other = place("fsdp2_tp2"), place("fsdp4")
+    with here.build(root, save_consolidated="always") as engine:
+        engine.save(Run(here).state, step=1).result()
+    compared: list[tuple[str, int]] = []
+    compare = Check.compare
+
+    def recording(self: Check, directory: Path, data: memoryview) -> None:
+        compared.append((self.file, self.region.offset))
+        compare(self, directory, data)
+
+    with pytest.MonkeyPatch.context() as patch, other.build(root) as engine:
+        patch.setattr(Check, "compare", recording)
+        engine.load(Run(other, trained=False).state)
+    return compared
+
+
+def test_every_byte_is_compared_the_ranks_share_what_none_reads_whole(tmp_path: Path) -> None:
+    by_rank = run_distributed(_compared, 4, tmp_path)
+    tensors = [item for compared in by_rank for item in compared if item[0].split("/")[0] in ("model", "optim")]
+    # What all ranks hold, each compares as it reads it, before it uses it; all else is compared by one of them.
+    assert set(Counter(tensors).values()) == {1, 4}
+    assert all(len(compared) == len(set(compared)) for compared in by_rank)
+    assert all(compared for compared in by_rank)
+    checkpoint = (tmp_path / "LATEST").resolve()
+    existing = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {file for compared in by_rank for file, _ in compared} == existing - {"manifest.json"}

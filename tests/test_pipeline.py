@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
 from hydra_ckpt.saving.planning import PartLayout, agree, make_plan
@@ -35,6 +36,18 @@ LAYOUTS: dict[str, tuple[list[list[tuple[int, ...]]], int]] = {
     "pp4": ([[(0,)], [(1,)], [(2,)], [(3,)]], 1),
     "uneven": ([[(0, 1, 2)], [(3,)]], 1),
     "pp2-fsdp2": ([[(0, 1)], [(2, 3)]], 2),
+    "tp": ([[(0, 1, 2, 3)]], 2),
+    "hsdp": ([[(0, 1, 2, 3)]], 4),
+    "tp-fsdp2": ([[(0, 1, 2, 3)]], 4),
+    "pp2-tp2": ([[(0, 1)], [(2, 3)]], 2),
+}
+# The mesh within a stage, where it is not FSDP's alone; `tp` splits projections.
+WITHIN: dict[str, dict[str, int]] = {
+    "ddp": {},
+    "tp": {"tp": 2},
+    "hsdp": {"replicate": 2, "shard": 2},
+    "tp-fsdp2": {"shard": 2, "tp": 2},
+    "pp2-tp2": {"tp": 2},
 }
 RANKS = {name: len(stages) * width for name, (stages, width) in LAYOUTS.items()}
 
@@ -109,10 +122,18 @@ class Stages:
         torch.manual_seed(seed)
         whole = Net(tied=tied)
         self.parts = [whole.part(layers) for layers in stages[self.pp_rank]]
-        if self.width > 1 and layout != "ddp":
-            mesh = init_device_mesh("cpu", (len(stages), self.width), mesh_dim_names=("pp", "dp"))["dp"]
+        within = WITHIN.get(layout, {"shard": self.width} if self.width > 1 else {})
+        if within:
+            sizes = {"pp": len(stages), **within}
+            mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            data = tuple(name for name in within if name != "tp")
             for part in self.parts:
-                fully_shard(part, mesh=mesh)
+                if "tp" in within:
+                    # FSDP on top of columns makes strided shards, which PyTorch cannot distribute a gradient to.
+                    style = RowwiseParallel() if data else ColwiseParallel()
+                    parallelize_module(part, mesh["tp"], {"layers.*.proj": style})
+                if data:
+                    fully_shard(part, mesh=mesh[data])
         self.tied = tied
         self.optimizers = [
             torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=0.01) for part in self.parts
@@ -276,6 +297,49 @@ def test_any_stages_go_on_as_any_others(tmp_path: Path, source: str, options: di
         targets.setdefault(ranks, []).append(name)
     for tied in (False, True):
         check(tmp_path / str(tied), source, targets, tied, options)
+
+
+class Renaming:
+    """An adapter that calls everything otherwise; it is given one stage's part of the model."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {f"hf.{name}": tensor for name, tensor in state_dict.items()}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix("hf."): tensor for name, tensor in hf_state_dict.items()}
+
+
+def _adapted(directory: Path, layout: str, load: bool, options: dict[str, Any]) -> dict[str, Any]:
+    stages = Stages(layout, 2 if load else 1, tied=True)
+    for part in stages.parts:
+        part.state_dict_adapter = Renaming()
+    if not load:
+        stages.train(1)
+    with engine_of(directory, stages, **options) as engine:
+        if load:
+            engine.load(stages.state)
+        else:
+            engine.save(stages.state, step=1).result()
+    return stages.everything()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_stages_with_adapters_write_one_export_of_a_tied_model_in_any_element_type(
+    tmp_path: Path, dtype: str | None
+) -> None:
+    options = {"save_consolidated": "always", "export_dtype": dtype}
+    saved = run_distributed(_adapted, 2, tmp_path, "interleaved", False, options)
+    wanted = {key: value for part in saved for key, value in part.items()}
+    on_disk: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "LATEST" / "model" / "consolidated").glob("*.safetensors"):
+        on_disk.update(load_file(file))
+    tensors = {key: value for key, value in wanted.items() if ":" not in key and isinstance(value, torch.Tensor)}
+    assert on_disk.keys() == {f"hf.{name}" for name in tensors}
+    for name, tensor in tensors.items():
+        assert torch.equal(on_disk[f"hf.{name}"], tensor.to(on_disk[f"hf.{name}"].dtype)), name
+        assert on_disk[f"hf.{name}"].dtype == (torch.bfloat16 if dtype else torch.float32), name
+    for found in run_distributed(_adapted, 2, tmp_path, "uneven", True, options):
+        assert_holds(found, wanted)
 
 
 # -- no stage knows the others -------------------------------------------------------------------------------------

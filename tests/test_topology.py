@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, resumable
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import run_distributed
-from tests.meshes import MESHES, Place, place
+from tests.meshes import MESHES, Place, Run, local, place
 
 # -- random numbers ------------------------------------------------------------------------------------------------
 
@@ -347,3 +349,122 @@ def test_values_beyond_tensors_that_differ_between_ranks_are_warned_about_once(t
     [message] = [text for text in first if "differ on rank" in text]
     assert "differ on rank 2 from those on the first rank" in message
     assert not [text for messages in others for text in messages if "differ on rank" in text]
+
+
+def _drift(root: Path, name: str, step: int) -> list[str]:
+    """Replicas of which the last one has other values in one tensor; what is logged."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hydra_ckpt").addHandler(handler)
+    here = place(name)
+    run = Run(here)
+    with here.build(root / name, is_async=True) as engine:
+        engine.save(run.state, step=step).result()
+        assert not [text for text in messages if "replicas" in text]
+        if dist.get_rank() == dist.get_world_size() - 1:
+            with torch.no_grad():
+                for tensor in (run.parameters["up.weight"], run.parameters["embed.weight"]):
+                    local(tensor).add_(1)
+        for later in (1, 2):
+            engine.save(run.state, step=step + later).result()
+    return messages
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ddp2", (0, 1)), ("hsdp2x2", (1, 3))])
+def test_replicas_that_have_drifted_apart_are_warned_about_once_with_names(
+    tmp_path: Path, name: str, ranks: tuple[int, int]
+) -> None:
+    first, *others = run_distributed(_drift, ranks[1] + 1, tmp_path, name, 7)
+    [message] = [text for text in first if "replicas" in text]
+    assert f"ranks {ranks[0]} and {ranks[1]} are replicas and hold different values in 2 of the " in message
+    assert "model: up.weight" in message
+    assert "model: embed.weight" in message
+    assert not [text for messages in others for text in messages if "replicas" in text]
+
+
+class Stubborn:
+    """A tokenizer that cannot be saved when it is told so, and something that cannot be stored."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def save_pretrained(self, directory: Any) -> None:
+        if self.fails:
+            raise OSError("no room for the vocabulary")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": object() if self.fails else 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+def _alone(root: Path) -> dict[str, Any]:
+    """What only one rank meets in a save: the others hear of it at once, and later saves work."""
+    rank, found = dist.get_rank(), {}
+    extra, model = Stubborn(), nn.Linear(3, 2)
+    state = AppState(model, extras={"stubborn": extra})
+    began = time.monotonic()
+    with CheckpointingConfig(checkpoint_dir=str(root)).build(rank, 0, 0) as engine:
+        engine.save(state, step=1).result()
+        extra.fails = rank == 1
+        found["export"] = _error(lambda: engine.save(state, step=1, is_final=True))
+        extra.fails = False
+        engine.save(state, step=1, is_final=True).result()
+        broken = AppState(model, extras={"stubborn": extra}, tokenizer=Stubborn())
+        broken.tokenizer.fails = True
+        found["tokenizer"] = _error(lambda: engine.save(broken, step=2))
+        engine.save(state, step=2).result()
+    with CheckpointingConfig(checkpoint_dir=str(root / "other")).build(rank, 0, 0) as engine:
+        found["tokenizer at the first save"] = _error(lambda: engine.save(broken, step=1))
+        engine.save(state, step=1).result()
+    found["seconds"] = time.monotonic() - began
+    return found
+
+
+def test_what_only_one_rank_meets_is_told_to_all_without_waiting(tmp_path: Path) -> None:
+    for found in run_distributed(_alone, 2, tmp_path):
+        assert found["export"][0] == "SaveFailedError"
+        assert "rank 1: CheckpointError: stubborn:x: a builtins.object" in found["export"][1]
+        assert "no room for the vocabulary" in found["tokenizer"][1]
+        assert "no room for the vocabulary" in found["tokenizer at the first save"][1]
+    assert [item.step for item in scan(tmp_path).checkpoints] == [1, 2]
+    assert scan(tmp_path).checkpoints[0].manifest.exports
+
+
+# -- a file system that shows things late --------------------------------------------------------------------------
+
+
+def _late(root: Path, appears: bool) -> tuple[tuple[str, str], float]:
+    """Load a checkpoint that rank 1 does not see when rank 0 does.
+
+    Each process finds the directory below its own working directory, as hosts do below their own mounts.
+    """
+    rank = dist.get_rank()
+    here = root / f"host-{rank}"
+    here.mkdir()
+    os.chdir(here)
+    model = nn.Linear(2, 2)
+    if rank == 0:
+        (here / "run").symlink_to(root / "run")
+    elif appears:
+        threading.Timer(1.0, lambda: (here / "run").symlink_to(root / "run")).start()
+    config = CheckpointingConfig(checkpoint_dir="/proc/self/cwd/run", consolidation_timeout_minutes=0.1)
+    with config.build(rank, 0, 0) as engine:
+        error = _error(lambda: engine.load(AppState(model)))
+    return error, model.weight[0, 0].item()
+
+
+@pytest.mark.parametrize("appears", [True, False])
+def test_a_checkpoint_that_another_host_sees_late_is_waited_for_no_longer_than_the_limit(
+    tmp_path: Path, appears: bool
+) -> None:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, 3.0)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run")).build(0, 0, 0) as engine:
+        engine.save(AppState(model), step=1).result()
+    for (kind, text), value in run_distributed(_late, 2, tmp_path, appears):
+        assert kind == ("" if appears else "CheckpointNotFoundError")
+        assert (value == 3.0) == appears
+        assert appears or ("holds no manifest.json" in text and "must be one directory shared by all hosts" in text)

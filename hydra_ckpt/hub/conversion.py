@@ -11,22 +11,18 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.overrides import TorchFunctionMode
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.aliases import Alias, Naming
-from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.state.model import unwrap
-from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.state.model import ModelMap, unwrap
+from hydra_ckpt.state.tracing import Trace
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +38,35 @@ def original_class(model: nn.Module) -> type[Any]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def hub_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
+def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = None) -> Naming:
+    """How the files of a live model call these tensors of it: as its adapter says, else as transformers would.
+
+    Raises:
+        CheckpointConfigError: See `hub_naming`.
+        TopologyError: The adapter does not fit.
+    """
+    adapted = mapped.adapted
+    return hub_naming(model, specs, skeleton) if adapted is None else adapted.completed(specs)
+
+
+def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = None) -> Naming:
     """The names and shapes under which `save_pretrained` would write a model's tensors.
 
     Args:
         model: Any model; one that is not of transformers keeps its names.
         specs: All of its stored tensors, in order; tied ones once.
+        skeleton: What `skeleton_of` gives for it, if that is there already.
 
     Raises:
-        CheckpointConfigError: transformers computes new values on the way (it permutes them within a tensor), and
-            would take the model's own for these.
+        CheckpointConfigError: transformers computes new values on the way, and would take the model's own for these.
     """
     core = unwrap(model)
     if not is_transformers_model(core):
         return Naming.unchanged(specs)
     ignored = set(getattr(core, "_keys_to_ignore_on_save", None) or ())
     kept = [spec for spec in specs if spec.name not in ignored]
-    traced = _Trace(kept)
-    skeleton = skeleton_of(core)
+    traced = Trace(kept)
+    skeleton = skeleton_of(core) if skeleton is None else skeleton
     with torch.no_grad(), traced:
         converted = _reversed_conversion(skeleton, dict(traced.sources))
     found = {name: traced.pieces_of(name, tensor) for name, tensor in converted.items()}
@@ -68,9 +75,8 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
     left = [spec for spec in kept if spec.name not in covered]
     if left:
         aliases += _as_in_memory(skeleton, left, [name for name, pieces in found.items() if pieces is None])
-    order = {spec.name: number for number, spec in enumerate(kept)}
-    first = {alias.name: order[alias.source] for alias in reversed(aliases)}
-    return Naming(tuple(sorted(aliases, key=lambda alias: first[alias.name])))
+    shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    return Naming.ordered(aliases, kept, shapes=shapes)
 
 
 def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,8 +87,10 @@ def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dic
 
 def skeleton_of(core: Any) -> Any:
     """A transformers model without data: class names and sub-models as its tables know them, whatever is sharded."""
+    from transformers.initialization import no_init_weights
+
     try:
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             skeleton = original_class(core)(copy.deepcopy(core.config))
     except Exception:
         log.debug("%s cannot be built on the meta device", original_class(core).__name__, exc_info=True)
@@ -104,8 +112,8 @@ def _as_in_memory(skeleton: Any, left: Sequence[TensorSpec], lost: Sequence[str]
     wrong = [spec.name for spec in left if rename_source_key(spec.name, renamings, converters)[1] is not None]
     if wrong:
         raise CheckpointConfigError(
-            f"{type(skeleton).__name__}: transformers rearranges the elements of {', '.join(wrong)} when saving, which "
-            "this version cannot do on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
+            f"{type(skeleton).__name__}: transformers computes new values for {', '.join(wrong)} when saving, which "
+            "cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
         )
     log.warning(
         "transformers would write %s otherwise than the model holds them; the export has them as in memory, which "
@@ -114,96 +122,3 @@ def _as_in_memory(skeleton: Any, left: Sequence[TensorSpec], lost: Sequence[str]
     )
     log.debug("not rearrangements: %s", lost)
     return [Alias.same(spec) for spec in left]
-
-
-@dataclass
-class _Joined:
-    """A tensor made of others: the parts, and where each begins in it."""
-
-    tensor: torch.Tensor
-    parts: list[tuple[torch.Tensor, tuple[int, ...]]] = field(default_factory=list)
-
-
-class _Trace(TorchFunctionMode):
-    """Follows views of tensors without data. What would copy them only for their layout does nothing."""
-
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        super().__init__()
-        self.sources = {
-            spec.name: torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device="meta") for spec in specs
-        }
-        self._names = {_storage(tensor): spec for spec, tensor in zip(specs, self.sources.values(), strict=True)}
-        self._joined: dict[int, _Joined] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.Tensor.contiguous, torch.Tensor.clone, torch.clone):
-            return args[0]
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.cat, torch.concat, torch.concatenate, torch.stack):
-            self._record(out, *args, stacked=func is torch.stack, **(kwargs or {}))
-        return out
-
-    def _record(self, out: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int = 0, *, stacked: bool) -> None:
-        dim %= out.dim()
-        joined, position = _Joined(out), 0
-        for tensor in tensors:
-            part = tensor.unsqueeze(dim) if stacked else tensor
-            joined.parts.append((part, tuple(position if axis == dim else 0 for axis in range(out.dim()))))
-            position += part.shape[dim]
-        self._joined[_storage(out)] = joined
-
-    def pieces_of(self, name: str, tensor: torch.Tensor) -> list[Alias] | None:
-        """What a converted tensor consists of; None if that cannot be said in boxes."""
-        joined = self._joined.get(_storage(tensor))
-        if joined is None:
-            alias = self._view(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
-            return None if alias is None else [alias]
-        if tensor.shape != joined.tensor.shape or tensor.stride() != joined.tensor.stride():
-            return None
-        found = [self._view(name, part, tuple(tensor.shape), corner) for part, corner in joined.parts]
-        return None if None in found else [alias for alias in found if alias is not None]
-
-    def _view(self, name: str, view: torch.Tensor, shape: tuple[int, ...], corner: tuple[int, ...]) -> Alias | None:
-        spec = self._names.get(_storage(view))
-        if spec is None or not view.numel():
-            return None
-        if view.shape == spec.shape and view.is_contiguous() and view.numel() == prod(spec.shape):
-            return Alias(name, shape, corner, spec.name, Box.whole(spec.shape), tuple(range(view.dim())))
-        strides = [prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape))]
-        starts, rest = [], int(view.storage_offset())
-        for stride in strides:
-            start, rest = divmod(rest, stride)
-            starts.append(start)
-        sizes = [1] * len(strides)
-        dims: list[int | None] = []
-        for size, step in zip(view.shape, view.stride(), strict=True):
-            dim = _dimension(size, step, spec.shape, strides, starts, dims) if size > 1 else None
-            if dim is None and size > 1:
-                return None
-            if dim is not None:
-                sizes[dim] = size
-            dims.append(dim)
-        return Alias(name, shape, corner, spec.name, Box(tuple(starts), tuple(sizes)), tuple(dims))
-
-
-def _dimension(
-    size: int,
-    step: int,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    starts: Sequence[int],
-    taken: Sequence[int | None],
-) -> int | None:
-    """The source's dimension that a view walks along."""
-    fitting = (
-        dim
-        for dim, stride in enumerate(strides)
-        if stride == step and shape[dim] > 1 and dim not in taken and starts[dim] + size <= shape[dim]
-    )
-    return next(fitting, None)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

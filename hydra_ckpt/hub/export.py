@@ -67,14 +67,22 @@ class ModelExport:
             )
         return {"dtypes": {name: item.spec.dtype for name, item in stored.items()}, "files": dict(reference.file_map)}
 
-    def naming(self, model: nn.Module, specs: Sequence[TensorSpec], wanted: Wanted) -> Naming:
+    def naming(
+        self, model: nn.Module, specs: Sequence[TensorSpec], wanted: Wanted, adapted: Naming | None = None
+    ) -> Naming:
         """Names, layout and element types of an export.
+
+        Args:
+            model: The model.
+            specs: Its tensors.
+            wanted: What the reference says.
+            adapted: What the model's adapter says, if it has one; element types that it asks for go before all others.
 
         Raises:
             CheckpointConfigError: transformers stores the model otherwise than can be done on shards.
         """
         try:
-            found = hub_naming(model, specs)
+            found = hub_naming(model, specs) if adapted is None else adapted.completed(specs)
         except CheckpointConfigError as error:
             if self._required:
                 raise
@@ -83,6 +91,7 @@ class ModelExport:
         dtypes = {spec.name: self._dtype(spec, wanted) for spec in found.specs(specs)}
         own = {spec.name: spec.dtype for spec in found.specs(specs)}
         changed = {name: dtype for name, dtype in dtypes.items() if dtype != own[name]}
+        changed.update(found.dtypes)
         return replace(found, dtypes=changed, files={name: wanted.files[name] for name in own if name in wanted.files})
 
     def _dtype(self, spec: TensorSpec, wanted: Wanted) -> str:

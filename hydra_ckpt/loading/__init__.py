@@ -1,1 +1,4 @@
-"""One load, from a selector to installed state: `restoring` (which one), `load` (ours), `foreign` (other tools')."""
+"""One load, from a selector to installed state.
+
+`restoring` (which checkpoint), `load` (ours), `foreign` (other tools'), `translation` (names that differ).
+"""

@@ -19,8 +19,6 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.load import Load
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
-from hydra_ckpt.state.local import LocalTensor
-from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.storage.pickled import DcpDirectory, KeyPath, read_dcp, read_pickle
 from hydra_ckpt.storage.tree import encode
@@ -248,10 +246,6 @@ class ForeignLoad(Load):
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:
         return self._pools.get(part, {})
-
-    def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
-        # Other tools write a model's own names; its adapter, if it has one, is none of theirs.
-        return mapped.own_locals(self.extractor.localize)
 
     def _want(
         self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]

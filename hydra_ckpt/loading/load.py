@@ -13,15 +13,16 @@ import torch
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
-from hydra_ckpt.state.local import LocalTensor, exported
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
@@ -249,44 +250,57 @@ class Load:
             part = part_of(name)
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
-            locals_ = self._locals(mapped)
-            naming = self._naming(part)
-            if naming is not None and not mapped.is_adapted:  # an adapter gives the files' names itself
-                known = naming.by_source
-                mismatch.missing += [prefix + item.spec.name for item in locals_ if item.spec.name not in known]
-                locals_ = exported(locals_, naming)
-            held = {item.spec.name for item in locals_}
+            items = mapped.locals(self.extractor.localize)
+            naming = self._naming(mismatch, name, stored)
+            held = {item.spec.name for item in items}
+            if naming is not None:
+                held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
+                items = Exporter(naming)(items)
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
-            for item in locals_:
+            for item in items:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _naming(self, mismatch: _Mismatch, name: str, stored: Mapping[str, StoredTensor]) -> Naming | None:
+        """From a model's live tensors to the stored ones; None where the names are the same."""
+        mapped, part = self.extractor.maps(self.state)[name], part_of(name)
+        saved = Saved(stored, self._saved_naming(part), self._is_export(part))
+        if self.extractor.is_peft:
+            return saved.naming if saved.is_export else None
+        specs = [item.spec for item in mapped.locals(self.extractor.localize)]
+        found = translate(
+            [spec.name for spec in specs], saved, lambda: naming_of(mapped, self.state.models[name][0], specs)
+        )
+        prefix = f"{name}/" if name else ""
+        mismatch.missing += [prefix + key for key in found.missing]
+        mismatch.different.update({prefix + key: text for key, text in found.different.items()})
+        return found.naming
 
     def _saved_models(self) -> set[str]:
         """The parts that hold models."""
         return {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
 
-    def _locals(self, mapped: ModelMap) -> list[LocalTensor]:
-        """The tensors of a live model as the checkpoint has them."""
-        return mapped.locals(self.extractor.localize)
-
-    def _naming(self, part: str) -> Naming | None:
-        """How the files of a model call its tensors, where these are an export under other names."""
-        name = f"{part}/{names.NAMING}"
+    def _is_export(self, part: str) -> bool:
+        """Whether the files of a model are an export, and have its names."""
         record = self.checkpoint.manifest.parts.get(part)
+        return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
+
+    def _saved_naming(self, part: str) -> Naming | None:
+        """How the saved model's tensors are called in its export, where they are called otherwise."""
+        name = f"{part}/{names.NAMING}"
         listed = self.checkpoint.manifest.files
-        if record is None or name not in listed or not all(names.CONSOLIDATED in Path(f).parts for f in record.files):
-            return None
-        return decode_naming(self._root / name, read_small(self._root, name, listed[name]))
+        return decode_naming(self._root / name, read_small(self._root, name, listed[name])) if name in listed else None
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name
         if stored is None:
             mismatch.missing.append(key)
-        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.shape, item.spec.dtype):
+        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.file_shape, item.spec.dtype):
             mismatch.different[key] = (
                 f"{stored.spec.dtype} {list(stored.spec.shape)} in the checkpoint, "
-                f"{item.spec.dtype} {list(item.spec.shape)} in the model"
+                f"{item.spec.dtype} {list(item.spec.file_shape)} in the model"
             )
         else:
+            stored = stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
             self._fetches.append(Fetch(stored, item.box, item.tensor))
 
     def _match_optimizers(self, mismatch: _Mismatch) -> None:

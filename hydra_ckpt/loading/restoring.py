@@ -43,19 +43,27 @@ class Restorer:
         extractor: Knows the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
+        patience_s: How long ranks look for a checkpoint that rank 0 has opened, in seconds.
 
     Attributes:
         passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong. Equal on all ranks.
     """
 
     def __init__(
-        self, options: ReadOptions, directory: Directory, extractor: Extractor, channel: Channel, topology: Topology
+        self,
+        options: ReadOptions,
+        directory: Directory,
+        extractor: Extractor,
+        channel: Channel,
+        topology: Topology,
+        patience_s: float,
     ) -> None:
         self._options = options
         self._directory = directory
         self._extractor = extractor
         self._channel = channel
         self._topology = topology
+        self._patience_s = patience_s
         self.passed_over: dict[str, str] = {}
 
     def wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
@@ -141,24 +149,43 @@ class Restorer:
         self.passed_over.update(damaged)
 
     def _open(self, state: AppState, path: Path, parts: tuple[str, ...], lease: ExitStack) -> Load:
-        """Collective: open a checkpoint, protected from pruning until the lease ends."""
+        """Collective: open a checkpoint, protected from pruning until the lease ends.
+
+        Rank 0, who chose it, opens it first; then that it is there is known, and the others look for it with patience.
+        """
+        opened: list[Checkpoint] = []
+
+        def open_first() -> bool:
+            foreign = is_foreign(path)
+            opened.append(self._opened(path, lease, foreign=foreign, patience_s=0.0))
+            return foreign
+
+        foreign = bool(self._channel.coordinator_step(f"opening {path}", open_first))
         error: Exception | None = None
-        checkpoint = None
-        foreign = is_foreign(path)
         try:
-            if foreign:
-                checkpoint = open_foreign(path, allow_pickle=self._options.allow_pickle)
-            else:
-                checkpoint = Checkpoint.open(path)
-                lease.enter_context(reading(path))
+            if not opened:
+                opened.append(self._opened(path, lease, foreign=foreign, patience_s=self._patience_s))
         except CheckpointError as known:
             error = known
-        except OSError as gone:
-            error = CheckpointNotFoundError(f"{path} is gone, or cannot be read: {gone}")
         self._channel.raise_together(f"opening {path}", error)
-        assert checkpoint is not None  # raise_together has raised otherwise
         kind = ForeignLoad if foreign else Load
-        return kind(checkpoint, state, self._extractor, self._channel, self._topology, parts, self._options.verify)
+        return kind(opened[0], state, self._extractor, self._channel, self._topology, parts, self._options.verify)
+
+    def _opened(self, path: Path, lease: ExitStack, *, foreign: bool, patience_s: float) -> Checkpoint:
+        if foreign:
+            return open_foreign(path, allow_pickle=self._options.allow_pickle)
+        try:
+            checkpoint = Checkpoint.open(path, patience_s=patience_s)
+            lease.enter_context(reading(path))
+        except CheckpointNotFoundError as unseen:
+            if self._channel.is_coordinator:
+                raise
+            raise CheckpointNotFoundError(
+                f"{unseen}; rank 0 has opened it. checkpoint.checkpoint_dir must be one directory shared by all hosts"
+            ) from unseen
+        except OSError as gone:
+            raise CheckpointNotFoundError(f"{path} is gone, or cannot be read: {gone}") from gone
+        return checkpoint
 
     def _finish(self, load: Load) -> LoadReport:
         report = load.run()

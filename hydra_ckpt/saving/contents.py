@@ -18,7 +18,9 @@ from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.drift import Sampler
 from hydra_ckpt.saving.planning import (
+    BESIDE,
     Agreement,
     PartLayout,
     Parts,
@@ -35,11 +37,9 @@ from hydra_ckpt.saving.planning import (
     tensors_of,
 )
 from hydra_ckpt.saving.save import Content, Merged
-from hydra_ckpt.state.adapter import has_adapter
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, part_of
-from hydra_ckpt.state.local import LocalTensor, exported
-from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
@@ -58,12 +58,16 @@ class Agreed:
     Attributes:
         agreement: The settlement.
         namings: Part of a model to how its export calls and stores the tensors.
+        exporters: The same, at work.
         kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
+        sampler: Compares replicas.
     """
 
     agreement: Agreement
     namings: Mapping[str, Naming]
+    exporters: Mapping[str, Exporter]
     kept: frozenset[str]
+    sampler: Sampler
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Contents:
             return
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._remember(self._settle(state, captured.parts))
+        self._remember(self._settle(state, captured))
 
     def _remember(self, found: Agreed) -> None:
         self._settled.pop(self._held, None)
@@ -151,7 +155,14 @@ class Contents:
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in kept - {self._held}}
 
     def make(
-        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
+        self,
+        state: AppState,
+        captured: Captured,
+        *,
+        consolidated: bool,
+        export_only: bool,
+        from_shards: bool = False,
+        turn: int = 0,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
 
@@ -161,6 +172,7 @@ class Contents:
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
+            turn: Equal on all ranks; chooses the tensors whose replicas are compared.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
@@ -182,25 +194,34 @@ class Contents:
             planned.merged,
             agreed.agreement.leader,
             None if export_only else captured.shared,
+            agreed.sampler.take(captured.parts, turn),
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 
-    def _settle(self, state: AppState, parts: Parts) -> Agreed:
+    def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
-        agreement = agree(parts, self._channel, self._stage, self._config.write.state_dict_keys)
+        order = self._config.write.state_dict_keys
+        agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted)
         models = self._models(state)
         specs = {part: agreement.specs[part] for part in models}
         namings = {}
         for part, found in specs.items():
-            if self._config.write.is_peft or has_adapter(unwrap(models[part][0])):
+            if self._config.write.is_peft:
                 namings[part] = Naming.unchanged(found)  # under the right names already
             else:
                 said = self._channel.coordinator_step(
                     "looking at the reference model", partial(self._export.wanted, models[part][0])
                 )
-                namings[part] = self._export.naming(models[part][0], found, Wanted(**said))
+                adapted = agreement.adapted.get(part)
+                namings[part] = self._export.naming(models[part][0], found, Wanted(**said), adapted)
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
-        return Agreed(agreement, namings, kept)
+        exporters = {part: Exporter(naming) for part, naming in namings.items()}
+        agreed = Agreed(agreement, namings, exporters, kept, Sampler(captured.parts, agreement))
+        # What cannot be had at all is found here, where all ranks hear of it.
+        self._channel.coordinator_step(
+            "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False))
+        )
+        return agreed
 
     def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
         """What is written of a state, by the part that a layout is made for."""
@@ -213,8 +234,7 @@ class Contents:
             if own is not None:
                 found[own] = items
             if export is not None:
-                naming = agreed.namings[part]
-                found[export] = items if naming.is_plain else exported(items, naming)
+                found[export] = items if agreed.namings[part].is_plain else agreed.exporters[part](items)
         return found
 
     def _make_plan(self, parts: Parts, agreed: Agreed, consolidated: bool, merging: bool, export_only: bool) -> Planned:
@@ -327,7 +347,7 @@ def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple
         return (None if export_only else part), None
     if export_only or part in agreed.kept:
         return None, part
-    return part, f"export/{part}"
+    return part, BESIDE + part
 
 
 def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:

@@ -8,26 +8,31 @@ instead), and how many copies of each device mesh there are. The result serves e
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
 from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.state.local import LocalTensor
+from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
 from hydra_ckpt.store import names
 
 # Fewer bytes than this are not worth a file of their own.
 _MIN_FILE_BYTES = 64 << 20
 _MAX_WRITERS = 64
+# What begins the name of a part that is an export beside the part's own files.
+BESIDE = "export/"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Agreement:
             two pipeline stages share.
         one_host: Whether all ranks run on one host.
         leader: The first of the ranks that hold the same tensors as this one.
+        adapted: Part to what the adapters of all ranks say that its files hold.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
@@ -52,6 +58,7 @@ class Agreement:
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     one_host: bool = True
     leader: int = 0
+    adapted: Mapping[str, Naming] = field(default_factory=dict)
 
 
 Parts = Mapping[str, Sequence[LocalTensor]]
@@ -62,7 +69,13 @@ def signature(parts: Parts) -> str:
     return str(hash(tuple((part, tuple(item.place for item in items)) for part, items in parts.items())))
 
 
-def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str] | None) -> Agreement:
+def agree(
+    parts: Parts,
+    channel: Channel,
+    stage: int,
+    global_order: Sequence[str] | None,
+    adapted: Mapping[str, Naming] = MappingProxyType({}),
+) -> Agreement:
     """Collective: settle what all ranks hold.
 
     Args:
@@ -70,12 +83,15 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
         channel: To the other ranks.
         stage: The pipeline rank; ranks of one stage must hold the same tensors.
         global_order: The model's keys in the order of its files, if known.
+        adapted: Part to what this rank's adapters say that its files hold.
 
     Raises:
         TopologyError: Ranks of one stage hold different tensors, or stages disagree about one of the same name.
     """
     local = {part: [item.spec for item in items] for part, items in parts.items()}
-    text = fingerprint(itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items()))
+    said = {part: naming.to_data() for part, naming in adapted.items()}
+    texts = itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items())
+    text = fingerprint(itertools.chain(texts, [json.dumps(said)]))
     meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
     note = {
         "host": socket.gethostname(),
@@ -89,7 +105,7 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     leads = positions["leader"] == channel.rank
     if positions["several"]:
-        writers = _union(parts, channel, stage, leads)
+        writers, adapted = _union(parts, said, channel, stage, leads)
         specs = {part: list(found) for part, found in writers.items()}
         elsewhere = frozenset(
             (part, spec.name)
@@ -101,7 +117,7 @@ def agree(parts: Parts, channel: Channel, stage: int, global_order: Sequence[str
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
     leader, one_host = positions["leader"], positions["one_host"]
-    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader)
+    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader, adapted)
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,25 +147,28 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _union(parts: Parts, channel: Channel, stage: int, leads: bool) -> dict[str, dict[TensorSpec, int]]:
+def _union(
+    parts: Parts, said: Mapping[str, Any], channel: Channel, stage: int, leads: bool
+) -> tuple[dict[str, dict[TensorSpec, int]], dict[str, Naming]]:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
 
     Returns:
-        Part to its tensors, each with the rank whose kind writes it.
+        Part to its tensors, each with the rank whose kind writes it; part to what the adapters say.
     """
     data = {
-        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.origin) for item in items]
+        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape)) for item in items]
         for part, items in parts.items()
     }
-    payload = {"stage": stage, "parts": data} if leads else None
+    payload = {"stage": stage, "parts": data, "adapted": said} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
-    return {
+    writers = {
         part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, writer in rows}
-        for part, rows in merged.items()
+        for part, rows in merged["parts"].items()
     }
+    return writers, {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
 
 
-def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
+def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Coordinator only: the union, in the order of the stages.
 
     Raises:
@@ -157,27 +176,43 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
     """
     speaking = {rank: payload for rank, payload in enumerate(payloads) if payload is not None}
     _refuse_unequal_stages(speaking)
+    ordered = sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0]))
     merged: dict[str, dict[str, Any]] = defaultdict(dict)
     clashes = []
-    for rank, payload in sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0])):
+    for rank, payload in ordered:
         for part, rows in payload["parts"].items():
-            for name, dtype, shape, origin in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape, origin, rank))
+            for name, dtype, shape in rows:
+                known = merged[part].setdefault(name, (name, dtype, shape, rank))
                 if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
-                elif known[3] != origin:
-                    clashes.append(
-                        f"{part}: the adapter makes {name} of {origin or name} on rank {rank}, and of "
-                        f"{known[3] or name} on rank {known[4]}"
-                    )
+    adapted = _merge_adapted({rank: payload["adapted"] for rank, payload in ordered}, clashes)
     if clashes:
         raise TopologyError(
             "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
         )
-    return {
-        part: [(name, dtype, shape, rank) for name, dtype, shape, _, rank in rows.values()]
-        for part, rows in merged.items()
-    }
+    return {"parts": {part: list(rows.values()) for part, rows in merged.items()}, "adapted": adapted}
+
+
+def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) -> dict[str, Any]:
+    """Part to what the adapters of all kinds of ranks say together; adds what contradicts."""
+    makers: dict[tuple[str, str], tuple[int, list[Any]]] = {}
+    merged: dict[str, Any] = {}
+    for rank, parts in said.items():
+        for part, data in parts.items():
+            found = merged.setdefault(part, {"aliases": [], "dtypes": {}, "files": {}, "shapes": {}})
+            for name, rows in itertools.groupby(data["aliases"], key=lambda row: row[0]):
+                pieces = list(rows)
+                first, known = makers.setdefault((part, name), (rank, pieces))
+                if first == rank:
+                    found["aliases"] += pieces
+                elif known != pieces:
+                    clashes.append(
+                        f"{part}: the adapter makes {name} of {pieces[0][3]} on rank {rank}, and of {known[0][3]} on "
+                        f"rank {first}"
+                    )
+            found["dtypes"].update(data["dtypes"])
+            found["shapes"].update(data["shapes"])
+    return merged
 
 
 def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
@@ -187,7 +222,12 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
             for part, rows in payload["parts"].items()
-            for name, dtype, shape, _ in rows
+            for name, dtype, shape in rows
+        }
+        keys |= {
+            (part, f"{name} made of {source} {offsets} {sizes} by the adapter")
+            for part, data in payload["adapted"].items()
+            for name, _, _, source, offsets, sizes, *_ in data["aliases"]
         }
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:
@@ -336,17 +376,22 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
     return list(itertools.chain.from_iterable(parts.values()))
 
 
+def replica_of(place: Place, agreement: Agreement) -> tuple[int, int]:
+    """This rank's index among all ranks that hold the same, whatever their mesh, and their number."""
+    copy, copies = agreement.copies[place.mesh]
+    index, count = place.replica
+    return copy * count + index, copies * count
+
+
 def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
     holdings = []
     for item in items:
         place = item.place
-        copy, copies = agreement.copies[place.mesh]
-        index, count = place.replica
-        replica = (copy * count + index, copies * count)
+        replica = replica_of(place, agreement)
         divisible = item.divisible
-        if (part, place.spec.name) in agreement.elsewhere:
+        if (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
             # Its writers are the replicas before these, and write all of it.
-            replica, divisible = (copies * count + replica[0], 2 * copies * count), False
+            replica, divisible = (replica[1] + replica[0], 2 * replica[1]), False
         holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 

@@ -15,6 +15,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
+from hydra_ckpt.saving.drift import Sample, drifted, summary
 from hydra_ckpt.saving.planning import PartLayout
 from hydra_ckpt.state.capture import Packed
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
@@ -61,6 +62,7 @@ class Content:
         merged: Whole files that the coordinator merges from shards.
         leader: The first rank that holds the same tensors, whose `shared` is kept.
         alike: What should be the same there; None where only an export is written.
+        samples: Of the tensors that other ranks hold too.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -73,6 +75,7 @@ class Content:
     merged: tuple[Merged, ...] = ()
     leader: int = 0
     alike: Packed | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass
@@ -175,10 +178,12 @@ class DraftWriter:
             "token": draft.token,
             "plan": plan.fingerprint,
             "coverage": plan.coverage,
-            "alike": [content.leader, "" if content.alike is None else hex_digest(content.alike.data)],
+            # The leader, and a digest of what should be the same as there.
+            "alike": f"{content.leader}:{'' if content.alike is None else hex_digest(content.alike.data)}",
+            "copies": summary(content.samples),
             "bytes": plan.nbytes,
             "files": {**small, **own},
-            "rows": rows,
+            "rows": rows or None,
         }
 
     def _write_foreign(self, draft: Draft, snapshot: Snapshot) -> dict[str, list[Row]]:
@@ -286,7 +291,7 @@ def check_space(root: Path, needed: int) -> None:
 def unlike_ranks(receipts: Sequence[dict[str, Any]]) -> list[int]:
     """Ranks whose values beyond tensors are not those of the first rank with the same tensors, which are kept."""
     found = [receipt["alike"] for receipt in receipts]
-    return [rank for rank, (leader, digest) in enumerate(found) if digest != found[leader][1]]
+    return [rank for rank, text in enumerate(found) if text != found[int(text.partition(":")[0])]]
 
 
 @dataclass(frozen=True)
@@ -388,7 +393,8 @@ class Save:
         self.fence()
         publish_draft(self.writer.files, draft)
         self.published(self.name)
-        return {"name": self.name, "bytes": manifest.nbytes, "unlike": unlike_ranks(receipts)}
+        differing = {"unlike": unlike_ranks(receipts), "drifted": drifted(receipts)}
+        return {"name": self.name, "bytes": manifest.nbytes, **differing}
 
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""

@@ -1,34 +1,27 @@
 """State-dict adapters: a model's own tensors under the names and in the shapes of its Hugging Face files.
 
 A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor for each expert. An adapter
-says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights. It is called once with tensors
-that have shapes and no memory; what it returns are views of these, and the views' offsets and strides tell which part
-of which tensor each is. So every rank knows which bytes of the files its shards are, and writes and reads them through
-views of its own memory: nothing is gathered, nothing copied.
+says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once with tensors that
+have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows which bytes of the files its shards are, and
+writes and reads them through views of its own memory: nothing is gathered, nothing copied.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 
 from hydra_ckpt.errors import TopologyError
-from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.state.local import LocalTensor, Place
+from hydra_ckpt.state.tracing import Trace
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE, safetensors_dtype
-
-log = logging.getLogger(__name__)
 
 
 class StateDictAdapter(Protocol):
@@ -39,7 +32,9 @@ class StateDictAdapter(Protocol):
     """
 
     def to_hf(self, state_dict: dict[str, Any], /) -> dict[str, Any]:
-        """Every tensor of the result is part of one tensor of the argument: indexed, narrowed or transposed.
+        """Every tensor of the result is part of one of the argument: indexed, narrowed or transposed.
+
+        It may also be several such parts joined by `torch.cat` or `torch.stack`.
 
         The argument may be one pipeline stage's part of the model.
         """
@@ -124,205 +119,89 @@ class StackedExperts:
         return name
 
 
-@dataclass(frozen=True)
-class HfView:
-    """One Hugging Face tensor as part of a tensor of the model.
-
-    Attributes:
-        spec: The Hugging Face tensor.
-        source: Name of the model's tensor.
-        box: Which part of it.
-        dims: For each dimension of the Hugging Face tensor that of the model's, or None where it has size 1 and the
-            model's tensor lacks it.
-    """
-
-    spec: TensorSpec
-    source: str
-    box: Box
-    dims: tuple[int | None, ...]
-
-    def place(self, held: Place) -> tuple[Place, Box | None]:
-        """Where the part of it that a rank holds lies, and which box of the rank's own part that is."""
-        common = self.box.intersect(held.box)
-        ndim = len(self.dims)
-        if common is None:
-            return Place(
-                self.spec, Box((0,) * ndim, (0,) * ndim), held.mesh, held.replica, held.group, self.source
-            ), None
-        inner = common.within(self.box)
-        box = Box(
-            tuple(0 if dim is None else inner.offsets[dim] for dim in self.dims),
-            tuple(1 if dim is None else inner.sizes[dim] for dim in self.dims),
-        )
-        return Place(self.spec, box, held.mesh, held.replica, held.group, self.source), common.within(held.box)
-
-    def view(self, local: torch.Tensor, box: Box | None) -> torch.Tensor:
-        """A box of a rank's part of the model's tensor in the shape of the Hugging Face tensor, sharing its memory."""
-        if box is None:
-            return local.new_empty((0,) * len(self.dims))
-        for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-            local = local.narrow(dim, start, size)
-        kept = [dim for dim in self.dims if dim is not None]
-        dropped = [dim for dim in range(local.dim()) if dim not in kept]
-        local = local.permute(*kept, *dropped)
-        for _ in dropped:
-            local = local.squeeze(-1)
-        for position, source_dim in enumerate(self.dims):
-            if source_dim is None:
-                local = local.unsqueeze(position)
-        return local
-
-
-Views = dict[str, tuple[HfView, ...]]
-
-
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model says itself what its files hold."""
     return getattr(model, "state_dict_adapter", None) is not None
 
 
-def views_of(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Views:
-    """The Hugging Face tensors that each tensor of a model consists of; none if they are the tensors themselves.
-
-    The adapter is `model.state_dict_adapter`. What transformers' own models are called in files is known without one
-    (`hydra_ckpt.hub.conversion`).
+def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
+    """What the files of a model hold according to `model.state_dict_adapter`.
 
     Args:
-        model: The model, or one pipeline stage of it.
-        tensors: Its tensors by name.
+        model: The model, or one pipeline stage of it; it has an adapter.
+        specs: Its tensors.
 
     Raises:
-        TopologyError: The adapter drops or doubles something, or does more than taking tensors apart. The message
-            lists everything.
+        TopologyError: The adapter drops or doubles something, or does more than taking tensors apart and joining them.
+            The message lists everything.
     """
-    if not has_adapter(model):
-        return {}
-    adapter = model.state_dict_adapter
-    views, problems = _trace(adapter, tensors)
+    adapter: Any = model.state_dict_adapter
+    naming, problems = _traced(adapter, specs)
     if problems:
         raise TopologyError(
             f"the model's state_dict_adapter ({type(adapter).__name__}) does not fit; nothing was written or "
             "loaded.\n  " + "\n  ".join(problems)
         )
-    same = all(len(found) == 1 and found[0].spec.name == name for name, found in views.items())
-    unchanged = same and all(
-        found[0].spec.shape == tuple(tensors[name].shape)
-        and found[0].spec.dtype == safetensors_dtype(name, tensors[name].dtype)
-        for name, found in views.items()
-    )
-    return {} if unchanged else views
+    return naming
 
 
-class _CopiesAsViews(TorchFunctionMode):
-    """While an adapter is traced, its copies and casts give views, so that it can be seen what they are copies of."""
-
-    _COPIES = frozenset({"contiguous", "clone", "to", "type", "float", "bfloat16", "half", "double", "cpu", "detach"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by PyTorch for every operation on tensors."""
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in self._COPIES or not isinstance(result, torch.Tensor):
-            return result
-        source = args[0]
-        view = source.view_as(source)
-        self.dtypes[id(view)] = (view, result.dtype)  # holding it keeps the identity from being given again
-        return view
-
-
-def _trace(adapter: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Views, list[str]]:
-    """The views of every tensor, and everything that is wrong with them."""
-    blank = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    with torch.no_grad(), _CopiesAsViews() as mode:
+def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[Naming, list[str]]:
+    """The naming, and everything that is wrong with it."""
+    trace = Trace(specs)
+    with torch.no_grad(), trace:
         try:
-            converted = adapter.to_hf(dict(blank))
+            converted = adapter.to_hf(dict(trace.sources))
         except Exception as error:  # noqa: BLE001 - foreign code
-            return {}, [f"to_hf fails on tensors without memory: {type(error).__name__}: {error}"]
-    dtypes = {name: mode.dtypes[id(item)][1] for name, item in converted.items() if id(item) in mode.dtypes}
+            return Naming(()), [f"to_hf fails on tensors without memory: {type(error).__name__}: {error}"]
     forced = getattr(adapter, "forced_hf_dtype_mapping", None)
-    for name, dtype in forced(blank).items() if forced is not None else ():
-        dtypes[name] = TORCH_DTYPE.get(dtype) or getattr(torch, dtype)
-    # Meta tensors have no memory whose address could be compared, only an object that would hold it.
-    sources = {_memory(tensor): name for name, tensor in blank.items()}
-    views: dict[str, list[HfView]] = {name: [] for name in blank}
+    types = {name: trace.dtype_of(item) for name, item in converted.items()}
+    for name, dtype in forced(trace.sources).items() if forced is not None else ():
+        types[name] = TORCH_DTYPE.get(dtype) or getattr(torch, dtype)
+    aliases: list[Alias] = []
+    dtypes: dict[str, str] = {}
     problems = []
     for name, item in converted.items():
-        source = sources.get(_memory(item))
-        if source is None:
-            problems.append(f"{name}: to_hf does not give it as a view of one tensor of the model")
+        pieces = trace.pieces_of(name, item)
+        if pieces is None:
+            problems.append(
+                f"{name}: to_hf does not give it as a view of one tensor of the model along its dimensions, or as "
+                "several of these joined"
+            )
             continue
-        found = _view(name, item, dtypes.get(name, item.dtype), source, blank[source])
-        if isinstance(found, str):
-            problems.append(found)
-        else:
-            views[source].append(found)
-    for name, parts in views.items():
-        problems += _uncovered(name, parts, blank[name])
-    problems += _not_restored(adapter, blank, converted)
-    return {name: tuple(parts) for name, parts in views.items()}, problems
+        aliases += pieces
+        for source in {alias.source: trace.sources[alias.source].dtype for alias in pieces}.values():
+            if torch.promote_types(source, types[name]) != types[name]:
+                problems.append(f"{name}: {source} cannot be stored as {types[name]} without loss")
+            elif source != types[name]:
+                dtypes[name] = safetensors_dtype(name, types[name])
+    naming = Naming.ordered(aliases, specs, dtypes, {name: tuple(item.shape) for name, item in converted.items()})
+    for spec in specs:
+        problems += _uncovered(spec, naming.by_source.get(spec.name, ()))
+    return naming, problems + _not_restored(adapter, trace.sources, converted)
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    return int(StorageWeakRef(tensor.untyped_storage()).cdata)  # type: ignore[no-untyped-call]
-
-
-def _view(name: str, item: torch.Tensor, dtype: torch.dtype, source: str, whole: torch.Tensor) -> HfView | str:
-    """Read a view off its offset and strides; a text if it is no part of the tensor along its dimensions."""
-    if torch.promote_types(whole.dtype, dtype) != dtype:
-        return f"{name}: {whole.dtype} cannot be stored as {dtype} without loss"
-    rest, starts = item.storage_offset(), []
-    for stride in whole.stride():
-        starts.append(rest // stride if stride else 0)
-        rest -= starts[-1] * stride
-    sizes, dims = [1] * whole.dim(), list[int | None]()
-    for size, stride in zip(item.shape, item.stride(), strict=True):
-        dim = next(
-            (
-                dim
-                for dim in range(whole.dim())
-                if size != 1
-                and dim not in dims
-                and whole.stride(dim) == stride
-                and starts[dim] + size <= whole.shape[dim]
-            ),
-            None,
-        )
-        if dim is None and size != 1:
-            return f"{name}: to_hf does not take it out of {source} {list(whole.shape)} along its dimensions"
-        dims.append(dim)
-        if dim is not None:
-            sizes[dim] = size
-    spec = TensorSpec(name, safetensors_dtype(name, dtype), tuple(item.shape))
-    return HfView(spec, source, Box(tuple(starts), tuple(sizes)), tuple(dims))
-
-
-def _uncovered(name: str, parts: Sequence[HfView], whole: torch.Tensor) -> list[str]:
+def _uncovered(spec: TensorSpec, parts: Sequence[Alias]) -> list[str]:
     """What is dropped or doubled of one tensor."""
     if not parts:
-        return [f"{name}: to_hf drops it"]
+        return [f"{spec.name}: to_hf drops it"]
     problems = [
-        f"{one.spec.name} and {other.spec.name}: to_hf gives elements of {name} twice"
+        f"{one.name} and {other.name}: to_hf gives elements of {spec.name} twice"
         for group in _neighbours(parts).values()
         for one, other in combinations(group, 2)
         if one.box.intersect(other.box) is not None
     ]
-    covered = sum(prod(part.box.sizes) for part in parts)
-    if not problems and covered != whole.numel():
-        problems.append(f"{name}: to_hf drops {whole.numel() - covered} of its {whole.numel()} elements")
+    covered = sum(part.box.numel for part in parts)
+    if not problems and covered != prod(spec.shape):
+        problems.append(f"{spec.name}: to_hf drops {prod(spec.shape) - covered} of its {prod(spec.shape)} elements")
     return problems
 
 
-def _neighbours(parts: Sequence[HfView]) -> dict[tuple[int, ...], list[HfView]]:
-    """Views that may overlap: those of one expert. Comparing each with each takes long with hundreds of experts."""
+def _neighbours(parts: Sequence[Alias]) -> dict[Hashable, list[Alias]]:
+    """Pieces that may overlap: those of one expert. Comparing each with each takes long with hundreds of experts."""
     leads = all(part.box.sizes and part.box.sizes[0] == 1 for part in parts)
-    groups: dict[tuple[int, ...], list[HfView]] = defaultdict(list)
+    groups: dict[Hashable, list[Alias]] = defaultdict(list)
     for part in parts:
-        groups[part.box.offsets[:1] if leads else ()].append(part)
+        groups[part.grid, part.box.offsets[:1] if leads else ()].append(part)
     return groups
 
 
@@ -345,32 +224,3 @@ def _not_restored(adapter: Any, blank: Mapping[str, torch.Tensor], converted: Ma
         for name, tensor in blank.items()
         if name in restored and restored[name].shape != tensor.shape
     ]
-
-
-class Converter:
-    """Takes `LocalTensor`s of a model apart into those of its Hugging Face tensors; remembers where each lies.
-
-    Args:
-        views: What each tensor consists of; tensors without an entry stay as they are.
-    """
-
-    def __init__(self, views: Views) -> None:
-        self._views = views
-        self._known: dict[Place, list[tuple[HfView, Place, Box | None]]] = {}
-
-    @property
-    def changes(self) -> bool:
-        """Whether any tensor is stored otherwise than it is in memory."""
-        return bool(self._views)
-
-    def __call__(self, item: LocalTensor) -> list[LocalTensor]:
-        """The Hugging Face tensors, views of the item's memory. Their element type in memory is the model's."""
-        views = self._views.get(item.spec.name)
-        if views is None:
-            return [item]
-        known = self._known.get(item.place)
-        if known is None:
-            known = self._known[item.place] = [(view, *view.place(item.place)) for view in views]
-        return [
-            LocalTensor(place, view.view(item.tensor, inner), item.divisible, item.late) for view, place, inner in known
-        ]

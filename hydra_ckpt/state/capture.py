@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng, stages
@@ -59,11 +60,13 @@ class Captured:
         parts: Name of a part (`model`, `model/<name>`, `optim`, `extras`) to its tensors, live.
         shared: What is the same on all ranks of a pipeline stage; its bytes are JSON.
         own: What belongs to this rank alone: generators and the place in the data; its bytes are a safetensors file.
+        adapted: Part to what its files hold, for models that say it themselves by an adapter.
     """
 
     parts: dict[str, list[LocalTensor]]
     shared: Packed
     own: Packed
+    adapted: Mapping[str, Naming] = field(default_factory=dict)
 
 
 @dataclass
@@ -180,7 +183,8 @@ class Extractor:
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "buffers": self._own_buffers(maps),
         }
-        return Captured(parts, Packed(partial(_json, shared)), pack(own))
+        adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
+        return Captured(parts, Packed(partial(_json, shared)), pack(own), adapted)
 
     def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
         """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""

@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from hydra_ckpt.errors import TopologyError
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Sharding
+from hydra_ckpt.layout.grids import flat_boxes
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
-from hydra_ckpt.storage.memory import view_as
+from hydra_ckpt.storage.memory import narrow, view_as
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,7 @@ class Place:
         mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
-        origin: Name of the live tensor it is part of, where an adapter gives the part another name.
+        origin: Name of the live tensor it is part of, where it is called otherwise in an export.
     """
 
     spec: TensorSpec
@@ -210,20 +211,64 @@ def _sharded_dim(name: str, placement: Placement, ndim: int) -> int | None:
     raise TopologyError(f"{name}: the placement {placement} cannot be saved; redistribute it to Shard or Replicate")
 
 
-def exported(items: Iterable[LocalTensor], naming: Naming) -> list[LocalTensor]:
-    """What this rank holds, as the exported tensors it is part of: views of the same memory.
+class Exporter:
+    """Shows what a rank holds as the exported tensors it is part of: views of the same memory.
 
-    The `spec` has the exported element type, `tensor` still the live one.
+    Where each lies is worked out once.
+
+    Args:
+        naming: How the tensors are exported.
     """
-    found = []
-    held = {item.spec.name: item for item in items}
-    for alias in naming.aliases:
-        item = held.get(alias.source)
-        part = None if item is None else alias.part(item.box)
-        if item is None or part is None:
-            continue
-        inner, placed = part
-        spec = TensorSpec(alias.name, naming.dtypes.get(alias.name, item.spec.dtype), alias.shape)
-        place = replace(item.place, spec=spec, box=placed, origin=item.place.origin or item.spec.name)
-        found.append(replace(item, place=place, tensor=view_as(alias, item.tensor, inner.within(item.box))))
-    return found
+
+    def __init__(self, naming: Naming) -> None:
+        self._naming = naming
+        self._order = {id(alias): number for number, alias in enumerate(naming.aliases)}
+        self._known: dict[Place, list[_Piece]] = {}
+
+    def __call__(self, items: Iterable[LocalTensor]) -> list[LocalTensor]:
+        """The exported tensors in the naming's order; `spec` has the exported element type, `tensor` the live one."""
+        found = [(piece, item) for item in items for piece in self._pieces(item.place)]
+        found.sort(key=lambda pair: pair[0].number)
+        return [replace(item, place=piece.place, tensor=piece.view(item.tensor)) for piece, item in found]
+
+    def _pieces(self, place: Place) -> list[_Piece]:
+        pieces = self._known.get(place)
+        if pieces is None:
+            pieces = self._known[place] = []
+            for alias in self._naming.by_source.get(place.spec.name, ()):
+                for flat, held in flat_boxes(place.spec.shape, alias.grid or place.spec.shape, place.box):
+                    part = alias.part(held)
+                    if part is not None:
+                        inner, placed = part
+                        spec = self._naming.spec(alias, place.spec.dtype)
+                        there = replace(place, spec=spec, box=placed, origin=place.spec.name)
+                        number, own = self._order[id(alias)], flat.within(place.box)
+                        pieces.append(_Piece(number, alias, there, own, held.sizes, inner.within(held)))
+        return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of an exported tensor that lies in a rank's part of a live one.
+
+    Attributes:
+        number: The alias's in the naming.
+        alias: How it is exported.
+        place: Where it lies in the exported tensor.
+        own: The box of the rank's part that it lies in.
+        grid: The shape of that box in the alias's grid.
+        inner: The piece, in that grid.
+    """
+
+    number: int
+    alias: Alias
+    place: Place
+    own: Box
+    grid: tuple[int, ...]
+    inner: Box
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The piece in the rank's part; shares memory."""
+        if self.alias.grid:
+            tensor = narrow(tensor, self.own).view(self.grid)
+        return view_as(self.alias, tensor, self.inner)

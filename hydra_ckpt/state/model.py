@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
-from hydra_ckpt.state.adapter import Converter, Views, views_of
+from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.storage.dtypes import safetensors_dtype
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -112,7 +116,7 @@ class ModelMap:
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     units: list[_Unit] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
-    _converter: Converter = field(default_factory=lambda: Converter({}))
+    _adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
 
     @classmethod
@@ -125,18 +129,23 @@ class ModelMap:
         found = cls([])
         sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
-        cores: dict[tuple[int, str], nn.Module] = {}
+        adapting: list[tuple[nn.Module, set[tuple[int, str]]]] = []
         for module in modules:
             core = unwrap(module)
             sources.update(_tied_to(core))
+            places_here = set()
             for slot in found._walk(core, ""):
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
-                cores[id(slot.owner), slot.attribute] = core
+                places_here.add((id(slot.owner), slot.attribute))
+            if has_adapter(core):
+                adapting.append((core, places_here))
         found._choose_names(list(places.values()))
         found._name_after_other_stages(sources)
-        found._convert(cores)
+        for core, held in adapting:
+            own = frozenset(slot.name for slot in found.slots if (id(slot.owner), slot.attribute) in held)
+            found._adapting.append((core, own))
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
@@ -185,27 +194,29 @@ class ModelMap:
         self.slots = [replace(slot, name=moved.get(slot.name, slot.name)) for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
-    def _convert(self, cores: Mapping[tuple[int, str], nn.Module]) -> None:
-        """Ask each part's adapter for the tensors of its files."""
-        held: dict[int, tuple[nn.Module, dict[str, torch.Tensor]]] = {}
-        for slot in self.slots:
-            core = cores[id(slot.owner), slot.attribute]
-            held.setdefault(id(core), (core, {}))[1][slot.name] = slot.tensor
-        views: Views = {}
-        for core, tensors in held.values():
-            views.update(views_of(core, tensors))
-        self._converter = Converter(views)
-
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""
         self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
         self.extra_states = {}
-        self._converter = Converter({})
+        self._adapting = []
 
-    @property
-    def is_adapted(self) -> bool:
-        """Whether an adapter of the model's own gives its tensors other names or shapes in files."""
-        return self._converter.changes
+    @cached_property
+    def adapted(self) -> Naming | None:
+        """What the files hold according to the parts' adapters; None where no part has one.
+
+        Raises:
+            TopologyError: An adapter does not fit.
+        """
+        if not self._adapting:
+            return None
+        specs = [
+            TensorSpec(slot.name, safetensors_dtype(slot.name, slot.tensor.dtype), tuple(slot.tensor.shape))
+            for slot in self.slots
+        ]
+        found = [adapter_naming(core, [spec for spec in specs if spec.name in own]) for core, own in self._adapting]
+        dtypes = {name: dtype for naming in found for name, dtype in naming.dtypes.items()}
+        shapes = {name: shape for naming in found for name, shape in naming.shapes.items()}
+        return Naming.ordered([alias for naming in found for alias in naming.aliases], specs, dtypes, shapes)
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
@@ -213,16 +224,12 @@ class ModelMap:
             unit.reshard()
 
     def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
-        """This rank's part of every tensor of the model's files, as it is now.
+        """This rank's part of every stored tensor, as it is now.
 
         Args:
             localize: Knows where tensors lie.
             late: Identities of parameters that only a hooked optimizer changes.
         """
-        return [part for item in self.own_locals(localize, late) for part in self._converter(item)]
-
-    def own_locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
-        """The same under the model's own names and in its own shapes, whatever an adapter makes of them."""
         self.reshard()
         return [
             localize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,8 @@ from hydra_ckpt.store.manifest import Manifest, read_manifest, read_sealed
 from hydra_ckpt.store.pointers import read_pointer
 
 log = logging.getLogger(__name__)
+
+_RETRY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,19 @@ class Checkpoint:
     epoch: int
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, *, patience_s: float = 0.0) -> Checkpoint:
         """Read and check the manifest.
+
+        Args:
+            path: The checkpoint's directory.
+            patience_s: How long to look for it, in seconds, where another host has seen it: network file systems show
+                a new directory, or the new name of an old one, late.
 
         Raises:
             CheckpointNotFoundError: The directory is no finished checkpoint.
             CorruptCheckpointError: The manifest is damaged.
         """
-        manifest = read_manifest(path)
+        manifest = _patiently(lambda: read_manifest(path), patience_s)
         checkpoint = cls(path, manifest.step, manifest.epoch)
         checkpoint.__dict__["manifest"] = manifest
         return checkpoint
@@ -84,6 +93,17 @@ class Checkpoint:
                 raise CorruptCheckpointError(
                     path, "the file has another size", expected=record.bytes, found=path.stat().st_size
                 )
+
+
+def _patiently(read: Callable[[], Manifest], patience_s: float) -> Manifest:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return read()
+        except (CheckpointNotFoundError, OSError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY_S)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.saving.contents import Planned
+from hydra_ckpt.saving.drift import Sampler, drifted
 from hydra_ckpt.saving.planning import (
     Agreement,
     PartLayout,
@@ -52,7 +52,7 @@ from hydra_ckpt.saving.planning import (
     signature,
     state_layout,
 )
-from hydra_ckpt.saving.save import Content, DraftWriter
+from hydra_ckpt.saving.save import Content, DraftWriter, unlike_ranks
 from hydra_ckpt.state.local import Localizer, LocalTensor, Place
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.store.draft import Draft
@@ -297,22 +297,27 @@ def receipts_cost(plan: WritePlan, layouts: list[PartLayout], world_size: int) -
                 "token": "0123456789abcdef",
                 "plan": plan.fingerprint,
                 "coverage": total if rank == 0 else 0,
+                "alike": "0:0123456789abcdef",
+                "copies": "".join(f"{rank % (world_size // 16 or 1):011x}{kind}0123456789ab" for kind in range(3)),
                 "bytes": plan.nbytes,
                 "files": {
                     f"digests/rank-{rank:05d}.bin": [7000, "0123456789abcdef"],
                     f"progress/rank-{rank:05d}.safetensors": [8000, "0123456789abcdef"],
                 },
-                "rows": {},
+                "rows": None,
             }
         )
         for rank in range(world_size)
     ]
-    content = Content(tuple(layouts), plan, None, None, {}, {})
+    content = Content(tuple(layouts), plan, None, None, {}, {}, 0)
     writer = DraftWriter(Files(), 0, world_size, content, Snapshot)
     draft = Draft(Path("draft"), "epoch_0_step_1", "0123456789abcdef")
 
     def work() -> bytes:
-        found = writer.collect(draft, [json.loads(text) for text in texts])
+        receipts = [json.loads(text) for text in texts]
+        found = writer.collect(draft, receipts)
+        assert not unlike_ranks(receipts)
+        assert not drifted(receipts)
         digests = tuple(sorted(path for path in found if path.startswith("digests/")))
         return to_bytes(Manifest(1, 0, 0.0, world_size, writer.parts(found), found, digests, plan=plan.fingerprint))
 
@@ -349,6 +354,16 @@ def dcp_cost(world: World, live: dict[str, dict[str, torch.Tensor]], limit_s: fl
     return local_ms, coordinator_ms / 1e3, gathered_mb
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a rank keeps from its first save."""
+
+    agreement: Agreement
+    layouts: list[PartLayout]
+    plan: WritePlan
+    sampler: Sampler
+
+
 def first_plan(world: World, live: dict[str, dict[str, torch.Tensor]]) -> Planned:
     """All that a rank computes before its first save."""
     world.localize = Localizer()
@@ -356,11 +371,12 @@ def first_plan(world: World, live: dict[str, dict[str, torch.Tensor]]) -> Planne
     agreement = agree(parts, OneOfMany(0, world.size, coordinator=False), 0, None)
     agreement = replace(agreement, copies={**agreement.copies, "": (0, world.size)})
     layouts = layouts_of(agreement, world.size)
-    return Planned(agreement, tuple(layouts), make_plan(parts, agreement, layouts, 0, world.size), ())
+    plan = make_plan(parts, agreement, layouts, 0, world.size)
+    return Planned(agreement, layouts, plan, Sampler(parts, agreement))
 
 
-def measure(size: int, whole_up_to: int, dcp_seconds: float) -> tuple[list[str], list[str]]:
-    """One world's rows of the two tables."""
+def measure(size: int, dcp_seconds: float) -> str:
+    """One world's row of the table of times."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     shape = MESHES[size]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("rep", "shard", "tp"))
@@ -371,12 +387,18 @@ def measure(size: int, whole_up_to: int, dcp_seconds: float) -> tuple[list[str],
     plans = {signature(parts): planned}
     cached_ms, _ = cpu_ms(lambda: plans[signature(parts)])
     agree_ms, _ = cpu_ms(lambda: agree(parts, OneOfMany(0, size, coordinator=True), 0, None), repeats=3)
-    receipts_ms, peak_mb, manifest_mb = receipts_cost(planned.plan, list(planned.layouts), size)
+    receipts_ms, peak_mb, manifest_mb = receipts_cost(planned.plan, planned.layouts, size)
     dcp = dcp_cost(world, live, dcp_seconds)
     dist.destroy_process_group()
     costs = [f"{size:,}", "x".join(map(str, shape)), f"{first_ms:.0f}", f"{cached_ms:.2f}", f"{extract_ms:.0f}"]
     costs += [f"{agree_ms:.0f}", f"{receipts_ms:.0f}", f"{peak_mb:.0f}", f"{manifest_mb:.1f}"]
     costs += [f"{dcp[0]:.0f}", "-" if dcp[1] != dcp[1] else f"{dcp[1]:.1f}", f"{dcp[2]:,.0f}"]
+    return " | ".join(costs)
+
+
+def measure_writing(size: int, whole_up_to: int) -> list[str]:
+    """One world's rows of the table of counts."""
+    shape = MESHES[size]
     counted: list[str] = []
     thinned = World(shape, LAYERS if size <= whole_up_to else LAYERS // 10)
     for kind in ("HSDP x TP", "DDP"):
@@ -390,7 +412,7 @@ def measure(size: int, whole_up_to: int, dcp_seconds: float) -> tuple[list[str],
             f"{statistics.mean(counts.piece_bytes) / 2**20:.2f}",
         ]
         counted.append(" | ".join(row))
-    return costs, counted
+    return counted
 
 
 def main() -> None:
@@ -399,14 +421,16 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=list(MESHES), choices=list(MESHES))
     parser.add_argument("--whole", type=int, default=64, help="count the whole model up to so many ranks")
     parser.add_argument("--dcp-seconds", type=float, default=60.0, help="skip DCP's global plan beyond about this")
+    parser.add_argument("--only", choices=["times", "counts"], help="print one of the tables")
     arguments = parser.parse_args()
-    rows = [measure(size, arguments.whole, arguments.dcp_seconds) for size in arguments.worlds]
-    titles = ["ranks", "mesh", "first plan ms", "cached plan ms", "extract ms", "coordinator agrees ms"]
-    titles += ["receipts ms", "receipts MB", "manifest MB", "DCP plan ms", "DCP coordinator s", "DCP gathers MB"]
-    table(titles, [" | ".join(costs) for costs, _ in rows])
-    titles = ["ranks", "layout", "each byte once", "most / mean", "files", "opens a rank", "calls a tensor"]
-    titles += ["writers a file", "MiB a piece"]
-    table(titles, [row for _, counted in rows for row in counted])
+    if arguments.only != "counts":
+        titles = ["ranks", "mesh", "first plan ms", "cached plan ms", "extract ms", "coordinator agrees ms"]
+        titles += ["receipts ms", "receipts MB", "manifest MB", "DCP plan ms", "DCP coordinator s", "DCP gathers MB"]
+        table(titles, [measure(size, arguments.dcp_seconds) for size in arguments.worlds])
+    if arguments.only != "times":
+        titles = ["ranks", "layout", "each byte once", "most / mean", "files", "opens a rank", "calls a tensor"]
+        titles += ["writers a file", "MiB a piece"]
+        table(titles, [row for size in arguments.worlds for row in measure_writing(size, arguments.whole)])
 
 
 def table(titles: list[str], rows: list[str]) -> None:

@@ -1,0 +1,100 @@
+"""From a live model's tensors to the stored ones, where these are called, or laid out, otherwise.
+
+Files hold a model's tensors as the saved one had them in memory, or as its export has them. A model that holds its own
+otherwise in memory meets the saved one at the tensors of their exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.plan import StoredTensor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a checkpoint holds a model.
+
+    Attributes:
+        stored: The tensors in its files.
+        naming: How the saved model's tensors are called in its export; None if they are called the same.
+        is_export: Whether the files are that export.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    naming: Naming | None
+    is_export: bool
+
+
+@dataclass
+class Translation:
+    """The way from live tensors to stored ones.
+
+    Attributes:
+        naming: From the ones to the others; None where the names are the same.
+        missing: Names of tensors that are not to be found.
+        different: Name to what does not fit about a tensor's shape.
+    """
+
+    naming: Naming | None
+    missing: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+
+
+def translate(names: Collection[str], saved: Saved, live: Callable[[], Naming]) -> Translation:
+    """Find the way by names: those of memory, if the saved model had the same, else those of exports.
+
+    Args:
+        names: The live tensors.
+        saved: What they are looked for in.
+        live: How the live model's export calls them; asked only if they are not found.
+
+    Raises:
+        CheckpointConfigError: The live model's export cannot be told.
+        TopologyError: The live model's adapter does not fit.
+    """
+    direct = saved.naming if saved.is_export else None
+    known = saved.stored if direct is None else direct.by_source
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return Translation(direct)
+    own = live()
+    exported = saved.stored if saved.naming is None or saved.is_export else saved.naming.by_name
+    if len(own.by_name.keys() - exported.keys()) >= len(unknown):
+        return Translation(direct, unknown if direct is not None else [])
+    if saved.naming is None or saved.is_export:
+        return Translation(own)
+    return _meet(own, saved.naming, saved.stored)
+
+
+def _meet(live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]) -> Translation:
+    """From live tensors to saved ones of another layout, by the exported tensors that both are parts of."""
+    found = Translation(live.onto(saved, {name: item.spec for name, item in stored.items()}))
+    theirs, ours = _shapes(saved), _shapes(live)
+    found.missing += [name for name in ours if name not in theirs]
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            found.different[name] = (
+                f"{list(theirs[name])} in the checkpoint's export, {list(ours[name])} in the model's"
+            )
+    if not found.missing and not found.different:
+        found.missing += _unmet(live, found.naming)
+    return found
+
+
+def _unmet(live: Naming, met: Naming | None) -> list[str]:
+    """Tensors that the two exports rearrange in ways of which none is a part of the other."""
+    assert met is not None  # made by `_meet`
+    sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in met.by_source.items()}
+    return [
+        name
+        for name, aliases in live.by_source.items()
+        if sum(alias.box.numel for alias in aliases) != sizes.get(name, 0)
+    ]
+
+
+def _shapes(naming: Naming) -> dict[str, tuple[int, ...]]:
+    """Exported tensors with their shapes."""
+    return {name: naming.shapes.get(name, aliases[0].shape) for name, aliases in naming.by_name.items()}
