@@ -17,7 +17,7 @@ from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
 from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model, skeleton_of
 from hydra_ckpt.hub.reference import Reference, find_reference
-from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Weights
+from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
@@ -128,19 +128,18 @@ class _Loader:
         self._reference = reference
         self._skip = options.skip_prefixes
         self._weights = _weights(reference, options.dequantize, allow_pickle)
-        mapped = ModelMap.of(self._parts)
-        self._aliases = mapped.aliases
-        self._names = {slot.name for slot in mapped.slots}
+        self._mapped = ModelMap.of(self._parts)
+        self._names = {slot.name for slot in self._mapped.slots}
         self._localize = Localizer()
-        self._items = mapped.locals(self._localize)
-        self._naming = hub_naming(self._parts[0], [item.spec for item in self._items])
+        self._items = self._mapped.locals(self._localize)
+        self._skeleton = skeleton_of(self._parts[0]) if is_transformers_model(self._parts[0]) else None
+        self._naming = hub_naming(self._parts[0], [item.spec for item in self._items], self._skeleton)
         self._fit = self._compare()
 
     def _compare(self) -> _Fit:
         fit = _Fit()
-        rename = _Renaming(
-            self._parts[0], self._naming, {item.spec.name: item.spec for item in self._items}, self._aliases
-        )
+        specs_here = {item.spec.name: item.spec for item in self._items}
+        rename = _Renaming(self._parts[0], self._skeleton, self._naming, specs_here, self._mapped.aliases)
         specs = self._weights.specs
         for name in specs:
             place = rename(name)
@@ -178,12 +177,13 @@ class _Loader:
     def load(self) -> BaseReport:
         """Read, and initialize what is left."""
         fresh = self._materialize()
-        loaded, total = set(), 0
+        loaded = set()
         chosen = [item for item in self._items if not item.spec.name.startswith(self._skip)]
         order = {name: number for number, name in enumerate(self._weights.specs)}
-        pieces = [item for item in exported(chosen, self._naming) if item.spec.name in self._fit.stored]
-        for piece in sorted(pieces, key=lambda piece: order[self._fit.stored[piece.spec.name]]):
-            total += self._weights.read(self._fit.stored[piece.spec.name], piece.box, piece.tensor)
+        named = chosen if self._naming.is_plain else exported(chosen, self._naming)
+        pieces = [item for item in named if item.spec.name in self._fit.stored]
+        wanted = [Wanted(self._fit.stored[piece.spec.name], piece.box, piece.tensor) for piece in pieces]
+        total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
         for alias in self._naming.aliases:
             if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
                 loaded.add(alias.source)
@@ -206,21 +206,19 @@ class _Loader:
             if is_transformers_model(part):
                 cast(Any, part).tie_weights()
         if waiting:
-            self._items = ModelMap.of(self._parts).locals(self._localize)
+            self._items = self._mapped.locals(self._localize)
         return bool(waiting)
 
     def _initialize(self, loaded: set[str]) -> None:
         """Let transformers initialize what was not read: heads, and buffers that are in no file."""
-        for part in self._parts:
-            if not is_transformers_model(part):
-                continue
+        for slot in self._mapped.slots:
+            slot.tensor._is_hf_initialized = slot.name in loaded  # type: ignore[attr-defined]
+        for part in filter(is_transformers_model, self._parts):
             for module in part.modules():
                 module._is_hf_initialized = False  # type: ignore[assignment]
-            for slot in ModelMap.of([part]).slots:
-                slot.tensor._is_hf_initialized = slot.name in loaded  # type: ignore[attr-defined]
             cast(Any, part).initialize_weights()
-            for slot in ModelMap.of([part]).slots:
-                del slot.tensor._is_hf_initialized  # type: ignore[attr-defined]
+        for slot in self._mapped.slots:
+            del slot.tensor._is_hf_initialized  # type: ignore[attr-defined]
 
 
 def _check_buffers(part: nn.Module) -> None:
@@ -262,7 +260,12 @@ class _Renaming:
     """From the reference's names to those that `exported` gives a model's pieces."""
 
     def __init__(
-        self, model: nn.Module, naming: Naming, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+        self,
+        model: nn.Module,
+        skeleton: nn.Module | None,
+        naming: Naming,
+        specs: Mapping[str, TensorSpec],
+        aliases: Mapping[str, str],
     ) -> None:
         self._known = set(naming.by_name)
         self._specs = specs
@@ -273,11 +276,11 @@ class _Renaming:
         self._converters: list[Any] = []
         self._naming = naming
         self._as_in_memory: set[str] = set()
-        if is_transformers_model(model):
+        if skeleton is not None:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-            mapping = get_model_conversion_mapping(skeleton_of(model))
+            mapping = get_model_conversion_mapping(cast(Any, skeleton))
             self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
             self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 

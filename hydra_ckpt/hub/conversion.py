@@ -42,12 +42,13 @@ def original_class(model: nn.Module) -> type[Any]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def hub_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
+def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = None) -> Naming:
     """The names and shapes under which `save_pretrained` would write a model's tensors.
 
     Args:
         model: Any model; one that is not of transformers keeps its names.
         specs: All of its stored tensors, in order; tied ones once.
+        skeleton: What `skeleton_of` gives for it, if that is there already.
 
     Raises:
         CheckpointConfigError: transformers computes new values on the way (it permutes them within a tensor), and
@@ -59,7 +60,7 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
     ignored = set(getattr(core, "_keys_to_ignore_on_save", None) or ())
     kept = [spec for spec in specs if spec.name not in ignored]
     traced = _Trace(kept)
-    skeleton = skeleton_of(core)
+    skeleton = skeleton_of(core) if skeleton is None else skeleton
     with torch.no_grad(), traced:
         converted = _reversed_conversion(skeleton, dict(traced.sources))
     found = {name: traced.pieces_of(name, tensor) for name, tensor in converted.items()}
@@ -81,8 +82,10 @@ def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dic
 
 def skeleton_of(core: Any) -> Any:
     """A transformers model without data: class names and sub-models as its tables know them, whatever is sharded."""
+    from transformers.initialization import no_init_weights
+
     try:
-        with torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             skeleton = original_class(core)(copy.deepcopy(core.config))
     except Exception:
         log.debug("%s cannot be built on the meta device", original_class(core).__name__, exc_info=True)

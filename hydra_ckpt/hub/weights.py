@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,15 @@ _SCALES = ("_scale_inv", "_scale")
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A box of a reference's tensor, and the tensor of its shape that receives it, of any element type."""
+
+    name: str
+    box: Box
+    into: torch.Tensor
+
+
 class Weights(Protocol):
     """A reference model's tensors."""
 
@@ -33,8 +44,8 @@ class Weights(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]:
         """All of them by name."""
 
-    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
-        """Read a box of one into a tensor of its shape, of any element type; returns bytes read."""
+    def read(self, wanted: Sequence[Wanted]) -> int:
+        """Read boxes; returns the bytes read."""
 
 
 class SafetensorsWeights:
@@ -48,17 +59,21 @@ class SafetensorsWeights:
         self._root = reference.root
         self._stored: Mapping[str, StoredTensor] = reference.tensors()
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """See `Weights`; in the order of the files."""
         ordered = sorted(self._stored.values(), key=lambda item: (item.chunks[0].file, item.chunks[0].offset))
         return {item.spec.name: item.spec for item in ordered}
 
-    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+    def read(self, wanted: Sequence[Wanted]) -> int:
         """See `Weights`."""
-        stored = self._stored[name]
         return fetch(
-            self._root, (Fetch(stored, part, narrow(into, part.within(box))) for part in _blocks(box, stored.spec))
+            self._root,
+            (
+                Fetch(self._stored[item.name], part, narrow(item.into, part.within(item.box)))
+                for item in wanted
+                for part in _blocks(item.box, self._stored[item.name].spec)
+            ),
         )
 
 
@@ -77,7 +92,7 @@ class PickledWeights:
         for name in reference.pickled:
             self._tensors.update(load_pickled(reference.root / reference.inside(name)))
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """See `Weights`."""
         return {
@@ -85,11 +100,12 @@ class PickledWeights:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+    def read(self, wanted: Sequence[Wanted]) -> int:
         """See `Weights`."""
-        source = narrow(self._tensors[name], box)
-        into.copy_(source)
-        return source.nbytes
+        sources = [narrow(self._tensors[item.name], item.box) for item in wanted]
+        for item, source in zip(wanted, sources, strict=True):
+            item.into.copy_(source)
+        return sum(source.nbytes for source in sources)
 
 
 def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
@@ -138,7 +154,7 @@ class Dequantized:
             )
         self._block = _block_size(config)
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """See `Weights`; scales are left out."""
         scales = set(self._scales.values())
@@ -148,24 +164,34 @@ class Dequantized:
             if name not in scales and not (self._scales and name.endswith(_ACTIVATION_SCALES))
         }
 
-    def read(self, name: str, box: Box, into: torch.Tensor) -> int:
+    def read(self, wanted: Sequence[Wanted]) -> int:
         """See `Weights`; a target of FP8 gets the stored values."""
+        scaled = [item for item in wanted if self._is_scaled(item)]
+        plain = [item for item in wanted if not self._is_scaled(item)] if scaled else wanted
+        return self._weights.read(plain) + sum(self._read_scaled(item) for item in scaled)
+
+    def _is_scaled(self, item: Wanted) -> bool:
+        stored = self._weights.specs[item.name].dtype
+        if stored not in _FP8 or item.into.dtype == TORCH_DTYPE[stored]:
+            return False
+        if item.name not in self._scales:
+            raise CheckpointConfigError(f"{item.name} is FP8, but there is no scale for it ({item.name}_scale_inv)")
+        return True
+
+    def _read_scaled(self, item: Wanted) -> int:
+        name, box = item.name, item.box
         spec = self._weights.specs[name]
-        if name not in self._scales or into.dtype == TORCH_DTYPE[spec.dtype]:
-            if spec.dtype in _FP8 and into.dtype != TORCH_DTYPE[spec.dtype]:
-                raise CheckpointConfigError(f"{name} is FP8, but there is no scale for it ({name}_scale_inv)")
-            return self._weights.read(name, box, into)
         scales, total = self._read_all(self._scales[name])
         factors = self._factors(name, spec, scales)
         for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):
             stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype])
-            total += self._weights.read(name, part, stored)
+            total += self._weights.read([Wanted(name, part, stored)])
             values = stored.to(torch.float32)
             if factors is None:
                 values *= scales.reshape(())
             else:
                 values *= _spread(factors, part, self._steps(spec, factors))
-            narrow(into, part.within(box)).copy_(values)
+            narrow(item.into, part.within(box)).copy_(values)
         return total
 
     def _read_all(self, name: str) -> tuple[torch.Tensor, int]:
@@ -174,9 +200,9 @@ class Dequantized:
         if spec.dtype in ("U8", "F8_E8M0"):
             # Powers of two by their exponent, as in the microscaling formats.
             raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
-            count = self._weights.read(name, Box.whole(spec.shape), raw)
+            count = self._weights.read([Wanted(name, Box.whole(spec.shape), raw)])
             return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
-        return found, self._weights.read(name, Box.whole(spec.shape), found)
+        return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
 
     def _factors(self, name: str, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
         """The scales with one dimension for each of the weight's; None where one number serves all."""
