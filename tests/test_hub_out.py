@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
@@ -278,14 +280,116 @@ def test_an_export_added_at_the_end_has_the_hub_s_names(tmp_path: Path) -> None:
     assert all(torch.equal(values(state.model)[key], tensor) for key, tensor in before.items())
 
 
-def test_a_conversion_that_moves_elements_about_is_refused_before_training_has_cost_anything(
+def _rearranged_tables() -> None:
+    """Have transformers store a Llama as some models are stored: what moves elements about within tensors."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, WeightConverter
+
+    tables = conversion_mapping._build_checkpoint_conversion_mapping()
+    heads = [f"self_attn.{kind}_proj.weight" for kind in "qkv"]
+    permuted = PermuteForRope(permute_layer_names=["q_proj", "k_proj"])
+    joined = [Interleave(dim=0), Chunk(dim=0)]
+    tables["llama"] = [
+        WeightConverter("self_attn.qkv.weight", heads, [Chunk(dim=0), permuted]),
+        WeightConverter("mlp.w13.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], joined),
+        WeightConverter("mlp.down_proj.weight", "mlp.down_proj.weight", [Interleave(dim=1)]),
+    ]
+    conversion_mapping._checkpoint_conversion_mapping_cache = tables
+
+
+@pytest.fixture
+def rearranged() -> Iterator[None]:
+    from transformers import conversion_mapping
+
+    before = conversion_mapping._checkpoint_conversion_mapping_cache
+    _rearranged_tables()
+    yield
+    conversion_mapping._checkpoint_conversion_mapping_cache = before
+
+
+def _rearranged_and_sharded(root: Path, config: Any) -> Any:
+    _rearranged_tables()
+    found = {}
+    for mode in ({}, {"single_rank_consolidation": True}):
+        model = shard(_multi_head(config))
+        state = trained(model)
+        where = str(root / f"sharded-{len(mode)}")
+        with CheckpointingConfig(checkpoint_dir=where, save_consolidated="always", **mode).build(0, 0, 0) as engine:
+            export = export_of(engine.save(state, step=1).result())
+            found[str(export)] = values(model)
+            disturb(state)
+            engine.load(state)
+            assert all(torch.equal(tensor, found[str(export)][key]) for key, tensor in values(model).items())
+        with torch.device("meta"):
+            fresh = transformers.LlamaForCausalLM(config)
+        shard(fresh)
+        with CheckpointingConfig(enabled=False, model_repo_id=str(export)).build(0, 0, 0) as engine:
+            assert not engine.load_base_model(fresh).unexpected
+        assert all(torch.equal(tensor, found[str(export)][key]) for key, tensor in values(fresh).items())
+    return found
+
+
+def _multi_head(config: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def _check_rearranged(export: Path, config: Any, expected: dict[str, torch.Tensor], reference: Path) -> None:
+    model = _multi_head(config)
+    model.load_state_dict(expected)
+    model.save_pretrained(reference)
+    found, saved = tensors_in(export), tensors_in(reference)
+    assert "model.layers.0.self_attn.qkv.weight" in found
+    assert "model.layers.0.mlp.w13.weight" in found
+    assert found.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(found[key], tensor), key
+    opened = transformers.LlamaForCausalLM.from_pretrained(export, local_files_only=True).state_dict()
+    assert all(torch.equal(opened[key], tensor) for key, tensor in expected.items())
+
+
+def test_conversions_that_move_elements_about_within_tensors_are_done_on_shards(
+    tmp_path: Path, rearranged: None
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=24, intermediate_size=18, num_hidden_layers=1, num_attention_heads=3
+    )
+    whole = _multi_head(config)
+    _check_rearranged(export_of(save_once(tmp_path / "whole", whole)), config, values(whole), tmp_path / "reference")
+    everything, _ = run_distributed(_rearranged_and_sharded, 2, tmp_path, config)  # shards end within heads of 8 rows
+    for number, (export, expected) in enumerate(everything.items()):
+        _check_rearranged(Path(export), config, expected, tmp_path / f"reference-{number}")
+
+
+def test_a_rearranged_export_is_made_later_from_shards_too(tmp_path: Path, rearranged: None) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=24, intermediate_size=18, num_hidden_layers=1, num_attention_heads=3
+    )
+    model = _multi_head(config)
+    later = CheckpointingConfig(checkpoint_dir=str(tmp_path / "shards"), save_consolidated="false")
+    with later.build(0, 0, 0) as engine:
+        checkpoint = engine.save(AppState(model), step=1).result()
+    export_checkpoint(checkpoint, tmp_path / "later")
+    _check_rearranged(tmp_path / "later", config, values(model), tmp_path / "reference")
+
+
+def test_a_conversion_that_computes_values_is_refused_before_training_has_cost_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import conversion_mapping
-    from transformers.core_model_loading import Interleave, WeightConverter
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class Doubled(ConversionOps):
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **_: Any) -> Any:
+            (tensors,) = input_dict.values()
+            return {target_patterns[0]: tensors[0] * 2}
+
+        @property
+        def reverse_op(self) -> Any:
+            return Doubled()
 
     tables = conversion_mapping._build_checkpoint_conversion_mapping()
-    tables["llama"] = [WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Interleave(dim=0)])]
+    tables["llama"] = [WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Doubled()])]
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", tables)
     with pytest.raises(CheckpointConfigError, match=r"layers.0.mlp.up_proj.weight.*save_consolidated=false"):
         save_once(tmp_path / "refused", make("llama"))

@@ -156,8 +156,9 @@ class _Loader:
                 fit.missing.append(item.spec.name)
         for alias in self._naming.aliases:
             stored = specs.get(fit.stored.get(alias.name, ""))
-            if stored is not None and stored.shape != alias.shape and not alias.source.startswith(self._skip):
-                fit.different[alias.name] = f"{list(stored.shape)} in the reference, {list(alias.shape)} in the model"
+            shape = self._naming.shapes.get(alias.name, alias.shape)
+            if stored is not None and stored.shape != shape and not alias.source.startswith(self._skip):
+                fit.different[alias.name] = f"{list(stored.shape)} in the reference, {list(shape)} in the model"
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:
@@ -182,7 +183,15 @@ class _Loader:
         order = {name: number for number, name in enumerate(self._weights.specs)}
         named = chosen if self._naming.is_plain else exported(chosen, self._naming)
         pieces = [item for item in named if item.spec.name in self._fit.stored]
-        wanted = [Wanted(self._fit.stored[piece.spec.name], piece.box, piece.tensor) for piece in pieces]
+        wanted = [
+            Wanted(
+                self._fit.stored[piece.spec.name],
+                piece.box,
+                piece.tensor,
+                () if piece.spec.flat is None else piece.spec.shape,
+            )
+            for piece in pieces
+        ]
         total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
         for alias in self._naming.aliases:
             if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
@@ -327,4 +336,5 @@ class _Renaming:
         if not self._as_in_memory:
             return self._naming
         kept = [alias for alias in self._naming.aliases if alias.source not in self._as_in_memory]
-        return Naming((*kept, *(Alias.same(self._specs[name]) for name in sorted(self._as_in_memory))))
+        same = (Alias.same(self._specs[name]) for name in sorted(self._as_in_memory))
+        return Naming((*kept, *same), shapes=self._naming.shapes)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.grids import NoGridError, Walk, aliases_on_grid, aliases_through
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
@@ -51,8 +52,7 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = No
         skeleton: What `skeleton_of` gives for it, if that is there already.
 
     Raises:
-        CheckpointConfigError: transformers computes new values on the way (it permutes them within a tensor), and
-            would take the model's own for these.
+        CheckpointConfigError: transformers computes new values on the way, and would take the model's own for these.
     """
     core = unwrap(model)
     if not is_transformers_model(core):
@@ -71,7 +71,9 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = No
         aliases += _as_in_memory(skeleton, left, [name for name, pieces in found.items() if pieces is None])
     order = {spec.name: number for number, spec in enumerate(kept)}
     first = {alias.name: order[alias.source] for alias in reversed(aliases)}
-    return Naming(tuple(sorted(aliases, key=lambda alias: first[alias.name])))
+    shapes = {alias.name: tuple(converted[alias.name].shape) for alias in aliases if alias.name in converted}
+    finer = {alias.name: shapes[alias.name] for alias in aliases if shapes.get(alias.name, alias.shape) != alias.shape}
+    return Naming(tuple(sorted(aliases, key=lambda alias: first[alias.name])), shapes=finer)
 
 
 def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,8 +109,8 @@ def _as_in_memory(skeleton: Any, left: Sequence[TensorSpec], lost: Sequence[str]
     wrong = [spec.name for spec in left if rename_source_key(spec.name, renamings, converters)[1] is not None]
     if wrong:
         raise CheckpointConfigError(
-            f"{type(skeleton).__name__}: transformers rearranges the elements of {', '.join(wrong)} when saving, which "
-            "this version cannot do on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
+            f"{type(skeleton).__name__}: transformers computes new values for {', '.join(wrong)} when saving, which "
+            "cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
         )
     log.warning(
         "transformers would write %s otherwise than the model holds them; the export has them as in memory, which "
@@ -137,6 +139,7 @@ class _Trace(TorchFunctionMode):
         }
         self._names = {_storage(tensor): spec for spec, tensor in zip(specs, self.sources.values(), strict=True)}
         self._joined: dict[int, _Joined] = {}
+        self._reordered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -144,6 +147,9 @@ class _Trace(TorchFunctionMode):
         if func in (torch.Tensor.contiguous, torch.Tensor.clone, torch.clone):
             return args[0]
         out = func(*args, **(kwargs or {}))
+        reshapes = func in (torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten)
+        if reshapes and _storage(out) != _storage(args[0]):
+            self._reordered[_storage(out)] = (out, args[0])
         if func in (torch.cat, torch.concat, torch.concatenate, torch.stack):
             self._record(out, *args, stacked=func is torch.stack, **(kwargs or {}))
         return out
@@ -156,21 +162,51 @@ class _Trace(TorchFunctionMode):
             joined.parts.append((part, tuple(position if axis == dim else 0 for axis in range(out.dim()))))
             position += part.shape[dim]
         self._joined[_storage(out)] = joined
+        # It may be moved about in turn; nothing but its shape is asked of this one.
+        self._names[_storage(out)] = TensorSpec("", "U8", tuple(out.shape))
 
     def pieces_of(self, name: str, tensor: torch.Tensor) -> list[Alias] | None:
         """What a converted tensor consists of; None if that cannot be said in boxes."""
+        parts = [(tensor, (0,) * tensor.dim())]
         joined = self._joined.get(_storage(tensor))
-        if joined is None:
-            alias = self._view(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
-            return None if alias is None else [alias]
-        if tensor.shape != joined.tensor.shape or tensor.stride() != joined.tensor.stride():
+        if joined is not None:
+            if tensor.shape != joined.tensor.shape or tensor.stride() != joined.tensor.stride():
+                return None
+            parts = joined.parts
+        found = [self._view(name, part, tuple(tensor.shape), corner) for part, corner in parts]
+        views = [alias for alias in found if alias is not None]
+        return views if len(views) == len(parts) else self._on_grid(name, tensor, parts)
+
+    def _on_grid(
+        self, name: str, tensor: torch.Tensor, parts: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
+    ) -> list[Alias] | None:
+        """The same for elements that are moved about, in a finer grid; None if there is none."""
+        try:
+            walks = [self._walk(part, tuple(part.shape), corner) for part, corner in parts]
+            if all(walk.source.name for walk in walks):
+                return aliases_on_grid(name, tuple(tensor.shape), walks)
+            if len(walks) > 1:
+                return None  # joined of joined ones
+            joined = next(self._joined[key] for key in self._joined if walks[0].source is self._names[key])
+            inner = [self._walk(part, tuple(part.shape), corner) for part, corner in joined.parts]
+            return aliases_through(name, tuple(tensor.shape), walks[0], inner)
+        except NoGridError:
             return None
-        found = [self._view(name, part, tuple(tensor.shape), corner) for part, corner in joined.parts]
-        return None if None in found else [alias for alias in found if alias is not None]
+
+    def _walk(self, view: torch.Tensor, shape: tuple[int, ...], corner: tuple[int, ...]) -> Walk:
+        if _storage(view) in self._reordered:
+            out, source = self._reordered[_storage(view)]
+            if view.numel() != out.numel() or not view.is_contiguous():
+                raise NoGridError
+            return self._walk(source, shape, corner)
+        spec = self._names.get(_storage(view))
+        if spec is None or not view.numel():
+            raise NoGridError
+        return Walk(spec, int(view.storage_offset()), tuple(view.shape), view.stride(), shape, corner)
 
     def _view(self, name: str, view: torch.Tensor, shape: tuple[int, ...], corner: tuple[int, ...]) -> Alias | None:
         spec = self._names.get(_storage(view))
-        if spec is None or not view.numel():
+        if spec is None or not spec.name or not view.numel():
             return None
         if view.shape == spec.shape and view.is_contiguous() and view.numel() == prod(spec.shape):
             return Alias(name, shape, corner, spec.name, Box.whole(spec.shape), tuple(range(view.dim())))

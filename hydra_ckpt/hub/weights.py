@@ -30,11 +30,15 @@ _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A box of a reference's tensor, and the tensor of its shape that receives it, of any element type."""
+    """A box of a reference's tensor, and the tensor of its shape that receives it, of any element type.
+
+    The box may be given in a finer grid of the tensor.
+    """
 
     name: str
     box: Box
     into: torch.Tensor
+    grid: tuple[int, ...] = ()
 
 
 class Weights(Protocol):
@@ -67,14 +71,13 @@ class SafetensorsWeights:
 
     def read(self, wanted: Sequence[Wanted]) -> int:
         """See `Weights`."""
-        return fetch(
-            self._root,
-            (
-                Fetch(self._stored[item.name], part, narrow(item.into, part.within(item.box)))
-                for item in wanted
-                for part in _blocks(item.box, self._stored[item.name].spec)
-            ),
-        )
+        return fetch(self._root, (found for item in wanted for found in self._fetches(item)))
+
+    def _fetches(self, item: Wanted) -> Iterator[Fetch]:
+        stored = self._stored[item.name]
+        stored = stored.on_grid(item.grid) if item.grid else stored
+        for part in _blocks(item.box, stored.spec):
+            yield Fetch(stored, part, narrow(item.into, part.within(item.box)))
 
 
 class PickledWeights:
@@ -102,10 +105,14 @@ class PickledWeights:
 
     def read(self, wanted: Sequence[Wanted]) -> int:
         """See `Weights`."""
-        sources = [narrow(self._tensors[item.name], item.box) for item in wanted]
+        sources = [narrow(self._on_grid(item), item.box) for item in wanted]
         for item, source in zip(wanted, sources, strict=True):
             item.into.copy_(source)
         return sum(source.nbytes for source in sources)
+
+    def _on_grid(self, item: Wanted) -> torch.Tensor:
+        tensor = self._tensors[item.name]
+        return tensor.reshape(item.grid) if item.grid else tensor
 
 
 def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
@@ -181,6 +188,11 @@ class Dequantized:
     def _read_scaled(self, item: Wanted) -> int:
         name, box = item.name, item.box
         spec = self._weights.specs[name]
+        if item.grid:
+            whole = torch.empty(spec.shape, dtype=item.into.dtype)
+            total = self._read_scaled(Wanted(name, Box.whole(spec.shape), whole))
+            item.into.copy_(narrow(whole.view(item.grid), box))
+            return total
         scales, total = self._read_all(self._scales[name])
         factors = self._factors(name, spec, scales)
         for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):

@@ -24,11 +24,12 @@ class Alias:
 
     Attributes:
         name: The other tensor.
-        shape: Its global shape.
+        shape: Its global shape; a finer grid of it, where the tensor's own dimensions are no boxes' (see `grids`).
         corner: Where in it the box begins.
         source: The tensor the elements belong to.
         box: Which of its elements.
         dims: For each dimension of the other tensor the source's dimension it is; None for one of a single element.
+        grid: The grid of the source that the box is given in; empty for the source's own shape.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Alias:
     source: str
     box: Box
     dims: tuple[int | None, ...]
+    grid: tuple[int, ...] = ()
 
     @classmethod
     def same(cls, spec: TensorSpec, name: str | None = None) -> Alias:
@@ -47,7 +49,7 @@ class Alias:
     @property
     def is_whole(self) -> bool:
         """Whether it is all of the other tensor, dimensions in their order: a change of name at most."""
-        return self.dims == tuple(range(len(self.shape))) and self.box == Box.whole(self.shape)
+        return not self.grid and self.dims == tuple(range(len(self.shape))) and self.box == Box.whole(self.shape)
 
     def part(self, held: Box) -> tuple[Box, Box] | None:
         """The elements of the alias that lie in a box of the source.
@@ -91,11 +93,13 @@ class Naming:
         aliases: In the order of the files; all pieces of one tensor follow each other.
         dtypes: Element types by exported name, where they are not the source's.
         files: A text by exported name, equal for those of one file; empty where files are cut by size.
+        shapes: Shapes by exported name, where the aliases give a finer grid of them.
     """
 
     aliases: tuple[Alias, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def unchanged(cls, specs: Iterable[TensorSpec]) -> Naming:
@@ -126,7 +130,7 @@ class Naming:
     def keeps(self, specs: Iterable[TensorSpec]) -> bool:
         """Whether every element of these tensors stands in the export bit for bit, so that it can be read back."""
         return all(
-            sum({alias.box: alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
+            sum({(alias.grid, alias.box): alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
             == prod(spec.shape)
             and all(self.dtypes.get(alias.name, spec.dtype) == spec.dtype for alias in self.by_source[spec.name])
             for spec in specs
@@ -135,19 +139,22 @@ class Naming:
     def specs(self, sources: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The exported tensors, in order."""
         dtypes = {spec.name: spec.dtype for spec in sources}
-        found = {
-            alias.name: TensorSpec(alias.name, self.dtypes.get(alias.name, dtypes[alias.source]), alias.shape)
-            for alias in self.aliases
-        }
+        found = {alias.name: self.spec(alias, dtypes[alias.source]) for alias in self.aliases}
         return tuple(found.values())
+
+    def spec(self, alias: Alias, dtype: str) -> TensorSpec:
+        """The exported tensor that an alias is part of, its source being of this element type."""
+        return TensorSpec(alias.name, self.dtypes.get(alias.name, dtype), alias.shape, self.shapes.get(alias.name))
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, for a file."""
         rows = [
             [a.name, list(a.shape), list(a.corner), a.source, list(a.box.offsets), list(a.box.sizes), list(a.dims)]
+            + ([list(a.grid)] if a.grid else [])
             for a in self.aliases
         ]
-        return {"aliases": rows, "dtypes": dict(self.dtypes), "files": dict(self.files)}
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        return {"aliases": rows, "dtypes": dict(self.dtypes), "files": dict(self.files), "shapes": shapes}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Naming:
@@ -159,20 +166,27 @@ class Naming:
         try:
             aliases = tuple(
                 Alias(
-                    str(name), _ints(shape), _ints(corner), str(source), Box(_ints(offsets), _ints(sizes)), _dims(dims)
+                    str(name),
+                    _ints(shape),
+                    _ints(corner),
+                    str(source),
+                    Box(_ints(offsets), _ints(sizes)),
+                    _dims(dims),
+                    _ints(grid[0]) if grid else (),
                 )
-                for name, shape, corner, source, offsets, sizes, dims in data["aliases"]
+                for name, shape, corner, source, offsets, sizes, dims, *grid in data["aliases"]
             )
+            shapes = {str(name): _ints(shape) for name, shape in data.get("shapes", {}).items()}
             dtypes = {str(name): str(dtype) for name, dtype in data["dtypes"].items()}
             files = {str(name): str(file) for name, file in data["files"].items()}
             unknown = set(dtypes.values()) - set(ITEMSIZE)
             if unknown:
                 raise ValueError(f"element types {sorted(unknown)}")
             for alias in aliases:
-                _check(alias)
+                _check(alias, shapes.get(alias.name, alias.shape))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(repr(error)) from None
-        return cls(aliases, dtypes, files)
+        return cls(aliases, dtypes, files, shapes)
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
@@ -183,11 +197,13 @@ def _dims(values: Iterable[Any]) -> tuple[int | None, ...]:
     return tuple(None if value is None else int(value) for value in values)
 
 
-def _check(alias: Alias) -> None:
+def _check(alias: Alias, shape: tuple[int, ...]) -> None:
     ranks = {len(alias.shape), len(alias.corner), len(alias.dims)}
     used = [dim for dim in alias.dims if dim is not None]
     numbers = (*alias.shape, *alias.corner, *alias.box.offsets, *alias.box.sizes, *used)
-    if len(ranks) != 1 or len(alias.box.offsets) != len(alias.box.sizes) or any(number < 0 for number in numbers):
+    lengths = {len(alias.box.offsets), len(alias.box.sizes), len(alias.grid or alias.box.sizes)}
+    negative = any(number < 0 for number in (*numbers, *alias.grid, *shape))
+    if len(ranks) != 1 or len(lengths) != 1 or negative or prod(shape) != prod(alias.shape):
         raise ValueError(f"{alias.name}: an alias of {alias.source} that makes no sense")
     placed = alias.placed(alias.box)
     inside = all(a + n <= m for a, n, m in zip(placed.offsets, placed.sizes, alias.shape, strict=True))

@@ -39,7 +39,7 @@ class FileLayout:
         end = 0
         for spec in self.tensors:
             start, end = end, end + spec.nbytes
-            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+            entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.file_shape), "data_offsets": [start, end]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         padded = -(-(len(text) + 8) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
         return padded.to_bytes(8, "little") + text.ljust(padded)

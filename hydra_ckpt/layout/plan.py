@@ -160,6 +160,12 @@ class StoredTensor:
     spec: TensorSpec
     chunks: tuple[StoredChunk, ...]
 
+    def on_grid(self, grid: tuple[int, ...]) -> StoredTensor:
+        """A tensor that is stored whole, with boxes counted in a finer grid of it."""
+        (chunk,) = self.chunks
+        spec = TensorSpec(self.spec.name, self.spec.dtype, grid, self.spec.file_shape)
+        return StoredTensor(spec, (StoredChunk(Box.whole(grid), chunk.file, chunk.offset),))
+
 
 @dataclass(frozen=True, slots=True)
 class Read:

@@ -37,11 +37,18 @@ class TensorSpec:
         name: Its key in the file.
         dtype: Element type in safetensors' spelling, a key of `ITEMSIZE`.
         shape: Global shape; `()` for a scalar.
+        flat: The shape that a file gives it, where `shape` is a finer grid of the same elements (see `grids`).
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    flat: tuple[int, ...] | None = None
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape that a file gives it."""
+        return self.shape if self.flat is None else self.flat
 
     @property
     def itemsize(self) -> int:

@@ -281,12 +281,13 @@ class Load:
         key = prefix + item.spec.name
         if stored is None:
             mismatch.missing.append(key)
-        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.shape, item.spec.dtype):
+        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.file_shape, item.spec.dtype):
             mismatch.different[key] = (
                 f"{stored.spec.dtype} {list(stored.spec.shape)} in the checkpoint, "
-                f"{item.spec.dtype} {list(item.spec.shape)} in the model"
+                f"{item.spec.dtype} {list(item.spec.file_shape)} in the model"
             )
         else:
+            stored = stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
             self._fetches.append(Fetch(stored, item.box, item.tensor))
 
     def _match_optimizers(self, mismatch: _Mismatch) -> None:

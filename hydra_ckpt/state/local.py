@@ -13,10 +13,11 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box, Sharding
+from hydra_ckpt.layout.grids import flat_boxes
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
-from hydra_ckpt.storage.memory import view_as
+from hydra_ckpt.storage.memory import narrow, view_as
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,11 +220,24 @@ def exported(items: Iterable[LocalTensor], naming: Naming) -> list[LocalTensor]:
     held = {item.spec.name: item for item in items}
     for alias in naming.aliases:
         item = held.get(alias.source)
-        part = None if item is None else alias.part(item.box)
-        if item is None or part is None:
+        if item is None:
             continue
-        inner, placed = part
-        spec = TensorSpec(alias.name, naming.dtypes.get(alias.name, item.spec.dtype), alias.shape)
-        place = replace(item.place, spec=spec, box=placed, origin=item.place.origin or item.spec.name)
-        found.append(replace(item, place=place, tensor=view_as(alias, item.tensor, inner.within(item.box))))
+        for tensor, box in _in_grid(item, alias.grid):
+            part = alias.part(box)
+            if part is None:
+                continue
+            inner, placed = part
+            spec = naming.spec(alias, item.spec.dtype)
+            place = replace(item.place, spec=spec, box=placed, origin=item.place.origin or item.spec.name)
+            found.append(replace(item, place=place, tensor=view_as(alias, tensor, inner.within(box))))
     return found
+
+
+def _in_grid(item: LocalTensor, grid: tuple[int, ...]) -> list[tuple[torch.Tensor, Box]]:
+    """What is held of a tensor, as boxes of a grid of it; views of the same memory."""
+    if not grid:
+        return [(item.tensor, item.box)]
+    return [
+        (narrow(item.tensor, flat.within(item.box)).view(box.sizes), box)
+        for flat, box in flat_boxes(item.spec.shape, grid, item.box)
+    ]

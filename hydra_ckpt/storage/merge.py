@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Region
 from hydra_ckpt.layout.files import FileLayout
 from hydra_ckpt.layout.plan import CELL_BYTES, StoredTensor
@@ -109,11 +109,17 @@ def _block(
         if found is None:
             continue
         inner, common = found
-        source = stored[alias.source]
-        part = torch.empty(inner.sizes, dtype=TORCH_DTYPE[source.spec.dtype])
-        read([Fetch(source, inner, part)])
+        part = _part(stored[alias.source], alias, inner, read)
         narrow(block, common.within(box)).copy_(view_as(alias, part, Box.whole(inner.sizes)))
     return block
+
+
+def _part(source: StoredTensor, alias: Alias, box: Box, read: Callable[[list[Fetch]], int]) -> torch.Tensor:
+    """A box of a source; where it is a box of a grid only, the whole source is read for it."""
+    sizes = source.spec.shape if alias.grid else box.sizes
+    part = torch.empty(sizes, dtype=TORCH_DTYPE[source.spec.dtype])
+    read([Fetch(source, Box.whole(sizes) if alias.grid else box, part)])
+    return narrow(part.view(alias.grid), box) if alias.grid else part
 
 
 def _read(path: Path) -> Iterator[memoryview]:

@@ -113,7 +113,8 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
         print(f"{dist.get_world_size()} ranks, FSDP2, {len(local)} tensors, {size:.0f} MB a rank", flush=True)
         for name, peak in peaks.items():
             print(f"{name}: {peak:.0f} MB at the peak, {peak - size:.0f} MB more than the shards", flush=True)
-    table.show("seconds until a sharded model has its weights", ["read floor (preadv)", "read floor, fresh memory", "transformers, then sharded"])
+    bases = ["read floor (preadv)", "read floor, fresh memory", "transformers, then sharded"]
+    table.show("seconds until a sharded model has its weights", bases)
     engine.close()
 
 
