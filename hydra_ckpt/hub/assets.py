@@ -49,7 +49,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     model = unwrap(model)
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.ModelMixin):
-        body = json.loads(model.to_json_string())  # type: ignore[operator]
+        body = json.loads(model.to_json_string())
         return {"config.json": json_bytes({**body, "_class_name": original_class(model).__name__})}
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):

@@ -12,6 +12,7 @@ from torch import nn
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel, Group
 from hydra_ckpt.hub.assets import tokenizer_assets
+from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import WritePlan
@@ -151,7 +152,14 @@ class Contents:
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in kept - {self._held}}
 
     def make(
-        self, state: AppState, captured: Captured, *, consolidated: bool, export_only: bool, from_shards: bool = False
+        self,
+        state: AppState,
+        captured: Captured,
+        *,
+        consolidated: bool,
+        export_only: bool,
+        from_shards: bool = False,
+        made: Made | None = None,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
 
@@ -161,6 +169,7 @@ class Contents:
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
+            made: The save, for model cards; None where nothing will be written.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
@@ -176,7 +185,7 @@ class Contents:
             planned.plan,
             captured.shared if leads else None,
             None if export_only else captured.own,
-            self._assets(state, agreed, consolidated, export_only) if self._channel.is_coordinator else {},
+            self._assets(state, agreed, consolidated, export_only, made) if self._channel.is_coordinator else {},
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
@@ -275,7 +284,9 @@ class Contents:
         shared = self._shares_files(agreement)
         return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
 
-    def _assets(self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool) -> dict[str, bytes]:
+    def _assets(
+        self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
+    ) -> dict[str, bytes]:
         """Coordinator only: the small files by path in the checkpoint.
 
         Those of an export are there without one too, so that it can be made later.
@@ -288,6 +299,8 @@ class Contents:
             naming = agreed.namings[part]
             assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
             assets.update(self._tokenizer(state.tokenizer))
+            if made is not None:
+                assets.update(self._export.card(model, made))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
                 found[f"{part}/{names.NAMING}"] = encode_naming(naming)
