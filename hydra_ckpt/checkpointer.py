@@ -18,6 +18,7 @@ from hydra_ckpt.distributed import Group
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.hub.base import BaseReport, load_base
+from hydra_ckpt.hub.card import Made
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
@@ -354,6 +355,7 @@ class Checkpointer:
                 export_only=request.adds_export,
                 from_shards=from_shards,
                 turn=request.step,
+                made=Made(request.step, request.epoch, request.metrics, dict(self.config.hydra_texts)),
             )
             staged = self._stage(state, sources)
             transaction = self._transaction(request, content, staged)

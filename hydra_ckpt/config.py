@@ -80,6 +80,7 @@ _CHECKS: dict[str, Check] = {
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
     "export_dtype": optional(choice("float32", "float16", "bfloat16")),
+    "model_card": switch,
 }
 
 
@@ -177,6 +178,7 @@ class CheckpointingConfig:
         when_busy: A save that is due while the one before is still being written waits for it ("wait") or is left
             out ("skip"); rank 0 decides for all. The last save of a run always waits.
         export_dtype: Element type of exported floating-point tensors: "float32", "float16" or "bfloat16".
+        model_card: Exports have a README.md that says how they were made.
     """
 
     enabled: bool = True
@@ -211,6 +213,7 @@ class CheckpointingConfig:
     on_save_failure: str = "raise"
     when_busy: str = "wait"
     export_dtype: str | None = None
+    model_card: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

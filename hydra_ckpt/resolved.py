@@ -96,6 +96,7 @@ class HubOptions:
         v4_compatible: Whether the original config.json is exported.
         diffusers_compatible: Whether files and index are named as diffusers names them.
         export_dtype: Element type of exported floating-point tensors, or None for the reference's, else the training's.
+        model_card: Whether exports have a README.md that says how they were made.
     """
 
     repo_id: str | None
@@ -106,6 +107,7 @@ class HubOptions:
     v4_compatible: bool
     diffusers_compatible: bool
     export_dtype: str | None
+    model_card: bool
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def _hub_options(config: CheckpointingConfig) -> HubOptions:
         v4_compatible=config.v4_compatible,
         diffusers_compatible=config.diffusers_compatible,
         export_dtype=config.export_dtype,
+        model_card=config.model_card,
     )
 
 

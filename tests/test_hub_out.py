@@ -212,6 +212,7 @@ def write_reference(directory: Path) -> dict[str, torch.Tensor]:
     (directory / "modeling_own.py").write_text("class OwnModel: ...\n")
     transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
     return tensors_in(directory)
 
 
@@ -233,6 +234,7 @@ def test_files_and_element_types_are_the_reference_s(tmp_path: Path) -> None:
     assert (export / "modeling_own.py").read_text() == "class OwnModel: ...\n"
     assert (export / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (export / "tokenizer_config.json").exists()
+    assert "CLIPImageProcessor" in (export / "preprocessor_config.json").read_text()
     assert "quantization_config" not in json.loads((export / "config.json").read_text())
 
 

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
-from tests.hub_models import MODELS, make
+from tests.hub_models import MODELS, llama, make
 
 peft = pytest.importorskip("peft")
 
@@ -119,6 +120,9 @@ def check(root: Path, kind: str, mode: str, expected: torch.Tensor) -> None:
         if listed in ours:
             ours[listed], settings[listed] = sorted(ours[listed]), sorted(settings[listed])
     assert ours == settings
+    optimized = read_tensors(checkpoint.path, list(checkpoint.manifest.parts["optim"].files))
+    assert optimized
+    assert not any(".base_layer." in name or "original_module" in name for name in optimized)
     assert sum(tensor.numel() for tensor in found.values()) < sum(p.numel() for p in adapted(kind).parameters()) / 2
     opened = peft.PeftModel.from_pretrained(make(base_name(kind)), export)
     torch.testing.assert_close(answer(opened), expected, rtol=0, atol=2e-6)
@@ -188,6 +192,83 @@ def test_several_adapters_each_have_a_directory_of_their_own(tmp_path: Path) -> 
         engine.save(AppState(bad), step=2)
 
 
+# Pipeline rank to its parts, and each part's layers.
+STAGES = [[(0,), (2,)], [(1,), (3,)]]
+
+
+def _deep() -> Any:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=4)
+    torch.manual_seed(5)
+    adapter = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, adapter)
+
+
+def _part(layers: tuple[int, ...]) -> Any:
+    """A model with only some of its layers, the embedding with the first and the head with the last."""
+    model = _deep()
+    inner = model.get_base_model()
+    inner.model.layers = torch.nn.ModuleDict({str(index): inner.model.layers[index] for index in layers})
+    if 0 not in layers:
+        inner.model.embed_tokens = None
+    if 3 not in layers:
+        inner.model.norm = inner.lm_head = None
+    return model
+
+
+def _step(parts: list[Any], fill: float) -> AppState:
+    """One optimizer step with gradients that depend on a parameter's place only."""
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    state = AppState(parts, torch.optim.AdamW(trained, lr=0.05))
+    _step_again(state, fill)
+    return state
+
+
+def _step_again(state: AppState, fill: float) -> None:
+    for group in state.optimizers[0].param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.linspace(-fill, fill, parameter.numel()).reshape(parameter.shape)
+    state.optimizers[0].step()
+
+
+def _trained_values(parts: list[Any]) -> dict[str, torch.Tensor]:
+    found = {name: p.detach() for part in parts for name, p in part.named_parameters() if p.requires_grad}
+    assert found
+    return found
+
+
+def _staged_adapters(root: Path) -> None:
+    rank = dist.get_rank()
+    options = {"checkpoint_dir": str(root / "run"), "is_peft": True, "is_async": True}
+    state = _step([_part(layers) for layers in STAGES[rank]], 1.0)
+    with CheckpointingConfig(**options).build(0, 0, rank) as engine:
+        engine.save(state, step=1).result()
+        again = _step([_part(layers) for layers in STAGES[rank]], -2.0)
+        assert engine.load(again).step == 1
+    expected = _trained_values(state.models[""])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _trained_values(again.models[""]).items())
+
+
+def test_an_adapter_is_gathered_across_pipeline_stages(tmp_path: Path) -> None:
+    run_distributed(_staged_adapters, 2, tmp_path)
+    whole = _step([_deep()], 1.0)
+    export = Checkpoint.open(tmp_path / "run" / "LATEST").path / "model" / "consolidated"
+    whole.models[""][0].save_pretrained(tmp_path / "reference")
+    found, theirs = (load_file(p / "adapter_model.safetensors") for p in (export, tmp_path / "reference"))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
+    torch.manual_seed(0)
+    opened = peft.PeftModel.from_pretrained(llama(num_hidden_layers=4), export)
+    torch.testing.assert_close(answer(opened), answer(whole.models[""][0]), rtol=0, atol=2e-6)
+    # One process goes on from what two stages saved, optimizer included.
+    again = _step([_deep()], -2.0)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        assert engine.load(again).step == 1
+    for state in (whole, again):
+        _step_again(state, 0.5)
+    assert torch.equal(answer(again.models[""][0]), answer(whole.models[""][0]))
+
+
 def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     base = type(MODELS["llama"]()).from_pretrained(tmp_path / "base")
@@ -198,6 +279,8 @@ def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
         checkpoint = engine.save(state, step=2).result()
     config = json.loads((checkpoint.path / "model/consolidated/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    automatic = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint.path / "model" / "consolidated")
+    torch.testing.assert_close(answer(automatic), answer(state.model), rtol=0, atol=2e-6)
     command = [
         sys.executable,
         "-m",

@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
 
 
 def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]:
-    """Configuration files of a transformers model; none for any other model.
+    """Configuration files of a transformers or diffusers model; none for any other model.
 
     They are what `save_pretrained` would write. The live model's configuration is not touched.
 
@@ -47,6 +47,10 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
         dtype: The weights' element type, where it is not the live model's.
     """
     model = unwrap(model)
+    diffusers = sys.modules.get("diffusers")
+    if diffusers is not None and isinstance(model, diffusers.ModelMixin):
+        body = json.loads(model.to_json_string())
+        return {"config.json": json_bytes({**body, "_class_name": original_class(model).__name__})}
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}

@@ -11,12 +11,14 @@ from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
 from hydra_ckpt.hub.assets import adapter_assets, json_bytes, model_assets, reference_assets
+from hydra_ckpt.hub.card import Made, model_card
 from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model
 from hydra_ckpt.hub.reference import Reference, at, find_reference
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.peft import is_peft_model
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,15 @@ class ModelExport:
         asked = self._options.export_dtype
         found = wanted.dtypes.get(spec.name, spec.dtype) if asked is None else FLOATS[asked]
         return found if {found, spec.dtype} <= set(FLOATS.values()) else spec.dtype
+
+    def card(self, model: nn.Module, made: Made) -> dict[str, bytes]:
+        """Coordinator only: the model card, where one is wanted."""
+        if not self._options.model_card:
+            return {}
+        core = unwrap(model)
+        inner = core.get_base_model() if is_peft_model(core) else core  # type: ignore[operator]
+        known = getattr(getattr(inner, "config", None), "_name_or_path", None)
+        return {"README.md": model_card(core, made, self._options.repo_id or known)}
 
     def assets(self, model: nn.Module, naming: Naming, adapter: str, *, has_tokenizer: bool) -> dict[str, bytes]:
         """Coordinator only: the small files of a model's export by name.

@@ -19,7 +19,7 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger
-from hydra_ckpt.storage.merge import content, write_through
+from hydra_ckpt.storage.merge import BLOCK_BYTES, content, write_through
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, read_small
@@ -28,7 +28,6 @@ from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import sync_tree
 from hydra_ckpt.store.manifest import PartRecord
 
-_BLOCK_BYTES = 64 << 20
 _WHOLE_TENSORS = 1 << 62
 
 
@@ -116,7 +115,7 @@ def export_checkpoint(
     try:
         for layout in layouts:
             blocks = content(layout, naming, source.tensors, source.read, source.block_bytes)
-            write_through(files, draft / layout.path, counted(blocks))
+            write_through(files, draft / layout.path, counted(blocks), None)
         for name, data in _small_files(checkpoint, model, layouts, source.stem, dtype).items():
             files.make_dir((draft / name).parent)
             files.write_new(draft / name, data)
@@ -158,7 +157,7 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_
     naming = _stored_naming(checkpoint, models[0]) or source.naming
     averages = _average(naming, part, extra)
     read = partial(fetch, checkpoint.path, ledger=ledger)
-    return _Source(averages, naming, source.stem, read, _BLOCK_BYTES), models[0]
+    return _Source(averages, naming, source.stem, read, BLOCK_BYTES), models[0]
 
 
 def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -188,7 +187,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source
         naming = Naming(tuple(Alias.same(item.spec) for item in tensors.values()), files=own)
     stem = Path(record.files[0]).name.split("-00001-of-")[0].removesuffix(".safetensors") if whole else "model"
     if lengths is None:
-        return _Source(tensors, naming, stem, partial(fetch, checkpoint.path, ledger=ledger), _BLOCK_BYTES)
+        return _Source(tensors, naming, stem, partial(fetch, checkpoint.path, ledger=ledger), BLOCK_BYTES)
     # A chunk of these can only be loaded whole.
     return _Source(tensors, naming, stem, partial(fetch_distcp, checkpoint.path, lengths=lengths), _WHOLE_TENSORS)
 

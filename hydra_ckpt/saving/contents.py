@@ -12,6 +12,7 @@ from torch import nn
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel, Group
 from hydra_ckpt.hub.assets import tokenizer_assets
+from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import WritePlan
@@ -163,6 +164,7 @@ class Contents:
         export_only: bool,
         from_shards: bool = False,
         turn: int = 0,
+        made: Made | None = None,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
 
@@ -173,6 +175,7 @@ class Contents:
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
             turn: Equal on all ranks; chooses the tensors whose replicas are compared.
+            made: The save, for model cards; None where nothing will be written.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
@@ -188,7 +191,7 @@ class Contents:
             planned.plan,
             captured.shared if leads else None,
             None if export_only else captured.own,
-            self._assets(state, agreed, consolidated, export_only) if self._channel.is_coordinator else {},
+            self._assets(state, agreed, consolidated, export_only, made) if self._channel.is_coordinator else {},
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
@@ -219,7 +222,7 @@ class Contents:
         agreed = Agreed(agreement, namings, exporters, kept, Sampler(captured.parts, agreement))
         # What cannot be had at all is found here, where all ranks hear of it.
         self._channel.coordinator_step(
-            "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False))
+            "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
         )
         return agreed
 
@@ -295,7 +298,9 @@ class Contents:
         shared = self._shares_files(agreement)
         return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
 
-    def _assets(self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool) -> dict[str, bytes]:
+    def _assets(
+        self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
+    ) -> dict[str, bytes]:
         """Coordinator only: the small files by path in the checkpoint.
 
         Those of an export are there without one too, so that it can be made later.
@@ -308,6 +313,8 @@ class Contents:
             naming = agreed.namings[part]
             assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
             assets.update(self._tokenizer(state.tokenizer))
+            if made is not None:
+                assets.update(self._export.card(model, made))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
                 found[f"{part}/{names.NAMING}"] = encode_naming(naming)

@@ -124,7 +124,7 @@ class Extractor:
         found = {}
         for key, adapter in adapters(name, modules[0]).items():
             found[key] = ModelMap.of(modules)
-            keep_adapter(found[key], modules[0], adapter)
+            keep_adapter(found[key], modules, adapter)
             if key != name:
                 found[key].names = {}  # the first map knows all parameters
         return found

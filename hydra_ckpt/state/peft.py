@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -55,8 +56,16 @@ def adapters(name: str, model: nn.Module) -> dict[str, str]:
     return {name if adapter == first else prefix + adapter: adapter for adapter in [first, *held]}
 
 
-def keep_adapter(mapped: ModelMap, model: nn.Module, adapter: str) -> None:
-    """Reduce a model's map to what belongs to an adapter, modules_to_save included, in peft's own names."""
+def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str) -> None:
+    """Reduce the map of a model's parts to what belongs to an adapter, modules_to_save included, in peft's names."""
+    names: dict[int, str] = {}
+    for module in modules:
+        names.update(_adapter_names(mapped, module, adapter))
+    mapped.keep({slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names})
+
+
+def _adapter_names(mapped: ModelMap, model: nn.Module, adapter: str) -> dict[int, str]:
+    """Identity of an adapter's tensors to the name that peft gives them."""
     from peft import get_peft_model_state_dict
 
     live = {slot.name: slot.tensor for slot in mapped.slots}
@@ -65,7 +74,7 @@ def keep_adapter(mapped: ModelMap, model: nn.Module, adapter: str) -> None:
     names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
     if _trained_embeddings(model) - names.keys():
         names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
-    mapped.keep({slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names})
+    return names
 
 
 def _trained_embeddings(model: nn.Module) -> set[int]:

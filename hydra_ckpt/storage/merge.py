@@ -25,7 +25,8 @@ from hydra_ckpt.storage.memory import bytes_of, narrow, view_as
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.store import names
 
-_BLOCK_BYTES = 64 << 20
+# Small enough that the allocator gives the same memory again; larger blocks cost fresh pages each time.
+BLOCK_BYTES = 16 << 20
 
 
 def merge_shards(
@@ -75,7 +76,7 @@ def content(
     naming: Naming,
     stored: Mapping[str, StoredTensor],
     read: Callable[[list[Fetch]], int],
-    block_bytes: int = _BLOCK_BYTES,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[memoryview]:
     """All bytes of a whole file in order, tensors in blocks.
 
@@ -109,6 +110,9 @@ def _block(
         if found is None:
             continue
         inner, common = found
+        if alias.is_whole and stored[alias.source].spec.dtype == spec.dtype:
+            read([Fetch(stored[alias.source], inner, block)])
+            continue
         part = _part(stored[alias.source], alias, inner, read)
         narrow(block, common.within(box)).copy_(view_as(alias, part, Box.whole(inner.sizes)))
     return block
@@ -124,24 +128,30 @@ def _part(source: StoredTensor, alias: Alias, box: Box, read: Callable[[list[Fet
 
 def _read(path: Path) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as source:
-        while data := source.read(_BLOCK_BYTES):
+        while data := source.read(BLOCK_BYTES):
             yield memoryview(data)
 
 
-def write_through(files: Files, path: Path, blocks: Iterable[memoryview], number: int = 0) -> list[Digested]:
+def write_through(files: Files, path: Path, blocks: Iterable[memoryview], number: int | None) -> list[Digested]:
     """Write a new file from front to back, durably.
 
     Returns:
-        Digests of all of it, for the file of this number.
+        Digests of all of it, for the file of this number; none where that is None.
     """
-    records, position = [], 0
+    records: list[Digested] = []
+    position = 0
     files.allocate(path, 0)
     with files.open(path) as file:
         for block in blocks:
             file.write_at(position, block)
-            for start in range(0, len(block), CELL_BYTES):
-                cell = block[start : start + CELL_BYTES]
-                records.append(Digested(number, Region(position + start, len(cell)), digest_of(cell)))
+            if number is not None:
+                records += _digests(number, position, block)
             position += len(block)
         file.sync()
     return records
+
+
+def _digests(number: int, position: int, block: memoryview) -> Iterator[Digested]:
+    for start in range(0, len(block), CELL_BYTES):
+        cell = block[start : start + CELL_BYTES]
+        yield Digested(number, Region(position + start, len(cell)), digest_of(cell))
