@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +144,9 @@ class Checkpointer:
         """The checkpoint that LATEST, BEST or another pointer leads to."""
         return scan(self.root).pointed(pointer) if self.enabled else None
 
-    def from_rank_0(self, what: str, value: bool) -> bool:
-        """Collective: rank 0's value on all ranks."""
-        return bool(self._channel.receive(what, (lambda: value) if self._channel.is_coordinator else None))
+    def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
+        """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
+        return self._channel.coordinator_step(what, step)
 
     # -- loading -------------------------------------------------------------------------------------------------
 
