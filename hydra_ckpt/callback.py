@@ -11,6 +11,7 @@ from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
 from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.state.ranks import Ranks
+from hydra_ckpt.sweeps.job import active_job
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import RequestFiles
 from hydra_ckpt.triggers.schedule import Schedule
@@ -104,7 +105,8 @@ class CheckpointCallback:
     def best_metric(self) -> float | None:
         """The best value so far of the metric that decides, of those that rank 0 was given. Equal on all ranks.
 
-        On several ranks what came with a step counts from the next one on.
+        On several ranks what came with a step counts from the next one on; where steps take less than 50 ms, it may
+        be 50 ms later.
         """
         return self._agreed_best
 
@@ -149,6 +151,9 @@ class CheckpointCallback:
         self._best.value, self._best.key = self.checkpointer.best_value, self.checkpointer.deciding_metric
         self._agreed_best = self._best.value
         if self._live is not None:
+            job = active_job()
+            if job is not None:
+                job.checkpoint_dir = self._live.root
             self._schedule = self._agreed_schedule(self._live)
             self._watch.begin(self._live.group, self._schedule, _request_files(self._live), self._step, self._best)
         return report
@@ -181,7 +186,7 @@ class CheckpointCallback:
         if self._live is None:
             self._agreed_best = self._best.known()
             return None
-        verdict = self._ask(self._live)
+        verdict = self._ask(self._live) or Verdict()
         if verdict.failed:
             self._raise_failure(self._live)
         if verdict.refused:
@@ -291,14 +296,20 @@ class CheckpointCallback:
             log.warning("callbacks.checkpoint differs from rank 0's, which counts: %s", "; ".join(unlike))
         return Schedule.of(**decided)
 
-    def _ask(self, live: Checkpointer) -> Verdict:
+    def _ask(self, live: Checkpointer) -> Verdict | None:
         """Collective: what all ranks do at this step."""
         verdict = self._watch.ask(self._step, self._best, failed=live.has_failed, save_s=live.longest_save_s)
+        if verdict is None:
+            return None
         if not self._overtaken:
             self._agreed_best = verdict.best
         self._overtaken = False
         self._yields = self._yields or verdict.yields
         self._should_stop = self._should_stop or verdict.yields or verdict.stop
+        job = active_job()
+        if job is not None and self._should_stop:
+            job.stopped = True
+            job.exit_code = self.exit_code if self._yields else None
         return verdict
 
     def _settle_best(self, live: Checkpointer) -> None:

@@ -395,29 +395,27 @@ class StepVote:
         self._into = self._said.numpy()  # writing through it is the cheapest way into the tensor
         self._work: dist.Work | None = None
 
-    def exchange(self, numbers: Sequence[int]) -> list[int]:
-        """Collective: say numbers (64 bits, signed), and hear the largest of those said at the step before.
-
-        Returns:
-            At the first step zeros.
-
-        Raises:
-            CheckpointError: A rank did not come within the limit, or has died.
-        """
-        heard = self._collect()
+    def say(self, numbers: Sequence[int]) -> None:
+        """Collective: say numbers (64 bits, signed); what was said before must have been heard."""
         self._into[:] = numbers
         self._work = self._group.start_largest(self._said)
-        return heard
 
-    def _collect(self) -> list[int]:
+    def hear(self) -> list[int] | None:
+        """The largest of the numbers said; None if nothing was said since the last time.
+
+        Raises:
+            CheckpointError: A rank did not say anything within the limit, or has died.
+        """
+        if self._work is None:
+            return None
         started = time.monotonic()
         try:
-            if self._work is not None:
-                self._work.wait()
+            self._work.wait()
         except RuntimeError as error:
             waited = time.monotonic() - started
             raise CheckpointError(
                 f"a rank left the training loop (waited {waited:.0f} s): {error}. Every rank must do as many steps"
             ) from error
+        self._work = None
         heard: list[int] = self._into.tolist()
         return heard

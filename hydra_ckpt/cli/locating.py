@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra_ckpt.errors import CheckpointNotFoundError
 from hydra_ckpt.store import names
 
-__all__ = ["Located", "locate"]
+__all__ = ["Located", "holds_checkpoints", "locate"]
 
 # Where a run keeps its checkpoints unless it is told otherwise.
 _DEFAULT_DIRECTORY = "checkpoints"
@@ -50,6 +50,14 @@ def locate(given: Path) -> Located:
         f"{given} holds no checkpoints: there is no epoch_<epoch>_step_<step> in it or in its {_DEFAULT_DIRECTORY}/. "
         "Name the run's checkpoint_dir"
     )
+
+
+def holds_checkpoints(directory: Path) -> bool:
+    """Whether a path leads to checkpoints of one run: a checkpoint, their directory, or the run's."""
+    path = directory.resolve()
+    if names.is_checkpoint_name(path.name) or (path / names.MANIFEST).exists():
+        return True
+    return any(_holds_checkpoints(root) for root in (path, path / _DEFAULT_DIRECTORY))
 
 
 def _holds_checkpoints(root: Path) -> bool:

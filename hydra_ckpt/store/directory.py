@@ -191,7 +191,8 @@ class Directory:
     def details(self) -> dict[str, str]:
         """What a manifest says of the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
-        return {"host": self._owner.host, **({"deciding_metric": self._configured} if known else {})}
+        deciding = {"deciding_metric": self._configured} if known else {}
+        return {"host": self._owner.host, "best_metric_mode": self._keep.best_metric_mode, **deciding}
 
     def decide_by(self, key: str) -> None:
         """Let another metric decide from now on."""

@@ -19,6 +19,10 @@ from hydra_ckpt.triggers.signals import SignalWatch
 log = logging.getLogger(__name__)
 
 _SMALLEST = -(1 << 63)
+# The first steps agree one by one. Later ones that are shorter than this agree as often as it passes: below 50 us a
+# step, where every single vote costs some 200 us as soon as ranks wait for each other.
+_STEPS_ONE_BY_ONE = 100
+_BETWEEN_VOTES_S = 0.05
 # A step is as long as the longest of so many before it: validation counts, the compilation at the start not for ever.
 _STEPS_SEEN = 128
 
@@ -34,6 +38,7 @@ class _Said(IntEnum):
     LAST_STEP = 5
     FIRST_STEP = 6  # negated
     BEST = 7  # rank 0's, as the bits of a float
+    STEP_US = 8  # microseconds a step takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,8 @@ class Watch:
     """Collects what asks for saves and stops on this rank, and lets the ranks agree at every step.
 
     On one rank what comes is heard at the same step. Several ranks hear at a step what any of them said at the one
-    before: the messages travel while the step is computed.
+    before: the messages travel while the step is computed. Ranks whose steps take less than 50 ms say something only
+    every 50 ms, once they have done a hundred of them.
 
     Args:
         schedule: The cadences; those by time are rank 0's.
@@ -77,6 +83,8 @@ class Watch:
         self._steps_s: deque[float] = deque(maxlen=_STEPS_SEEN)
         self._last_s = 0.0
         self._told = False
+        self._steps = self._unsaid = 0
+        self._every = 1
 
     def begin(self, group: Group, schedule: Schedule, files: RequestFiles, step: int, best: BestMetric) -> None:
         """Collective: training begins.
@@ -94,14 +102,14 @@ class Watch:
         self._signals.install()
         if group.world_size > 1:
             self._vote = StepVote(group, len(_Said))
-            self._vote.exchange(self._ballot(group, step, best, failed=False, save_s=0.0))
+            self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
     def end(self) -> None:
         """Put signal handlers back. Idempotent."""
         self._signals.remove()
         self._vote = self._group = None
 
-    def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict:
+    def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict | None:
         """Collective: say what this rank has to say at a step, and hear what counts for all.
 
         Args:
@@ -110,23 +118,43 @@ class Watch:
             failed: Whether a save of this rank has failed.
             save_s: The longest save so far, in seconds.
 
+        Returns:
+            What all ranks do; None where nothing was said at the step before.
+
         Raises:
             CheckpointError: A rank has left the loop, or is at another step.
         """
         if self._group is None:
-            return Verdict()
-        ballot = self._ballot(self._group, step, best, failed=failed, save_s=save_s)
-        said = ballot if self._vote is None else self._vote.exchange(ballot)
+            return None
+        if self._vote is None:
+            return _verdict(self._ballot(self._group, step, best, failed=failed, save_s=save_s))
+        self._steps += 1
+        self._unsaid += 1
+        said = self._vote.hear()
+        if said is not None:
+            self._check_steps(said)
+            self._every = self._votes_apart(said[_Said.STEP_US])
+        if self._unsaid >= self._every:
+            self._vote.say(self._ballot(self._group, step, best, failed=failed, save_s=save_s))
+            self._unsaid = 0
+        return None if said is None else _verdict(said)
+
+    def _check_steps(self, said: list[int]) -> None:
         if said[_Said.LAST_STEP] != -said[_Said.FIRST_STEP]:
             raise CheckpointError(
                 f"ranks are at different steps: one has called on_step_end for step {-said[_Said.FIRST_STEP]}, another "
                 f"for step {said[_Said.LAST_STEP]}. Every rank has to call it for every step"
             )
-        return _verdict(said)
+
+    def _votes_apart(self, step_us: int) -> int:
+        """Steps from vote to vote, equal on all ranks because all have heard the same."""
+        if self._steps < _STEPS_ONE_BY_ONE:
+            return 1
+        return max(1, int(_BETWEEN_VOTES_S * 1e6) // max(step_us, 1))
 
     def _ballot(self, group: Group, step: int, best: BestMetric, *, failed: bool, save_s: float) -> list[int]:
         now = time.monotonic()
-        self._steps_s.append(now - self._last_s)
+        self._steps_s.append((now - self._last_s) / max(self._unsaid, 1))
         self._last_s = now
         stop = due = time_up = False
         bits = _SMALLEST
@@ -138,7 +166,8 @@ class Watch:
             bits = _bits(best.value)
         self._tell(time_up)
         refused = best.refused is not None
-        return [stop, self._signals.received or time_up, due, failed, refused, step, -step, bits]
+        step_us = int(1e6 * self._steps_s[-1])
+        return [stop, self._signals.received or time_up, due, failed, refused, step, -step, bits, step_us]
 
     def _tell(self, time_up: bool) -> None:
         if self._told or not (time_up or self._signals.received):
