@@ -18,6 +18,7 @@ from hydra_ckpt.distributed import Group
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.hub.base import BaseReport, load_base
+from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
@@ -162,6 +163,8 @@ class Checkpointer:
         self._extractor.try_dataloader(state)
         report = self.load(state)
         self._settle()
+        if report is not None and self.group.rank == 0:
+            tell(report.path, changes(report.path, dict(self.config.hydra_texts), _kinds(state), self.group.world_size))
         return report
 
     def load(
@@ -350,7 +353,7 @@ class Checkpointer:
             )
             staged = self._stage(state, sources)
             written = content.plan.nbytes
-            transaction = self._transaction(request, content, staged)
+            transaction = self._transaction(request, content, staged, _kinds(state))
         self.stats.saves += 1
         self._published.add(name)
         if request.consolidated:
@@ -420,7 +423,9 @@ class Checkpointer:
         wait = self.config.write.wait_for_staging
         return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)
 
-    def _transaction(self, request: SaveRequest, content: Content, staged: Staged) -> Transaction:
+    def _transaction(
+        self, request: SaveRequest, content: Content, staged: Staged, optimizers: list[str]
+    ) -> Transaction:
         writer = DraftWriter(
             self._directory.files,
             self.group.rank,
@@ -436,7 +441,8 @@ class Checkpointer:
             return AddExport(writer, self.root, request.step, request.name, fence)
         directory, topology = self._directory, self._topology.recorded()
         step, epoch, metrics = request.step, request.epoch, request.metrics
-        return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, directory.details)
+        details = {**directory.details, "optimizers": optimizers}
+        return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, details)
 
     def _carry_out(
         self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged, written: int
@@ -581,6 +587,11 @@ class Checkpointer:
             if kind is None:
                 raise
             log.error("%s", error)
+
+
+def _kinds(state: AppState) -> list[str]:
+    """The optimizers' classes."""
+    return [type(optimizer).__qualname__ for optimizer in state.optimizers]
 
 
 def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:

@@ -221,3 +221,132 @@ def _tool(*arguments: Any) -> Any:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+# -- many jobs in one process, and other people's sweepers ---------------------------------------------------------
+
+PROBE = """
+import gc, json, os, threading
+
+import psutil
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from hydra.experimental.callback import Callback
+
+
+class Probe(Callback):
+    def on_job_end(self, config, **_):
+        gc.collect()
+        process = psutil.Process()
+        with open(os.environ["PROBE"], "a") as file:
+            file.write(json.dumps({
+                "threads": sorted(thread.name for thread in threading.enumerate()),
+                "files": process.num_fds(),
+                "connections": len(process.net_connections()),
+                "memory": process.memory_info().rss,
+                "groups": len(dist.distributed_c10d._world.pg_map),
+                "singletons": bool(AcceleratorState._shared_state or PartialState._shared_state),
+                "children": len(process.children()),
+            }) + "\\n")
+"""
+TINY = [
+    f"data.path={REPOSITORY / 'hydra_ckpt'}",
+    "data.max_bytes=60000",
+    "data.seq_len=16",
+    "trainer.batch_size=2",
+    "trainer.max_steps=3",
+    "trainer.validate_every=3",
+    "trainer.validate_batches=1",
+    "callbacks.checkpoint.every_n_steps=2",
+    "checkpoint=async",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE)
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PROBE": str(tmp_path / "probe")}
+    seeds = f"seed={','.join(map(str, range(32)))}"
+    command = [
+        sys.executable,
+        "-m",
+        "hydra_ckpt.recipe",
+        "-m",
+        "run_name=many",
+        "+hydra.callbacks.probe._target_=probe.Probe",
+    ]
+    done = subprocess.run(
+        [*command, *TINY, seeds],
+        cwd=tmp_path,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=880,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "probe").read_text().splitlines()]
+    assert len(found) == 32
+    print(*(f"{item['memory'] >> 20} MiB, {item['files']} files" for item in found), sep="\n")
+    for key in ("threads", "files", "connections", "groups", "singletons", "children"):
+        assert all(item[key] == found[1][key] for item in found[1:]), [item[key] for item in found]
+    assert not found[-1]["singletons"]
+    # The first jobs fill allocators and caches.
+    assert found[-1]["memory"] - found[7]["memory"] < 24 << 20
+    summary = json.loads((tmp_path / "multirun/hydra_ckpt/many/checkpoints_summary.json").read_text())
+    assert [job["state"] for job in summary["jobs"]] == ["finished"] * 32
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that sees this one's packages, and has other people's Hydra plugins beside them."""
+    directory = tmp_path_factory.mktemp("plugins")
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    [site] = directory.glob("lib/python*/site-packages")
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    install = [directory / "bin/python", "-m", "pip", "install", "-q", "hydra-optuna-sweeper", "hydra-joblib-launcher"]
+    subprocess.run(install, check=True, timeout=500)
+    return directory / "bin/python"
+
+
+def _sweep_with(plugins: Path, app: App, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [plugins, "app.py", "-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", *arguments]
+    return subprocess.run(
+        command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_optuna_gets_the_objective_and_a_failed_trial_is_recorded(app: App, plugins: Path) -> None:
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "lr=choice(0.1)", "steps=2"]
+    done = _sweep_with(plugins, app, *optuna)
+    assert done.returncode == 0, done.stderr
+    results = yaml.safe_load((app.sweep / "optimization_results.yaml").read_text())
+    assert results["best_value"] == pytest.approx(0.6)
+    assert results["best_value"] == min(job["objective"] for job in app.summary["jobs"])
+    assert app.states == ["finished"] * 3
+    assert app.runs == ["0 0", "1 0", "2 0"]
+    failed = _sweep_with(
+        plugins, app, "hydra.sweep.dir=bad", *optuna[:3], "fail=choice(true)", "hydra.sweeper.max_failure_rate=1.0"
+    )
+    summary = json.loads((app.root / "bad/checkpoints_summary.json").read_text())
+    assert [job["state"] for job in summary["jobs"]] == ["failed"] * 3, failed.stderr
+    assert summary["jobs"][0]["error"] == "RuntimeError: no such luck"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_jobs_of_a_parallel_launcher_keep_apart_and_are_all_in_the_summary(app: App, plugins: Path) -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=4", "lr=0.1,0.2,0.3,0.4"]
+    done = _sweep_with(plugins, app, *joblib)
+    assert done.returncode == 0, done.stderr
+    assert sorted(app.runs) == ["0 0", "1 0", "2 0", "3 0"]
+    assert app.states == ["finished"] * 4
+    assert app.summary["best"]["job"] == "0"
+    assert all((app.sweep / job / "checkpoints/LATEST").exists() for job in "0123")
+    assert _sweep_with(plugins, app, *joblib).returncode == 0
+    assert app.runs == []

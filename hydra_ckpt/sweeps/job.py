@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
+from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun
-from hydra_ckpt.sweeps.differences import about_saving, differences
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import write_summary
 

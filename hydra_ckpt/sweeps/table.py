@@ -14,17 +14,25 @@ _COLOURS = {"finished": "green", "running": "cyan", "failed": "red"}
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """A row for each job; the best one is marked."""
+    """A row for each job, with what was typed for it alone; the best one is marked."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in ("job", "overrides", "state", "last", "best", "metric", "export", ""):
         table.add_column(title, overflow="fold")
     best = summary["best"] and summary["best"]["job"]
+    common = _common(summary["jobs"])
     for job in summary["jobs"]:
-        row = [job["job"], " ".join(job["overrides"]), job["state"], *_checkpoints(job), _metric(job), _export(job)]
+        own = " ".join(item for item in job["overrides"] if item not in common)
+        row = [job["job"], own, job["state"], *_checkpoints(job), _metric(job), _export(job)]
         cells = [Text(cell) for cell in row]
         cells[2].stylize(_COLOURS.get(job["state"], "yellow"))
         table.add_row(*cells, Text("BEST" if job["job"] == best else "", style="green"))
     return table
+
+
+def _common(jobs: list[dict[str, Any]]) -> set[str]:
+    """Overrides of all jobs; a single one has nothing in common."""
+    typed = [set(job["overrides"]) for job in jobs]
+    return set.intersection(*typed) if len(typed) > 1 else set()
 
 
 def _checkpoints(job: dict[str, Any]) -> list[str]:

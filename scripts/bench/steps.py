@@ -18,6 +18,9 @@ from torch import nn
 from hydra_ckpt import AppState, CheckpointCallback, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
 
+# The first steps agree one by one.
+_WARM_UP = 200
+
 
 def _step(square: torch.Tensor) -> None:
     """About as long as the shortest steps that anybody distributes."""
@@ -34,6 +37,9 @@ class Loops:
         self.callback = CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(root)), max_run_time_s=1e6)
         model = nn.Linear(8, 8)
         self.callback.on_train_begin(AppState(model, torch.optim.AdamW(model.parameters())))
+        for _ in range(_WARM_UP):
+            self._watched_step()
+        self.inside.clear()
 
     def bare(self, _: int) -> float:
         """The work of the steps alone."""
@@ -45,11 +51,14 @@ class Loops:
 
     def _watched(self) -> None:
         for _ in range(self.steps):
-            _step(self.square)
-            self.done += 1
-            begun = time.perf_counter()
-            self.callback.on_step_end(self.done)
-            self.inside.append(time.perf_counter() - begun)
+            self._watched_step()
+
+    def _watched_step(self) -> None:
+        _step(self.square)
+        self.done += 1
+        begun = time.perf_counter()
+        self.callback.on_step_end(self.done)
+        self.inside.append(time.perf_counter() - begun)
 
 
 def _bench(root: Path, steps: int, rounds: int) -> None:

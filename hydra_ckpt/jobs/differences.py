@@ -9,14 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 _ABSENT = "(absent)"
 _SHOWN_CHARACTERS = 60
+# Configurations come out of directories that anybody may have written: no more of them is looked at.
+_MAX_CHARACTERS = 1 << 20
+_MAX_KEYS = 20_000
+_MAX_DEPTH = 50
 
 # What a key's last word or its path says about it. The first that matches counts.
 _HARMLESS = re.compile(
-    r"(^|\.)(num_workers|pin_memory\w*|persistent_workers|prefetch\w*|verbose|log\w*|name|run_name|project|tags?)$"
+    r"(^|\.)(num_workers|pin_memory\w*|persistent_workers|prefetch\w*|verbose|log\w*|run_name|project|tags?)$"
     r"|(^|\.)(checkpoint|callbacks|logger|loggers|hydra|wandb|tensorboard)(\.|$)"
 )
 _KINDS = (
@@ -29,7 +34,7 @@ _KINDS = (
         re.compile(r"(^|[._])(world_size|num_nodes|nnodes|n?devices|num_processes|num_gpus|gpus)$|(^|\.)mesh\."),
     ),
     ("precision", re.compile(r"precision$|(^|[._])(amp|bf16|fp16)$")),
-    ("data", re.compile(r"(^|\.)(\w*data(set|sets|module|loader|loaders)?)(\.|$)|(^|[._])(shuffle|seq_len\w*)$")),
+    ("data", re.compile(r"(^|\.)(\w+_)?data(sets?|module|loaders?)?(\.|$)|(^|[._])(shuffle|seq_len\w*)$")),
 )
 
 
@@ -60,7 +65,7 @@ def differences(before: Any, now: Any) -> list[Difference]:
         before: A configuration as plain data.
         now: Another one.
     """
-    then, later = dict(_flat(before)), dict(_flat(now))
+    then, later = (dict(islice(_flat(side), _MAX_KEYS)) for side in (before, now))
     found = []
     for key in sorted({*then, *later}):
         if key in then and key in later and (then[key] == later[key] or str(then[key]) == str(later[key])):
@@ -68,6 +73,17 @@ def differences(before: Any, now: Any) -> list[Difference]:
         old, new = (_text(side[key]) if key in side else _ABSENT for side in (then, later))
         found.append(Difference(key, old, new, kind_of(key)))
     return found
+
+
+def parse_config(text: str) -> Any:
+    """A configuration's YAML as plain data, interpolations as they are written; None where it is none."""
+    from yaml import YAMLError, safe_load
+
+    try:
+        data = safe_load(text) if len(text) <= _MAX_CHARACTERS else None
+    except (YAMLError, RecursionError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def kind_of(key: str) -> str:
@@ -83,10 +99,10 @@ def about_saving(key: str) -> bool:
     return key.startswith(("checkpoint.", "callbacks.checkpoint."))
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
+def _flat(node: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node and depth < _MAX_DEPTH:
         for key, value in node.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     else:
         yield prefix, node
 
