@@ -441,7 +441,8 @@ class Checkpointer:
             return AddExport(writer, self.root, request.step, request.name, fence)
         directory, topology = self._directory, self._topology.recorded()
         step, epoch, metrics = request.step, request.epoch, request.metrics
-        details = {**directory.details, "optimizers": optimizers}
+        launch = {"launch": self.config.launch} if self.config.launch is not None else {}
+        details = {**directory.details, "optimizers": optimizers, **launch}
         return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, details)
 
     def _carry_out(

@@ -350,3 +350,34 @@ def test_jobs_of_a_parallel_launcher_keep_apart_and_are_all_in_the_summary(app: 
     assert all((app.sweep / job / "checkpoints/LATEST").exists() for job in "0123")
     assert _sweep_with(plugins, app, *joblib).returncode == 0
     assert app.runs == []
+
+
+# -- the command that goes on --------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_command_that_goes_on_and_it_does(app: App) -> None:
+    place = "kept/it's = odd, $HOME"
+    hydra = place.replace("'", "\\'")
+    died = app.run(f"hydra.run.dir='{hydra}'", "+note='a b, \"c\"'", "lr=0.25", kill=f"{Path(place).name} 5")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    run = app.root / place
+    tool = [sys.executable, "-m", "hydra_ckpt.cli", "show"]
+    shown = subprocess.run(
+        [*tool, run, "--command"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    environment = {**os.environ, "RUNS": str(app.root / "runs_again"), "PYTHONPATH": str(REPOSITORY)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    again = subprocess.run(
+        ["bash", "-c", shown.stdout], cwd="/", env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert again.returncode == 0, shown.stdout + again.stderr
+    assert (app.root / "runs_again").read_text() == f"{Path(place).name} 4\n"
+    assert json.loads((run / "hydra_ckpt_job.json").read_text())["state"] == "finished"
+    data = _tool("show", run, "--json")
+    assert data["overrides"] == ["+note='a b, \"c\"'", "lr=0.25"]
+    assert (data["step"], data["pointers"], data["problem"]) == (6, ["BEST", "LATEST"], None)
+    assert data["details"]["optimizers"] == ["SGD"]
+    assert data["changed"] == []
+    assert data["parts"].keys() == {"model"}
+    assert sum(data["files"].values()) == data["bytes"]

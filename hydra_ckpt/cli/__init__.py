@@ -13,6 +13,7 @@ import typer
 import hydra_ckpt
 from hydra_ckpt.cli.export import export
 from hydra_ckpt.cli.list import list_checkpoints
+from hydra_ckpt.cli.show import show
 from hydra_ckpt.cli.verify import verify_checkpoints
 from hydra_ckpt.errors import (
     CheckpointConfigError,
@@ -48,6 +49,7 @@ def _options(
 
 
 app.command("list")(list_checkpoints)
+app.command("show")(show)
 app.command("verify")(verify_checkpoints)
 app.command("export")(export)
 

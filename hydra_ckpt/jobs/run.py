@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra_ckpt.jobs.command import program_of_this_process
+
 __all__ = ["HydraRun"]
 
 _TEXTS = ("config.yaml", "hydra.yaml", "overrides.yaml")
@@ -22,6 +24,7 @@ class HydraRun:
         number: Its number in the sweep; None for a single run.
         overrides: What was typed for it, Hydra's own settings aside.
         texts: File name and YAML text of the configuration it runs with.
+        launch: How its program was started; see `program_of_this_process`.
     """
 
     output_dir: Path
@@ -29,6 +32,7 @@ class HydraRun:
     number: int | None
     overrides: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
+    launch: dict[str, Any]
 
     @classmethod
     def current(cls) -> HydraRun | None:
@@ -48,6 +52,7 @@ class HydraRun:
             number,
             tuple(_given(hydra, "overrides.task") or ()),
             _texts(hydra, Path(output_dir)),
+            program_of_this_process(),
         )
 
     @property
