@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydra_ckpt.cli.locating import locate
+from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
 from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from hydra_ckpt.jobs.command import resume_command
@@ -33,7 +33,7 @@ def show(
 
     Reads the manifest and compares the files' presence and sizes with it. Exit code 1: something is damaged.
     """
-    checkpoint = _checkpoint(directory)
+    checkpoint = open_one(directory)
     if command:
         print(_command(checkpoint))
         return
@@ -44,14 +44,6 @@ def show(
     else:
         _print(data, console())
     raise typer.Exit(1 if problem else 0)
-
-
-def _checkpoint(given: Path) -> Checkpoint:
-    located = locate(given)
-    name = located.only or read_pointer(located.root, names.LATEST)
-    if name is None:
-        raise CheckpointNotFoundError(f"{located.root} has no {names.LATEST}; name the checkpoint to show")
-    return Checkpoint.open(located.root / name)
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
