@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,8 @@ class SummaryCallback(Callback):
         self._shown = True
         summary = summarize(sweep_dir)
         if summary["jobs"]:
-            console = Console(highlight=False)
+            # In a log, lines are for other programs and must not be broken.
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
             console.print(summary_table(summary))
             console.print(str(sweep_dir / SUMMARY), markup=False, soft_wrap=True)
 

@@ -118,7 +118,7 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
         return {"stop": f"no further job begins: {run.sweep_dir / _STOP} is there; remove it to go on"}
     record = read_record(run.output_dir)
-    if record is None:
+    if record is None or record.config is None:
         return {}
     unlike = differences(record.config, config)
     if not unlike and record.state == FINISHED and record.has_objective:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import metrics as metric
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
-from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
+from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.lease import is_held
-from hydra_ckpt.store.pointers import point
+from hydra_ckpt.store.pointers import point, read_pointer
 from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, read_record
 
 log = logging.getLogger(__name__)
@@ -118,8 +119,7 @@ def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
 def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
     record = read_record(path)
     root = path / ((record.checkpoint_dir if record else None) or _DEFAULT_DIRECTORY)
-    catalog = scan(root)
-    found = _Found(sweep_dir, catalog)
+    found = _Found(sweep_dir, root)
     return {
         "job": str(path.relative_to(sweep_dir)),
         "overrides": list(record.overrides) if record else _overrides(path),
@@ -128,7 +128,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
         "error": record.error if record else None,
         "started": record.started if record else None,
         "ended": record.ended if record else None,
-        "checkpoints": len(catalog.checkpoints),
+        "checkpoints": len(found.names),
         "metric": found.metric,
         "last": found.entry(found.last),
         "best": found.entry(found.best),
@@ -136,20 +136,21 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
 
 
 class _Found:
-    """What a job's checkpoints say."""
+    """What a job's checkpoints say. Of many only those are opened that LATEST and BEST lead to."""
 
-    def __init__(self, sweep_dir: Path, catalog: Catalog) -> None:
+    def __init__(self, sweep_dir: Path, root: Path) -> None:
         self._sweep_dir = sweep_dir
-        self._catalog = catalog
-        self.last = catalog.pointed(names.LATEST) or (catalog.checkpoints[-1] if catalog.checkpoints else None)
-        self.best = catalog.pointed(names.BEST)
+        below = (path.name for path in root.iterdir()) if root.is_dir() else iter(())
+        self.names = sorted((name for name in below if names.is_checkpoint_name(name)), key=names.step_of)
+        self.last = _opened(root, read_pointer(root, names.LATEST) or next(reversed(self.names), None))
+        self.best = _opened(root, read_pointer(root, names.BEST))
 
     @property
     def metric(self) -> dict[str, Any] | None:
         """The metric that decides in this job, and its best value."""
         if self.best is None:
             return None
-        details = [item.manifest.details for item in reversed(self._catalog.checkpoints)]
+        details = [item.manifest.details for item in (self.last, self.best) if item is not None]
         decided = next((str(item["deciding_metric"]) for item in details if "deciding_metric" in item), "")
         values = self.best.metrics
         key = next((key for key in (decided, metric.DEFAULT_KEY) if key in values), next(iter(values), None))
@@ -163,6 +164,14 @@ class _Found:
         path = os.path.relpath(checkpoint.path, self._sweep_dir)
         exports = {part: f"{path}/{place}" for part, place in sorted(checkpoint.manifest.exports.items())}
         return {"path": path, "step": checkpoint.step, "epoch": checkpoint.epoch, "exports": exports}
+
+
+def _opened(root: Path, name: str | None) -> Checkpoint | None:
+    try:
+        return None if name is None else Checkpoint.open(root / name)
+    except CheckpointError as error:
+        log.debug("left out of the summary: %s", error)
+        return None
 
 
 def _state(record: JobRecord | None, root: Path) -> str:
