@@ -143,6 +143,15 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(app: App) -> None:
     assert (again.returncode, app.runs) == (0, [])
 
 
+@pytest.mark.slow
+def test_a_sweep_killed_again_and_again_ends_as_if_it_had_not_been(app: App) -> None:
+    for kill in ("0 1", "0 6", "1 1", "1 2", "2 6"):
+        assert app.sweep_over("lr=0.3,0.1,0.2", kill=kill).returncode == -signal.SIGKILL
+    assert app.sweep_over("lr=0.3,0.1,0.2").returncode == 0
+    assert app.runs == ["0 0", "0 0", "0 4", "1 0", "1 0", "1 0", "2 0", "2 4"]
+    assert [job["objective"] for job in app.summary["jobs"]] == pytest.approx([0.3 + 1 / 6, 0.1 + 1 / 6, 0.2 + 1 / 6])
+
+
 def test_ctrl_c_and_failures_are_recorded_and_run_again(app: App) -> None:
     stopped = app.sweep_over("fail=true,false", "lr=0.1,0.2", kill="3 3", how="SIGINT")
     assert stopped.returncode != 0
@@ -188,7 +197,7 @@ def test_a_job_of_another_configuration_is_refused_in_a_sweep_and_run_alone(app:
     assert "the configuration has changed since the last start: steps: 2 -> 4" in (app.root / "one/app.log").read_text()
 
 
-@pytest.mark.parametrize("place", ["relative", "absolute"])
+@pytest.mark.parametrize("place", [pytest.param("relative", marks=pytest.mark.slow), "absolute"])
 def test_jobs_never_share_a_directory(app: App, place: str) -> None:
     if place == "relative":
         assert app.sweep_over("lr=0.3,0.1", "checkpoint.checkpoint_dir=ckpt/mine").returncode == 0
@@ -204,6 +213,7 @@ def test_jobs_never_share_a_directory(app: App, place: str) -> None:
     assert app.states == ["finished", "failed"]
 
 
+@pytest.mark.slow
 def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "app.py"]
     environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
