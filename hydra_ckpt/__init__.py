@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hydra_ckpt.state.app_state import AppState
     from hydra_ckpt.state.dataloader import resumable
     from hydra_ckpt.store.catalog import Checkpoint
+    from hydra_ckpt.sweeps.job import resumable_job
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "TopologyError",
     "register",
     "resumable",
+    "resumable_job",
 ]
 
 _HOMES = {
@@ -64,6 +66,7 @@ _HOMES = {
     "SaveConsolidatedMode": "hydra_ckpt.config",
     "register": "hydra_ckpt.registry",
     "resumable": "hydra_ckpt.state.dataloader",
+    "resumable_job": "hydra_ckpt.sweeps.job",
 }
 
 

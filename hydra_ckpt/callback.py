@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from hydra_ckpt import metrics as metric
 from hydra_ckpt.checkpointer import Checkpointer
-from hydra_ckpt.distributed import StepVote
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
+from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.state.ranks import Ranks
+from hydra_ckpt.sweeps.job import active_job
+from hydra_ckpt.triggers.best import BestMetric
+from hydra_ckpt.triggers.requests import RequestFiles
 from hydra_ckpt.triggers.schedule import Schedule
 from hydra_ckpt.triggers.signals import SignalWatch
+from hydra_ckpt.triggers.watch import Verdict, Watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,19 +30,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class _Flag(IntEnum):
-    """What ranks tell each other at every step."""
-
-    STOP = 0
-    DUE = 1
-    FAILED = 2
-
-
 class CheckpointCallback:
     """Hooks checkpointing into any training loop. Also a context manager.
 
-    Collective: every rank calls every hook, with the same steps and epochs. Without any cadence it saves every 30
-    minutes and at the end.
+    Collective: every rank calls every hook, with the same steps and epochs. Cadences and metrics are rank 0's; a signal
+    may come on any rank. Without any cadence it saves every 30 minutes and at the end.
 
     Args:
         config: The settings.
@@ -52,6 +46,8 @@ class CheckpointCallback:
         save_on_exception: Save when the loop raises, if every rank gets there in time.
         max_run_time_s: Save and stop before this much time has passed since training began.
         signals: Names or numbers of signals that save and stop the run.
+        requeue_exit_code: What `exit_code` is after a signal or the time limit has stopped the run, for schedulers
+            that start a job again by its exit code.
         checkpointer: A Checkpointer to use instead of one built from `config`.
     """
 
@@ -67,6 +63,7 @@ class CheckpointCallback:
         save_on_exception: bool = False,
         max_run_time_s: float | None = None,
         signals: Iterable[str | int] | str | int | None = ("SIGTERM",),
+        requeue_exit_code: int | None = None,
         checkpointer: Checkpointer | None = None,
     ) -> None:
         self.config = config
@@ -80,29 +77,38 @@ class CheckpointCallback:
             max_run_time_s=max_run_time_s,
         )
         self._save_on_exception = save_on_exception
-        self._signals = SignalWatch(signals)
+        self._watch = Watch(self._schedule, SignalWatch(signals))
+        self._requeue_exit_code = _exit_code(requeue_exit_code)
         self._state: AppState | None = None
-        self._vote: StepVote | None = None
         self._step = self._epoch = 0
         self._saved_step = self._saved_epoch = 0
         self._metrics: dict[str, float] = {}
-        self._validated: dict[str, float] = {}
-        self._key = config.best_metric_key
-        self._best: float | None = None
-        self._should_stop = False
+        self._best = BestMetric(config.best_metric_key, config.best_metric_mode, enabled=config.enabled)
+        self._agreed_best: float | None = None
+        self._overtaken = False  # by a validation: what was said of the best metric at the step before it is old
+        self._should_stop = self._yields = False
         self._prepared = False
 
     # -- what the loop may ask -----------------------------------------------------------------------------------
 
     @property
     def should_stop(self) -> bool:
-        """Whether the loop should end now: a signal came, or time is up. Equal on all ranks."""
+        """Whether the loop should end now: a signal or a STOP file came, or time is up. Equal on all ranks."""
         return self._should_stop
 
     @property
+    def exit_code(self) -> int:
+        """What the program should exit with: `requeue_exit_code` where the run stopped to be continued, else 0."""
+        return (self._requeue_exit_code or 0) if self._yields else 0
+
+    @property
     def best_metric(self) -> float | None:
-        """The best value so far of the metric that decides."""
-        return self._best
+        """The best value so far of the metric that decides, of those that rank 0 was given. Equal on all ranks.
+
+        On several ranks what came with a step counts from the next one on; where steps take less than 50 ms, it may
+        be 50 ms later.
+        """
+        return self._agreed_best
 
     @property
     def best(self) -> Checkpoint | None:
@@ -142,11 +148,14 @@ class CheckpointCallback:
         if report is not None:
             self._step, self._epoch = report.step, report.epoch
             self._saved_step, self._saved_epoch = report.step, report.epoch
-        self._best, self._key = self.checkpointer.best_value, self.checkpointer.deciding_metric
+        self._best.value, self._best.key = self.checkpointer.best_value, self.checkpointer.deciding_metric
+        self._agreed_best = self._best.value
         if self._live is not None:
-            self._vote = StepVote(self._live.group, len(_Flag))
-            self._signals.install()
-        self._schedule.begin(time.monotonic())
+            job = active_job()
+            if job is not None:
+                job.checkpoint_dir = self._live.root
+            self._schedule = self._agreed_schedule(self._live)
+            self._watch.begin(self._live.group, self._schedule, _request_files(self._live), self._step, self._best)
         return report
 
     def on_step_end(self, step: int, epoch: int = 0, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
@@ -169,21 +178,20 @@ class CheckpointCallback:
                 f"on_step_end(step={step}) after step {self._step}: pass the number of completed optimizer steps, "
                 "beginning behind the step that on_train_begin returned"
             )
-        if step == self._step or self._vote is None or self._live is None:
-            self._step = step
+        if step == self._step:
             return None
         self._step, self._epoch = step, epoch
-        self._metrics, self._validated = metric.as_floats(metrics), {}
-        self._consider(self._metrics)
-        raised = self._vote.collect()
-        self._should_stop = self._should_stop or raised[_Flag.STOP]
-        due = self._should_stop or raised[_Flag.DUE] or self._schedule.is_due_at(step)
-        if due:
-            self._schedule.saved(time.monotonic())  # before the vote, which would call for the same save once more
-        self._vote.post(self._flags(self._live))
-        if raised[_Flag.FAILED]:
+        # Rank 0's count; those of the other ranks are not looked at.
+        self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
+        if self._live is None:
+            self._agreed_best = self._best.known()
+            return None
+        verdict = self._ask(self._live) or Verdict()
+        if verdict.failed:
             self._raise_failure(self._live)
-        if due:
+        if verdict.refused:
+            self._settle_best(self._live)
+        if self._should_stop or verdict.due or self._schedule.is_due_at(step):
             return self._save()
         if not self._prepared and self._state is not None:
             # Only now does all of the optimizer's state exist.
@@ -214,16 +222,18 @@ class CheckpointCallback:
         Raises:
             CheckpointConfigError: It cannot be told which metric decides.
         """
-        values = metric.as_floats(metrics)
-        self._metrics.update(values)
-        self._validated.update(values)
-        improved = self._consider(self._validated, decisive=self.config.enabled)
-        if self._live is None:
+        live = self._live
+        if live is None:
+            self._agreed_best = self._best.validate(metrics)["best"]
             return None
-        self._live.decide_by(self._key)
+        found = live.on_rank_0("metrics of a validation", lambda: self._best.validate(metrics))
+        self._metrics.update(found["values"])
+        self._best.key, self._agreed_best = found["key"], found["best"]
+        self._overtaken = live.group.world_size > 1
+        live.decide_by(self._best.key)
         if self._saved_step == self._step and self._step > 0:
-            self._live.add_metrics(self._step, self._saved_epoch, values)
-        elif self._schedule.on_improvement and self._live.from_rank_0("improvement", improved):
+            live.add_metrics(self._step, self._saved_epoch, found["values"])
+        elif self._schedule.on_improvement and found["improved"]:
             return self._save()
         return None
 
@@ -234,6 +244,7 @@ class CheckpointCallback:
         """
         if self._live is None or self._state is None:
             return
+        self._settle_best(self._live)
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._epoch
             self._live.wait()
@@ -255,9 +266,7 @@ class CheckpointCallback:
 
     def close(self) -> None:
         """Finish what is under way and let go of everything. Idempotent."""
-        self._signals.remove()
-        if self._vote is not None and self._live is not None:
-            self._vote = None
+        self._watch.end()
         if self.checkpointer is not None:
             self.checkpointer.close()
 
@@ -278,12 +287,34 @@ class CheckpointCallback:
 
     # -- parts of hooks ------------------------------------------------------------------------------------------
 
-    def _flags(self, live: Checkpointer) -> list[bool]:
-        now = time.monotonic()
-        coordinator = live.group.rank == 0
-        stop = self._signals.received or (coordinator and self._schedule.is_time_up(now, live.longest_save_s))
-        due = coordinator and self._schedule.is_due_by_time(now)
-        return [stop, due, live.has_failed]
+    def _agreed_schedule(self, live: Checkpointer) -> Schedule:
+        """Collective: rank 0's cadences, because every rank has to save at the same steps."""
+        mine = self._schedule.as_data()
+        decided: dict[str, Any] = live.on_rank_0("the cadence of saves", lambda: mine)
+        unlike = [f"{name}={mine[name]} here, {decided[name]} there" for name in mine if mine[name] != decided[name]]
+        if unlike:
+            log.warning("callbacks.checkpoint differs from rank 0's, which counts: %s", "; ".join(unlike))
+        return Schedule.of(**decided)
+
+    def _ask(self, live: Checkpointer) -> Verdict | None:
+        """Collective: what all ranks do at this step."""
+        verdict = self._watch.ask(self._step, self._best, failed=live.has_failed, save_s=live.longest_save_s)
+        if verdict is None:
+            return None
+        if not self._overtaken:
+            self._agreed_best = verdict.best
+        self._overtaken = False
+        self._yields = self._yields or verdict.yields
+        self._should_stop = self._should_stop or verdict.yields or verdict.stop
+        job = active_job()
+        if job is not None and self._should_stop:
+            job.stopped = True
+            job.exit_code = self.exit_code if self._yields else None
+        return verdict
+
+    def _settle_best(self, live: Checkpointer) -> None:
+        """Collective: hear rank 0's best metric, or raise what it could not make sense of."""
+        self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
 
     def _raise_failure(self, live: Checkpointer) -> None:
         live.wait()
@@ -304,27 +335,19 @@ class CheckpointCallback:
         self._schedule.saved(time.monotonic())
         return pending
 
-    def _consider(self, values: Mapping[str, float], *, decisive: bool = False) -> bool:
-        """Whether these metrics improve on the best.
 
-        Args:
-            values: What was measured.
-            decisive: Whether one of them must be the metric that decides. Where none is configured, the one that
-                validation gives decides from then on, whatever a step's own metrics were.
-        """
-        key = self._key
-        if key not in values:
-            settled = key != metric.DEFAULT_KEY or (not self.config.enabled and len(values) > 1)
-            learned = settled and self.config.best_metric_key == metric.DEFAULT_KEY
-            if settled and (learned or not decisive):
-                return False
-            found = metric.deciding_key(values, self._key, required=decisive)
-            if found is None:
-                return False
-            key = found
-        if decisive and key != self._key:
-            self._key, self._best = key, None
-        if not metric.is_better(values[key], self._best, self.config.best_metric_mode):
-            return False
-        self._best = values[key]
-        return True
+def _exit_code(code: object) -> int | None:
+    if code is None:
+        return None
+    if isinstance(code, bool) or not isinstance(code, int) or not 0 < code < 256:
+        raise CheckpointConfigError(
+            f"callbacks.checkpoint.requeue_exit_code={code!r}: expected a whole number from 1 to 255, or null"
+        )
+    return code
+
+
+def _request_files(live: Checkpointer) -> RequestFiles:
+    run = HydraRun.current()
+    if run is None:
+        return RequestFiles([live.root])
+    return RequestFiles([run.output_dir, live.root], shared=run.sweep_dir)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, Checkpoint
 from hydra_ckpt.files import Files, keeps_ranges_apart
 from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.hub.card import Made
+from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
@@ -150,9 +151,9 @@ class Checkpointer:
         """The checkpoint that LATEST, BEST or another pointer leads to."""
         return scan(self.root).pointed(pointer) if self.enabled else None
 
-    def from_rank_0(self, what: str, value: bool) -> bool:
-        """Collective: rank 0's value on all ranks."""
-        return bool(self._channel.receive(what, (lambda: value) if self._channel.is_coordinator else None))
+    def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
+        """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
+        return self._channel.coordinator_step(what, step)
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -168,6 +169,8 @@ class Checkpointer:
         self._extractor.try_dataloader(state)
         report = self.load(state)
         self._settle()
+        if report is not None and self.group.rank == 0:
+            tell(report.path, changes(report.path, dict(self.config.hydra_texts), _kinds(state), self.group.world_size))
         return report
 
     def load(
@@ -358,7 +361,7 @@ class Checkpointer:
                 made=Made(request.step, request.epoch, request.metrics, dict(self.config.hydra_texts)),
             )
             staged = self._stage(state, sources)
-            transaction = self._transaction(request, content, staged)
+            transaction = self._transaction(request, content, staged, _kinds(state))
         except Exception as failure:
             transaction = FailedSave(request.step, failure)
         self.stats.saves += 1
@@ -438,7 +441,9 @@ class Checkpointer:
         wait = self.config.write.wait_for_staging
         return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)
 
-    def _transaction(self, request: SaveRequest, content: Content, staged: Staged) -> Transaction:
+    def _transaction(
+        self, request: SaveRequest, content: Content, staged: Staged, optimizers: list[str]
+    ) -> Transaction:
         writer = DraftWriter(
             self._directory.files,
             self.group.rank,
@@ -454,7 +459,9 @@ class Checkpointer:
             return AddExport(writer, self.root, request.step, request.name, fence)
         directory, topology = self._directory, self._topology.recorded()
         step, epoch, metrics = request.step, request.epoch, request.metrics
-        return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, directory.details)
+        launch = {"launch": self.config.launch} if self.config.launch is not None else {}
+        details = {**directory.details, "optimizers": optimizers, **launch}
+        return Save(writer, self.root, step, epoch, metrics, topology, fence, directory.point_to, details)
 
     def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
         """In the background: finish staging, write, publish, prune."""
@@ -573,6 +580,7 @@ class Checkpointer:
         """Return when everything begun in the background is done: saves, added metrics, pruning."""
         if not self._closed:
             self._worker.drain()
+            self._directory.drain()
 
     def report_failure(self, *, always_raise: bool = False) -> None:
         """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on."""
@@ -615,6 +623,11 @@ class Checkpointer:
             if kind is None:
                 raise
             log.error("%s", error)
+
+
+def _kinds(state: AppState) -> list[str]:
+    """The optimizers' classes."""
+    return [type(optimizer).__qualname__ for optimizer in state.optimizers]
 
 
 def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:

@@ -284,6 +284,8 @@ class Group:
         self._store = store
         self._incarnation = incarnation
         self._votes = votes
+        self._largest = dist.AllreduceOptions()
+        self._largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
 
     @classmethod
     def create(cls, process_group: dist.ProcessGroup | None, limit_s: float) -> Group:
@@ -325,9 +327,7 @@ class Group:
         """
         if self._votes is None:
             return None
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
-        work: dist.Work = self._votes.allreduce([numbers], options)  # type: ignore[attr-defined]
+        work: dist.Work = self._votes.allreduce([numbers], self._largest)  # type: ignore[attr-defined]
         return work
 
     def largest(self, what: str, numbers: Sequence[int]) -> list[int]:
@@ -383,34 +383,39 @@ def _connect(host: str, port: int, limit_s: float) -> TCPStore:
 
 
 class StepVote:
-    """Flags that ranks raise at a step and all ranks see at the next one.
+    """Numbers that ranks say at a step, and of which all ranks hear the largest at the next one.
 
-    `post` starts a reduction that runs beside the training step; `collect` at the next step finds it finished.
-    So agreement costs no round trip of its own, and every rank acts at the same step.
+    The reduction runs beside the training step and is found finished at its end: agreement costs no round trip of its
+    own, and every rank acts at the same step.
     """
 
     def __init__(self, group: Group, size: int) -> None:
         self._group = group
-        self._flags = torch.zeros(size, dtype=torch.int32)
+        self._said = torch.zeros(size, dtype=torch.int64)
+        self._into = self._said.numpy()  # writing through it is the cheapest way into the tensor
         self._work: dist.Work | None = None
 
-    def post(self, flags: Sequence[bool]) -> None:
-        """Collective: raise flags; the vote before must have been collected."""
-        self._flags = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-        self._work = self._group.start_largest(self._flags)
+    def say(self, numbers: Sequence[int]) -> None:
+        """Collective: say numbers (64 bits, signed); what was said before must have been heard."""
+        self._into[:] = numbers
+        self._work = self._group.start_largest(self._said)
 
-    def collect(self) -> list[bool]:
-        """Which flags any rank raised in the last vote.
+    def hear(self) -> list[int] | None:
+        """The largest of the numbers said; None if nothing was said since the last time.
 
         Raises:
-            CheckpointError: A rank did not vote within the limit, or has died.
+            CheckpointError: A rank did not say anything within the limit, or has died.
         """
-        if self._work is not None:
-            started = time.monotonic()
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                waited = time.monotonic() - started
-                raise CheckpointError(f"a rank left the training loop (waited {waited:.0f} s): {error}") from error
-            self._work = None
-        return [bool(flag) for flag in self._flags.tolist()]
+        if self._work is None:
+            return None
+        started = time.monotonic()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            raise CheckpointError(
+                f"a rank left the training loop (waited {waited:.0f} s): {error}. Every rank must do as many steps"
+            ) from error
+        self._work = None
+        heard: list[int] = self._into.tolist()
+        return heard

@@ -52,7 +52,9 @@ class CallbackSchema:
     on_improvement: bool = False
     save_on_exception: bool = False
     max_run_time_s: float | None = None
-    signals: list[str] = field(default_factory=lambda: ["SIGTERM"])
+    # A name, a number, or a list of them.
+    signals: Any = field(default_factory=lambda: ["SIGTERM"])
+    requeue_exit_code: int | None = None
 
 
 class HydraCkptSearchPath(SearchPathPlugin):

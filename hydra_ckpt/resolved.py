@@ -138,6 +138,7 @@ class ResolvedConfig:
         hub: For the reference model and the export.
         keep: For pointers and retention.
         hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
+        launch: How the program of the Hydra run was started; None where Hydra does not run.
     """
 
     where: Where
@@ -146,6 +147,7 @@ class ResolvedConfig:
     hub: HubOptions
     keep: KeepOptions
     hydra_texts: tuple[tuple[str, str], ...] = ()
+    launch: dict[str, Any] | None = None
 
 
 def resolve(config: CheckpointingConfig) -> ResolvedConfig:
@@ -173,6 +175,7 @@ def resolve(config: CheckpointingConfig) -> ResolvedConfig:
             retention=copy.deepcopy(config.retention),
         ),
         hydra_texts=() if run is None else run.texts,
+        launch=None if run is None else run.launch,
     )
 
 

@@ -45,7 +45,7 @@ def _record(root: Path, story: str) -> tuple[list[Operation], Path]:
         before = root.with_name("before")
         if checkpointer.group.rank == 0:
             shutil.copytree(root, before, symlinks=True)
-        checkpointer.from_rank_0("copied", True)
+        checkpointer.on_rank_0("copied", lambda: True)
         files.operations.clear()
         if story == "export":
             checkpointer.save(state, step=2, is_final=True).result()

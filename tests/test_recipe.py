@@ -332,7 +332,8 @@ def test_the_same_command_goes_on_exactly(ranks: int, options: tuple[str, ...], 
 def test_ranks_share_one_timestamped_run_directory(tmp_path: Path) -> None:
     output = trained("trainer.max_steps=2", cwd=tmp_path, ranks=2)
     (run,) = (tmp_path / "outputs" / "hydra_ckpt").glob("*/*")
-    assert {path.name for path in run.iterdir()} == {".hydra", "checkpoints", "hydra_ckpt_train.log"}
+    written = {".hydra", "checkpoints", "hydra_ckpt_job.json", "hydra_ckpt_train.log"}
+    assert {path.name for path in run.iterdir()} == written
     assert output.count("step 1/2  loss") == 1
 
 

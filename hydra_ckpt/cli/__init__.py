@@ -1,4 +1,6 @@
-"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints. No checkpoint is ever changed.
+"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints.
+
+Only `prune` and `repair` change a directory of checkpoints.
 
 Exit codes: 0 all is well, 1 something was found to be wrong, 2 the tool was asked for something it cannot do.
 """
@@ -11,8 +13,12 @@ from typing import Annotated
 import typer
 
 import hydra_ckpt
+from hydra_ckpt.cli.diff import diff
 from hydra_ckpt.cli.export import export
 from hydra_ckpt.cli.list import list_checkpoints
+from hydra_ckpt.cli.prune import prune
+from hydra_ckpt.cli.repair import repair
+from hydra_ckpt.cli.show import show
 from hydra_ckpt.cli.verify import verify_checkpoints
 from hydra_ckpt.errors import (
     CheckpointConfigError,
@@ -25,7 +31,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hydra-ckpt",
-    help="Looks into checkpoint directories, and exports models. No checkpoint is ever changed.",
+    help="Looks into checkpoint directories, and exports models. Only prune and repair change them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -44,12 +50,16 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Looks into checkpoint directories, and exports models. No checkpoint is ever changed."""
+    """Looks into checkpoint directories, and exports models. Only prune and repair change them."""
 
 
 app.command("list")(list_checkpoints)
+app.command("show")(show)
 app.command("verify")(verify_checkpoints)
 app.command("export")(export)
+app.command("diff")(diff)
+app.command("prune")(prune)
+app.command("repair")(repair)
 
 
 def main() -> None:

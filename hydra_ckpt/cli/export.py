@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from hydra_ckpt.cli.locating import locate
+from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.pointers import read_pointer
 
 __all__ = ["export"]
 
@@ -45,7 +44,7 @@ def export(
 
     The files are those that the run itself would have written. Weights are streamed, whatever their size.
     """
-    found = _checkpoint(checkpoint)
+    found = open_one(checkpoint)
     kind = None if dtype is None else _dtype(dtype)
     limit = None if max_shard_size is None else _size(max_shard_size)
     if merge:
@@ -82,14 +81,6 @@ def _stream(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return {"path": str(made.path), "files": list(made.files), "bytes": made.nbytes}
-
-
-def _checkpoint(given: Path) -> Checkpoint:
-    located = locate(given)
-    name = located.only or read_pointer(located.root, names.LATEST)
-    if name is None:
-        raise CheckpointNotFoundError(f"{located.root} has no {names.LATEST}; name the checkpoint to export")
-    return Checkpoint.open(located.root / name)
 
 
 def _dtype(text: str) -> str:

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydra_ckpt.cli.locating import Located, locate
+from hydra_ckpt.cli.locating import Located, holds_checkpoints, locate
 from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
 from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
+from hydra_ckpt.sweeps.summary import is_sweep, summarize
+from hydra_ckpt.sweeps.table import summary_table
 
 __all__ = ["list_checkpoints"]
 
@@ -91,21 +93,36 @@ class _Listing:
 
 def list_checkpoints(
     directory: Annotated[
-        Path, typer.Argument(help="A checkpoint directory, a run directory with checkpoints/ in it, or a checkpoint.")
+        Path,
+        typer.Argument(
+            help="A checkpoint directory, a run directory with checkpoints/ in it, a checkpoint, or a sweep."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the checkpoints of a directory.
+    """List the checkpoints of a directory, or the jobs of a sweep.
 
     Reads manifests and compares the files' presence and sizes with them; `verify` reads every byte.
     Exit code 1: something is damaged.
     """
+    if not holds_checkpoints(directory) and is_sweep(directory):
+        _list_jobs(directory.resolve(), as_json)
+        return
     listing = _read(locate(directory))
     if as_json:
         print_json(_as_data(listing))
     else:
         _show(listing, console())
     raise typer.Exit(0 if listing.is_fine else 1)
+
+
+def _list_jobs(sweep_dir: Path, as_json: bool) -> None:
+    """The sweep's summary, made anew from what lies there now; printed as JSON it is the summary's file."""
+    summary = summarize(sweep_dir)
+    if as_json:
+        print_json(summary)
+    else:
+        console().print(summary_table(summary))
 
 
 def _read(located: Located) -> _Listing:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointNotFoundError
 from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.pointers import read_pointer
 
-__all__ = ["Located", "locate"]
+__all__ = ["Located", "holds_checkpoints", "locate", "open_one"]
 
 # Where a run keeps its checkpoints unless it is told otherwise.
 _DEFAULT_DIRECTORY = "checkpoints"
@@ -50,6 +52,28 @@ def locate(given: Path) -> Located:
         f"{given} holds no checkpoints: there is no epoch_<epoch>_step_<step> in it or in its {_DEFAULT_DIRECTORY}/. "
         "Name the run's checkpoint_dir"
     )
+
+
+def open_one(given: Path) -> Checkpoint:
+    """The checkpoint that a path names; of a directory with several, the one that LATEST names.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CorruptCheckpointError: Its manifest is damaged.
+    """
+    located = locate(given)
+    name = located.only or read_pointer(located.root, names.LATEST)
+    if name is None:
+        raise CheckpointNotFoundError(f"{located.root} has no {names.LATEST}; name one of its checkpoints")
+    return Checkpoint.open(located.root / name)
+
+
+def holds_checkpoints(directory: Path) -> bool:
+    """Whether a path leads to checkpoints of one run: a checkpoint, their directory, or the run's."""
+    path = directory.resolve()
+    if names.is_checkpoint_name(path.name) or (path / names.MANIFEST).exists():
+        return True
+    return any(_holds_checkpoints(root) for root in (path, path / _DEFAULT_DIRECTORY))
 
 
 def _holds_checkpoints(root: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from datetime import datetime, timezone
 from typing import Any
 
 from rich.console import Console
+
+from hydra_ckpt.sweeps.summary import finite
 
 __all__ = ["console", "print_json", "shown_size", "shown_time"]
 
@@ -23,15 +24,7 @@ def console() -> Console:
 
 def print_json(data: Any) -> None:
     """Print data as JSON that every reader takes: NaN and infinities, which it does not know, become null."""
-    print(json.dumps(_finite(data), indent=2, ensure_ascii=False))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    print(json.dumps(finite(data), indent=2, ensure_ascii=False))
 
 
 def shown_size(nbytes: float) -> str:

@@ -16,19 +16,16 @@ from hydra_ckpt.hub.export import FLOATS
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
-from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.merge import BLOCK_BYTES, content, write_through
 from hydra_ckpt.storage.naming import decode_naming
+from hydra_ckpt.storage.parts import open_part
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import sync_tree
 from hydra_ckpt.store.manifest import PartRecord
-
-_WHOLE_TENSORS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_
     for model in models:
         if part in (model, model.removeprefix(f"{names.MODEL}/")):
             return _model(checkpoint, model, ledger), model
-    tensors, _ = _read(checkpoint, names.EXTRAS) if names.EXTRAS in parts else ({}, None)
+    tensors = open_part(checkpoint, names.EXTRAS).tensors if names.EXTRAS in parts else {}
     extra = {name: item for name, item in tensors.items() if name.startswith(f"{part}:")}
     if not extra or len(models) != 1:
         found = sorted({name.split(":")[0] for name in tensors})
@@ -178,18 +175,15 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
 
 
 def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source:
-    tensors, lengths = _read(checkpoint, model)
+    part = open_part(checkpoint, model, ledger)
     record = checkpoint.manifest.parts[model]
     whole = _is_whole(record)
     naming = None if whole else _stored_naming(checkpoint, model)
     if naming is None:
-        own = {item.spec.name: item.chunks[0].file for item in tensors.values()} if whole else {}
-        naming = Naming(tuple(Alias.same(item.spec) for item in tensors.values()), files=own)
+        own = {item.spec.name: item.chunks[0].file for item in part.tensors.values()} if whole else {}
+        naming = Naming(tuple(Alias.same(item.spec) for item in part.tensors.values()), files=own)
     stem = Path(record.files[0]).name.split("-00001-of-")[0].removesuffix(".safetensors") if whole else "model"
-    if lengths is None:
-        return _Source(tensors, naming, stem, partial(fetch, checkpoint.path, ledger=ledger), BLOCK_BYTES)
-    # A chunk of these can only be loaded whole.
-    return _Source(tensors, naming, stem, partial(fetch_distcp, checkpoint.path, lengths=lengths), _WHOLE_TENSORS)
+    return _Source(part.tensors, naming, stem, part.read, part.block_bytes)
 
 
 def _is_whole(record: PartRecord) -> bool:
@@ -203,14 +197,6 @@ def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:
     if record is None:
         return None
     return decode_naming(checkpoint.path / name, read_small(checkpoint.path, name, record))
-
-
-def _read(checkpoint: Checkpoint, part: str) -> tuple[dict[str, StoredTensor], dict[tuple[str, int], int] | None]:
-    record = checkpoint.manifest.parts[part]
-    if record.format != "distcp":
-        return read_tensors(checkpoint.path, list(record.files)), None
-    lengths = {(f"{part}/{row[5]}", row[6]): row[7] for row in record.index}
-    return stored_tensors(checkpoint.path / names.MANIFEST, part, record.index), lengths
 
 
 def _cast(source: _Source, dtype: str) -> Naming:

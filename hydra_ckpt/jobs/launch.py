@@ -11,17 +11,25 @@ copies of the configuration and the log. Three resolvers for `hydra.run.dir` and
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
+from itertools import count
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import TopologyError
 
-__all__ = ["register_resolvers"]
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+__all__ = ["first_rank_says", "register_resolvers"]
 
 _TIME_VARIABLE = "HYDRA_CKPT_LAUNCH_TIME"
 _STORE_KEY = "hydra_ckpt/launch_time"
+_said = count()
 
 
 def register_resolvers() -> None:
@@ -56,13 +64,48 @@ def _launched_at() -> datetime:
 
 def _first_to_say(now: str) -> str:
     """The time named by whichever rank came first, kept by torchrun's agent."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _is_torchrun():
         raise TopologyError(
             "several ranks were started, but not by torchrun, so they cannot agree on a timestamped run directory; "
             f"give run_name=..., or set {_TIME_VARIABLE} to one ISO time for all of them"
         )
+    said: bytes = _agents_store().compare_set(_STORE_KEY, "", now)
+    return said.decode()
+
+
+def first_rank_says(what: str, say: Callable[[], str]) -> str:
+    """Collective: what the first rank of this launch says, on all ranks; works before there is a process group.
+
+    Where ranks have no way to talk (several that torchrun has not started) each has to find the answer itself.
+
+    Args:
+        what: Names the question.
+        say: Makes the answer.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return say()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        answer = [say() if distributed.get_rank() == 0 else ""]
+        distributed.broadcast_object_list(answer)
+        return answer[0]
+    if not _is_torchrun():
+        return say()
+    # The store outlives a restart, whose ranks must not hear what was said before it.
+    key = f"hydra_ckpt/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_said)}"
+    store = _agents_store()
+    if os.environ.get("RANK") == "0":
+        store.set(key, say())
+    answered: bytes = store.get(key)
+    return answered.decode()
+
+
+def _is_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agents_store() -> TCPStore:
+    """The store of torchrun's agent, which outlives the ranks."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    said: bytes = store.compare_set(_STORE_KEY, "", now)
-    return said.decode()
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

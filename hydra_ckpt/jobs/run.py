@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra_ckpt.jobs.command import program_of_this_process
+
 __all__ = ["HydraRun"]
 
 _TEXTS = ("config.yaml", "hydra.yaml", "overrides.yaml")
@@ -18,13 +20,19 @@ class HydraRun:
 
     Attributes:
         output_dir: Its run directory, absolute.
-        owner: Sweep directory and job number where the job is one of several, else None.
+        sweep_dir: The directory of the sweep it is a job of, absolute; None for a single run.
+        number: Its number in the sweep; None for a single run.
+        overrides: What was typed for it, Hydra's own settings aside.
         texts: File name and YAML text of the configuration it runs with.
+        launch: How its program was started; see `program_of_this_process`.
     """
 
     output_dir: Path
-    owner: str | None
+    sweep_dir: Path | None
+    number: int | None
+    overrides: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
+    launch: dict[str, Any]
 
     @classmethod
     def current(cls) -> HydraRun | None:
@@ -37,20 +45,26 @@ class HydraRun:
         output_dir = _given(hydra, "runtime.output_dir")
         if output_dir is None:
             return None
-        return cls(Path(output_dir).absolute(), _owner(hydra), _texts(hydra, Path(output_dir)))
+        number = _given(hydra, "job.num") if getattr(_given(hydra, "mode"), "name", None) == "MULTIRUN" else None
+        return cls(
+            Path(output_dir).absolute(),
+            None if number is None else Path(hydra.runtime.cwd) / hydra.sweep.dir,
+            number,
+            tuple(_given(hydra, "overrides.task") or ()),
+            _texts(hydra, Path(output_dir)),
+            program_of_this_process(),
+        )
+
+    @property
+    def owner(self) -> str | None:
+        """Sweep directory and job number where the job is one of several, else None."""
+        return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.number}"
 
 
 def _given(node: Any, key: str) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.select(node, key, throw_on_missing=False)
-
-
-def _owner(hydra: Any) -> str | None:
-    mode, number = _given(hydra, "mode"), _given(hydra, "job.num")
-    if getattr(mode, "name", None) != "MULTIRUN" or number is None:
-        return None
-    return f"{Path(hydra.runtime.cwd) / hydra.sweep.dir}, job {number}"
 
 
 def _texts(hydra: Any, output_dir: Path) -> tuple[tuple[str, str], ...]:

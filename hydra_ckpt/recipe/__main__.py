@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.jobs.launch import register_resolvers
 from hydra_ckpt.registry import register
+from hydra_ckpt.sweeps.job import resumable_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="hydra_ckpt_train")
+@resumable_job
 def _job(cfg: DictConfig) -> float:
     try:
         return _training()(cfg)

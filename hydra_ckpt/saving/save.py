@@ -346,7 +346,7 @@ class Save:
     topology: Mapping[str, Any]
     fence: Callable[[], None]
     published: Callable[[str], None]
-    details: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,8 @@ class Directory:
     def details(self) -> dict[str, str]:
         """What a manifest says of the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
-        return {"host": self._owner.host, **({"deciding_metric": self._configured} if known else {})}
+        deciding = {"deciding_metric": self._configured} if known else {}
+        return {"host": self._owner.host, "best_metric_mode": self._keep.best_metric_mode, **deciding}
 
     def decide_by(self, key: str) -> None:
         """Let another metric decide from now on."""
@@ -205,13 +206,21 @@ class Directory:
         self._consider(checkpoint)
 
     def prune(self) -> None:
-        """Unpublish what no policy keeps and no pointer leads to; it is deleted in a thread of its own."""
-        if not self._policies:
-            return
+        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a thread of its own."""
+        if self._policies:
+            catalog = scan(self.root)
+            context = Context(self._metric, self._keep.best_metric_mode, time.time())
+            self.retire(superfluous(catalog, self._policies, context))
+
+    def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Unpublish these at once; they are deleted in a thread of its own."""
         if self._janitor is None:
             self._janitor = Worker("hydra_ckpt-delete")
-        catalog = scan(self.root)
-        context = Context(self._metric, self._keep.best_metric_mode, time.time())
-        for item in superfluous(catalog, self._policies, context):
+        for item in checkpoints:
             hidden = retire(self.files, item)
             self._janitor.submit(partial(discard, self.files, hidden))
+
+    def drain(self) -> None:
+        """Return when everything retired so far is deleted."""
+        if self._janitor is not None:
+            self._janitor.drain()

@@ -80,7 +80,7 @@ def acquire(files: Files, root: Path, owner: Owner) -> None:
                 f"{root} belongs to the sweep job {other.run}; this is {owner.run}. "
                 "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
             )
-        if _is_alive(other, age, owner):
+        if is_alive(other, age, owner):
             raise CheckpointExistsError(
                 f"{root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
                 f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
@@ -92,7 +92,20 @@ def _text(owner: Owner) -> bytes:
     return (json.dumps(asdict(owner), indent=1) + "\n").encode()
 
 
-def _is_alive(other: Owner, age: float, owner: Owner) -> bool:
+def is_held(root: Path) -> bool:
+    """Whether a live run writes to a directory, as far as can be told from here."""
+    record = read_owner(root)
+    return record is not None and is_alive(*record, Owner.here())
+
+
+def is_alive(other: Owner, age: float, owner: Owner) -> bool:
+    """Whether the process of an owner lives.
+
+    Args:
+        other: The owner on record.
+        age: Of its last sign of life, in seconds.
+        owner: Who asks.
+    """
     if other.released:
         return False
     if other.host == owner.host:

@@ -18,8 +18,12 @@ _MAX_TEXT = 4096
 
 def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
     """Coordinator only: let `pointer` lead to the checkpoint `target` (a name in `root`)."""
-    if read_pointer(root, pointer) == target:
-        return
+    if read_pointer(root, pointer) != target:
+        point(files, root, pointer, target)
+
+
+def point(files: Files, root: Path, pointer: str, target: str) -> None:
+    """Coordinator only: let `pointer` lead anywhere, by a path seen from `root`; atomically."""
     nonce = names.nonce()
     beside = root / f".{pointer}.{nonce}"
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from hydra_ckpt.errors import CheckpointConfigError
 
 DEFAULT_INTERVAL_S = 1800.0
-# Of the time left before the limit, what the last save may take beyond the longest seen so far.
+# Of the time left before the limit, what steps and the last save may take beyond the longest seen so far.
 _MARGIN_S = 5.0
 
 
@@ -60,6 +61,11 @@ class Schedule:
             every_n_seconds = DEFAULT_INTERVAL_S
         return cls(every_n_steps, every_n_seconds, every_n_epochs, steps, on_improvement, max_run_time_s)
 
+    def as_data(self) -> dict[str, Any]:
+        """The cadences as plain data, to be handed from rank to rank."""
+        data = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        return {**data, "at_steps": sorted(self.at_steps)}
+
     def begin(self, now: float) -> None:
         """Training begins; times are seconds of one clock."""
         self._began = self._last = now
@@ -80,9 +86,16 @@ class Schedule:
         """Whether the interval since the last save is over."""
         return self.every_n_seconds is not None and now - self._last >= self.every_n_seconds
 
-    def is_time_up(self, now: float, save_s: float) -> bool:
-        """Whether there is just time enough left for a save that takes `save_s` seconds."""
-        return self.max_run_time_s is not None and now - self._began + save_s + _MARGIN_S >= self.max_run_time_s
+    def calls(self, now: float) -> bool:
+        """Whether the interval is over; asked again, it says so only after the next interval."""
+        due = self.is_due_by_time(now)
+        if due:
+            self._last = now
+        return due
+
+    def is_time_up(self, now: float, needed_s: float) -> bool:
+        """Whether there is just time enough left for what takes `needed_s` seconds."""
+        return self.max_run_time_s is not None and now - self._began + needed_s + _MARGIN_S >= self.max_run_time_s
 
 
 def _is_positive(value: object) -> bool:

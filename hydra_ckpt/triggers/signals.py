@@ -28,10 +28,8 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
     found = []
     for item in given:
         try:
-            found.append(
-                signal.Signals[item] if isinstance(item, str) and not item.isdigit() else signal.Signals(int(item))
-            )
-        except (KeyError, ValueError):
+            found.append(_signal(item))
+        except (KeyError, TypeError, ValueError):
             raise CheckpointConfigError(
                 f"callbacks.checkpoint.signals: there is no signal {item!r}; give names such as SIGTERM, or numbers"
             ) from None
@@ -40,17 +38,30 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
     return found
 
 
+def _signal(item: str | int) -> signal.Signals:
+    """A signal from SIGTERM, term, "15" or 15."""
+    text = str(item).strip().upper()
+    if text.isdigit() and not isinstance(item, bool):
+        return signal.Signals(int(text))
+    return signal.Signals[text if text.startswith("SIG") else f"SIG{text}"]
+
+
 class SignalWatch:
     """Notes that a signal came; earlier handlers are called as well, and put back at the end.
 
     Args:
         signals: Names or numbers.
+
+    Attributes:
+        received: Whether one came.
+        name: Which one, the last.
     """
 
     def __init__(self, signals: Iterable[str | int] | str | int | None) -> None:
         self._signals = parse_signals(signals)
         self._previous: dict[signal.Signals, Any] = {}
         self.received = False
+        self.name = ""
 
     def install(self) -> None:
         """Start watching; only the main thread can."""
@@ -73,7 +84,7 @@ class SignalWatch:
             signal.signal(item, signal.SIG_DFL if previous is None else previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received, self.name = True, signal.Signals(number).name
         previous = self._previous.get(signal.Signals(number))
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)

@@ -1,0 +1,65 @@
+"""`hydra-ckpt prune`: deletes checkpoints that no rule keeps. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hydra_ckpt.cli.holding import decision, held
+from hydra_ckpt.cli.locating import locate
+from hydra_ckpt.cli.output import print_json, shown_size
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.retention import Context, policies, superfluous
+
+__all__ = ["prune"]
+
+
+def prune(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint directory, or a run directory with checkpoints/.")],
+    newest: Annotated[int | None, typer.Option(help="Keep so many of the newest.")] = None,
+    best: Annotated[int | None, typer.Option(help="Keep so many of the best.")] = None,
+    every_n_steps: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple of this.")] = None,
+    younger_than_s: Annotated[float | None, typer.Option(help="Keep those younger than so many seconds.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric of --best; the run's own if not given.")] = None,
+    mode: Annotated[str | None, typer.Option(help="min or max; the run's own if not given.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only named.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Delete the checkpoints that no rule given here keeps; without --yes, only say which.
+
+    What LATEST, BEST or a pointer of your own leads to stays in any case, and so does what somebody reads.
+    """
+    rules: dict[str, Any] = {
+        "newest": newest,
+        "best": best,
+        "every_n_steps": every_n_steps,
+        "younger_than_s": younger_than_s,
+    }
+    rules = {name: value for name, value in rules.items() if value is not None}
+    if not rules or mode not in (None, "min", "max"):
+        wrong = f"--mode {mode} is neither min nor max" if rules else "nothing says what stays"
+        raise CheckpointConfigError(f"{wrong}; give one or more of --newest, --best, --every-n-steps, --younger-than-s")
+    keeping = policies(rules, None)
+    root = locate(directory).root
+    catalog = scan(root)
+    own = decision(catalog)
+    context = Context(metric or own.best_metric_key, mode or own.best_metric_mode, time.time())
+    if yes:
+        with held(root, own) as run:
+            catalog = scan(root)
+            going = superfluous(catalog, keeping, context)
+            run.retire(going)
+    else:
+        going = superfluous(catalog, keeping, context)
+    names, nbytes = [item.name for item in going], sum(item.manifest.nbytes for item in going)
+    if as_json:
+        print_json({"directory": str(root), "deleted": yes, "checkpoints": names, "bytes": nbytes})
+        return
+    for name in names:
+        print(f"{'deleted' if yes else 'would be deleted'}: {name}")
+    tail = "" if yes or not names else "; --yes does it"
+    print(f"{len(names)} of {len(catalog.checkpoints)} checkpoints, {shown_size(nbytes)}{tail}")

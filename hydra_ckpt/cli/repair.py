@@ -1,0 +1,67 @@
+"""`hydra-ckpt repair`: what the next run would do to a directory first, done now. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydra_ckpt.cli.holding import decision, held
+from hydra_ckpt.cli.locating import locate
+from hydra_ckpt.cli.output import print_json
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.store.pointers import read_pointer
+
+__all__ = ["repair"]
+
+
+def repair(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint directory, or a run directory with checkpoints/.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bring a directory into order after a crash.
+
+    Drafts that were whole are published, what else a dead run has left is removed, LATEST and BEST lead to what is
+    there. Damaged checkpoints stay as they are; `verify` finds them. Refused while a run writes to the directory.
+    """
+    root = locate(directory).root
+    done = _plan(root)
+    before = _pointers(root)
+    if not dry_run:
+        with held(root, decision(scan(root))):
+            pass
+        after = _pointers(root)
+        done += [f"{name} leads to {after[name] or 'nothing'}" for name in before if before[name] != after[name]]
+    if as_json:
+        print_json({"directory": str(root), "done": not dry_run, "actions": done})
+        return
+    for line in done or ["nothing to do"]:
+        print(line)
+
+
+def _plan(root: Path) -> list[str]:
+    """What is done to each hidden directory, in the words of a report."""
+    found = []
+    for path in sorted(root.iterdir()):
+        hidden = names.parse_hidden(path.name)
+        if hidden is None or hidden[1] not in ("draft", "deleting"):
+            continue
+        publish = hidden[1] == "draft" and _is_whole(path) and not (root / hidden[0]).exists()
+        found.append(f"{path.name}: {'published' if publish else 'removed'}")
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        Checkpoint.open(path).check_files()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _pointers(root: Path) -> dict[str, str | None]:
+    return {name: read_pointer(root, name) for name in (names.LATEST, names.BEST)}

@@ -1,0 +1,157 @@
+"""`hydra-ckpt show`: one checkpoint's content, and the command that continues its run. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hydra_ckpt.cli.locating import open_one
+from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.jobs.command import resume_command
+from hydra_ckpt.jobs.differences import differences, parse_config
+from hydra_ckpt.loading.changes import saved_config
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.store.pointers import pointers_in, read_pointer
+
+__all__ = ["show"]
+
+
+def show(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    command: Annotated[bool, typer.Option("--command", help="Print the command that continues the run.")] = False,
+) -> None:
+    """Show what one checkpoint holds: parts, files, sizes, metrics, configuration.
+
+    Reads the manifest and compares the files' presence and sizes with it. Exit code 1: something is damaged.
+    """
+    checkpoint = open_one(directory)
+    if command:
+        print(_command(checkpoint))
+        return
+    problem = _problem(checkpoint)
+    data = {**_content(checkpoint), "problem": problem}
+    if as_json:
+        print_json(data)
+    else:
+        _print(data, console())
+    raise typer.Exit(1 if problem else 0)
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    try:
+        checkpoint.check_files()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _content(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest, root = checkpoint.manifest, checkpoint.path.parent
+    parts = {
+        name: {
+            "format": part.format,
+            "files": list(part.files),
+            "bytes": sum(manifest.files[file].bytes for file in part.files),
+        }
+        for name, part in manifest.parts.items()
+    }
+    return {
+        "path": str(checkpoint.path),
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "created": manifest.created,
+        "bytes": manifest.nbytes,
+        "world_size": manifest.world_size,
+        "topology": dict(manifest.topology),
+        "metrics": checkpoint.metrics,
+        "pointers": [name for name in sorted(pointers_in(root)) if read_pointer(root, name) == checkpoint.name],
+        "parts": parts,
+        "exports": dict(manifest.exports),
+        "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
+        "overrides": _overrides(checkpoint),
+        "details": dict(manifest.details),
+        "changed": _changed(checkpoint),
+    }
+
+
+def _overrides(checkpoint: Checkpoint) -> list[str]:
+    typed = (_hydra(checkpoint) or {}).get("overrides")
+    return [str(item) for item in (typed or {}).get("task") or []]
+
+
+def _changed(checkpoint: Checkpoint) -> list[str]:
+    """Settings that differ from those of the checkpoint before it."""
+    earlier = [item for item in scan(checkpoint.path.parent).checkpoints if item.step < checkpoint.step]
+    now = saved_config(checkpoint.path)
+    before = saved_config(earlier[-1].path) if earlier else None
+    return [] if before is None or now is None else [str(item) for item in differences(before, now)]
+
+
+def _hydra(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    path = checkpoint.path / names.CONFIG / "hydra.yaml"
+    try:
+        text = "" if path.is_symlink() else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = (parse_config(text) or {}).get("hydra")
+    return found if isinstance(found, dict) else None
+
+
+def _command(checkpoint: Checkpoint) -> str:
+    hydra, launch = _hydra(checkpoint), checkpoint.manifest.details.get("launch")
+    if hydra is None or not isinstance(launch, dict):
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path} says nothing of how its run was started: it was not a Hydra application's"
+        )
+    try:
+        return resume_command(launch, hydra, _run_dir(checkpoint, hydra))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointNotFoundError(f"{checkpoint.path}: what it says of its run makes no sense: {error!r}") from None
+
+
+def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:
+    """Where the run lies now; its directory may have been moved, with its checkpoints in it."""
+    recorded = Path(hydra["runtime"]["output_dir"])
+    above = [path for path in checkpoint.path.parents if (path / (hydra.get("output_subdir") or ".hydra")).is_dir()]
+    return above[0] if above and not checkpoint.path.is_relative_to(recorded) else recorded
+
+
+def _print(data: dict[str, Any], out: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for title, text in _rows(data):
+        if text:
+            table.add_row(Text(title, style="dim"), Text(text))
+    out.print(data["path"], markup=False, soft_wrap=True)
+    out.print(table)
+    if data["problem"]:
+        out.print(f"damaged: {data['problem']}", style="red", markup=False, soft_wrap=True)
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = [
+        (name, f"{shown_size(part['bytes'])} in {len(part['files'])} {part['format']} files")
+        for name, part in data["parts"].items()
+    ]
+    return [
+        ("step", f"{data['step']}, epoch {data['epoch']}"),
+        ("created", f"{shown_time(data['created'])} on {data['details'].get('host', '?')}"),
+        ("size", f"{shown_size(data['bytes'])} in {len(data['files'])} files"),
+        ("written by", f"{data['world_size']} ranks"),
+        ("pointers", ", ".join(data["pointers"])),
+        ("metrics", ", ".join(f"{name} {value:.6g}" for name, value in sorted(data["metrics"].items()))),
+        *parts,
+        ("exports", ", ".join(data["exports"].values())),
+        ("overrides", " ".join(data["overrides"])),
+        ("changed", "; ".join(data["changed"])),
+    ]

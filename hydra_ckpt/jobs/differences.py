@@ -1,0 +1,112 @@
+"""What differs between two configurations, key by key, and which differences make an exact resume impossible.
+
+Applications name things as they like, so kinds of settings are told from their names: `trainer.batch_size`,
+`per_device_train_batch_size` and `data.loader.bs` are all sizes of batches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+_ABSENT = "(absent)"
+_SHOWN_CHARACTERS = 60
+# Configurations come out of directories that anybody may have written: no more of them is looked at.
+_MAX_CHARACTERS = 1 << 20
+_MAX_KEYS = 20_000
+_MAX_DEPTH = 50
+
+# What a key's last word or its path says about it. The first that matches counts.
+_HARMLESS = re.compile(
+    r"(^|\.)(num_workers|pin_memory\w*|persistent_workers|prefetch\w*|verbose|log\w*|run_name|project|tags?)$"
+    r"|(^|\.)(checkpoint|callbacks|logger|loggers|hydra|wandb|tensorboard)(\.|$)"
+)
+_KINDS = (
+    ("seed", re.compile(r"(^|[._])seeds?$")),
+    ("batch size", re.compile(r"(^|[._])(batch_?size|bs|batch_?size_\w+)$")),
+    ("gradient accumulation", re.compile(r"accum")),
+    ("optimizer type", re.compile(r"(^|\.)optim\w*(\.(\w+\.)*(_target_|name|type|class|cls))?$")),
+    (
+        "number of ranks",
+        re.compile(r"(^|[._])(world_size|num_nodes|nnodes|n?devices|num_processes|num_gpus|gpus)$|(^|\.)mesh\."),
+    ),
+    ("precision", re.compile(r"precision$|(^|[._])(amp|bf16|fp16)$")),
+    ("data", re.compile(r"(^|\.)(\w+_)?data(sets?|module|loaders?)?(\.|$)|(^|[._])(shuffle|seq_len\w*)$")),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that differs.
+
+    Attributes:
+        key: Its full key.
+        before: Its value then, as text.
+        now: Its value now, as text.
+        kind: What makes an exact resume impossible by it: seed, batch size, ...; empty for other settings.
+    """
+
+    key: str
+    before: str
+    now: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.now}"
+
+
+def differences(before: Any, now: Any) -> list[Difference]:
+    """The settings that differ, by key.
+
+    Args:
+        before: A configuration as plain data.
+        now: Another one.
+    """
+    then, later = (dict(islice(_flat(side), _MAX_KEYS)) for side in (before, now))
+    found = []
+    for key in sorted({*then, *later}):
+        if key in then and key in later and (then[key] == later[key] or str(then[key]) == str(later[key])):
+            continue
+        old, new = (_text(side[key]) if key in side else _ABSENT for side in (then, later))
+        found.append(Difference(key, old, new, kind_of(key)))
+    return found
+
+
+def parse_config(text: str) -> Any:
+    """A configuration's YAML as plain data, interpolations as they are written; None where it is none."""
+    from yaml import YAMLError, safe_load
+
+    try:
+        data = safe_load(text) if len(text) <= _MAX_CHARACTERS else None
+    except (YAMLError, RecursionError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def kind_of(key: str) -> str:
+    """What depends on a setting in an exact resume, told from its key; empty where nothing does."""
+    lower = key.lower()
+    if _HARMLESS.search(lower):
+        return ""
+    return next((kind for kind, pattern in _KINDS if pattern.search(lower)), "")
+
+
+def about_saving(key: str) -> bool:
+    """Whether a setting says how a run is saved, and nothing of what it computes."""
+    return key.startswith(("checkpoint.", "callbacks.checkpoint."))
+
+
+def _flat(node: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node and depth < _MAX_DEPTH:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+    else:
+        yield prefix, node
+
+
+def _text(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -1,0 +1,70 @@
+"""What has changed since a checkpoint was saved: shown setting by setting, and warned about where it matters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.jobs.differences import Difference, differences, parse_config
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+
+log = logging.getLogger(__name__)
+
+CONFIG_TEXT = "config.yaml"
+_SHOWN = 30
+
+
+def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str], world_size: int) -> list[Difference]:
+    """The settings, and the facts about the run, that differ from a checkpoint's; none where it has no manifest.
+
+    Args:
+        checkpoint: Its directory.
+        texts: Hydra's configuration of this run: file name to YAML.
+        optimizers: Classes of this run's optimizers.
+        world_size: Ranks of this run.
+    """
+    try:
+        manifest = Checkpoint.open(checkpoint).manifest
+    except CheckpointError:
+        return []  # some other tool's
+    found = []
+    saved = manifest.details.get("optimizers")
+    if isinstance(saved, list) and saved and optimizers and [*map(str, saved)] != [*optimizers]:
+        found.append(Difference("optimizer", _listed(saved), _listed(optimizers), "optimizer type"))
+    if manifest.world_size != world_size:
+        found.append(Difference("world size", str(manifest.world_size), str(world_size), "number of ranks"))
+    before, now = saved_config(checkpoint), parse_config(texts.get(CONFIG_TEXT, ""))
+    return found if before is None or now is None else [*found, *differences(before, now)]
+
+
+def saved_config(checkpoint: Path) -> Any:
+    """Hydra's configuration of the run that saved a checkpoint, as plain data; None where there is none."""
+    path = checkpoint / names.CONFIG / CONFIG_TEXT
+    try:
+        return None if path.is_symlink() else parse_config(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
+    """Log what differs; a warning names what keeps a resumed run from going on exactly as it would have."""
+    if not found:
+        return
+    shown = [str(item) for item in found[:_SHOWN]]
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    log.info("settings that differ from those of %s: %s", checkpoint.name, "; ".join([*shown, *more]))
+    decisive = [f"{item} ({item.kind})" for item in found if item.kind]
+    if decisive:
+        log.warning(
+            "this run does not go on from %s exactly as it would have gone on then, because of: %s",
+            checkpoint.name,
+            "; ".join(decisive),
+        )
+
+
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items))

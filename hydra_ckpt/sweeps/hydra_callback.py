@@ -1,0 +1,85 @@
+"""`hydra/callbacks=hydra_ckpt_summary`: Hydra tells of every job, and the sweep's summary follows. Imports no torch."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobStatus
+from hydra.experimental.callback import Callback
+from rich.console import Console
+
+from hydra_ckpt.sweeps.record import FAILED, JobRecord, read_record
+from hydra_ckpt.sweeps.summary import SUMMARY, summarize, write_summary
+from hydra_ckpt.sweeps.table import summary_table
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+__all__ = ["SummaryCallback"]
+
+log = logging.getLogger(__name__)
+
+
+class SummaryCallback(Callback):
+    """Keeps `checkpoints_summary.json` of a sweep, and prints it when the sweep ends, whichever way it ends.
+
+    What `resumable_job` has recorded stands; for an application without it, states and objectives are Hydra's.
+    """
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A sweep begins."""
+        if _is_first_rank():
+            # Hydra says nothing of the end of a sweep in which a job has failed, or that was interrupted.
+            atexit.register(self._show, _sweep_dir(config))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """A job of a sweep, or a single run, has ended."""
+        if not _is_first_rank() or config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
+            return
+        directory = Path(config.hydra.runtime.output_dir)
+        record = read_record(directory)
+        if record is None or record.config is None:
+            _record(config, job_return).write(directory)
+        write_summary(_sweep_dir(config))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """The sweep has ended."""
+        if _is_first_rank():
+            self._show(_sweep_dir(config))
+
+    def _show(self, sweep_dir: Path) -> None:
+        if self._shown or not sweep_dir.is_dir():
+            return
+        self._shown = True
+        summary = summarize(sweep_dir)
+        if summary["jobs"]:
+            # In a log, lines are for other programs and must not be broken.
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+            console.print(summary_table(summary))
+            console.print(str(sweep_dir / SUMMARY), markup=False, soft_wrap=True)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _sweep_dir(config: DictConfig) -> Path:
+    return Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+
+
+def _record(config: DictConfig, job_return: JobReturn) -> JobRecord:
+    """What Hydra knows of a job. Without its configuration: only `resumable_job` goes by that."""
+    begun = JobRecord.begin(tuple(map(str, config.hydra.overrides.task)), None)
+    if job_return.status == JobStatus.COMPLETED:
+        return begun.returned(job_return.return_value)
+    error = job_return._return_value  # noqa: SLF001 - the public way raises it
+    return begun.end(FAILED, error=f"{type(error).__name__}: {error}")

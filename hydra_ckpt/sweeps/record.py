@@ -1,0 +1,112 @@
+"""What is recorded of a Hydra job, in a file of its run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.store import names
+from hydra_ckpt.store.lease import Owner, is_alive
+
+RECORD = "hydra_ckpt_job.json"
+
+RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped", "failed", "interrupted"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job.
+
+    Attributes:
+        state: running; finished; stopped (by a signal, a file or the time limit, to be continued); failed;
+            interrupted (by Ctrl-C, or it died).
+        overrides: What was typed for it.
+        config: Its configuration as plain data, interpolations as they are written.
+        owner: The process that ran it last.
+        started: When, Unix time in seconds.
+        ended: When that ended; None while it runs, and where it died.
+        objective: What its function returned, if that is plain data.
+        has_objective: Whether it returned anything that could be recorded.
+        error: What it failed with.
+        checkpoint_dir: Where its checkpoints lie, from the run directory if they lie below it; None if it has none.
+    """
+
+    state: str
+    overrides: tuple[str, ...] = ()
+    config: Any = None
+    owner: dict[str, Any] = field(default_factory=dict)
+    started: float = 0.0
+    ended: float | None = None
+    objective: Any = None
+    has_objective: bool = False
+    error: str | None = None
+    checkpoint_dir: str | None = None
+
+    @classmethod
+    def begin(cls, overrides: tuple[str, ...], config: Any) -> JobRecord:
+        """A job of this process begins."""
+        return cls(RUNNING, overrides, config, asdict(Owner.here()), time.time())
+
+    def end(self, state: str, **known: Any) -> JobRecord:
+        """The same job, ended."""
+        return replace(self, state=state, ended=time.time(), **known)
+
+    def returned(self, value: Any) -> JobRecord:
+        """The same job, finished with what its function returned."""
+        try:
+            plain = plain_objective(value)
+        except (TypeError, ValueError):
+            return self.end(FINISHED)
+        return self.end(FINISHED, objective=plain, has_objective=True)
+
+    def at(self, checkpoint_dir: str) -> JobRecord:
+        """The same job, with the place of its checkpoints."""
+        return replace(self, checkpoint_dir=checkpoint_dir)
+
+    def state_now(self) -> str:
+        """The state; a job that was running when its process ended was interrupted."""
+        if self.state == RUNNING and not is_alive(Owner(**self.owner), math.inf, Owner.here()):
+            return INTERRUPTED
+        return self.state
+
+    def write(self, directory: Path) -> None:
+        """Write it, atomically.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_atomically(Files(), directory / RECORD, (json.dumps(asdict(self)) + "\n").encode(), names.nonce())
+
+
+def plain_objective(value: Any) -> Any:
+    """A job's result as JSON holds it: numbers of other libraries become floats.
+
+    Raises:
+        TypeError: It is no plain data.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain_objective(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain_objective(item) for key, item in value.items()}
+    return float(value)
+
+
+def read_record(directory: Path) -> JobRecord | None:
+    """The record of a run directory; None where there is none, or none that can be read."""
+    path = directory / RECORD
+    try:
+        if path.is_symlink():
+            return None
+        data = json.loads(path.read_text(encoding="utf-8"))
+        record = JobRecord(**{**data, "overrides": tuple(map(str, data["overrides"]))})
+        Owner(**record.owner)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record

@@ -1,0 +1,205 @@
+"""The summary of a sweep: every job, its state, and its checkpoints; made from what lies on disk at any time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt import metrics as metric
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.lease import is_held
+from hydra_ckpt.store.pointers import point, read_pointer
+from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, read_record
+
+log = logging.getLogger(__name__)
+
+SUMMARY = "checkpoints_summary.json"
+FORMAT = 1
+_DEFAULT_DIRECTORY = "checkpoints"
+_HYDRA = ".hydra"
+_DEPTH = 4
+_LOCK_WAIT_S = 20.0
+
+
+def is_sweep(directory: Path) -> bool:
+    """Whether a directory is a sweep's."""
+    return directory.is_dir() and any(True for _ in _jobs(directory))
+
+
+def summarize(sweep_dir: Path) -> dict[str, Any]:
+    """The summary as plain data. Reads only.
+
+    Args:
+        sweep_dir: The sweep's directory, absolute.
+    """
+    jobs = [_job(sweep_dir, path) for path in sorted(_jobs(sweep_dir), key=lambda path: _natural(sweep_dir, path))]
+    return {"format": FORMAT, "best": _best(jobs), "jobs": jobs}
+
+
+def write_summary(sweep_dir: Path) -> dict[str, Any]:
+    """Write the summary and let BEST lead to the best checkpoint of all jobs; each is replaced atomically.
+
+    Returns:
+        The summary.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with _locked(sweep_dir):
+        summary = summarize(sweep_dir)
+        text = json.dumps(finite(summary), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Files(), sweep_dir / SUMMARY, text.encode(), names.nonce())
+        if summary["best"] is not None:
+            point(Files(), sweep_dir, names.BEST, summary["best"]["checkpoint"])
+    return summary
+
+
+def finite(data: Any) -> Any:
+    """The same data without NaN and infinities, which JSON does not know."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One writer at a time, so that a summary made earlier does not replace one made later."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # no locks here
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _jobs(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """Run directories of jobs below a sweep's directory."""
+    try:
+        below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:
+        return
+    for path in below:
+        if path.name.startswith(".") or names.is_checkpoint_name(path.name):
+            continue
+        if (path / RECORD).exists() or (path / _HYDRA).is_dir():
+            yield path
+        elif depth > 1:
+            yield from _jobs(path, depth - 1)
+
+
+def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
+    """Job 10 behind job 9."""
+    pieces = re.split(r"(\d+)", str(path.relative_to(sweep_dir)))
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+
+
+def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
+    record = read_record(path)
+    root = path / ((record.checkpoint_dir if record else None) or _DEFAULT_DIRECTORY)
+    found = _Found(sweep_dir, root)
+    return {
+        "job": str(path.relative_to(sweep_dir)),
+        "overrides": list(record.overrides) if record else _overrides(path),
+        "state": _state(record, root),
+        "objective": record.objective if record else None,
+        "error": record.error if record else None,
+        "started": record.started if record else None,
+        "ended": record.ended if record else None,
+        "checkpoints": len(found.names),
+        "metric": found.metric,
+        "last": found.entry(found.last),
+        "best": found.entry(found.best),
+    }
+
+
+class _Found:
+    """What a job's checkpoints say. Of many only those are opened that LATEST and BEST lead to."""
+
+    def __init__(self, sweep_dir: Path, root: Path) -> None:
+        self._sweep_dir = sweep_dir
+        below = (path.name for path in root.iterdir()) if root.is_dir() else iter(())
+        self.names = sorted((name for name in below if names.is_checkpoint_name(name)), key=names.step_of)
+        self.last = _opened(root, read_pointer(root, names.LATEST) or next(reversed(self.names), None))
+        self.best = _opened(root, read_pointer(root, names.BEST))
+
+    @property
+    def metric(self) -> dict[str, Any] | None:
+        """The metric that decides in this job, and its best value."""
+        if self.best is None:
+            return None
+        details = [item.manifest.details for item in (self.last, self.best) if item is not None]
+        decided = next((str(item["deciding_metric"]) for item in details if "deciding_metric" in item), "")
+        values = self.best.metrics
+        key = next((key for key in (decided, metric.DEFAULT_KEY) if key in values), next(iter(values), None))
+        mode = next((str(item["best_metric_mode"]) for item in details if "best_metric_mode" in item), "min")
+        return None if key is None else {"name": key, "mode": mode, "value": values[key]}
+
+    def entry(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+        """A checkpoint as plain data; paths are seen from the sweep's directory."""
+        if checkpoint is None:
+            return None
+        path = os.path.relpath(checkpoint.path, self._sweep_dir)
+        exports = {part: f"{path}/{place}" for part, place in sorted(checkpoint.manifest.exports.items())}
+        return {"path": path, "step": checkpoint.step, "epoch": checkpoint.epoch, "exports": exports}
+
+
+def _opened(root: Path, name: str | None) -> Checkpoint | None:
+    try:
+        return None if name is None else Checkpoint.open(root / name)
+    except CheckpointError as error:
+        log.debug("left out of the summary: %s", error)
+        return None
+
+
+def _state(record: JobRecord | None, root: Path) -> str:
+    if record is None:
+        return RUNNING if is_held(root) else "unknown"
+    state = record.state_now()
+    # On another host nothing is known of a process, but its heartbeat in the directory is seen.
+    return RUNNING if state == INTERRUPTED and record.ended is None and is_held(root) else state
+
+
+def _overrides(path: Path) -> list[str]:
+    """What Hydra noted of a job that has no record."""
+    from omegaconf import OmegaConf
+
+    try:
+        return [str(item) for item in OmegaConf.load(path / _HYDRA / "overrides.yaml")]
+    except Exception as error:  # noqa: BLE001 - whatever may be wrong with somebody's YAML, the rest is worth showing
+        log.debug("no overrides in %s: %s", path, error)
+        return []
+
+
+def _best(jobs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best of the jobs' best checkpoints; the earlier of equals."""
+    best: dict[str, Any] | None = None
+    for job in jobs:
+        if job["metric"] is None or (best is not None and job["metric"]["name"] != best["metric"]["name"]):
+            continue
+        before = None if best is None else best["metric"]["value"]
+        if metric.is_better(job["metric"]["value"], before, job["metric"]["mode"]):
+            best = {"job": job["job"], "checkpoint": job["best"]["path"], "metric": job["metric"]}
+    return best

@@ -1,0 +1,192 @@
+"""What ranks tell each other at every step: whether one of them wants to save or stop, and how far they are."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+
+from hydra_ckpt.distributed import Group, StepVote
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.triggers.best import BestMetric
+from hydra_ckpt.triggers.requests import SAVE, STOP, RequestFiles
+from hydra_ckpt.triggers.schedule import Schedule
+from hydra_ckpt.triggers.signals import SignalWatch
+
+log = logging.getLogger(__name__)
+
+_SMALLEST = -(1 << 63)
+# The first steps agree one by one. Later ones that are shorter than this agree as often as it passes: below 50 us a
+# step, where every single vote costs some 200 us as soon as ranks wait for each other.
+_STEPS_ONE_BY_ONE = 100
+_BETWEEN_VOTES_S = 0.05
+# A step is as long as the longest of so many before it: validation counts, the compilation at the start not for ever.
+_STEPS_SEEN = 128
+
+
+class _Said(IntEnum):
+    """Places in the vote; of each number the largest that any rank says comes back."""
+
+    STOP = 0
+    YIELD = 1
+    DUE = 2
+    FAILED = 3
+    REFUSED = 4
+    LAST_STEP = 5
+    FIRST_STEP = 6  # negated
+    BEST = 7  # rank 0's, as the bits of a float
+    STEP_US = 8  # microseconds a step takes
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks do, equal on all of them.
+
+    Attributes:
+        stop: A file asks to stop for good.
+        yields: A signal or the limit of time asks to stop and to be continued.
+        due: The clock or a file asks for a save.
+        failed: A save has failed on some rank.
+        refused: Rank 0 cannot make sense of its metrics.
+        best: Rank 0's best metric so far, or None.
+    """
+
+    stop: bool = False
+    yields: bool = False
+    due: bool = False
+    failed: bool = False
+    refused: bool = False
+    best: float | None = None
+
+
+class Watch:
+    """Collects what asks for saves and stops on this rank, and lets the ranks agree at every step.
+
+    On one rank what comes is heard at the same step. Several ranks hear at a step what any of them said at the one
+    before: the messages travel while the step is computed. Ranks whose steps take less than 50 ms say something only
+    every 50 ms, once they have done a hundred of them.
+
+    Args:
+        schedule: The cadences; those by time are rank 0's.
+        signals: Signals watched on every rank.
+    """
+
+    def __init__(self, schedule: Schedule, signals: SignalWatch) -> None:
+        self._schedule = schedule
+        self._signals = signals
+        self._files = RequestFiles()
+        self._vote: StepVote | None = None
+        self._group: Group | None = None
+        self._steps_s: deque[float] = deque(maxlen=_STEPS_SEEN)
+        self._last_s = 0.0
+        self._told = False
+        self._steps = self._unsaid = 0
+        self._every = 1
+
+    def begin(self, group: Group, schedule: Schedule, files: RequestFiles, step: int, best: BestMetric) -> None:
+        """Collective: training begins.
+
+        Args:
+            group: The ranks.
+            schedule: Rank 0's cadences.
+            files: Where files may ask for something.
+            step: The last step done.
+            best: The best metric so far.
+        """
+        self._schedule, self._files, self._group = schedule, files, group
+        self._last_s = time.monotonic()
+        self._schedule.begin(self._last_s)
+        self._signals.install()
+        if group.world_size > 1:
+            self._vote = StepVote(group, len(_Said))
+            self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
+
+    def end(self) -> None:
+        """Put signal handlers back. Idempotent."""
+        self._signals.remove()
+        self._vote = self._group = None
+
+    def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict | None:
+        """Collective: say what this rank has to say at a step, and hear what counts for all.
+
+        Args:
+            step: The step done.
+            best: The best metric this rank knows.
+            failed: Whether a save of this rank has failed.
+            save_s: The longest save so far, in seconds.
+
+        Returns:
+            What all ranks do; None where nothing was said at the step before.
+
+        Raises:
+            CheckpointError: A rank has left the loop, or is at another step.
+        """
+        if self._group is None:
+            return None
+        if self._vote is None:
+            return _verdict(self._ballot(self._group, step, best, failed=failed, save_s=save_s))
+        self._steps += 1
+        self._unsaid += 1
+        said = self._vote.hear()
+        if said is not None:
+            self._check_steps(said)
+            self._every = self._votes_apart(said[_Said.STEP_US])
+        if self._unsaid >= self._every:
+            self._vote.say(self._ballot(self._group, step, best, failed=failed, save_s=save_s))
+            self._unsaid = 0
+        return None if said is None else _verdict(said)
+
+    def _check_steps(self, said: list[int]) -> None:
+        if said[_Said.LAST_STEP] != -said[_Said.FIRST_STEP]:
+            raise CheckpointError(
+                f"ranks are at different steps: one has called on_step_end for step {-said[_Said.FIRST_STEP]}, another "
+                f"for step {said[_Said.LAST_STEP]}. Every rank has to call it for every step"
+            )
+
+    def _votes_apart(self, step_us: int) -> int:
+        """Steps from vote to vote, equal on all ranks because all have heard the same."""
+        if self._steps < _STEPS_ONE_BY_ONE:
+            return 1
+        return max(1, int(_BETWEEN_VOTES_S * 1e6) // max(step_us, 1))
+
+    def _ballot(self, group: Group, step: int, best: BestMetric, *, failed: bool, save_s: float) -> list[int]:
+        now = time.monotonic()
+        self._steps_s.append((now - self._last_s) / max(self._unsaid, 1))
+        self._last_s = now
+        stop = due = time_up = False
+        bits = _SMALLEST
+        if group.rank == 0:
+            asked = self._files.look(now)
+            # What is said now is heard at the next step, and saved behind it.
+            time_up = self._schedule.is_time_up(now, save_s + 2 * max(self._steps_s))
+            stop, due = STOP in asked, self._schedule.calls(now) or SAVE in asked
+            bits = _bits(best.value)
+        self._tell(time_up)
+        refused = best.refused is not None
+        step_us = int(1e6 * self._steps_s[-1])
+        return [stop, self._signals.received or time_up, due, failed, refused, step, -step, bits, step_us]
+
+    def _tell(self, time_up: bool) -> None:
+        if self._told or not (time_up or self._signals.received):
+            return
+        self._told = True
+        log.info("%s: saving and stopping", "the time is up" if time_up else f"{self._signals.name} came")
+
+
+def _verdict(said: list[int]) -> Verdict:
+    stop, yields, due, failed, refused = (bool(said[place]) for place in range(_Said.REFUSED + 1))
+    return Verdict(stop, yields, due, failed, refused, _number(said[_Said.BEST]))
+
+
+def _bits(value: float | None) -> int:
+    """A float as a whole number; none at all as NaN. Never the smallest number, which is -0.0."""
+    found: int = struct.unpack("<q", struct.pack("<d", float("nan") if value is None else value + 0.0))[0]
+    return found
+
+
+def _number(bits: int) -> float | None:
+    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return None if value != value else value  # noqa: PLR0124 - only NaN differs from itself

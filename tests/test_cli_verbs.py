@@ -1,0 +1,189 @@
+"""show, diff, prune and repair on real directories."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hydra_ckpt import AppState, CheckpointingConfig
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.lease import read_owner
+from hydra_ckpt.store.readers import reading
+from tests.test_cli import FIRST, LAST, SECOND, Result, contents, originals, run_dir, tool
+
+__all__ = ["originals", "run_dir", "tool"]  # fixtures
+
+Tool = Callable[..., Result]
+Dirs = Callable[[str], Path]
+
+
+def published(directory: Path) -> list[str]:
+    return [item.name for item in scan(directory / "checkpoints").checkpoints]
+
+
+# -- show ----------------------------------------------------------------------------------------------------------
+
+
+def test_show_tells_what_a_checkpoint_holds_and_what_is_damaged(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("consolidated")
+    before = contents(run)
+    shown = tool("show", run)
+    assert shown.code == 0
+    for text in (LAST, "step", "30, epoch 1", "LATEST", "val_loss 0.7", "safetensors files", "model/consolidated"):
+        assert text in shown.out
+    data = json.loads(tool("show", run / "checkpoints" / SECOND, "--json").out)
+    assert (data["step"], data["pointers"], data["metrics"]) == (20, ["BEST"], {"val_loss": 0.25})
+    assert data["parts"].keys() == {"model", "optim"}
+    assert data["details"]["optimizers"] == ["AdamW"]
+    assert contents(run) == before
+    refused = tool("show", run, "--command")
+    assert refused.code == 2
+    assert "it was not a Hydra application's" in refused.err
+    next((run / "checkpoints" / LAST / "model").rglob("*.safetensors")).unlink()
+    damaged = tool("show", run)
+    assert damaged.code == 1
+    assert "the file is missing" in damaged.out
+
+
+# -- diff ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["shards", "torch_save"])
+def test_the_same_state_is_the_same_in_every_format(other: str, run_dir: Dirs, tool: Tool) -> None:
+    one, two = run_dir("consolidated"), run_dir(other)
+    result = tool("diff", one, two)
+    assert (result.code, result.out.strip()) == (0, "no tensor differs"), result.out
+
+
+def save(directory: Path, **tensors: torch.Tensor) -> Path:
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_buffer(name, tensor.clone())  # tied tensors are saved once
+    with CheckpointingConfig(checkpoint_dir=str(directory)).build(0, 0, 0) as engine:
+        return engine.save(AppState(model), step=1).result().path
+
+
+def test_diff_lists_what_differs_bit_by_bit(tmp_path: Path, tool: Tool) -> None:
+    nan = float("nan")
+    base = torch.tensor([[0.0, 1.0], [2.0, nan]])
+    one = save(tmp_path / "a", same=base, zero=torch.zeros(3), big=base, nan=base, kind=base, shape=base, gone=base)
+    two = save(
+        tmp_path / "b",
+        same=base,
+        zero=torch.tensor([0.0, -0.0, 0.0]),
+        big=base + torch.tensor([[0.0, 0.5], [-4.0, 0.0]]),
+        nan=torch.tensor([[0.0, nan], [2.5, nan]]),
+        kind=base.bfloat16(),
+        shape=base.reshape(4),
+        new=base,
+    )
+    result = tool("diff", one, two, "--json")
+    assert result.code == 1
+    found = {item.pop("name"): item for item in json.loads(result.out)}
+    assert found.keys() == {"zero", "big", "nan", "kind", "shape", "gone", "new"}
+    assert (found["zero"]["elements"], found["zero"]["largest"]) == (1, 0.0)
+    assert (found["big"]["elements"], found["big"]["largest"]) == (2, 4.0)
+    assert (found["nan"]["elements"], found["nan"]["largest"]) == (2, None)
+    assert (found["kind"]["first"], found["kind"]["second"]) == ("F32 [2, 2]", "BF16 [2, 2]")
+    assert (found["shape"]["second"], found["gone"]["second"], found["new"]["first"]) == ("F32 [4]", None, None)
+    shown = tool("diff", one, two)
+    assert "big" in shown.out
+    assert "same " in shown.out
+
+
+# -- prune ---------------------------------------------------------------------------------------------------------
+
+
+def test_prune_only_tells_until_it_is_told_to(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("shards")
+    before = contents(run)
+    told = tool("prune", run, "--newest", "1")
+    assert told.code == 0
+    assert f"would be deleted: {FIRST}" in told.out
+    assert SECOND not in told.out  # BEST leads to it
+    assert contents(run) == before
+    owner = read_owner(run / "checkpoints")
+    done = json.loads(tool("prune", run, "--newest", "1", "--yes", "--json").out)
+    assert done["checkpoints"] == [FIRST]
+    assert published(run) == [SECOND, LAST]
+    assert not list((run / "checkpoints").glob(".*"))
+    assert owner is not None
+    assert read_owner(run / "checkpoints")[0].released
+    assert tool("list", run).code == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "stay"),
+    [
+        (["--best", "1", "--mode", "max"], [FIRST, SECOND, LAST]),  # 0.9 is the largest; the others are pointed to
+        (["--every-n-steps", "20"], [SECOND, LAST]),
+        (["--younger-than-s", "1000"], [FIRST, SECOND, LAST]),
+        (["--newest", "1", "--every-n-steps", "10"], [FIRST, SECOND, LAST]),
+    ],
+)
+def test_prune_keeps_what_any_rule_keeps(rules: list[str], stay: list[str], run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("shards")
+    assert tool("prune", run, *rules, "--yes").code == 0
+    assert published(run) == stay
+
+
+def test_prune_leaves_what_is_read_and_does_nothing_beside_a_run(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("shards")
+    with reading(run / "checkpoints" / FIRST):
+        assert tool("prune", run, "--newest", "1", "--yes").code == 0
+    assert published(run) == [FIRST, SECOND, LAST]
+    model = nn.Linear(2, 2)
+    with CheckpointingConfig(checkpoint_dir=str(run / "checkpoints")).build(0, 0, 0) as engine:
+        engine._open_run()
+        for verb in (["prune", run, "--newest", "1", "--yes"], ["repair", run]):
+            refused = tool(*verb)
+            assert refused.code == 2
+            assert "is being written by another run" in refused.err
+        assert AppState(model).model is model
+    assert published(run) == [FIRST, SECOND, LAST]
+    for wrong in ([], ["--newest", "0"], ["--newest", "1", "--mode", "upward"]):
+        assert tool("prune", run, *wrong).code == 2
+
+
+# -- repair --------------------------------------------------------------------------------------------------------
+
+
+def _crashed(run: Path) -> dict[str, Any]:
+    root = run / "checkpoints"
+    whole = root / names.hidden_name(LAST, "draft")
+    (root / LAST).rename(whole)
+    torn = root / names.hidden_name("epoch_1_step_40", "draft")
+    shutil.copytree(whole, torn)
+    (torn / names.MANIFEST).unlink()
+    gone = root / names.hidden_name(FIRST, "deleting")
+    (root / FIRST).rename(gone)
+    return {"whole": whole.name, "torn": torn.name, "gone": gone.name}
+
+
+def test_repair_rolls_whole_drafts_forward_and_sweeps_the_rest(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("shards")
+    made = _crashed(run)
+    before = contents(run)
+    told = tool("repair", run, "--dry-run")
+    assert told.code == 0
+    assert sorted(told.out.splitlines()) == sorted(
+        [f"{made['whole']}: published", f"{made['torn']}: removed", f"{made['gone']}: removed"]
+    )
+    assert contents(run) == before
+    (run / "checkpoints" / "BEST").unlink()
+    (run / "checkpoints" / "BEST").symlink_to(FIRST)
+    done = json.loads(tool("repair", run, "--json").out)
+    assert f"BEST leads to {SECOND}" in done["actions"]
+    assert published(run) == [SECOND, LAST]
+    assert not list((run / "checkpoints").glob(".*"))
+    assert (run / "checkpoints" / "LATEST").resolve().name == LAST
+    assert tool("verify", run).code == 0
+    assert tool("repair", run).out.strip() == "nothing to do"

@@ -1,0 +1,393 @@
+"""Sweeps in a stranger's application: jobs keep apart, an interrupted sweep goes on, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+
+APP = """
+import os, signal, sys, time
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+
+import hydra_ckpt
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="app")
+@hydra_ckpt.resumable_job
+def main(cfg):
+    out = Path(HydraConfig.get().runtime.output_dir)
+    torch.manual_seed(cfg.seed)
+    if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr)
+    with instantiate(cfg.callbacks.checkpoint) as ckpt:
+        start = ckpt.on_train_begin(hydra_ckpt.AppState(model, optimizer))
+        begin = start.step if start else 0
+        with open(os.environ["RUNS"], "a") as runs:
+            runs.write(f"{out.name} {begin}\\n")
+        if cfg.fail:
+            raise RuntimeError("no such luck")
+        for step in range(begin + 1, cfg.steps + 1):
+            loss = (model(torch.ones(8, 4)) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if os.environ.get("KILL") == f"{out.name} {step}":
+                os.kill(os.getpid(), getattr(signal, os.environ["HOW"]))
+            ckpt.on_step_end(step)
+            if step % 2 == 0:
+                ckpt.on_validation_end({"loss": cfg.lr + 1 / step})
+            if ckpt.should_stop:
+                return ckpt.best_metric
+        ckpt.on_train_end()
+        return ckpt.best_metric
+
+
+main()
+"""
+CONF = {
+    "defaults": [{"checkpoint": "default"}, {"callbacks": "hydra_ckpt"}, "_self_"],
+    "lr": 0.1,
+    "seed": 0,
+    "steps": 6,
+    "fail": False,
+    "callbacks": {"checkpoint": {"every_n_steps": 2}},
+}
+
+
+class App:
+    """The application in a directory of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.sweep = root, root / "sweep"
+        (root / "conf").mkdir()
+        (root / "app.py").write_text(APP)
+        (root / "conf" / "app.yaml").write_text(yaml.safe_dump(CONF))
+
+    def run(self, *arguments: str, kill: str = "", how: str = "SIGKILL") -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how}
+        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "app.py", *arguments]
+        return subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+
+    def sweep_over(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "hydra.sweep.dir=sweep", *arguments, **options)
+
+    @property
+    def runs(self) -> list[str]:
+        """Job and first step of every time the function was called, since this was asked last."""
+        path = self.root / "runs"
+        found = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return found
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.sweep / "checkpoints_summary.json").read_text())
+
+    @property
+    def states(self) -> list[str]:
+        return [job["state"] for job in self.summary["jobs"]]
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> App:
+    return App(tmp_path)
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(app: App) -> None:
+    died = app.sweep_over("lr=0.3,0.1,0.2", kill="1 5")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert app.runs == ["0 0", "1 0"]
+    assert app.states == ["finished", "running"]  # as it was written; who asks now is told better
+    listed = _tool("list", app.sweep, "--json")
+    assert [job["state"] for job in listed["jobs"]] == ["finished", "interrupted"]
+
+    done = app.sweep_over("lr=0.3,0.1,0.2", "hydra/callbacks=hydra_ckpt_summary")
+    assert done.returncode == 0, done.stderr
+    assert app.runs == ["1 4", "2 0"]  # the first is not run, the second resumes, the third begins
+    assert "the job is finished already" in (app.sweep / "0" / "app.log").read_text()
+    summary = app.summary
+    assert app.states == ["finished"] * 3
+    assert [job["overrides"] for job in summary["jobs"]] == [["lr=0.3"], ["lr=0.1"], ["lr=0.2"]]
+    assert [job["objective"] for job in summary["jobs"]] == pytest.approx([0.3 + 1 / 6, 0.1 + 1 / 6, 0.2 + 1 / 6])
+    assert [job["last"]["step"] for job in summary["jobs"]] == [6, 6, 6]
+    assert summary["jobs"][1]["metric"] == {"name": "loss", "mode": "min", "value": pytest.approx(0.1 + 1 / 6)}
+    assert summary["best"]["job"] == "1"
+    assert summary["jobs"][1]["last"]["exports"]["model"] == "1/checkpoints/epoch_0_step_6/model/consolidated"
+    assert (app.sweep / "BEST").resolve() == app.sweep / "1" / "checkpoints" / "epoch_0_step_6"
+    assert not (app.sweep / "BEST").readlink().is_absolute()
+    for shown in ("lr=0.1", "finished", "loss 0.266667", "BEST"):
+        assert shown in done.stdout
+    assert _tool("list", app.sweep, "--json") == summary
+
+    again = app.sweep_over("lr=0.3,0.1,0.2")
+    assert (again.returncode, app.runs) == (0, [])
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_again_and_again_ends_as_if_it_had_not_been(app: App) -> None:
+    for kill in ("0 1", "0 6", "1 1", "1 2", "2 6"):
+        assert app.sweep_over("lr=0.3,0.1,0.2", kill=kill).returncode == -signal.SIGKILL
+    assert app.sweep_over("lr=0.3,0.1,0.2").returncode == 0
+    assert app.runs == ["0 0", "0 0", "0 4", "1 0", "1 0", "1 0", "2 0", "2 4"]
+    assert [job["objective"] for job in app.summary["jobs"]] == pytest.approx([0.3 + 1 / 6, 0.1 + 1 / 6, 0.2 + 1 / 6])
+
+
+def test_ctrl_c_and_failures_are_recorded_and_run_again(app: App) -> None:
+    stopped = app.sweep_over("fail=true,false", "lr=0.1,0.2", kill="3 3", how="SIGINT")
+    assert stopped.returncode != 0
+    assert app.runs == ["0 0", "1 0", "2 0", "3 0"]
+    assert app.states == ["failed", "failed", "finished", "interrupted"]
+    assert app.summary["jobs"][0]["error"] == "RuntimeError: no such luck"
+    assert app.summary["jobs"][0]["last"] is None
+    again = app.sweep_over("fail=true,false", "lr=0.1,0.2", "hydra/callbacks=hydra_ckpt_summary")
+    assert again.returncode == 1
+    assert app.runs == ["0 0", "1 0", "3 2"]
+    assert app.states == ["failed", "failed", "finished", "finished"]
+    assert "failed" in again.stdout  # although Hydra tells nobody of the end of such a sweep
+
+
+def test_sigterm_ends_the_sweep_and_the_same_command_goes_on(app: App) -> None:
+    stopped = app.sweep_over("lr=0.3,0.1", "callbacks.checkpoint.requeue_exit_code=85", kill="0 3", how="SIGTERM")
+    assert (stopped.returncode, app.runs) == (85, ["0 0"])
+    assert app.states == ["stopped"]
+    assert app.summary["jobs"][0]["last"]["step"] == 3
+    done = app.sweep_over("lr=0.3,0.1", "callbacks.checkpoint.requeue_exit_code=85")
+    assert (done.returncode, app.runs) == (0, ["0 3", "1 0"])
+    (app.sweep / "STOP").touch()
+    held = app.sweep_over("lr=0.3,0.1,0.2", "callbacks.checkpoint.requeue_exit_code=85")
+    assert (held.returncode, app.runs) == (0, [])
+    assert "no further job begins" in (app.sweep / "0" / "app.log").read_text()
+
+
+def test_a_job_of_another_configuration_is_refused_in_a_sweep_and_run_alone(app: App) -> None:
+    assert app.sweep_over("lr=0.3,0.1", "steps=2").returncode == 0
+    assert app.runs == ["0 0", "1 0"]
+    shifted = app.sweep_over("lr=0.2,0.1", "steps=2")
+    assert shifted.returncode == 1
+    assert "0 belongs to a job with another configuration (lr: 0.3 -> 0.2)" in shifted.stderr
+    assert app.runs == []
+    # How a run is saved is no part of what it computes; a finished one is then looked at again.
+    assert app.sweep_over("lr=0.3,0.1", "steps=2", "checkpoint=async").returncode == 0
+    assert app.runs == ["0 2", "1 2"]
+    one = ["hydra.run.dir=one", "steps=2"]
+    assert app.run(*one).returncode == 0
+    assert app.run(*one).returncode == 0
+    assert app.run("hydra.run.dir=one", "steps=4").returncode == 0
+    assert app.runs == ["one 0", "one 2"]
+    assert "the configuration has changed since the last start: steps: 2 -> 4" in (app.root / "one/app.log").read_text()
+
+
+@pytest.mark.parametrize("place", [pytest.param("relative", marks=pytest.mark.slow), "absolute"])
+def test_jobs_never_share_a_directory(app: App, place: str) -> None:
+    if place == "relative":
+        assert app.sweep_over("lr=0.3,0.1", "checkpoint.checkpoint_dir=ckpt/mine").returncode == 0
+        assert [(app.sweep / job / "ckpt/mine/LATEST").exists() for job in "01"] == [True, True]
+        assert [job["last"]["path"] for job in app.summary["jobs"]] == [
+            f"{job}/ckpt/mine/epoch_0_step_6" for job in "01"
+        ]
+        return
+    done = app.sweep_over("lr=0.3,0.1", f"checkpoint.checkpoint_dir={app.root / 'shared'}")
+    assert done.returncode == 1
+    assert "belongs to the sweep job" in done.stderr
+    assert app.runs == ["0 0"]
+    assert app.states == ["finished", "failed"]
+
+
+@pytest.mark.slow
+def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "app.py"]
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    for expected in (["run 0", "run 0"], []):
+        command = [*torchrun, "hydra.run.dir=run", "steps=2"]
+        done = subprocess.run(
+            command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert app.runs == expected
+
+
+def _tool(*arguments: Any) -> Any:
+    command = [sys.executable, "-m", "hydra_ckpt.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# -- many jobs in one process, and other people's sweepers ---------------------------------------------------------
+
+PROBE = """
+import gc, json, os, threading
+
+import psutil
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from hydra.experimental.callback import Callback
+
+
+class Probe(Callback):
+    def on_job_end(self, config, **_):
+        gc.collect()
+        process = psutil.Process()
+        with open(os.environ["PROBE"], "a") as file:
+            file.write(json.dumps({
+                "threads": sorted(thread.name for thread in threading.enumerate()),
+                "files": process.num_fds(),
+                "connections": len(process.net_connections()),
+                "memory": process.memory_info().rss,
+                "groups": len(dist.distributed_c10d._world.pg_map),
+                "singletons": bool(AcceleratorState._shared_state or PartialState._shared_state),
+                "children": len(process.children()),
+            }) + "\\n")
+"""
+TINY = [
+    f"data.path={REPOSITORY / 'hydra_ckpt'}",
+    "data.max_bytes=60000",
+    "data.seq_len=16",
+    "trainer.batch_size=2",
+    "trainer.max_steps=3",
+    "trainer.validate_every=3",
+    "trainer.validate_batches=1",
+    "callbacks.checkpoint.every_n_steps=2",
+    "checkpoint=async",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE)
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PROBE": str(tmp_path / "probe")}
+    seeds = f"seed={','.join(map(str, range(32)))}"
+    command = [
+        sys.executable,
+        "-m",
+        "hydra_ckpt.recipe",
+        "-m",
+        "run_name=many",
+        "+hydra.callbacks.probe._target_=probe.Probe",
+    ]
+    done = subprocess.run(
+        [*command, *TINY, seeds],
+        cwd=tmp_path,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=880,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "probe").read_text().splitlines()]
+    assert len(found) == 32
+    print(*(f"{item['memory'] >> 20} MiB, {item['files']} files" for item in found), sep="\n")
+    for key in ("threads", "files", "connections", "groups", "singletons", "children"):
+        assert all(item[key] == found[1][key] for item in found[1:]), [item[key] for item in found]
+    assert not found[-1]["singletons"]
+    # The first jobs fill allocators and caches.
+    assert found[-1]["memory"] - found[7]["memory"] < 24 << 20
+    summary = json.loads((tmp_path / "multirun/hydra_ckpt/many/checkpoints_summary.json").read_text())
+    assert [job["state"] for job in summary["jobs"]] == ["finished"] * 32
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that sees this one's packages, and has other people's Hydra plugins beside them."""
+    directory = tmp_path_factory.mktemp("plugins")
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    [site] = directory.glob("lib/python*/site-packages")
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    install = [directory / "bin/python", "-m", "pip", "install", "-q", "hydra-optuna-sweeper", "hydra-joblib-launcher"]
+    subprocess.run(install, check=True, timeout=500)
+    return directory / "bin/python"
+
+
+def _sweep_with(plugins: Path, app: App, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [plugins, "app.py", "-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", *arguments]
+    return subprocess.run(
+        command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_optuna_gets_the_objective_and_a_failed_trial_is_recorded(app: App, plugins: Path) -> None:
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "lr=choice(0.1)", "steps=2"]
+    done = _sweep_with(plugins, app, *optuna)
+    assert done.returncode == 0, done.stderr
+    results = yaml.safe_load((app.sweep / "optimization_results.yaml").read_text())
+    assert results["best_value"] == pytest.approx(0.6)
+    assert results["best_value"] == min(job["objective"] for job in app.summary["jobs"])
+    assert app.states == ["finished"] * 3
+    assert app.runs == ["0 0", "1 0", "2 0"]
+    failed = _sweep_with(
+        plugins, app, "hydra.sweep.dir=bad", *optuna[:3], "fail=choice(true)", "hydra.sweeper.max_failure_rate=1.0"
+    )
+    summary = json.loads((app.root / "bad/checkpoints_summary.json").read_text())
+    assert [job["state"] for job in summary["jobs"]] == ["failed"] * 3, failed.stderr
+    assert summary["jobs"][0]["error"] == "RuntimeError: no such luck"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_jobs_of_a_parallel_launcher_keep_apart_and_are_all_in_the_summary(app: App, plugins: Path) -> None:
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=4", "lr=0.1,0.2,0.3,0.4"]
+    done = _sweep_with(plugins, app, *joblib)
+    assert done.returncode == 0, done.stderr
+    assert sorted(app.runs) == ["0 0", "1 0", "2 0", "3 0"]
+    assert app.states == ["finished"] * 4
+    assert app.summary["best"]["job"] == "0"
+    assert all((app.sweep / job / "checkpoints/LATEST").exists() for job in "0123")
+    assert _sweep_with(plugins, app, *joblib).returncode == 0
+    assert app.runs == []
+
+
+# -- the command that goes on --------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_command_that_goes_on_and_it_does(app: App) -> None:
+    place = "kept/it's = odd, $HOME"
+    hydra = place.replace("'", "\\'")
+    died = app.run(f"hydra.run.dir='{hydra}'", "+note='a b, \"c\"'", "lr=0.25", kill=f"{Path(place).name} 5")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    run = app.root / place
+    tool = [sys.executable, "-m", "hydra_ckpt.cli", "show"]
+    shown = subprocess.run(
+        [*tool, run, "--command"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    environment = {**os.environ, "RUNS": str(app.root / "runs_again"), "PYTHONPATH": str(REPOSITORY)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    again = subprocess.run(
+        ["bash", "-c", shown.stdout], cwd="/", env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert again.returncode == 0, shown.stdout + again.stderr
+    assert (app.root / "runs_again").read_text() == f"{Path(place).name} 4\n"
+    assert json.loads((run / "hydra_ckpt_job.json").read_text())["state"] == "finished"
+    data = _tool("show", run, "--json")
+    assert data["overrides"] == ["+note='a b, \"c\"'", "lr=0.25"]
+    assert (data["step"], data["pointers"], data["problem"]) == (6, ["BEST", "LATEST"], None)
+    assert data["details"]["optimizers"] == ["SGD"]
+    assert data["changed"] == []
+    assert data["parts"].keys() == {"model"}
+    assert sum(data["files"].values()) == data["bytes"]

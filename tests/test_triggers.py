@@ -1,0 +1,200 @@
+"""What makes runs save and stop: files, signals, exit codes; and that the ranks agree about it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from hydra_ckpt import CheckpointCallback, CheckpointConfigError, CheckpointError, CheckpointingConfig
+from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.triggers.requests import INTERVAL_S, RequestFiles
+from hydra_ckpt.triggers.signals import parse_signals
+from tests.test_callback import make, make_state, steps
+
+
+def run_until_stopped(callback: CheckpointCallback, most: int = 400) -> int:
+    step = 0
+    while not callback.should_stop and step < most:
+        time.sleep(0.01)
+        step += 1
+        callback.on_step_end(step)
+    return step
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_save_saves_once_and_a_file_stop_saves_and_stops(tmp_path: Path) -> None:
+    with make(tmp_path, _requeue_exit_code=85) as callback:
+        callback.on_train_begin(make_state())
+        (tmp_path / "SAVE").touch()
+        saved = [step for step in range(1, 6) if callback.on_step_end(step) is not None]
+        assert saved == [1]
+        assert not (tmp_path / "SAVE").exists()
+        (tmp_path / "STOP").touch()
+        step = 5
+        while not callback.should_stop and step < 400:
+            step += 1
+            time.sleep(0.02)
+            callback.on_step_end(step)
+        callback.on_train_end()
+        assert callback.exit_code == 0  # whoever stops a run by a file does not want it to come back
+    assert steps(tmp_path) == [1, step]
+    assert not (tmp_path / "STOP").exists()
+    with make(tmp_path, _every_n_steps=1) as callback:  # obeyed once
+        callback.on_train_begin(make_state())
+        callback.on_step_end(step + 1)
+        assert not callback.should_stop
+
+
+def test_files_are_looked_for_at_most_once_a_second_and_a_sweep_s_stop_stays(tmp_path: Path) -> None:
+    job, sweep = tmp_path / "0", tmp_path
+    job.mkdir()
+    files = RequestFiles([job, job], shared=sweep)
+    assert files.look(10.0) == set()
+    (job / "SAVE").touch()
+    (sweep / "STOP").touch()
+    (sweep / "SAVE").touch()
+    assert files.look(10.0 + INTERVAL_S / 2) == set()
+    assert files.look(10.0 + INTERVAL_S) == {"SAVE", "STOP"}
+    assert files.look(10.0 + 2 * INTERVAL_S) == {"STOP"}
+    assert (sweep / "STOP").exists()
+    (job / "STOP").mkdir()  # no request, but a directory that happens to be called so
+    (sweep / "STOP").unlink()
+    assert files.look(20.0) == set()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may remove everything")
+def test_a_file_that_cannot_be_removed_is_obeyed_once(tmp_path: Path) -> None:
+    (tmp_path / "SAVE").touch()
+    tmp_path.chmod(0o500)
+    files = RequestFiles([tmp_path])
+    assert [files.look(now) for now in (1.0, 3.0, 5.0)] == [{"SAVE"}, set(), set()]
+
+
+# -- signals and exit codes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["SIGUSR1", "usr1", 10, "10", ["SIGUSR1"], [10], ("usr1",)])
+def test_signals_are_named_in_any_of_the_usual_ways(given: Any) -> None:
+    assert parse_signals(given) == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("given", ["SIGFOO", True, [None], 12345, -1, [1.5]])
+def test_what_is_no_signal_is_refused(given: Any) -> None:
+    with pytest.raises(CheckpointConfigError, match="there is no signal"):
+        parse_signals(given)
+
+
+def test_a_run_that_stops_to_be_continued_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    with make(tmp_path / "signal", _requeue_exit_code=85) as callback:
+        callback.on_train_begin(make_state())
+        assert callback.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        callback.on_step_end(1)
+        assert (callback.should_stop, callback.exit_code) == (True, 85)
+    with make(tmp_path / "time", _requeue_exit_code=85, _max_run_time_s=5.2) as callback:
+        callback.on_train_begin(make_state())
+        assert run_until_stopped(callback) < 400
+        assert callback.exit_code == 85
+    with make(tmp_path / "unset") as callback:
+        callback.on_train_begin(make_state())
+        os.kill(os.getpid(), signal.SIGTERM)
+        callback.on_step_end(1)
+        assert (callback.should_stop, callback.exit_code) == (True, 0)
+    for code in (0, 256, True, "85"):
+        with pytest.raises(CheckpointConfigError, match="requeue_exit_code="):
+            CheckpointCallback(CheckpointingConfig(), requeue_exit_code=code)
+
+
+def test_the_time_limit_counts_what_saves_and_steps_have_taken() -> None:
+    from hydra_ckpt.triggers.schedule import Schedule
+
+    nothing = dict.fromkeys(["every_n_steps", "every_n_seconds", "every_n_epochs", "at_steps"], None)
+    schedule = Schedule.of(**nothing, on_improvement=False, max_run_time_s=100.0)
+    schedule.begin(1000.0)
+    assert not schedule.is_time_up(1084.0, 10.0)
+    assert schedule.is_time_up(1085.0, 10.0)
+    assert Schedule.of(**schedule.as_data()) == schedule.__class__.of(**schedule.as_data())
+
+
+# -- two ranks -----------------------------------------------------------------------------------------------------
+
+
+def _two_ranks(root: Path) -> dict[str, Any]:
+    rank, state = dist.get_rank(), make_state()
+    found: dict[str, Any] = {}
+
+    # Cadences differ: rank 0's count.
+    with make(root / "cadence", _every_n_steps=(2, 3)[rank], _at_steps=([5], None)[rank]) as callback:
+        callback.on_train_begin(state)
+        found["cadence"] = [step for step in range(1, 7) if callback.on_step_end(step) is not None]
+
+    # Rank 0's metrics count; nonsense elsewhere harms nobody.
+    with make(root / "metrics", _every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        best = []
+        for step, loss in enumerate([3.0, 2.0, -0.0, 1.0], start=1):
+            callback.on_step_end(step, metrics={"loss": loss} if rank == 0 else {"a": "nonsense", "b": 1})
+            best.append(callback.best_metric)
+            if step == 2:
+                callback.on_validation_end({"loss": 1.5} if rank == 0 else {"x": 1, "y": 2})
+                best.append(callback.best_metric)
+        callback.on_train_end()
+        found["best"] = [*best, callback.best_metric]
+
+    # What rank 0 cannot make sense of is raised on all ranks at the same step.
+    with make(root / "refused", _every_n_steps=9) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1, metrics={"a": 1, "b": 2} if rank == 0 else None)
+        with pytest.raises(CheckpointConfigError, match="the metrics given are a, b"):
+            callback.on_step_end(2)
+        with pytest.raises(CheckpointConfigError, match="the metrics given are a, b"):
+            callback.on_validation_end({"a": 1, "b": 2} if rank == 0 else {"c": 1})
+        callback.on_step_end(3)
+
+    # A file.
+    if rank == 0:
+        (root / "file").mkdir()
+        (root / "file" / "SAVE").touch()
+    with make(root / "file") as callback:
+        callback.on_train_begin(state)
+        found["file"] = [step for step in range(1, 5) if callback.on_step_end(step) is not None]
+        found["step"] = _signalled(callback, rank)
+
+    # Ranks at different steps.
+    with make(root / "steps", _every_n_steps=99, consolidation_timeout_minutes=0.2) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1)
+        callback.on_step_end(2 + rank)
+        with pytest.raises(CheckpointError, match=r"for step 2, another for step 3\. Every rank has to call it"):
+            callback.on_step_end(4)
+    return found
+
+
+def _signalled(callback: CheckpointCallback, rank: int) -> tuple[int, int]:
+    """The step at which rank 1 gets a signal, and the one at which both stop."""
+    for step in range(5, 12):
+        if step == 7 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        callback.on_step_end(step)
+        if callback.should_stop:
+            return 7, step
+    return 7, 0
+
+
+def test_two_ranks_agree_at_every_step(tmp_path: Path) -> None:
+    one, other = run_distributed(_two_ranks, 2, tmp_path)
+    assert one == other
+    assert one["cadence"] == [2, 4, 5, 6]
+    # What comes with a step counts from the next one on, what validation gives at once.
+    assert one["best"] == [None, 3.0, 1.5, 1.5, 0.0, 0.0]
+    assert one["file"] == [1]
+    assert one["step"] == (7, 8)
+    assert steps(tmp_path / "file") == [1, 8]
