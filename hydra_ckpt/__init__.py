@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hydra_ckpt.callback import CheckpointCallback
     from hydra_ckpt.checkpointer import Checkpointer
     from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode
+    from hydra_ckpt.jobs.process_group import init_process_group
     from hydra_ckpt.registry import register
     from hydra_ckpt.report import LoadReport
     from hydra_ckpt.saving.pending import PendingSave
@@ -49,6 +50,7 @@ __all__ = [
     "SaveConsolidatedMode",
     "SaveFailedError",
     "TopologyError",
+    "init_process_group",
     "register",
     "resumable",
 ]
@@ -62,6 +64,7 @@ _HOMES = {
     "LoadReport": "hydra_ckpt.report",
     "PendingSave": "hydra_ckpt.saving.pending",
     "SaveConsolidatedMode": "hydra_ckpt.config",
+    "init_process_group": "hydra_ckpt.jobs.process_group",
     "register": "hydra_ckpt.registry",
     "resumable": "hydra_ckpt.state.dataloader",
 }

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
-from hydra_ckpt.jobs import launch
 from hydra_ckpt.recipe.data import load_windows
 from hydra_ckpt.recipe.mesh import plan_parallelism
 from hydra_ckpt.recipe.model import build_model
@@ -30,11 +29,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def resolvers() -> None:
-    launch.register_resolvers()
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -185,25 +179,6 @@ def test_the_learning_rate_warms_up_and_falls(schedule: str, end: float) -> None
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[20] == pytest.approx(end)
-
-
-# --- launch
-
-
-def test_the_launch_time_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYDRA_CKPT_LAUNCH_TIME", "2024-05-06T07:08:09")
-    launch._launched_at.cache_clear()
-    assert launch._run_directory(None) == "2024-05-06/07-08-09"
-    assert launch._run_directory("mine") == "mine"
-    launch._launched_at.cache_clear()
-
-
-def test_ranks_that_cannot_agree_on_a_time_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("HYDRA_CKPT_LAUNCH_TIME", raising=False)
-    launch._launched_at.cache_clear()
-    with pytest.raises(TopologyError, match="run_name"):
-        launch._run_directory(None)
 
 
 # --- the command line

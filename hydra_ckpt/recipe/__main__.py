@@ -16,7 +16,6 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.jobs.launch import register_resolvers
 from hydra_ckpt.registry import register
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ def _checkpoint_error_in(error: BaseException | None) -> CheckpointError | None:
 def main() -> None:
     """Composes the configuration and trains; see `--help`."""
     register()
-    register_resolvers()
     _job()
 
 
