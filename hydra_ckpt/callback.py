@@ -79,6 +79,10 @@ class CheckpointCallback:
             on_improvement=on_improvement,
             max_run_time_s=max_run_time_s,
         )
+        if not isinstance(save_on_exception, bool):  # a text would count as true
+            raise CheckpointConfigError(
+                f"callbacks.checkpoint.save_on_exception={save_on_exception!r}: expected true or false"
+            )
         self._save_on_exception = save_on_exception
         self._signals = SignalWatch(signals)
         self._state: AppState | None = None

@@ -231,28 +231,6 @@ def test_composing_imports_no_torch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("typo", ["trainer.max_stepz=1", "checkpoint.is_asinc=true", "chekpoint=async"])
-def test_a_typo_is_refused_by_its_name(typo: str, tmp_path: Path) -> None:
-    result = command(typo, cwd=tmp_path)
-    assert result.returncode == 1
-    assert typo.partition("=")[0].rpartition(".")[2] in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("checkpoint.save_consolidated=sometimes", "CheckpointConfigError: checkpoint.save_consolidated='sometimes'"),
-        ("mesh.dp_shard=2", "TopologyError: mesh.dp_replicate=1, mesh.dp_shard=2"),
-        ("data.path=/nowhere", "CheckpointConfigError: data.path=/nowhere"),
-    ],
-)
-def test_an_error_of_ours_is_one_message_and_exit_code_1(override: str, says: str, tmp_path: Path) -> None:
-    result = command(override, cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stdout.count(says) == 1
-    assert "Traceback" not in result.stdout + result.stderr
-
-
 # --- from start to end
 
 SMALL = (

@@ -26,11 +26,12 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
         **options: Its further arguments, but none about stores and ranks.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     if "RANK" not in os.environ or dist.is_initialized():
         return
     store, rank, size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"hydra_ckpt/attempt_{attempt}/job_{next(_jobs)}", store)
+    store = PrefixStore(f"hydra_ckpt/attempt_{attempt}/job_{next(_jobs)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)

@@ -16,6 +16,8 @@ from hydra_ckpt.errors import CheckpointConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from hydra_ckpt.config import CheckpointingConfig
+
 __all__ = [
     "DataSettings",
     "MeshSettings",
@@ -23,6 +25,7 @@ __all__ = [
     "OptimizerSettings",
     "Settings",
     "TrainerSettings",
+    "check_together",
     "read_settings",
 ]
 
@@ -146,6 +149,19 @@ def read_settings(cfg: DictConfig) -> Settings:
         raise CheckpointConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     _check(settings)
     return settings
+
+
+def check_together(settings: Settings, checkpoint: CheckpointingConfig) -> None:
+    """Refuses what the recipe and its checkpoints cannot do together, before a model is built.
+
+    Raises:
+        CheckpointConfigError: One of them is for an adapter and the other is not.
+    """
+    if (settings.lora is not None) != checkpoint.is_peft and checkpoint.enabled:
+        raise CheckpointConfigError(
+            f"lora is {'null' if settings.lora is None else 'set'} and checkpoint.is_peft={checkpoint.is_peft}: an "
+            "adapter is trained with both (experiment=hydra_ckpt_lora), a whole model with neither"
+        )
 
 
 def _check(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from hydra_ckpt.recipe.model import add_adapter, build_model, load_pretrained
 from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
 from hydra_ckpt.recipe.reporting import Report
 from hydra_ckpt.recipe.session import seed_everything, session, world_size
-from hydra_ckpt.recipe.settings import read_settings
+from hydra_ckpt.recipe.settings import check_together, read_settings
 from hydra_ckpt.recipe.tokenizer import byte_tokenizer
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.dataloader import resumable
@@ -51,12 +51,11 @@ def train(cfg: DictConfig) -> float:
     """
     settings = read_settings(cfg)
     parallelism = plan_parallelism(settings.mesh, world_size(), settings.model)
+    checkpoints: CheckpointCallback = instantiate(cfg.callbacks.checkpoint)  # refuses before anything is built
+    check_together(settings, checkpoints.config)
     with session(settings.trainer, Path(HydraConfig.get().runtime.output_dir)) as accelerator:
-        run = _prepare(settings, parallelism, accelerator, instantiate(cfg.checkpoint))
-        with (
-            Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report,
-            instantiate(cfg.callbacks.checkpoint) as checkpoints,
-        ):
+        run = _prepare(settings, parallelism, accelerator, checkpoints.config)
+        with Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report, checkpoints:
             _train(run, checkpoints, report)
             best = checkpoints.best_metric
     return float("nan") if best is None else float(best)
