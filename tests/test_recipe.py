@@ -48,7 +48,7 @@ def test_the_defaults_are_valid() -> None:
     assert composed().callbacks.checkpoint.every_n_steps == 50
 
 
-@pytest.mark.parametrize("option", ["llama_tiny", "llama_small"])
+@pytest.mark.parametrize("option", ["llama_tiny", "llama_small", "mixtral_tiny"])
 def test_every_model_has_between_one_and_five_million_parameters(option: str) -> None:
     model = build_model(settings(f"hydra_ckpt_model={option}").model, seed=0)
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
@@ -61,12 +61,14 @@ def test_every_model_has_between_one_and_five_million_parameters(option: str) ->
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be at least 1"),
         ("trainer.mixed_precision=fp16", r"trainer\.mixed_precision=fp16 is not one of: no, bf16"),
         ("trainer.tracker=nowhere", "one of: null, tensorboard"),
+        ("trainer.batch_size=6 mesh.pp=2", r"pipeline\.microbatches=4 does not divide trainer\.batch_size=6"),
+        ("model.tie_word_embeddings=true mesh.pp=2", r"mesh\.pp=2: model\.tie_word_embeddings=true"),
         ("data.seq_len=4096", r"longer than model\.max_position_embeddings"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key(override: str, says: str) -> None:
     with pytest.raises(CheckpointConfigError, match=says):
-        settings(override)
+        settings(*override.split())
 
 
 # --- data
@@ -128,6 +130,7 @@ def mesh(**sizes: int) -> MeshSettings:
         ({"dp_replicate": -1, "dp_shard": 1}, 4, (4, 1, 1)),
         ({"tp": 2}, 8, (1, 4, 2)),
         ({"dp_replicate": 2, "dp_shard": 2, "tp": 2}, 8, (2, 2, 2)),
+        ({"pp": 2}, 4, (1, 2, 1)),
     ],
 )
 def test_meshes_are_filled(sizes: dict[str, int], world_size: int, expected: tuple[int, int, int]) -> None:
@@ -135,7 +138,18 @@ def test_meshes_are_filled(sizes: dict[str, int], world_size: int, expected: tup
     assert (plan.dp_replicate, plan.dp_shard, plan.tp) == expected
     ranks = [plan.data_rank(rank) for rank in range(world_size)]
     assert set(ranks) == set(range(plan.data_ranks))
-    assert all(ranks.count(rank) == plan.tp for rank in ranks)
+    assert all(ranks.count(rank) == plan.tp * plan.pp for rank in ranks)
+
+
+def test_experts_are_spread_evenly() -> None:
+    model = settings("hydra_ckpt_model=mixtral_tiny").model
+    plan = plan_parallelism(mesh(ep=2), 4, model)
+    assert (plan.dp_shard, plan.ep) == (2, 2)
+    assert [plan.data_rank(rank) for rank in range(4)] == [0, 0, 1, 1]
+    with pytest.raises(TopologyError, match=r"mesh\.ep=3 does not divide model\.num_local_experts=4"):
+        plan_parallelism(mesh(ep=3), 3, model)
+    with pytest.raises(TopologyError, match=r"mesh\.tp=2: model\.architecture=mixtral has mesh\.ep here"):
+        plan_parallelism(mesh(tp=2), 2, model)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +159,8 @@ def test_meshes_are_filled(sizes: dict[str, int], world_size: int, expected: tup
         ({"tp": 2}, 3, r"3 ranks cannot be divided by 2 to fill mesh\.dp_shard"),
         ({"tp": -1}, 2, "only one dimension"),
         ({"tp": 0}, 2, r"mesh\.tp=0"),
-        ({"pp": 2}, 2, r"mesh\.pp=2: this recipe has no pp dimension"),
-        ({"ep": -1, "dp_shard": 1}, 2, r"mesh\.ep=2: this recipe has no ep dimension"),
+        ({"pp": 2, "tp": 2}, 4, r"mesh\.tp=2.*: this recipe combines mesh\.pp with mesh\.dp_shard only"),
+        ({"ep": -1, "dp_shard": 1}, 2, r"mesh\.ep=2: model\.architecture=llama has mesh\.tp and mesh\.pp here"),
         ({"tp": 4}, 4, r"mesh\.tp=4 does not divide model\.num_attention_heads=6"),
     ],
 )
@@ -169,7 +183,7 @@ def test_initial_weights_follow_the_seed_and_nothing_else() -> None:
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
 def test_the_learning_rate_warms_up_and_falls(schedule: str, end: float) -> None:
     chosen = replace(settings().optimizer, schedule=schedule, warmup_steps=4, lr=1.0)
-    optimizer = build_optimizer(torch.nn.Linear(1, 1), chosen)
+    optimizer = build_optimizer([torch.nn.Linear(1, 1)], chosen)
     scheduler = build_schedule(optimizer, chosen, max_steps=20)
     rates = []
     for _ in range(21):
