@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hydra_ckpt.callback import CheckpointCallback
     from hydra_ckpt.checkpointer import Checkpointer
     from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode
+    from hydra_ckpt.jobs.process_group import init_process_group
     from hydra_ckpt.registry import register
     from hydra_ckpt.report import LoadReport
     from hydra_ckpt.saving.pending import PendingSave
@@ -50,6 +51,7 @@ __all__ = [
     "SaveConsolidatedMode",
     "SaveFailedError",
     "TopologyError",
+    "init_process_group",
     "register",
     "resumable",
     "resumable_job",
@@ -64,6 +66,7 @@ _HOMES = {
     "LoadReport": "hydra_ckpt.report",
     "PendingSave": "hydra_ckpt.saving.pending",
     "SaveConsolidatedMode": "hydra_ckpt.config",
+    "init_process_group": "hydra_ckpt.jobs.process_group",
     "register": "hydra_ckpt.registry",
     "resumable": "hydra_ckpt.state.dataloader",
     "resumable_job": "hydra_ckpt.sweeps.job",

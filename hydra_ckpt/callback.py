@@ -44,10 +44,12 @@ class CheckpointCallback:
         at_steps: Save at these steps.
         on_improvement: Save when validation improves the metric that decides.
         save_on_exception: Save when the loop raises, if every rank gets there in time.
-        max_run_time_s: Save and stop before this much time has passed since training began.
-        signals: Names or numbers of signals that save and stop the run.
-        requeue_exit_code: What `exit_code` is after a signal or the time limit has stopped the run, for schedulers
-            that start a job again by its exit code.
+        max_run_time_s: Save and stop before this much time has passed since training began; the longest save so far,
+            two steps and five seconds are kept free for it.
+        signals: Signals that save and stop: a name, a number, or a list of them. One on any rank suffices; all ranks
+            save behind the next step. Handlers that were there before are called as well.
+        requeue_exit_code: What `exit_code` of the callback is after a signal or `max_run_time_s` has stopped the run,
+            from 1 to 255; see [clusters](clusters.md#exit-codes).
         checkpointer: A Checkpointer to use instead of one built from `config`.
     """
 
@@ -76,6 +78,10 @@ class CheckpointCallback:
             on_improvement=on_improvement,
             max_run_time_s=max_run_time_s,
         )
+        if not isinstance(save_on_exception, bool):  # a text would count as true
+            raise CheckpointConfigError(
+                f"callbacks.checkpoint.save_on_exception={save_on_exception!r}: expected true or false"
+            )
         self._save_on_exception = save_on_exception
         self._watch = Watch(self._schedule, SignalWatch(signals))
         self._requeue_exit_code = _exit_code(requeue_exit_code)

@@ -23,6 +23,7 @@ from hydra_ckpt.values import (
     count,
     minutes,
     optional,
+    positive,
     refuse,
     rules,
     switch,
@@ -70,7 +71,7 @@ _CHECKS: dict[str, Check] = {
     "on_conflict": choice("raise", "set_aside"),
     "best_metric_mode": choice("min", "max"),
     "max_recent_checkpoints": optional(count),
-    "retention": optional(rules("newest", "best", "every_n_steps")),
+    "retention": optional(rules("any_of", newest=count, best=count, every_n_steps=count, younger_than_s=positive)),
     "wait_for_staging": switch,
     "cpu_offload": switch,
     "consolidation_timeout_minutes": minutes,
@@ -141,44 +142,80 @@ def _is_geq_torch_2_9() -> bool:
 
 @dataclass
 class CheckpointingConfig:
-    """All settings of checkpointing. docs/configuration.md explains each at length.
+    """All settings of checkpointing. The texts here are also those of docs/configuration.md (scripts/reference.py).
 
     Attributes:
-        enabled: False: nothing is written, nothing is resumed.
-        checkpoint_dir: Relative: below Hydra's run directory when Hydra runs, else below the working directory.
-        model_save_format: "safetensors", or "torch_save" for PyTorch's own ``.distcp`` files.
-        model_cache_dir: Where the reference model is looked for; None becomes the Hugging Face hub cache.
-        model_repo_id: The reference model, a hub id or a local directory; unset: taken from the model.
-        save_consolidated: Never ("false"), at the end ("final") or at every save ("every").
-        is_peft: Only adapter weights are saved.
-        model_state_dict_keys: The model's names before parallelization, where a rank sees only part of them.
-        is_async: Training goes on while the files are written.
-        dequantize_base_checkpoint: True permits, False forbids, None detects.
-        original_model_root_dir: Where the export takes the original config, tokenizer and code from.
-        skip_task_head_prefixes_for_base_model: Names beginning so keep their initialization in a base load.
-        single_rank_consolidation: Only rank 0 writes the consolidated files.
-        staging_dir: Consolidated files are written there first, then copied into place.
-        v4_compatible: The original config.json is exported, without its quantization settings.
-        diffusers_compatible: Files and index are named as diffusers names them.
-        best_metric_key: Which metric decides BEST.
-        restore_from: auto, none, latest, best, a directory name, or a path.
-        restore_parts: The parts to restore, None for all; ``[model]`` takes over weights only.
-        on_conflict: Later steps than the one started from: "raise" an error or "set_aside".
-        best_metric_mode: Whether the smallest ("min") or largest ("max") value is best.
-        max_recent_checkpoints: How many of the newest stay; None keeps all.
-        retention: Further rules, as plain data.
-        wait_for_staging: `save()` returns only after everything is copied.
-        cpu_offload: Tensors are moved to host memory one by one as they are extracted.
-        consolidation_timeout_minutes: Longest wait of one rank for the others.
-        allow_legacy_pickle_restore: Pickled data of other tools may be read, which can run code.
-        verify_on_load: Every byte is compared with its digest while it is loaded.
-        shared_writes: Ranks on several hosts may fill one file together: true, false, or "auto": not on file systems
-            that may lose neighbouring ranges (NFS, SMB, FUSE). If not, each rank writes files of its own.
-        on_save_failure: A save that failed ends training ("raise") or is logged ("warn").
-        when_busy: A save that is due while the one before is still being written waits for it ("wait") or is left
-            out ("skip"); rank 0 decides for all. The last save of a run always waits.
-        export_dtype: Element type of exported floating-point tensors: "float32", "float16" or "bfloat16".
-        model_card: Exports have a README.md that says how they were made.
+        enabled: `false`: nothing is written, nothing is resumed, no directory appears, every hook returns at once. A
+            `restore_from` other than `auto` is then warned about.
+        checkpoint_dir: Where checkpoints lie. Relative: below Hydra's run directory when Hydra runs, else below the
+            working directory. `~` is expanded, parents are created. Rank 0 decides, the others follow.
+        model_save_format: `safetensors`, or `torch_save`: PyTorch's own `.distcp` files for model and optimizer.
+        model_cache_dir: Where the reference model is looked for; null becomes the Hugging Face hub cache.
+        model_repo_id: The reference model: a local directory, or a hub id found in the cache (its `main` revision;
+            nothing is downloaded). A base load reads its weights; exports take its files' map, the element type of
+            each tensor, tokenizer and code. Null: exports take it from where `from_pretrained` found the model, if
+            that is still there.
+        save_consolidated: When the model is written as a Hugging Face directory: `false` (also `no`, `off`, `never`,
+            `none`), `final`: by the save at the end of training, `every` (also `true`, `always`): by every save.
+            Other saves write one file of shards a rank. With `torch_save` it has no effect, and a warning says so.
+        is_peft: Only the adapter of a `PeftModel` is saved (and its `modules_to_save`), at every save, in the form
+            `peft` loads. With `torch_save` the format becomes `safetensors` and the mode `final`, warned. A
+            `PeftModel` with `false`, or another model with `true`, is an error.
+        model_state_dict_keys: The model's names in the order of the exported files, where ranks see only part of
+            them. All ranks together must hold exactly these.
+        is_async: Training goes on while a background thread writes; see
+            [concepts](concepts.md#saving-in-the-background). With torch older than 2.9 it is switched off with an
+            error in the log.
+        dequantize_base_checkpoint: Whether `load_base_model` may turn FP8 weights into the model's element type:
+            `true` permits, `false` forbids, null: where the reference is quantized.
+        original_model_root_dir: Where the export takes the original configuration, tokenizer and code from, if not
+            from the reference model.
+        skip_task_head_prefixes_for_base_model: `load_base_model` leaves names that begin so as they were initialized,
+            e.g. `[classifier., score.]`.
+        single_rank_consolidation: Only rank 0 writes the consolidated files: the ranks write shards, rank 0 merges
+            them.
+        staging_dir: The consolidated files are merged by rank 0 into this directory first, then copied into place
+            from front to back: for file systems without random writes.
+        v4_compatible: Export the original `config.json`, without its quantization settings; the live one becomes
+            `config.v5.json`.
+        diffusers_compatible: Exported files are named `diffusion_pytorch_model*.safetensors`, their index likewise.
+        best_metric_key: The metric that decides which checkpoint is best. `default`: a metric of that name, else the
+            only one given; several are an error that lists them.
+        restore_from: `auto`: what LATEST names if it is whole, else the newest whole checkpoint, else a fresh start.
+            `null` (also `none`, `no`, `false`, `off`): a fresh start. `latest`, `best`, the name of a directory, or a
+            path (seen from `checkpoint_dir`, then from the working directory): that one, or an error.
+        restore_parts: Which parts to load, a list of `model`, `optimizer`, `lr_scheduler`, `dataloader`, `rng`,
+            `extras`, `progress`; null: all. Without `progress` the run starts at step 0: `[model]` takes over weights
+            only.
+        on_conflict: A run that starts below published steps: `raise` an error, or `set_aside` the later ones
+            (renamed, not deleted). Decided at the start, never in the middle of training.
+        best_metric_mode: Whether the smallest (`min`) or the largest (`max`) value is best. NaN and infinities never
+            are.
+        max_recent_checkpoints: How many of the newest checkpoints stay; null: all. Short for `retention: {newest:
+            …}`.
+        retention: Further rules, see [below](#retention).
+        wait_for_staging: With `is_async`: `save()` returns only after everything is copied, instead of letting the
+            copy overlap with the next forward and backward pass.
+        cpu_offload: Tensors of an accelerator are moved to host memory one by one in any case; accepted for
+            configurations that set it.
+        consolidation_timeout_minutes: The longest wait of one rank for the others, at any step of a save or load.
+        allow_legacy_pickle_restore: Permit reading what other tools have pickled: see [checkpoints of other
+            tools](concepts.md#checkpoints-of-other-tools), and `.bin` files in `load_base_model`, of which nothing
+            but tensors is unpickled.
+        verify_on_load: Every byte is compared with its digest while it is loaded; what no rank needs is shared out.
+        shared_writes: Whether ranks on several hosts may fill one file together. `auto`: not on NFS, SMB, FUSE and
+            the like, which may lose neighbouring ranges; on one host always. If not, each rank writes files of its
+            own, and rank 0 merges the consolidated ones.
+        on_save_failure: A save that failed ends training (`raise`), or is logged while training goes on (`warn`). The
+            final save raises in any case.
+        when_busy: A save that is due while the one before is still being written waits for it (`wait`) or is left out
+            (`skip`); rank 0 decides for all. The last save of a run, and the one before it stops, always wait.
+        export_dtype: Element type of the floating-point tensors of exports: `float32`, `float16` or `bfloat16`; null:
+            the reference model's, tensor by tensor, else the training's. Other tensors are untouched. Where it is not
+            the training's, shards for resuming are written beside the export.
+        model_card: Exports have a `README.md`, a model card to be completed: library, base model, step, metrics known
+            at the save, versions, Hydra's overrides and configuration. See that nothing in these is secret before you
+            publish it.
     """
 
     enabled: bool = True

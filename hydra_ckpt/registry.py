@@ -1,4 +1,4 @@
-"""What Hydra is told about this package: the schemas behind its options, and where the options lie."""
+"""What Hydra is told about this package: the schemas and resolvers behind its options, and where the options lie."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from hydra_ckpt.config import CheckpointingConfig
+from hydra_ckpt.jobs.launch import register_resolvers
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
-__all__ = ["register"]
+__all__ = ["offer", "register"]
 
 _PROVIDER = "hydra_ckpt"
 
@@ -70,8 +71,8 @@ class HydraCkptSearchPath(SearchPathPlugin):
             search_path.append(_PROVIDER, _options_location())
 
 
-def store_schemas() -> None:
-    """Put the schemas into Hydra's ConfigStore; doing so again changes nothing.
+def offer() -> None:
+    """Put the schemas into Hydra's ConfigStore, and the resolvers into OmegaConf; doing so again changes nothing.
 
     Classes are stored, not instances: an instance would have run its validation, and the enum and the resolved
     cache directory would show up in every printed configuration.
@@ -79,6 +80,7 @@ def store_schemas() -> None:
     store = ConfigStore.instance()
     store.store(group="checkpoint", name="base_checkpoint", node=CheckpointSchema, provider=_PROVIDER)
     store.store(group="callbacks", name="base_hydra_ckpt_callback", node=CallbackSchema, provider=_PROVIDER)
+    register_resolvers()
 
 
 def register() -> None:
@@ -87,7 +89,7 @@ def register() -> None:
     An installed package is found by Hydra itself. Call this before ``@hydra.main`` runs where it is only on the
     Python path, as in a bare checkout.
     """
-    store_schemas()
+    offer()
     Plugins.instance().register(HydraCkptSearchPath)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "count",
     "minutes",
     "optional",
+    "positive",
     "refuse",
     "rules",
     "switch",
@@ -121,15 +122,32 @@ def minutes(name: str, value: object) -> float:
     return float(value)
 
 
-def rules(*counts: str) -> Check:
-    """A check that takes a mapping of rules as plain data, those named here being whole numbers from 1."""
+def positive(name: str, value: object) -> float:
+    """Takes a number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        refuse(name, value, "a positive number")
+    return value
+
+
+def rules(nested: str, **known: Check) -> Check:
+    """A check that takes a mapping of rules as plain data: those known, and under `nested` a list of such mappings."""
 
     def check(name: str, value: object) -> dict[str, Any]:
         given = _plain(value)
         if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
             refuse(name, given, "a mapping like {newest: 3, best: 2, every_n_steps: 1000}")
-        for key in given.keys() & set(counts):
-            count(f"{name}.{key}", given[key])
+        for key, item in given.items():
+            if key == nested and isinstance(item, list):
+                for position, inner in enumerate(item):
+                    check(f"{name}.{key}[{position}]", inner)
+            elif key == nested:
+                refuse(f"{name}.{key}", item, "a list of mappings, such as [{newest: 3}]")
+            elif key in known:
+                known[key](f"{name}.{key}", item)
+            else:
+                raise CheckpointConfigError(
+                    f"checkpoint.{name}.{key}: there is no such rule; choose from {', '.join([*known, nested])}."
+                )
         return copy.deepcopy(given)
 
     return check

@@ -37,7 +37,7 @@ VALID = [
     {"model_state_dict_keys": ["a.weight", "b.weight"], "skip_task_head_prefixes_for_base_model": ["lm_head."]},
     {"restore_from": None}, {"restore_from": "no"}, {"restore_from": "epoch_0_step_200"},
     {"restore_parts": ["model", "rng"], "on_conflict": "set_aside", "best_metric_mode": "max"},
-    {"retention": {"newest": 3, "best": 2, "every_n_steps": 1000, "of": {"more": [1, 2.5, "x", None]}}},
+    {"retention": {"newest": 3, "best": 2, "every_n_steps": 1000, "any_of": [{"younger_than_s": 2.5}, {"best": 1}]}},
     {"max_recent_checkpoints": 3, "retention": {"newest": 3}},
     {"dequantize_base_checkpoint": False, "model_repo_id": "org/name", "staging_dir": "/fast"},
     {"consolidation_timeout_minutes": 1, "enabled": False},
@@ -227,29 +227,29 @@ def test_a_round_trip_through_omegaconf_and_yaml(valid):
 
 def test_containers_of_omegaconf_become_plain_ones():
     node = OmegaConf.create(
-        {"keys": ["a", "b"], "rules": {"newest": 2, "deep": {"list": [1]}}, "two": "${rules.newest}"}
+        {"keys": ["a", "b"], "rules": {"newest": 2, "any_of": [{"best": 1}]}, "two": "${rules.newest}"}
     )
     config = CheckpointingConfig(
         model_state_dict_keys=node["keys"],
         restore_parts=OmegaConf.create(["model"]),
-        retention={"every_n_steps": node.two, "inside": node.rules},
+        retention={"every_n_steps": node.two, "any_of": [node.rules]},
     )
     assert type(config.model_state_dict_keys) is list
     assert type(config.restore_parts) is list
-    assert config.retention == {"every_n_steps": 2, "inside": {"newest": 2, "deep": {"list": [1]}}}
-    assert type(config.retention["inside"]) is dict
+    assert config.retention == {"every_n_steps": 2, "any_of": [{"newest": 2, "any_of": [{"best": 1}]}]}
+    assert type(config.retention["any_of"][0]) is dict
 
 
 def test_the_settings_do_not_share_the_caller_s_containers():
-    keys, rules = ["a"], {"newest": 2, "deep": {"list": [1]}}
+    keys, rules = ["a"], {"newest": 2, "any_of": [{"best": 1}]}
     config = CheckpointingConfig(model_state_dict_keys=keys, retention=rules)
     resolved = config.resolve()
     keys.append("b")
-    rules["deep"]["list"].append(2)
+    rules["any_of"][0]["best"] = 2
     config.retention["newest"] = 9
     assert config.model_state_dict_keys == ["a"]
-    assert config.retention["deep"] == {"list": [1]}
-    assert resolved.keep.retention == {"newest": 2, "deep": {"list": [1]}}
+    assert config.retention["any_of"] == [{"best": 1}]
+    assert resolved.keep.retention == {"newest": 2, "any_of": [{"best": 1}]}
 
 
 # ---------------------------------------------------------------- settings that exclude each other

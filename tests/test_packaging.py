@@ -161,7 +161,8 @@ def test_hydra_discovers_the_plugin_without_torch_and_at_little_cost(installed, 
     assert found["torch"] is False, "this environment was to hold no torch"
     assert found["loaded"] == []
     assert found["ours"] == [
-        "hydra_ckpt", "hydra_ckpt.config", "hydra_ckpt.errors", "hydra_ckpt.registry", "hydra_ckpt.values",
+        "hydra_ckpt", "hydra_ckpt.config", "hydra_ckpt.errors", "hydra_ckpt.jobs", "hydra_ckpt.jobs.launch",
+        "hydra_ckpt.registry", "hydra_ckpt.values",
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.pointers import protected
-from hydra_ckpt.store.retention import Context, policies, superfluous
+from hydra_ckpt.store.retention import _ANY_OF, _POLICIES, Context, policies, superfluous
 
 STATE = AppState(torch.nn.Linear(2, 1))
 
@@ -84,17 +84,21 @@ def test_age_is_counted_from_the_save(eight: Path) -> None:
 @pytest.mark.parametrize(
     ("retention", "named"),
     [
-        ({"latest": 3}, "retention.latest: unknown policy; choose from newest, best, every_n_steps"),
-        ({"younger_than_s": 0}, "retention.younger_than_s"),
-        ({"any_of": {"newest": 3}}, r"retention.any_of: expected a list of policies such as \[{newest: 3}\]"),
-        ({"any_of": [{"wrong": 3}]}, "retention.wrong: unknown policy"),
+        ({"latest": 3}, "retention.latest: there is no such rule; choose from newest, best, every_n_steps"),
+        ({"younger_than_s": 0}, "retention.younger_than_s=0 is not valid"),
+        ({"any_of": {"newest": 3}}, r"retention.any_of=.*it takes a list of mappings, such as \[{newest: 3}\]"),
+        ({"any_of": [{"wrong": 3}]}, r"retention.any_of\[0\].wrong: there is no such rule"),
     ],
 )
-def test_a_wrong_policy_is_refused_by_name(tmp_path: Path, retention: dict[str, Any], named: str) -> None:
-    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "new"), retention=retention)
+def test_a_wrong_rule_is_refused_by_name(retention: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointConfigError, match=named):
-        config.build(0, 0, 0)
-    assert not (tmp_path / "new").exists()
+        CheckpointingConfig(retention=retention)
+
+
+def test_the_rules_that_are_checked_are_those_there_are() -> None:
+    with pytest.raises(CheckpointConfigError) as caught:
+        CheckpointingConfig(retention={"latest": 3})
+    assert str(caught.value).endswith(f"choose from {', '.join([*_POLICIES, _ANY_OF])}.")
 
 
 def test_pointers_of_any_make_protect_what_they_lead_to(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ warning, everything else ends the application of somebody who may not even use t
 """
 
 try:
-    from hydra_ckpt.registry import HydraCkptSearchPath, store_schemas
+    from hydra_ckpt.registry import HydraCkptSearchPath, offer
 
-    store_schemas()
+    offer()
 except ImportError:
     raise
 except Exception as error:

@@ -1,7 +1,8 @@
 """What the ranks of one launch agree on before there is a process group; torch-free unless ranks must be asked.
 
 Hydra starts in every rank by itself: left alone, each would choose its own timestamped run directory and write its own
-copies of the configuration and the log. Three resolvers for `hydra.run.dir` and its neighbours prevent that:
+copies of the configuration and the log. Three resolvers prevent that; the options `hydra/output=hydra_ckpt` and
+`hydra/job_logging=hydra_ckpt` use them:
 
 - `${hydra_ckpt.launch_time:FORMAT}`: one time for all ranks, which also outlives restarts by torchrun;
 - `${hydra_ckpt.run_directory:NAME}`: NAME where there is one, else the launch time;
@@ -67,7 +68,8 @@ def _first_to_say(now: str) -> str:
     if not _is_torchrun():
         raise TopologyError(
             "several ranks were started, but not by torchrun, so they cannot agree on a timestamped run directory; "
-            f"give run_name=..., or set {_TIME_VARIABLE} to one ISO time for all of them"
+            "give its name (hydra.run.dir=..., in hydra-ckpt-train run_name=...), or set "
+            f"{_TIME_VARIABLE} to one ISO time for all of them"
         )
     said: bytes = _agents_store().compare_set(_STORE_KEY, "", now)
     return said.decode()

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.jobs.launch import register_resolvers
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.recipe.refusals import refusal
 from hydra_ckpt.registry import register
 from hydra_ckpt.sweeps.job import resumable_job
 
@@ -29,19 +28,24 @@ __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_said: set[str] = set()  # what jobs have logged themselves; texts, because an error would keep its job's tensors alive
+
 
 @hydra.main(version_base="1.3", config_path=None, config_name="hydra_ckpt_train")
 @resumable_job
 def _job(cfg: DictConfig) -> float:
     try:
         return _training()(cfg)
-    except (CheckpointError, InstantiationException) as error:
-        meant = _checkpoint_error_in(error)
-        # In a sweep Hydra has to see the error itself, or the jobs behind this one would not run.
-        if meant is None or HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        line = refusal(error)
+        if line is None:
             raise
-        # The message says all there is to say; a traceback would hide it.
-        log.error("%s: %s", type(meant).__name__, meant)
+        log.error(line)
+        _said.add(line)
+        # In a sweep Hydra has to see the error itself, or the jobs behind this one would not run.
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
         sys.exit(1)
 
 
@@ -55,18 +59,27 @@ def _training() -> Callable[[DictConfig], float]:
     return train
 
 
-def _checkpoint_error_in(error: BaseException | None) -> CheckpointError | None:
-    """The error raised on purpose, which `instantiate` wraps when it comes from a constructor."""
-    while error is not None and not isinstance(error, CheckpointError):
-        error = error.__cause__
-    return error
-
-
 def main() -> None:
-    """Composes the configuration and trains; see `--help`."""
+    """Composes the configuration and trains; see `--help`.
+
+    What is refused is said in one line. For everything else, or with HYDRA_FULL_ERROR=1, there is the stack.
+    """
     register()
-    register_resolvers()
-    _job()
+    if os.environ.get(_FULL_ERROR) == "1":
+        _job()
+        return
+    os.environ[_FULL_ERROR] = "1"  # Hydra's own report would hide the exception; so asked, it raises it
+    try:
+        _job()
+    except Exception as error:
+        line = refusal(error)
+        if line is None:
+            raise
+        if line not in _said:
+            log.error(line)
+        sys.exit(1)
+    finally:
+        del os.environ[_FULL_ERROR]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.recipe.experts import LocalExperts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Parallelism", "plan_parallelism", "shard_model"]
 
 _FILL = -1
-_BUILT = ("dp_replicate", "dp_shard", "tp")
+# From the outermost to the innermost dimension: what talks most has its ranks next to each other.
+_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 _TP_PLAN = {
     "self_attn.q_proj": ColwiseParallel(),
     "self_attn.k_proj": ColwiseParallel(),
@@ -38,13 +40,17 @@ class Parallelism:
     """How many ranks do what; their product is the world.
 
     Attributes:
-        dp_replicate: Groups of ranks that each hold the whole model.
+        pp: Stages of a pipeline, each with some of the layers.
+        dp_replicate: Groups of ranks that each hold the whole model, or stage.
         dp_shard: Ranks among which FSDP shards it.
+        ep: Ranks among which each layer's experts are spread; they see equal batches.
         tp: Ranks among which each matrix is split; they see equal batches.
     """
 
+    pp: int
     dp_replicate: int
     dp_shard: int
+    ep: int
     tp: int
 
     @property
@@ -53,18 +59,13 @@ class Parallelism:
         return self.dp_replicate * self.dp_shard
 
     @property
-    def is_ddp(self) -> bool:
-        """Whole replicas only: DistributedDataParallel does it."""
-        return self.dp_replicate > 1 and self.dp_shard == self.tp == 1
-
-    @property
     def is_sharded(self) -> bool:
         """Parameters are DTensors."""
-        return self.dp_shard > 1 or self.tp > 1
+        return self.dp_shard > 1 or self.tp > 1 or self.ep > 1
 
     def data_rank(self, rank: int) -> int:
-        """Which batches a rank sees. The tensor-parallel dimension is the innermost of the mesh."""
-        return rank // self.tp
+        """Which batches a rank sees."""
+        return rank // (self.ep * self.tp) % self.data_ranks
 
     def device_mesh(self, device_type: str) -> DeviceMesh | None:
         """Dimensions of more than one rank and always `dp_shard`, by name; None for a single process.
@@ -85,7 +86,6 @@ def plan_parallelism(mesh: MeshSettings, world_size: int, model: ModelSettings) 
     """
     sizes = {name: int(size) for name, size in asdict(mesh).items()}
     _refuse_sizes(sizes)
-    _refuse_unbuilt(sizes)
     filled = [name for name, size in sizes.items() if size == _FILL]
     given = math.prod(size for size in sizes.values() if size != _FILL)
     shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
@@ -97,22 +97,26 @@ def plan_parallelism(mesh: MeshSettings, world_size: int, model: ModelSettings) 
         raise TopologyError(
             f"{shown}: this is a mesh of {given} ranks, but {world_size} run; set one of them to -1 to fill it"
         )
-    _refuse_unbuilt(sizes)
-    _refuse_uneven_heads(sizes["tp"], model)
-    return Parallelism(**{name: sizes[name] for name in _BUILT})
+    _refuse_architecture(sizes, model.architecture)
+    _refuse_uneven(sizes, model)
+    if sizes["pp"] > 1 and sizes["dp_replicate"] * sizes["tp"] > 1:
+        raise TopologyError(f"{shown}: this recipe combines mesh.pp with mesh.dp_shard only")
+    return Parallelism(**{name: sizes[name] for name in _DIMENSIONS})
 
 
-def shard_model(model: LlamaForCausalLM | PeftModel, mesh: DeviceMesh) -> None:
-    """Splits matrices over `tp` and shards layer by layer over `dp_shard`, replicated over `dp_replicate`, in place.
+def shard_model(model: PreTrainedModel | PeftModel, mesh: DeviceMesh) -> None:
+    """Spreads it over `ep` or `tp` and shards layer by layer over `dp_shard`, replicated over `dp_replicate`, in place.
 
     Collective: every rank of the mesh.
     """
     names = mesh.mesh_dim_names or ()
-    core: Any = model if isinstance(model, LlamaForCausalLM) else model.get_base_model()
-    layers = list(core.model.layers)
-    if "tp" in names:
-        for layer in layers:
+    core: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    layers = [layer for layer in core.model.layers if next(layer.parameters(), None) is not None]
+    for layer in layers:
+        if "tp" in names:
             parallelize_module(layer, mesh["tp"], _TP_PLAN)
+        if "ep" in names:
+            layer.mlp.experts = LocalExperts(layer.mlp.experts, mesh["ep"])
     data = mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
     for layer in layers:
         fully_shard(layer, mesh=data)
@@ -128,13 +132,24 @@ def _refuse_sizes(sizes: dict[str, int]) -> None:
             raise TopologyError(f"mesh.{name}={size}: give a number of ranks, or -1 for whatever is left")
 
 
-def _refuse_unbuilt(sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if size > 1 and name not in _BUILT:
-            raise TopologyError(f"mesh.{name}={size}: this recipe has no {name} dimension; leave it at 1")
+def _refuse_architecture(sizes: dict[str, int], architecture: str) -> None:
+    splits = {"llama": ("tp", "pp"), "mixtral": ("ep",)}
+    for dimension in ("tp", "pp", "ep"):
+        if sizes[dimension] > 1 and dimension not in splits[architecture]:
+            raise TopologyError(
+                f"mesh.{dimension}={sizes[dimension]}: model.architecture={architecture} has mesh."
+                f"{' and mesh.'.join(splits[architecture])} here; leave mesh.{dimension} at 1"
+            )
 
 
-def _refuse_uneven_heads(tp: int, model: ModelSettings) -> None:
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(model, name) % tp:
-            raise TopologyError(f"mesh.tp={tp} does not divide model.{name}={getattr(model, name)}")
+def _refuse_uneven(sizes: dict[str, int], model: ModelSettings) -> None:
+    divided = {
+        "tp": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "ep": ("num_local_experts",),
+    }
+    for dimension, names in divided.items():
+        for name in names if sizes[dimension] > 1 else ():
+            if (getattr(model, name) or 1) % sizes[dimension]:
+                raise TopologyError(
+                    f"mesh.{dimension}={sizes[dimension]} does not divide model.{name}={getattr(model, name)}"
+                )

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -21,13 +21,13 @@ _LOWEST = 0.1
 """The share of the learning rate that a falling schedule ends at."""
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AdamW:
-    """AdamW over all parameters of `model` that are trained."""
+def build_optimizer(parts: Sequence[nn.Module], settings: OptimizerSettings) -> AdamW:
+    """AdamW over all parameters that are trained, of a model or of the parts of it that this rank holds."""
     first, second = settings.betas
     # One parameter at a time: under tensor parallelism the parameters lie on different meshes, and a fused step over
     # such a list is refused.
     return AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad],
         lr=settings.lr,
         betas=(first, second),
         weight_decay=settings.weight_decay,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 from contextlib import contextmanager
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +15,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.jobs.process_group import init_process_group
 from hydra_ckpt.state.seeded_batches import derive
 
 if TYPE_CHECKING:
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from hydra_ckpt.recipe.settings import TrainerSettings
 
 __all__ = ["seed_everything", "session", "world_size"]
-
-_groups = count()
 
 
 def world_size() -> int:
@@ -69,11 +65,7 @@ def session(trainer: TrainerSettings, run_dir: Path) -> Iterator[Accelerator]:
 def _start_process_group(*, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(rendezvous("env://"))
-    # torchrun's store outlives a job of a sweep and a restart: neither may find the addresses of the one before in it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"hydra_ckpt/attempt_{attempt}/job_{next(_groups)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
 def _accelerator(trainer: TrainerSettings, run_dir: Path, *, cuda: bool) -> Accelerator:

@@ -16,21 +16,29 @@ from hydra_ckpt.errors import CheckpointConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from hydra_ckpt.config import CheckpointingConfig
+
 __all__ = [
     "DataSettings",
     "MeshSettings",
     "ModelSettings",
     "OptimizerSettings",
+    "PipelineSettings",
     "Settings",
     "TrainerSettings",
+    "check_together",
     "read_settings",
 ]
 
 
 @dataclass
 class ModelSettings:
-    """The shape of the Llama; names as in `transformers.LlamaConfig`. With `pretrained` that model's shape instead."""
+    """The model's shape; names as in `transformers.LlamaConfig` and `MixtralConfig`.
 
+    With `pretrained` it has that shape instead. `num_local_experts` and `num_experts_per_tok` are for a Mixtral.
+    """
+
+    architecture: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -39,6 +47,8 @@ class ModelSettings:
     max_position_embeddings: int
     attention_dropout: float
     tie_word_embeddings: bool
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
     pretrained: str | None = None
 
 
@@ -101,6 +111,14 @@ class MeshSettings:
 
 
 @dataclass
+class PipelineSettings:
+    """How the model is cut and fed where `mesh.pp` is above 1."""
+
+    parts_per_rank: int
+    microbatches: int
+
+
+@dataclass
 class Settings:
     """Everything but the checkpointing, which `instantiate` makes from its own part of the configuration."""
 
@@ -110,10 +128,12 @@ class Settings:
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     mesh: MeshSettings
+    pipeline: PipelineSettings
     lora: LoraSettings | None = None
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
+    "model.architecture": ("llama", "mixtral"),
     "trainer.mixed_precision": ("no", "bf16"),
     "trainer.tracker": (None, "tensorboard"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
@@ -122,6 +142,8 @@ _AT_LEAST = {
     "data.max_bytes": 1,
     "data.seq_len": 2,
     "optimizer.warmup_steps": 0,
+    "pipeline.parts_per_rank": 1,
+    "pipeline.microbatches": 1,
     "trainer.max_steps": 1,
     "trainer.batch_size": 1,
     "trainer.grad_accumulation": 1,
@@ -148,6 +170,19 @@ def read_settings(cfg: DictConfig) -> Settings:
     return settings
 
 
+def check_together(settings: Settings, checkpoint: CheckpointingConfig) -> None:
+    """Refuses what the recipe and its checkpoints cannot do together, before a model is built.
+
+    Raises:
+        CheckpointConfigError: One of them is for an adapter and the other is not.
+    """
+    if (settings.lora is not None) != checkpoint.is_peft and checkpoint.enabled:
+        raise CheckpointConfigError(
+            f"lora is {'null' if settings.lora is None else 'set'} and checkpoint.is_peft={checkpoint.is_peft}: an "
+            "adapter is trained with both (experiment=hydra_ckpt_lora), a whole model with neither"
+        )
+
+
 def _check(settings: Settings) -> None:
     for key, choices in _CHOICES.items():
         if (value := _at(settings, key)) not in choices:
@@ -156,12 +191,32 @@ def _check(settings: Settings) -> None:
     for key, least in _AT_LEAST.items():
         if (value := _at(settings, key)) < least:
             raise CheckpointConfigError(f"{key}={value} must be at least {least}")
-    if settings.lora is not None and settings.mesh.tp > 1:
-        raise CheckpointConfigError(f"mesh.tp={settings.mesh.tp}: this recipe does not split adapters; leave it at 1")
+    if settings.model.pretrained == "":
+        raise CheckpointConfigError(
+            "model.pretrained has to be given: a directory, such as .../checkpoints/LATEST/model/consolidated of "
+            "another run, or a hub id in the cache"
+        )
+    _check_mesh(settings)
     if settings.data.seq_len > settings.model.max_position_embeddings:
         raise CheckpointConfigError(
             f"data.seq_len={settings.data.seq_len} is longer than "
             f"model.max_position_embeddings={settings.model.max_position_embeddings}"
+        )
+
+
+def _check_mesh(settings: Settings) -> None:
+    """What does not depend on how many ranks there are."""
+    for name, size in (("tp", settings.mesh.tp), ("pp", settings.mesh.pp), ("ep", settings.mesh.ep)):
+        if size != 1 and settings.lora is not None:
+            raise CheckpointConfigError(f"mesh.{name}={size}: this recipe does not split adapters; leave it at 1")
+    if settings.mesh.pp > 1 and settings.trainer.batch_size % settings.pipeline.microbatches:
+        raise CheckpointConfigError(
+            f"pipeline.microbatches={settings.pipeline.microbatches} does not divide "
+            f"trainer.batch_size={settings.trainer.batch_size}"
+        )
+    if settings.mesh.pp > 1 and settings.model.tie_word_embeddings:
+        raise CheckpointConfigError(
+            f"mesh.pp={settings.mesh.pp}: model.tie_word_embeddings=true would need one matrix on two stages"
         )
 
 

@@ -16,17 +16,19 @@ from hydra_ckpt.recipe.data import load_windows
 from hydra_ckpt.recipe.mesh import plan_parallelism, shard_model
 from hydra_ckpt.recipe.model import add_adapter, build_model, load_pretrained
 from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
+from hydra_ckpt.recipe.passes import InOnePiece, Pass, Pipelined
 from hydra_ckpt.recipe.reporting import Report
 from hydra_ckpt.recipe.session import seed_everything, session, world_size
-from hydra_ckpt.recipe.settings import read_settings
+from hydra_ckpt.recipe.settings import check_together, read_settings
+from hydra_ckpt.recipe.stages import cut
 from hydra_ckpt.recipe.tokenizer import byte_tokenizer
-from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.app_state import AppState, as_list
 from hydra_ckpt.state.dataloader import resumable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from omegaconf import DictConfig
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import AdamW
     from torch.optim.lr_scheduler import LambdaLR
@@ -51,12 +53,11 @@ def train(cfg: DictConfig) -> float:
     """
     settings = read_settings(cfg)
     parallelism = plan_parallelism(settings.mesh, world_size(), settings.model)
+    checkpoints: CheckpointCallback = instantiate(cfg.callbacks.checkpoint)  # refuses before anything is built
+    check_together(settings, checkpoints.config)
     with session(settings.trainer, Path(HydraConfig.get().runtime.output_dir)) as accelerator:
-        run = _prepare(settings, parallelism, accelerator, instantiate(cfg.checkpoint))
-        with (
-            Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report,
-            instantiate(cfg.callbacks.checkpoint) as checkpoints,
-        ):
+        run = _prepare(settings, parallelism, accelerator, checkpoints.config)
+        with Report(settings.trainer.max_steps, is_main=accelerator.is_main_process) as report, checkpoints:
             _train(run, checkpoints, report)
             best = checkpoints.best_metric
     return float("nan") if best is None else float(best)
@@ -70,8 +71,8 @@ class _Run:
         settings: The recipe's part of the configuration.
         accelerator: Drives device, precision, gradient accumulation, clipping and trackers.
         mesh: None for a single process.
-        model: What holds the parameters, and what checkpoints see.
-        forward: What is called: `model`, or accelerate's wrapper of it.
+        model: What holds the parameters, and what checkpoints see; of a pipeline the parts that this rank has.
+        passing: How a batch goes through it and back.
         optimizer: What checkpoints see.
         stepper: The optimizer as accelerate wraps it: it does nothing while gradients accumulate.
         schedule: Of the learning rate, one step an optimizer step.
@@ -83,7 +84,7 @@ class _Run:
     accelerator: Accelerator
     mesh: DeviceMesh | None
     model: Any
-    forward: nn.Module
+    passing: Pass
     optimizer: AdamW
     stepper: Any
     schedule: LambdaLR
@@ -99,24 +100,17 @@ class _Run:
             tokenizer=byte_tokenizer(),
         )
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """Mean loss of a batch of token ids, shape (batch, seq_len)."""
-        tokens = batch.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            loss: Tensor = self.forward(input_ids=tokens, labels=tokens, use_cache=False).loss
-        return loss
-
-    def mean_over_ranks(self, value: Tensor) -> float:
-        return float(self.accelerator.reduce(value, reduction="mean"))
+    def mean_over_ranks(self, loss: Tensor) -> float:
+        return float(self.accelerator.reduce(loss, reduction="mean")) / self.passing.seen_by
 
 
 def _prepare(
     settings: Settings, parallelism: Parallelism, accelerator: Accelerator, checkpoint: CheckpointingConfig
 ) -> _Run:
     mesh = parallelism.device_mesh(accelerator.device.type)
-    model = _model(settings, mesh if parallelism.is_sharded else None, accelerator, checkpoint)
-    forward = model if parallelism.is_sharded else accelerator.prepare_model(model)
-    optimizer = build_optimizer(model, settings.optimizer)
+    model = _model(settings, parallelism, mesh, accelerator, checkpoint)
+    passing = _passing(model, settings, parallelism, mesh, accelerator)
+    optimizer = build_optimizer(as_list(model), settings.optimizer)
     train_windows, val_windows = load_windows(settings.data)
     data_rank = parallelism.data_rank(accelerator.process_index)
     seed_everything(settings.seed, data_rank)
@@ -126,19 +120,23 @@ def _prepare(
         accelerator=accelerator,
         mesh=mesh,
         model=model,
-        forward=forward,
+        passing=passing,
         optimizer=optimizer,
         stepper=accelerator.prepare_optimizer(optimizer),
         schedule=build_schedule(optimizer, settings.optimizer, settings.trainer.max_steps),
-        training=_batches(train_windows, settings, data_rank, parallelism.data_ranks, shuffle=True),
-        validation=_batches(val_windows, settings, data_rank, parallelism.data_ranks, shuffle=False),
+        training=_batches(train_windows, settings, data_rank, parallelism, shuffle=True),
+        validation=_batches(val_windows, settings, data_rank, parallelism, shuffle=False),
     )
 
 
 def _model(
-    settings: Settings, mesh: DeviceMesh | None, accelerator: Accelerator, checkpoint: CheckpointingConfig
+    settings: Settings,
+    parallelism: Parallelism,
+    mesh: DeviceMesh | None,
+    accelerator: Accelerator,
+    checkpoint: CheckpointingConfig,
 ) -> Any:
-    """The model on its device, sharded if there is a mesh to shard it over."""
+    """The model on its device, sharded if there is a mesh to shard it over; a list of its parts in a pipeline."""
     model: Any = build_model(settings.model, settings.seed)
     pretrained = settings.model.pretrained
     if pretrained is not None and settings.lora is not None:
@@ -146,30 +144,46 @@ def _model(
     if settings.lora is not None:
         model = add_adapter(model, settings.lora, settings.seed)
     waits = pretrained is not None and settings.lora is None
+    if parallelism.pp > 1 and mesh is not None:
+        stages, first = parallelism.pp * settings.pipeline.parts_per_rank, mesh["pp"].get_local_rank()
+        model = cut(model, stages, list(range(first, stages, parallelism.pp)))
+    parts = as_list(model)
     if not waits:
-        model = model.to(accelerator.device)
-    if mesh is not None:
+        for part in parts:
+            part.to(accelerator.device)
+    if mesh is not None and parallelism.is_sharded:
         # accelerate refuses to shard on a CPU; so that it is the same everywhere, it never sees the sharded model.
-        shard_model(model, mesh)
+        for part in parts:
+            shard_model(part, mesh)
     if waits and pretrained is not None:
         load_pretrained(model, pretrained, checkpoint)  # each rank its shards
-    return model.to(accelerator.device)
+        for part in parts:
+            part.to(accelerator.device)
+    return model
+
+
+def _passing(
+    model: Any, settings: Settings, parallelism: Parallelism, mesh: DeviceMesh | None, accelerator: Accelerator
+) -> Pass:
+    if parallelism.pp > 1 and mesh is not None:
+        return Pipelined(accelerator, model, mesh["pp"], settings)
+    return InOnePiece(accelerator, model, model if parallelism.is_sharded else accelerator.prepare_model(model))
 
 
 def _batches(
-    windows: Windows, settings: Settings, data_rank: int, data_ranks: int, *, shuffle: bool
+    windows: Windows, settings: Settings, data_rank: int, parallelism: Parallelism, *, shuffle: bool
 ) -> ResumableLoader[Tensor]:
     workers = settings.trainer.num_workers if shuffle else 0
     loader = DataLoader(
         windows,
         batch_size=settings.trainer.batch_size,
         shuffle=shuffle,
-        # Ranks average their losses, so every batch has to weigh the same.
-        drop_last=shuffle,
+        # Ranks average their losses, so every batch has to weigh the same...
+        drop_last=shuffle or parallelism.pp > 1,  # and what goes through a pipeline has one shape
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-    return resumable(loader, settings.seed, rank=data_rank, world_size=data_ranks)
+    return resumable(loader, settings.seed, rank=data_rank, world_size=parallelism.data_ranks)
 
 
 def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
@@ -202,12 +216,10 @@ def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
 def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:
     """Learns from one micro-batch; True where that completed an optimizer step."""
     accelerator = run.accelerator
-    with accelerator.accumulate(run.forward):
-        loss = run.loss(batch)
-        meter.add(loss)
-        accelerator.backward(loss)
+    with accelerator.accumulate(*run.passing.modules):
+        meter.add(run.passing.learn(batch.to(accelerator.device)))
         if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(run.model.parameters(), run.settings.trainer.max_grad_norm)
+            run.passing.clip(run.settings.trainer.max_grad_norm)
         run.stepper.step()
         run.stepper.zero_grad()
     if accelerator.sync_gradients:
@@ -218,9 +230,12 @@ def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:
 @torch.no_grad()
 def _validate(run: _Run, step: int, report: Report) -> float:
     """Mean loss over the first validation batches of all ranks; the same ones each time, without dropout."""
-    run.forward.eval()
-    losses = [run.loss(batch) for batch in islice(run.validation, run.settings.trainer.validate_batches)]
-    run.forward.train()
+    for module in run.passing.modules:
+        module.eval()
+    batches = islice(run.validation, run.settings.trainer.validate_batches)
+    losses = [run.passing.evaluate(batch.to(run.accelerator.device)) for batch in batches]
+    for module in run.passing.modules:
+        module.train()
     loss = run.mean_over_ranks(torch.stack(losses).mean())
     run.accelerator.log({"val_loss": loss}, step=step)
     report.validated(step, loss)
@@ -236,7 +251,7 @@ class _Meter:
         self._losses: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
-        self._losses.append(loss.detach())
+        self._losses.append(loss)
 
     def step(self, step: int) -> None:
         self._report.step(step)

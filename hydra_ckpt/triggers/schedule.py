@@ -57,6 +57,10 @@ class Schedule:
             value = numbers[name]
             if value is not None and not isinstance(value, int):
                 raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a whole number")
+        if not isinstance(on_improvement, bool):  # a text would count as true
+            raise CheckpointConfigError(
+                f"callbacks.checkpoint.on_improvement={on_improvement!r}: expected true or false"
+            )
         if not (every_n_steps or every_n_seconds or every_n_epochs or steps or on_improvement):
             every_n_seconds = DEFAULT_INTERVAL_S
         return cls(every_n_steps, every_n_seconds, every_n_epochs, steps, on_improvement, max_run_time_s)

@@ -1,0 +1,108 @@
+"""Every recipe of the training application as a real run: killed on all ranks, and gone on to the same end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANKS = {"pretrain": 1, "finetune": 2, "lora": 2, "moe": 2, "tp_fsdp": 4, "pipeline": 2}
+FAST = ("pipeline",)
+SMALL = (
+    *(
+        "model.hidden_size=48",
+        "model.intermediate_size=64",
+        "model.num_attention_heads=4",
+        "model.num_key_value_heads=2",
+    ),
+    *("data.max_bytes=100000", "data.seq_len=32", "trainer.batch_size=4", "trainer.grad_accumulation=2"),
+    *("trainer.log_every=10", "trainer.validate_every=10", "trainer.validate_batches=1", "trainer.max_steps=40"),
+    "callbacks.checkpoint.every_n_steps=4",
+)
+
+
+def start(recipe: str, directory: Path, run_name: str, *overrides: str) -> subprocess.Popen[str]:
+    ranks = RANKS[recipe]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    arguments = [f"experiment=hydra_ckpt_{recipe}", f"run_name={run_name}", *SMALL, *overrides]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "hydra_ckpt.recipe", *arguments],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_once_saved(process: subprocess.Popen[str], checkpoints: Path) -> None:
+    """SIGKILL to the launcher and all ranks, as soon as two checkpoints are there."""
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("epoch_*"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    agent = psutil.Process(process.pid)
+    for victim in [agent, *agent.children(recursive=True)]:
+        victim.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def last(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's last checkpoint: model, optimizer, and what else lies in safetensors files."""
+    checkpoint = (directory / "checkpoints" / "LATEST").resolve()
+    assert checkpoint.name.endswith("_step_40")
+    found = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        found |= {f"{file.relative_to(checkpoint)}:{name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    "recipe", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
+)
+def test_a_recipe_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
+    runs = tmp_path / "outputs" / "hydra_ckpt"
+    overrides: tuple[str, ...] = ()
+    if recipe in ("finetune", "lora"):
+        finished(start("pretrain", tmp_path, "base", "trainer.max_steps=4"))
+        overrides = (f"model.pretrained={runs}/base/checkpoints/LATEST/model/consolidated",)
+    finished(start(recipe, tmp_path, "whole", *overrides))
+    kill_once_saved(start(recipe, tmp_path, "killed", *overrides), runs / "killed" / "checkpoints")
+    assert "loaded " in finished(start(recipe, tmp_path, "killed", *overrides))
+    whole, killed = last(runs / "whole"), last(runs / "killed")
+    assert whole.keys() == killed.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, killed[name])] == []
+    opens_in_transformers(recipe, runs / "killed" / "checkpoints" / "LATEST" / "model" / "consolidated")
+
+
+def opens_in_transformers(recipe: str, export: Path) -> None:
+    if recipe == "lora":
+        assert (export / "adapter_model.safetensors").is_file()
+        return
+    model: Any = AutoModelForCausalLM.from_pretrained(export)
+    assert type(model).__name__ == ("MixtralForCausalLM" if recipe == "moe" else "LlamaForCausalLM")
+
+
+def test_a_model_to_start_from_has_to_be_given(tmp_path: Path) -> None:
+    process = start("finetune", tmp_path, "none", "mesh.dp_shard=1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "model.pretrained has to be given: a directory" in output
