@@ -580,7 +580,6 @@ class Checkpointer:
         """Return when everything begun in the background is done: saves, added metrics, pruning."""
         if not self._closed:
             self._worker.drain()
-            self._directory.drain()
 
     def report_failure(self, *, always_raise: bool = False) -> None:
         """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on."""

@@ -219,8 +219,3 @@ class Directory:
         for item in checkpoints:
             hidden = retire(self.files, item)
             self._janitor.submit(partial(discard, self.files, hidden))
-
-    def drain(self) -> None:
-        """Return when everything retired so far is deleted."""
-        if self._janitor is not None:
-            self._janitor.drain()
