@@ -196,8 +196,8 @@ class CheckpointingConfig:
         retention: Further rules, see [below](#retention).
         wait_for_staging: With `is_async`: `save()` returns only after everything is copied, instead of letting the
             copy overlap with the next forward and backward pass.
-        cpu_offload: Tensors of an accelerator are moved to host memory one by one in any case; accepted for
-            configurations that set it.
+        cpu_offload: *No effect.* Tensors of an accelerator are moved to host memory one by one in any case; accepted
+            for configurations that set it.
         consolidation_timeout_minutes: The longest wait of one rank for the others, at any step of a save or load.
         allow_legacy_pickle_restore: Permit reading what other tools have pickled: see [checkpoints of other
             tools](concepts.md#checkpoints-of-other-tools), and `.bin` files in `load_base_model`, of which nothing

@@ -37,7 +37,7 @@ class WriteOptions:
         consolidated: When consolidated files are written; never with "torch_save".
         is_async: Whether training goes on while the files are written.
         wait_for_staging: Whether `save()` waits until everything is copied.
-        cpu_offload: Whether tensors are moved to host memory one by one as they are extracted.
+        cpu_offload: As configured; nothing depends on it.
         timeout_s: Longest wait of one rank for the others.
         single_rank_consolidation: Whether rank 0 alone writes the consolidated files.
         staging_dir: Where consolidated files are written before they are copied into place, absolute.
