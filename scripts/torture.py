@@ -77,7 +77,7 @@ def torture(root: Path, world: int, kills: int, chance: random.Random) -> Counte
     seen: Counter[str] = Counter()
     for number in range(kills):
         victim = chance.choice([None, chance.randrange(world)])
-        delay_s = chance.uniform(0.05, 1.5)
+        delay_s = chance.uniform(0.05, 1.0 + world)  # more ranks take longer to start
         try:
             run_distributed(live, world, directory, parallel, until, victim, delay_s, timeout_s=60)
         except RankFailedError as error:
