@@ -389,7 +389,7 @@ def _save_twice(directory: Path) -> tuple[list[int], list[int]]:
         for step in (1, 2, 3):
             engine.save(stages.state, step=step).result()
             numbers.append(engine._channel._number)
-            heard.append(engine._save_channel._number)
+            heard.append(engine._saver._save_channel._number)
         return numbers, heard
 
 

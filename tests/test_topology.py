@@ -237,7 +237,7 @@ def _layouts(root: Path, is_async: bool) -> dict[str, Any]:
         for step in range(8, 20):  # an extra that grows with every save
             extra.held = {"x": torch.zeros(step)}
             save(step)
-        found["remembered"] = len(engine._contents._settled)
+        found["remembered"] = len(engine._saver._contents._settled)
     found["seconds"] = time.monotonic() - began
     return found
 

@@ -2,5 +2,6 @@
 
 In the order in which a save meets them: `request` (what was asked for), `planning` and `contents` (what each rank
 writes, agreed), `drift` (whether replicas hold the same), `staged` (the tensors between the threads), `transaction`
-(all ranks or none), `save` and `exporting` (the two transactions there are), `pending` (what the caller holds).
+(all ranks or none), `save` and `exporting` (the two transactions there are), `pending` (what the caller holds). `saver`
+puts them together.
 """

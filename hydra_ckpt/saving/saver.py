@@ -1,0 +1,349 @@
+"""The saving half of the conductor: from a request to a save that ends by itself in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hydra_ckpt import metrics as metric
+from hydra_ckpt.config import SaveConsolidatedMode
+from hydra_ckpt.distributed import Channel, Group
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.files import keeps_ranges_apart
+from hydra_ckpt.hub.card import Made
+from hydra_ckpt.report import Stats
+from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.contents import Contents, Sources, model_sources
+from hydra_ckpt.saving.drift import Sample, describe_drift
+from hydra_ckpt.saving.exporting import AddExport
+from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.saving.request import SaveRequest
+from hydra_ckpt.saving.save import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.saving.staged import Staged
+from hydra_ckpt.saving.transaction import Transaction, perform
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.capture import Captured, Extractor
+from hydra_ckpt.state.ranks import Topology
+from hydra_ckpt.storage.digests import Digested
+from hydra_ckpt.storage.staging import BufferPool, borrow, staged_bytes
+from hydra_ckpt.storage.write import digests_below
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.directory import Directory
+from hydra_ckpt.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Carries saves out, one at a time, and knows which this run has made.
+
+    Args:
+        config: The settings, resolved.
+        group: The ranks.
+        channel: To them, for the training thread.
+        directory: Where checkpoints lie.
+        extractor: Takes states apart.
+        topology: How the ranks are arranged.
+        stats: What saving has cost; kept up to date.
+        patience_s: How long to look for the coordinator's draft, in seconds.
+
+    Attributes:
+        pending: The last save begun.
+        longest_save_s: The longest time from a save's beginning to its end, in seconds.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        group: Group,
+        channel: Channel,
+        directory: Directory,
+        extractor: Extractor,
+        topology: Topology,
+        stats: Stats,
+        patience_s: float,
+    ) -> None:
+        self._config, self._group, self._directory = config, group, directory
+        self._extractor, self._topology, self._stats = extractor, topology, stats
+        self._patience_s = patience_s
+        self._channel = channel
+        self._save_channel = group.channel("save")
+        self._contents = Contents(
+            config, group, self._channel, topology.place.pp, keeps_ranges=keeps_ranges_apart(directory.root)
+        )
+        self._pool = BufferPool(pinned=torch.cuda.is_available())
+        self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
+        self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._hooks: list[Any] = []
+        self._warm = threading.Event()
+        self._warm.set()
+        self._published: set[str] = set()
+        self._exported: set[str] = set()
+        self._weights: dict[str, frozenset[Digested]] = {}
+        self._warned_of_unlike = self._warned_of_drift = False
+        self.pending: PendingSave | None = None
+        self.longest_save_s = 0.0
+
+    def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
+        """Take note of checkpoints that were there before this run, and of those with an export."""
+        self._published |= set(published)
+        self._exported |= set(exported)
+
+    def has_saved(self, name: str) -> bool:
+        """Whether a checkpoint of this name is published, or will be if nothing fails."""
+        return name in self._published
+
+    def request(self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool) -> SaveRequest:
+        """What a save with these arguments is to do."""
+        mode = self._config.write.consolidated
+        consolidated = (
+            mode is SaveConsolidatedMode.EVERY
+            or (mode is SaveConsolidatedMode.FINAL and is_final)
+            or self._config.write.is_peft  # an adapter is small; it is written whole at every save
+        )
+        name = names.checkpoint_name(epoch, step)
+        adds = is_final and consolidated and name in self._published and name not in self._exported
+        return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds)
+
+    def wants(self, step: int, epoch: int) -> bool:
+        """Whether a final save of this step would add anything to what is published."""
+        request = self.request(step, epoch, None, is_final=True)
+        return request.name not in self._published or request.adds_export
+
+    def begin(self, state: AppState, request: SaveRequest, deciding_metric: str) -> PendingSave:
+        """Collective: capture and stage the state, and let the background write and publish it.
+
+        Args:
+            state: What to save.
+            request: As what.
+            deciding_metric: The metric that decides which checkpoint is best.
+
+        Raises:
+            CheckpointExistsError: The step is published already.
+        """
+        name = request.name
+        if name in self._published and not request.adds_export:
+            raise CheckpointExistsError(f"{self._directory.root / name} is published already; a step is saved once")
+        pending = PendingSave(request.step)
+        captured, error = self._capture(state, request, deciding_metric)
+        self._contents.agree(state, captured, error)
+        from_shards = request.adds_export and self._has_changed(state, captured, request)
+        transaction: Transaction
+        staged = Staged()
+        try:
+            if captured is None:
+                raise error or CheckpointError("the state could not be taken apart")
+            content, sources = self._contents.make(
+                state,
+                captured,
+                consolidated=request.consolidated,
+                export_only=request.adds_export,
+                from_shards=from_shards,
+                turn=request.step,
+                made=Made(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
+            )
+            staged = self._stage(state, sources)
+            transaction = self._transaction(request, content, staged, kinds(state))
+        except Exception as failure:
+            transaction = FailedSave(request.step, failure)
+        self._stats.saves += 1
+        self._published.add(name)
+        if request.consolidated:
+            self._exported.add(name)
+        self.pending = pending  # only now: one that never began would be waited for for ever
+        self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
+        return pending
+
+    def _has_changed(self, state: AppState, captured: Captured | None, request: SaveRequest) -> bool:
+        """Collective: whether the weights differ from those published under the step, or it is not known.
+
+        Averages swapped in, or batch statistics measured anew, belong to no step; an export of them beside that
+        step's shards would be another model under the same name.
+        """
+        saved = self._weights.get(request.name)
+        live = None if captured is None or saved is None else self._weights_now(state, captured)
+        answers = [live is None, live is not None and live != saved]
+        unknown, changed = self._channel.agree("comparing weights", answers, _any)
+        if changed and self._group.rank == 0:
+            log.warning(
+                "the weights have changed since step %d was saved; the export holds the saved ones. To export what is "
+                "in memory now, save it as a step of its own",
+                request.step,
+            )
+        return bool(unknown or changed)
+
+    def _weights_now(self, state: AppState, captured: Captured) -> frozenset[Digested] | None:
+        """Digests of the models' bytes that this rank would write; None if they cannot be had."""
+        try:
+            content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
+            live = borrow(model_sources(sources, content.plan).tensors)
+            return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
+        except Exception:
+            log.debug("the weights cannot be compared", exc_info=True)
+            return None  # the save that follows says why, on all ranks
+
+    def prepare(self, state: AppState) -> None:
+        """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves."""
+        request = self.request(0, 0, None, is_final=False)
+        captured, error = self._capture(state, request, metric.DEFAULT_KEY)
+        self._channel.raise_together("taking the state apart", error)
+        assert captured is not None  # raise_together has raised otherwise
+        self._contents.agree(state, captured)
+        _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
+        nbytes = staged_bytes(sources.tensors, sources.casts)
+        self._warm.clear()
+        self._worker.submit(lambda: self._prewarm(nbytes))
+
+    def _prewarm(self, nbytes: int) -> None:
+        try:
+            self._pool.prewarm(nbytes)
+        finally:
+            self._warm.set()
+
+    def _capture(
+        self, state: AppState, request: SaveRequest, deciding_metric: str
+    ) -> tuple[Captured | None, Exception | None]:
+        """Take the state apart; an error is handed on, because the other ranks have to hear of it."""
+        try:
+            request.check_metrics(deciding_metric)
+            return self._extractor.capture(state), None
+        except Exception as error:
+            return None, error
+
+    def _stage(self, state: AppState, sources: Sources) -> Staged:
+        """Copy what training may change before the next optimizer step; look at the rest where it lies."""
+        if not self._config.write.is_async:
+            return Staged.borrowed(sources)
+        self._warm.wait()
+        self._hook(state)
+        wait = self._config.write.wait_for_staging
+        return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)
+
+    def _transaction(
+        self, request: SaveRequest, content: Content, staged: Staged, optimizers: list[str]
+    ) -> Transaction:
+        writer = DraftWriter(
+            self._directory.files,
+            self._group.rank,
+            self._group.world_size,
+            content,
+            staged.snapshot,
+            "export" if request.adds_export else "rank",
+            self._patience_s,
+            self._config.write.staging_dir,
+        )
+        fence = self._directory.fence
+        if request.adds_export:
+            return AddExport(writer, self._directory.root, request.step, request.name, fence)
+        directory, topology = self._directory, self._topology.recorded()
+        step, epoch, metrics = request.step, request.epoch, request.metrics
+        launch = {"launch": self._config.launch} if self._config.launch is not None else {}
+        details = {**directory.details, "optimizers": optimizers, **launch}
+        return Save(writer, self._directory.root, step, epoch, metrics, topology, fence, directory.point_to, details)
+
+    def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
+        """In the background: finish staging, write, publish, prune."""
+        begun = time.monotonic()
+        try:
+            staged.finish()
+            pending.staged()
+            outcome = perform(transaction, self._save_channel)
+        except Exception as error:
+            if self._config.write.is_async:
+                # Raised at the next hook; said here as well, because a program may end before there is one.
+                log.warning("the save of step %d has failed in the background", request.step)
+            if not request.adds_export:
+                self._published.discard(request.name)
+            self._exported.discard(request.name)
+            staged.release()
+            pending.fail(error)
+            return
+        staged.release()
+        content = None
+        if isinstance(transaction, Save | AddExport):
+            content = transaction.writer.content
+            self._stats.written_bytes += content.plan.nbytes
+        if isinstance(transaction, Save) and not request.consolidated:
+            self._weights = {request.name: transaction.writer.weights}
+        self._warn_of_unlike(outcome.get("unlike", []))
+        self.longest_save_s = max(self.longest_save_s, time.monotonic() - begun)
+        pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))
+        self._warn_of_drift(outcome.get("drifted", []), content.samples if content is not None else ())
+        if self._group.rank == 0:
+            self._prune()
+
+    def _warn_of_unlike(self, ranks: list[int]) -> None:
+        if ranks and self._group.rank == 0 and not self._warned_of_unlike:
+            self._warned_of_unlike = True
+            log.warning(
+                "options of optimizers, learning rate schedules, extra state or extras differ on rank %s from those on "
+                "the first rank that holds the same tensors, whose values all of them get on resuming. Keep them "
+                "equal, or put what belongs to one rank into tensors of its own",
+                ", ".join(map(str, ranks)),
+            )
+
+    def _warn_of_drift(self, ranks: list[int], samples: Sequence[Sample]) -> None:
+        """Collective, once: have two replicas that have drifted apart tell in which tensors."""
+        if not ranks or self._warned_of_drift:
+            return
+        self._warned_of_drift = True
+        digests = {name: digest for sample in samples for name, digest in sample.digests().items()}
+        try:
+            told = self._save_channel.gather("comparing replicas", digests if self._group.rank in ranks else None)
+        except CheckpointError as error:  # the save itself is published
+            log.warning("ranks %d and %d hold different values, but did not tell in which tensors: %s", *ranks, error)
+            return
+        if told is not None:
+            log.warning("%s", describe_drift(ranks, [told[rank] for rank in ranks]))
+
+    def _prune(self) -> None:
+        try:
+            self._directory.prune()
+        except (OSError, CheckpointError) as error:
+            log.warning("old checkpoints could not be pruned: %s", error)
+
+    def _hook(self, state: AppState) -> None:
+        """Let every optimizer's step wait for the copies it would spoil."""
+        for optimizer in state.optimizers:
+            if optimizer not in self._hooked:
+                self._hooked.add(optimizer)
+                self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _before_step(self, *_: Any) -> None:
+        if self.pending is not None:
+            begun = time.monotonic()
+            self.pending.wait_staged(self._config.write.timeout_s)
+            self._stats.blocked_s += time.monotonic() - begun
+
+    def afterwards(self, step: Callable[[], None]) -> None:
+        """Do something in the background, behind the saves begun so far."""
+        self._worker.submit(step)
+
+    def drain(self) -> None:
+        """Return when everything begun in the background is done."""
+        self._worker.drain()
+
+    def close(self) -> None:
+        """Finish what is under way and let go of threads, hooks, memory and connections."""
+        self._worker.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._pool.clear()
+        self._save_channel.close()
+
+
+def kinds(state: AppState) -> list[str]:
+    """The optimizers' classes."""
+    return [type(optimizer).__qualname__ for optimizer in state.optimizers]
+
+
+def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:
+    """Coordinator only: for each question whether any rank says yes."""
+    return [any(answers) for answers in zip(*rows, strict=True)]
