@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,10 +210,13 @@ def engine_of(directory: Path, stages: Stages, **options: Any) -> Any:
     return config.build(dist.get_rank() % stages.width if dist.is_initialized() else 0, 0, stages.pp_rank)
 
 
-def save(directory: Path, layout: str, tied: bool, options: dict[str, Any]) -> dict[str, Any]:
+def save(
+    directory: Path, layout: str, tied: bool, options: dict[str, Any], block_shards: int | None = None
+) -> dict[str, Any]:
     stages = Stages(layout, 1, tied=tied)
     stages.train(3)
     with engine_of(directory, stages, **options) as engine:
+        engine._contents.block_shards = block_shards or engine._contents.block_shards
         engine.save(stages.state, step=3).result()
     return stages.everything()
 
@@ -250,9 +254,16 @@ def assert_holds(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             assert value == wanted[key], key
 
 
-def check(tmp_path: Path, source: str, targets: dict[int, list[str]], tied: bool, options: dict[str, Any]) -> None:
+def check(
+    tmp_path: Path,
+    source: str,
+    targets: dict[int, list[str]],
+    tied: bool,
+    options: dict[str, Any],
+    block_shards: int | None = None,
+) -> None:
     wanted = expected(tied)
-    saved = run_distributed(save, RANKS[source], tmp_path, source, tied, options)
+    saved = run_distributed(save, RANKS[source], tmp_path, source, tied, options, block_shards)
     for part in saved:
         assert_holds(part, wanted)
     if options.get("save_consolidated") == "always":
@@ -282,6 +293,14 @@ def test_interleaved_stages_go_on_as_other_stages_and_on_one_process(tmp_path: P
 
 def test_stages_sharded_by_fsdp_go_on_as_plain_stages(tmp_path: Path) -> None:
     check(tmp_path, "pp2-fsdp2", {2: ["pp2", "ddp"], 4: ["pp4", "pp2-fsdp2"]}, True, {"save_consolidated": "always"})
+
+
+def test_stages_with_files_for_blocks_of_shards_go_on_on_one_process(tmp_path: Path) -> None:
+    check(tmp_path, "pp2-fsdp2", {1: ["one"]}, True, {}, block_shards=1)
+    # Each stage's blocks have files of their own, named after the first rank of the stage and the shards.
+    names = [path.name for path in (tmp_path / "LATEST" / "optim").iterdir()]
+    found = {match.groups() for name in names if (match := re.match(r"optim-(\d)-0-(\d)-\d(-|\.)", name))}
+    assert {(stage, shard) for stage, shard, _ in found} == {("0", "0"), ("0", "1"), ("2", "0"), ("2", "1")}
 
 
 def test_one_process_goes_on_as_stages(tmp_path: Path) -> None:

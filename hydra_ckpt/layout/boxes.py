@@ -65,17 +65,26 @@ class Sharding:
     def box(self, shape: tuple[int, ...]) -> Box:
         """The rank's own part of a tensor of this global shape; possibly empty."""
         offsets, sizes = [0] * len(shape), list(shape)
-        order = sorted(range(len(self.dims)), key=lambda mesh_dim: self.strided[mesh_dim])
-        for mesh_dim in order:
+        for mesh_dim in self.order:
             dim = self.dims[mesh_dim]
-            if dim is None:
-                continue
+            assert dim is not None  # see `order`
             if not 0 <= dim < len(shape):
                 raise TopologyError(f"a tensor of shape {list(shape)} cannot be sharded along dimension {dim}")
             start, size = chunk(sizes[dim], self.mesh_shape[mesh_dim], self.coordinate[mesh_dim])
             offsets[dim] += start
             sizes[dim] = size
         return Box(tuple(offsets), tuple(sizes))
+
+    @property
+    def order(self) -> list[int]:
+        """The mesh dimensions that split the tensor, in the order in which they do."""
+        splitting = [mesh_dim for mesh_dim, dim in enumerate(self.dims) if dim is not None]
+        return sorted(splitting, key=lambda mesh_dim: self.strided[mesh_dim])
+
+    @property
+    def shards(self) -> int:
+        """Into how many boxes the tensor is cut, empty ones counted."""
+        return prod(self.mesh_shape[mesh_dim] for mesh_dim in self.order)
 
     @property
     def replica(self) -> tuple[int, int]:

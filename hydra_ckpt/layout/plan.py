@@ -41,8 +41,10 @@ class WritePlan:
     Attributes:
         files: The files that all ranks fill together, equal on every rank; the coordinator creates them.
         own_files: Files that only this rank fills, and creates itself.
+        block_files: Files that this rank fills together with some others, equal on these.
+        led: Those of `block_files` that this rank creates, by their position there.
         shares: What this rank writes, by the position of the holding it is taken from.
-        pieces: Where; file indices count through `files`, then `own_files`.
+        pieces: Where; file indices count through `files`, `own_files`, `block_files`.
         fingerprint: Equal on ranks whose plans fit together.
         foreign: Part to the shares that are written in a format of its own, by position.
     """
@@ -53,6 +55,8 @@ class WritePlan:
     pieces: tuple[Piece, ...]
     fingerprint: str
     foreign: Mapping[str, Mapping[int, Share]] = field(default_factory=dict)
+    block_files: tuple[FileLayout, ...] = ()
+    led: frozenset[int] = frozenset()
 
     @cached_property
     def nbytes(self) -> int:
@@ -62,16 +66,31 @@ class WritePlan:
 
     @property
     def all_files(self) -> tuple[FileLayout, ...]:
-        """Shared files, then this rank's own: what `Piece.file` indexes."""
-        return self.files + self.own_files
+        """Shared files, this rank's own, its blocks': what `Piece.file` indexes."""
+        return self.files + self.own_files + self.block_files
+
+    @property
+    def created(self) -> list[int]:
+        """Indices of the files that this rank creates, whatever the coordinator does."""
+        first = len(self.files) + len(self.own_files)
+        return [*range(len(self.files), first), *(first + position for position in sorted(self.led))]
 
     @cached_property
     def coverage(self) -> int:
-        """A sum over this rank's byte ranges of the shared files; see `full_coverage`."""
+        """A sum over this rank's byte ranges of the files that ranks fill together; see `full_coverage`.
+
+        What a block's file must add up to is taken off by the rank that creates it: only its block knows the file.
+        """
+        first = len(self.files) + len(self.own_files)
+        seeds = [_seed(file.path) for file in self.block_files]
         total = 0
         for piece in self.pieces:
             if piece.file < len(self.files):
                 total += _boundary_sum(piece.file, piece.region)
+            elif piece.file >= first:
+                total += _boundary_sum(seeds[piece.file - first], piece.region)
+        for position in self.led:
+            total -= _boundary_sum(seeds[position], _data_region(self.block_files[position]))
         return total % (1 << 64)
 
 
@@ -81,10 +100,16 @@ def full_coverage(files: Sequence[FileLayout]) -> int:
     Each range contributes g(end) - g(start) for a fixed pseudo-random g. Ranges that tile a file telescope to
     g(end of file) - g(start of data); any gap or overlap leaves boundaries that do not cancel.
     """
-    return sum(
-        _boundary_sum(index, Region(len(file.header), file.nbytes - len(file.header)))
-        for index, file in enumerate(files)
-    ) % (1 << 64)
+    return sum(_boundary_sum(index, _data_region(file)) for index, file in enumerate(files)) % (1 << 64)
+
+
+def _data_region(file: FileLayout) -> Region:
+    return Region(len(file.header), file.nbytes - len(file.header))
+
+
+def _seed(path: str) -> int:
+    """Stands for a file's index where not all ranks count it."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "little") + (1 << 32)
 
 
 def _boundary_sum(file: int, region: Region) -> int:

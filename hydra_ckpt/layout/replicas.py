@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.specs import TensorSpec
 
 # So many replicas always share the work: about a node's.
@@ -92,11 +92,11 @@ def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, 
     positions = list(positions)
     index, count = holdings[positions[0]].replica
     total = sum(holdings[position].nbytes for position in positions)
-    stretches = _stretches(count, total, sum(holdings[position].spec.nbytes for position in positions))
-    number = -(-index * stretches // count)
-    if number * count // stretches != index:
-        return {}  # the stretches are spread evenly over the replicas; this one has none
-    first, last = total * number // stretches, total * (number + 1) // stretches
+    parts = stretches(count, total, sum(holdings[position].spec.nbytes for position in positions))
+    number = -(-index * parts // count)
+    if number * count // parts != index:
+        return {}  # the parts are spread evenly over the replicas; this one has none
+    first, last = total * number // parts, total * (number + 1) // parts
     mine, begin = {}, 0
     for position in positions:
         holding = holdings[position]
@@ -111,7 +111,7 @@ def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, 
     return mine
 
 
-def _stretches(replicas: int, held: int, whole: int) -> int:
+def stretches(replicas: int, held: int, whole: int) -> int:
     """Into how many stretches a group is cut: not all of many replicas are worth a file's attention.
 
     Args:
@@ -121,6 +121,11 @@ def _stretches(replicas: int, held: int, whole: int) -> int:
     """
     least = max(_LEAST_BYTES, _FILE_STRETCH_BYTES * held // whole)
     return min(replicas, max(_ALWAYS, held // least))
+
+
+def crowd(sharding: Sharding) -> int:
+    """How many ranks would meet in a file of a sharded tensor: of each shard as many replicas as always share it."""
+    return sharding.shards * min(sharding.replica[1], _ALWAYS) if sharding.order else 1
 
 
 def _row_count(holding: Holding) -> int:

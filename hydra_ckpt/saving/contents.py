@@ -15,6 +15,7 @@ from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
@@ -105,6 +106,9 @@ class Contents:
         channel: To them.
         stage: The pipeline rank.
         keeps_ranges: Whether the file system keeps byte ranges written by different hosts apart.
+
+    Attributes:
+        block_shards: Neighbours that fill the files of state beyond models together, where there are more of them.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Contents:
         self._channel = channel
         self._stage = stage
         self._keeps_ranges = keeps_ranges
+        self.block_shards = BLOCK_SHARDS
         self._export = ModelExport(config.hub, required=config.write.consolidated is not SaveConsolidatedMode.FALSE)
         self._settled: dict[str, Agreed] = {}
         self._plans: dict[tuple[str, bool, bool, bool], Planned] = {}
@@ -296,7 +301,9 @@ class Contents:
             return distcp_layout(part)
         nbytes = sum(spec.nbytes for spec in agreement.specs[part])
         shared = self._shares_files(agreement)
-        return state_layout(part, nbytes, self._channel.world_size) if shared else own_layout(part)
+        if not shared:
+            return own_layout(part)
+        return state_layout(part, nbytes, self._channel.world_size, self.block_shards)
 
     def _assets(
         self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None

@@ -12,13 +12,14 @@ import json
 import socket
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.blocks import BLOCK_SHARDS, BlockFiles, Member, block_files
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
 from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
@@ -49,6 +50,7 @@ class Agreement:
         one_host: Whether all ranks run on one host.
         leader: The first of the ranks that hold the same tensors as this one.
         adapted: Part to what the adapters of all ranks say that its files hold.
+        crowds: Part and name of tensors to how many ranks would meet in a file of the whole one.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
@@ -59,6 +61,7 @@ class Agreement:
     one_host: bool = True
     leader: int = 0
     adapted: Mapping[str, Naming] = field(default_factory=dict)
+    crowds: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 Parts = Mapping[str, Sequence[LocalTensor]]
@@ -102,10 +105,11 @@ def agree(
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
+    crowds = {(part, item.spec.name): item.place.crowd for part, items in parts.items() for item in items}
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     leads = positions["leader"] == channel.rank
     if positions["several"]:
-        writers, adapted = _union(parts, said, channel, stage, leads)
+        writers, crowds, adapted = _union(parts, said, channel, stage, leads)
         specs = {part: list(found) for part, found in writers.items()}
         elsewhere = frozenset(
             (part, spec.name)
@@ -117,7 +121,7 @@ def agree(
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
     leader, one_host = positions["leader"], positions["one_host"]
-    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader, adapted)
+    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader, adapted, crowds)
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,23 +153,24 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _union(
     parts: Parts, said: Mapping[str, Any], channel: Channel, stage: int, leads: bool
-) -> tuple[dict[str, dict[TensorSpec, int]], dict[str, Naming]]:
+) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
 
     Returns:
-        Part to its tensors, each with the rank whose kind writes it; part to what the adapters say.
+        Part to its tensors, each with the rank whose kind writes it; `Agreement.crowds`; part to what the adapters say.
     """
     data = {
-        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape)) for item in items]
+        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd) for item in items]
         for part, items in parts.items()
     }
     payload = {"stage": stage, "parts": data, "adapted": said} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
     writers = {
-        part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, writer in rows}
+        part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, _, writer in rows}
         for part, rows in merged["parts"].items()
     }
-    return writers, {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
+    crowds = {(part, row[0]): row[3] for part, rows in merged["parts"].items() for row in rows}
+    return writers, crowds, {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
 
 
 def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -181,8 +186,8 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     clashes = []
     for rank, payload in ordered:
         for part, rows in payload["parts"].items():
-            for name, dtype, shape in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape, rank))
+            for name, dtype, shape, crowd in rows:
+                known = merged[part].setdefault(name, (name, dtype, shape, crowd, rank))
                 if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
     adapted = _merge_adapted({rank: payload["adapted"] for rank, payload in ordered}, clashes)
@@ -222,7 +227,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
             for part, rows in payload["parts"].items()
-            for name, dtype, shape in rows
+            for name, dtype, shape, _ in rows
         }
         keys |= {
             (part, f"{name} made of {source} {offsets} {sizes} by the adapter")
@@ -272,6 +277,8 @@ class PartLayout:
         distcp: Whether the files are PyTorch's own.
         grouped: Name of a tensor to a text that is equal for those of one file; by size where there is none.
         beside: Whether it is an export that stands beside the part's own files, instead of being these.
+        block: Tensors for which more ranks than this would meet do not stand whole, but in files of blocks of so many
+            neighbours; 0 for none.
     """
 
     part: str
@@ -282,6 +289,7 @@ class PartLayout:
     distcp: bool = False
     grouped: Mapping[str, str] | None = None
     beside: bool = False
+    block: int = 0
 
 
 def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
@@ -310,10 +318,11 @@ def own_layout(part: str) -> PartLayout:
     return PartLayout(part, part, part, own=True)
 
 
-def state_layout(part: str, nbytes: int, world_size: int) -> PartLayout:
-    """Whole tensors in so many files that ranks need not queue on one."""
+def state_layout(part: str, nbytes: int, world_size: int, block: int = BLOCK_SHARDS) -> PartLayout:
+    """Whole tensors in so many files that ranks need not queue on one; in blocks, where ranks are many."""
     files = min(world_size, _MAX_WRITERS)
-    return PartLayout(part, part, part, min(max(-(-nbytes // files), _MIN_FILE_BYTES), DEFAULT_FILE_BYTES))
+    max_bytes = min(max(-(-nbytes // files), _MIN_FILE_BYTES), DEFAULT_FILE_BYTES)
+    return PartLayout(part, part, part, max_bytes, block=block)
 
 
 def make_plan(
@@ -325,6 +334,8 @@ def make_plan(
     pieces: list[Piece] = []
     foreign: dict[str, dict[int, Share]] = {}
     pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
+    in_blocks: list[FileLayout] = []
+    led: set[int] = set()
     by_part = _shares(parts, {layout.part for layout in layouts}, agreement)
     for layout in layouts:
         mine = by_part.get(layout.part, {})
@@ -342,14 +353,32 @@ def make_plan(
         local = {position: _as_whole(share) for position, share in mine.items()}
         pieces += fill_files([file], local, len(files) + len(own_files))
         own_files.append(file)
+    for layout in layouts:
+        for found in _own_blocks(layout, parts.get(layout.part, ()), agreement):
+            first = len(files) + len(own_files) + len(in_blocks)
+            local = {position: _in_block(share, found) for position, share in by_part.get(layout.part, {}).items()}
+            pieces += fill_files(found.files, local, first)
+            led.update(range(len(in_blocks), len(in_blocks) + len(found.files) * found.leads))
+            in_blocks += found.files
     all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
-    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size)])
-    return WritePlan(tuple(files), tuple(own_files), all_shares, tuple(pieces), choice, foreign)
+    blocked = [f"{layout.part}/{spec.name}" for layout in layouts for spec in _blocked(layout, agreement)]
+    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size), *blocked])
+    return WritePlan(
+        tuple(files),
+        tuple(own_files),
+        all_shares,
+        tuple(pieces),
+        choice,
+        foreign,
+        tuple(in_blocks),
+        frozenset(led),
+    )
 
 
 def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
-    """The files that hold a part whole."""
-    specs = agreement.specs.get(layout.part, ())
+    """The files that hold a part whole, or what of it does not lie in blocks' files."""
+    blocked = set(_blocked(layout, agreement))
+    specs = [spec for spec in agreement.specs.get(layout.part, ()) if spec not in blocked]
     groups = by_size(specs, layout.max_bytes) if layout.grouped is None else by_file(specs, layout.grouped)
     return lay_out(groups, layout.directory, layout.stem) if groups else []
 
@@ -396,14 +425,53 @@ def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> 
     return holdings
 
 
+def _blocked(layout: PartLayout, agreement: Agreement) -> list[TensorSpec]:
+    """Tensors of a part that lie in the files of blocks, whoever holds them."""
+    if not layout.block:
+        return []
+    specs = agreement.specs.get(layout.part, ())
+    return [spec for spec in specs if spec.nbytes and agreement.crowds.get((layout.part, spec.name), 1) > layout.block]
+
+
+def _own_blocks(layout: PartLayout, items: Sequence[LocalTensor], agreement: Agreement) -> list[BlockFiles]:
+    """The files of the blocks of a part to which this rank belongs."""
+    blocked = {spec.name for spec in _blocked(layout, agreement)}
+    meshes = {mesh: number for number, mesh in enumerate(agreement.copies)}
+    members = []
+    for item in items:
+        place, name = item.place, item.spec.name
+        if place.sharding is not None and name in blocked and (layout.part, name) not in agreement.elsewhere:
+            index, replicas = replica_of(place, agreement)
+            members.append(Member(place.spec, place.sharding, replicas, index == 0, meshes[place.mesh]))
+    # Ranks that hold other tensors, on a mesh like this one, have other files.
+    stem = f"{layout.stem}-{agreement.leader}"
+    return [
+        replace(found, files=tuple(_with_boxes(file, found.boxes) for file in found.files))
+        for found in block_files(members, layout.block, layout.directory, stem)
+    ]
+
+
+def _with_boxes(file: FileLayout, boxes: Mapping[str, tuple[tuple[int, ...], Box]]) -> FileLayout:
+    """The file, saying of which boxes it holds the bytes."""
+    held = {spec.name: boxes[spec.name] for spec in file.tensors}
+    return FileLayout(file.path, file.tensors, {"format": "pt", BOXES_KEY: encode_boxes(held)})
+
+
+def _in_block(share: Share, found: BlockFiles) -> Share:
+    """A share as a part of the block's box, if that has any of the tensor."""
+    shape_and_box = found.boxes.get(share.spec.name)
+    if shape_and_box is None:
+        return share
+    block = shape_and_box[1]
+    spec = TensorSpec(share.spec.name, share.spec.dtype, block.sizes)
+    return Share(spec, share.box.within(block), share.start, share.stop)
+
+
 def _own_file(layout: PartLayout, mine: Mapping[int, Share], rank: int, world_size: int) -> FileLayout:
     boxes = {share.spec.name: (share.spec.shape, share.box) for share in mine.values()}
-    specs = [_as_whole(share).spec for share in mine.values()]
-    return FileLayout(
-        f"{layout.directory}/{layout.stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors",
-        tuple(sorted(specs, key=lambda spec: -spec.itemsize)),
-        {"format": "pt", BOXES_KEY: encode_boxes(boxes)},
-    )
+    specs = sorted((_as_whole(share).spec for share in mine.values()), key=lambda spec: -spec.itemsize)
+    path = f"{layout.directory}/{layout.stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+    return _with_boxes(FileLayout(path, tuple(specs)), boxes)
 
 
 def _as_whole(share: Share) -> Share:

@@ -22,7 +22,7 @@ from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
 from hydra_ckpt.storage.merge import merge_shards
 from hydra_ckpt.storage.staging import Snapshot
-from hydra_ckpt.storage.write import create_files, write_plan
+from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
 from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
@@ -149,9 +149,11 @@ class DraftWriter:
     def write(self, draft: Draft) -> dict[str, Any]:
         """Every rank: tensors, digests and progress; returns the receipt."""
         plan, content = self.content.plan, self.content
+        # Before the snapshot, which may take a while: others wait for the files that this rank creates.
+        records = create_own_files(self.files, draft.path, plan, patience_s=self.patience_s)
         snapshot = self.snapshot()
         try:
-            records = write_plan(self.files, draft.path, plan, snapshot.sources, start_with=self.rank)
+            records += write_plan(self.files, draft.path, plan, snapshot.sources, start_with=self.rank)
             rows = self._write_foreign(draft, snapshot)
         finally:
             snapshot.release()
@@ -172,7 +174,7 @@ class DraftWriter:
         if content.shared is not None:
             self._write_small(draft.path, f"{names.PROGRESS}/shared-{label}.json", content.shared.data)
         small = {path: [record.bytes, record.xxh3] for path, record in self._small.items()}
-        own = {file.path: [file.nbytes, None] for file in plan.own_files}
+        own = {plan.all_files[index].path: [plan.all_files[index].nbytes, None] for index in plan.created}
         own.update({path: [(draft.path / path).stat().st_size, None] for path in foreign})
         return {
             "token": draft.token,

@@ -15,6 +15,7 @@ from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.grids import flat_boxes
 from hydra_ckpt.layout.plan import fingerprint
+from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
 from hydra_ckpt.storage.memory import narrow, view_as
@@ -33,6 +34,8 @@ class Place:
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
         origin: Name of the live tensor it is part of, where it is called otherwise in an export.
+        crowd: How many ranks of the mesh would meet in a file of the whole tensor.
+        sharding: How; None for a plain tensor, and on a rank outside the mesh.
     """
 
     spec: TensorSpec
@@ -41,6 +44,8 @@ class Place:
     replica: tuple[int, int] = (0, 1)
     group: Hashable = ()
     origin: str = ""
+    crowd: int = 1
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +165,7 @@ class Localizer:
             if one is None:
                 place = self._place(name, tensor)
             else:
-                spec = TensorSpec(name, one.spec.dtype, one.spec.shape)
-                place = Place(spec, one.box, one.mesh, one.replica, one.group)
+                place = replace(one, spec=TensorSpec(name, one.spec.dtype, one.spec.shape))
             alike[name] = place
         return place
 
@@ -170,11 +174,12 @@ class Localizer:
         if not isinstance(tensor, DTensor):
             return Place(spec, Box.whole(spec.shape))
         mesh, coordinate = self._mesh(tensor.device_mesh)
+        sharding = _sharding(name, tensor, coordinate or (0,) * tensor.device_mesh.ndim)
         if coordinate is None:
-            return Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh)
-        sharding = _sharding(name, tensor, coordinate)
+            return Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh, crowd=crowd(sharding))
         group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
-        return Place(spec, sharding.box(spec.shape), mesh, sharding.replica, group)
+        box, replica = sharding.box(spec.shape), sharding.replica
+        return Place(spec, box, mesh, replica, group, crowd=crowd(sharding), sharding=sharding)
 
     def _mesh(self, mesh: DeviceMesh) -> tuple[str, tuple[int, ...] | None]:
         """A digest of the mesh's shape and ranks, and this rank's coordinate in it."""

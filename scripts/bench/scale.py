@@ -38,8 +38,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hydra_ckpt.distributed import SoloChannel
 from hydra_ckpt.files import Files
+from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
+from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.drift import Sampler, drifted
 from hydra_ckpt.saving.planning import (
@@ -148,8 +150,8 @@ class World:
             if plain or not weight.shape:
                 place = Place(spec, whole(weight.shape))
             else:
-                box, replica, group = geometry(self.shape, coordinate, weight.shape, weight.tp_dim)
-                place = Place(spec, box, "mesh", replica, group)
+                box, spread, group = geometry(self.shape, coordinate, weight.shape, weight.tp_dim)
+                place = Place(spec, box, "mesh", spread.replica, group, crowd=crowd(spread), sharding=spread)
             found[part].append(LocalTensor(place, nothing))
         return found
 
@@ -180,10 +182,10 @@ def sharding(mesh: tuple[int, ...], coordinate: tuple[int, ...], tp_dim: int | N
 @cache
 def geometry(
     mesh: tuple[int, ...], coordinate: tuple[int, ...], shape: tuple[int, ...], tp_dim: int | None
-) -> tuple[Box, tuple[int, int], object]:
-    """A rank's box of a tensor, its replica, and the group that divides it."""
+) -> tuple[Box, Sharding, object]:
+    """A rank's box of a tensor, how it is spread, and the group that divides it."""
     found = sharding(mesh, coordinate, tp_dim)
-    return found.box(shape), found.replica, tuple(dim is None for dim in found.dims)
+    return found.box(shape), found, tuple(dim is None for dim in found.dims)
 
 
 @cache
@@ -241,14 +243,16 @@ class Counts:
     opens: int = 0
     calls: int = 0
     piece_bytes: list[float] = field(default_factory=list)
-    writers: Counter[int] = field(default_factory=Counter)
+    whole_writers: Counter[str] = field(default_factory=Counter)
+    block_writers: Counter[str] = field(default_factory=Counter)
 
     def add(self, plan: WritePlan) -> None:
         """Count one rank's plan."""
         self.covered = (self.covered + plan.coverage) % (1 << 64)
         self.nbytes.append(plan.nbytes)
         files = {piece.file for piece in plan.pieces}
-        self.writers.update(files)
+        self.whole_writers.update(plan.files[index].path for index in files if index < len(plan.files))
+        self.block_writers.update(plan.all_files[index].path for index in files if index >= len(plan.files))
         self.opens = max(self.opens, len(files))
         per_tensor = Counter[int]()
         for piece in plan.pieces:
@@ -283,9 +287,16 @@ def count(world: World, *, plain: bool, one_shard: bool = False) -> tuple[Counts
         plan = make_plan(parts, replace(agreement, copies=copies), layouts, rank, world.size)
         counts.add(plan)
     assert plan is not None  # a world has ranks
+    in_blocks = len(counts.block_writers)
     if one_shard:
-        counts.writers = Counter({file: number * world.shape[1] for file, number in counts.writers.items()})
-    return counts, counts.covered == full_coverage(plan.files), len(plan.files)
+        shards = world.shape[1]
+        blocks = -(-shards // BLOCK_SHARDS)
+        in_blocks *= blocks
+        counts.whole_writers = Counter({file: number * shards for file, number in counts.whole_writers.items()})
+        counts.block_writers = Counter(
+            {file: number * -(-shards // blocks) for file, number in counts.block_writers.items()}
+        )
+    return counts, counts.covered == full_coverage(plan.files), len(plan.files) + in_blocks
 
 
 def receipts_cost(plan: WritePlan, layouts: list[PartLayout], world_size: int) -> tuple[float, float, float]:
@@ -408,7 +419,8 @@ def measure_writing(size: int, whole_up_to: int) -> list[str]:
         row = [f"{size:,}", kind, "yes" if once else "NO", f"{counts.imbalance:.3f}", f"{files}", f"{counts.opens}"]
         row += [
             f"{counts.calls}",
-            f"{max(counts.writers.values())}",
+            f"{max(counts.whole_writers.values())}",
+            f"{max(counts.block_writers.values(), default=0) or '-'}",
             f"{statistics.mean(counts.piece_bytes) / 2**20:.2f}",
         ]
         counted.append(" | ".join(row))
@@ -429,7 +441,7 @@ def main() -> None:
         table(titles, [measure(size, arguments.dcp_seconds) for size in arguments.worlds])
     if arguments.only != "times":
         titles = ["ranks", "layout", "each byte once", "most / mean", "files", "opens a rank", "calls a tensor"]
-        titles += ["writers a file", "MiB a piece"]
+        titles += ["writers a whole file", "writers a block's file", "MiB a piece"]
         table(titles, [row for size in arguments.worlds for row in measure_writing(size, arguments.whole)])
 
 
