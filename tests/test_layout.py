@@ -488,3 +488,25 @@ def test_two_files_that_disagree_about_a_tensor_are_corrupt(tmp_path: Path) -> N
     for second in ("same", "other"):
         with pytest.raises(CorruptCheckpointError, match="one too"):
             read_tensors(tmp_path, ["one", second])
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(0, 5), st.integers(1, 3)), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_shards_that_overlap_are_corrupt(
+    tmp_path_factory: pytest.TempPathFactory, corners: list[tuple[int, int, int, int]]
+) -> None:
+    root = tmp_path_factory.mktemp("shards")
+    boxes = [Box((top, left), (rows, columns)) for top, rows, left, columns in corners]
+    seen = np.zeros((8, 8), int)
+    for number, box in enumerate(boxes):
+        part(seen, box)[...] += 1
+        metadata = {BOXES_KEY: encode_boxes({"w": ((8, 8), box)})}
+        file = FileLayout(str(number), (TensorSpec("w", "U8", box.sizes),), metadata)
+        (root / file.path).write_bytes(file.header + bytes(box.numel))
+    names = [str(number) for number in range(len(boxes))]
+    if (seen > 1).any():
+        with pytest.raises(CorruptCheckpointError, match="do not fit"):
+            read_tensors(root, names)
+    else:
+        found = read_tensors(root, names)
+        assert [chunk.box for stored in found.values() for chunk in stored.chunks] == boxes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -172,17 +173,35 @@ def read_tensors(root: Path, files: list[str]) -> dict[str, StoredTensor]:
     Raises:
         CorruptCheckpointError: A header is damaged, or two files disagree about a tensor.
     """
-    tensors: dict[str, StoredTensor] = {}
+    specs: dict[str, TensorSpec] = {}
+    chunks: dict[str, list[StoredChunk]] = defaultdict(list)
     for file in files:
         for stored in read_header(root, file)[0]:
-            known = tensors.get(stored.spec.name)
-            if known is None:
-                tensors[stored.spec.name] = stored
-                continue
-            chunks = known.chunks + stored.chunks
-            if known.spec != stored.spec or any(a.box.intersect(stored.chunks[0].box) for a in known.chunks):
-                raise CorruptCheckpointError(
-                    root / file, f"{stored.spec.name} stands in {known.chunks[0].file} too, and the two do not fit"
-                )
-            tensors[stored.spec.name] = StoredTensor(known.spec, chunks)
-    return tensors
+            name = stored.spec.name
+            if specs.setdefault(name, stored.spec) != stored.spec:
+                raise _unfit(root, name, chunks[name][0], stored.chunks[0])
+            chunks[name] += stored.chunks
+    for name, found in chunks.items():
+        _refuse_overlap(root, name, found)
+    return {name: StoredTensor(spec, tuple(chunks[name])) for name, spec in specs.items()}
+
+
+def _refuse_overlap(root: Path, name: str, chunks: list[StoredChunk]) -> None:
+    """Sweep along the dimension that most chunks begin apart in: each is compared with few others, not with all."""
+    if len(chunks) == 1:
+        return
+    dims = range(len(chunks[0].box.sizes))
+    dim = max(dims, key=lambda dim: len({chunk.box.offsets[dim] for chunk in chunks}), default=None)
+    beside: list[StoredChunk] = []
+    for chunk in chunks if dim is None else sorted(chunks, key=lambda chunk: chunk.box.offsets[dim]):
+        if dim is not None:
+            start = chunk.box.offsets[dim]
+            beside = [other for other in beside if other.box.offsets[dim] + other.box.sizes[dim] > start]
+        for other in beside:
+            if other.box.intersect(chunk.box) is not None:
+                raise _unfit(root, name, other, chunk)
+        beside.append(chunk)
+
+
+def _unfit(root: Path, name: str, one: StoredChunk, other: StoredChunk) -> CorruptCheckpointError:
+    return CorruptCheckpointError(root / other.file, f"{name} stands in {one.file} too, and the two do not fit")
