@@ -145,7 +145,7 @@ def _save(root: Path) -> None:
     for name, block in SAVED:
         here = place(name)
         with here.build(root / f"{name}-{block}", is_async=True) as engine:
-            engine._contents.block_shards = block
+            engine._saver._contents.block_shards = block
             for step in (1, 2):  # the second by the plan kept from the first
                 engine.save(Run(here).state, step=step).result()
         dist.barrier()

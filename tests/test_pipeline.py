@@ -216,7 +216,7 @@ def save(
     stages = Stages(layout, 1, tied=tied)
     stages.train(3)
     with engine_of(directory, stages, **options) as engine:
-        engine._contents.block_shards = block_shards or engine._contents.block_shards
+        engine._saver._contents.block_shards = block_shards or engine._saver._contents.block_shards
         engine.save(stages.state, step=3).result()
     return stages.everything()
 
