@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
 from hydra_ckpt.jobs.run import HydraRun
+from hydra_ckpt.saving.request import whole
 from hydra_ckpt.state.ranks import Ranks
 from hydra_ckpt.sweeps.job import active_job
 from hydra_ckpt.triggers.best import BestMetric
@@ -179,6 +180,9 @@ class CheckpointCallback:
             CheckpointConfigError: The step is smaller than one before.
             SaveFailedError: An earlier save failed; on all ranks at the same step.
         """
+        self._has_begun("on_step_end")
+        if self.config.enabled:
+            step, epoch = whole("step", step), whole("epoch", epoch)
         if step < self._step and self.config.enabled:
             raise CheckpointConfigError(
                 f"on_step_end(step={step}) after step {self._step}: pass the number of completed optimizer steps, "
@@ -212,9 +216,10 @@ class CheckpointCallback:
             epoch: The epoch that ended; a run resumed from this save goes on in the next.
             metrics: Metrics of the last step.
         """
+        self._has_begun("on_epoch_end")
         if metrics:
             self.on_validation_end(metrics)
-        self._epoch = epoch + 1
+        self._epoch = (whole("epoch", epoch) if self.config.enabled else epoch) + 1
         if self._live is not None and self._schedule.is_due_after_epoch(epoch) and self._saved_step < self._step:
             return self._save()
         return None
@@ -228,6 +233,7 @@ class CheckpointCallback:
         Raises:
             CheckpointConfigError: It cannot be told which metric decides.
         """
+        self._has_begun("on_validation_end")
         live = self._live
         if live is None:
             self._agreed_best = self._best.validate(metrics)["best"]
@@ -248,6 +254,7 @@ class CheckpointCallback:
 
         After `should_stop` the run is not complete: nothing is saved, only waited for.
         """
+        self._has_begun("on_train_end")
         if self._live is None or self._state is None:
             return
         self._settle_best(self._live)
@@ -292,6 +299,12 @@ class CheckpointCallback:
                 log.error("%s", failure)
 
     # -- parts of hooks ------------------------------------------------------------------------------------------
+
+    def _has_begun(self, hook: str) -> None:
+        if self.config.enabled and self._state is None:
+            raise CheckpointConfigError(
+                f"{hook}() before on_train_begin(): begin the run with on_train_begin(state), or nothing would be saved"
+            )
 
     def _agreed_schedule(self, live: Checkpointer) -> Schedule:
         """Collective: rank 0's cadences, because every rank has to save at the same steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.distributed import Group
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.loading.changes import changes, tell
@@ -18,6 +19,7 @@ from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.saving.request import whole
 from hydra_ckpt.saving.saver import Saver, kinds
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
@@ -153,7 +155,7 @@ class Checkpointer:
         return report
 
     def load(
-        self, state: AppState, restore_from: str | None = None, parts: list[str] | None = None
+        self, state: AppState, restore_from: str | os.PathLike[str] | None = None, parts: list[str] | None = None
     ) -> LoadReport | None:
         """Collective: load a checkpoint. The directory is not changed.
 
@@ -169,7 +171,7 @@ class Checkpointer:
             CheckpointNotFoundError: The checkpoint asked for is not there.
             CorruptCheckpointError: It is damaged; the message says if tensors were overwritten before that showed.
             KeyMismatchError: It does not fit; nothing was installed.
-            CheckpointExistsError: Training would go on below steps that are published already.
+            CheckpointExistsError: Training would go on below steps that are published already; nothing was installed.
         """
         if not self.enabled:
             if restore_from is not None:
@@ -177,12 +179,20 @@ class Checkpointer:
             return None
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
-        report = self._restorer.restore(state, restore_from, wanted)
-        self._start_step = report.step if report else 0
-        selector = self.config.read.restore_from if restore_from is None else restore_from
-        # What auto and latest find is where the run is; another one may be writing on meanwhile.
-        if selector not in ("auto", "latest") and (report is None or "progress" in wanted):
-            self._channel.coordinator_step("looking for later steps", self._refuse_later)
+        selector = self._restorer.selector(restore_from)
+        # Taking over weights leaves a run where it is.
+        moves = "progress" in wanted or (self._start_step is None and not self._settled)
+
+        def begin_at(step: int) -> None:
+            if moves:
+                self._start_step = step
+            # What auto and latest find is where the run is; another one may be writing on meanwhile.
+            if selector not in ("auto", "latest") and (selector is None or "progress" in wanted):
+                self._channel.coordinator_step("looking for later steps", self._refuse_later)
+
+        report = self._restorer.restore(state, selector, wanted, begin_at)
+        if moves:
+            self._settled = False  # a run that goes back clears its way anew
         return report
 
     def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
@@ -273,8 +283,7 @@ class Checkpointer:
             return PendingSave.nothing(step)
         if self._closed:
             raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
-        if step < 0 or epoch < 0:
-            raise CheckpointConfigError(f"save(step={step}, epoch={epoch}): steps and epochs are counted from 0")
+        step, epoch = whole("step", step), whole("epoch", epoch)
         if skippable and not is_final and self._is_busy():
             self.stats.skipped += 1
             return PendingSave.nothing(step, skipped=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,12 @@ def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     Raises:
         CheckpointConfigError: A value that `float()` does not take.
     """
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
     found = {}
     for name, value in (metrics or {}).items():
         try:
-            found[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
+            found[str(name)] = float(value.detach() if torch is not None and isinstance(value, torch.Tensor) else value)
+        except Exception as error:  # noqa: BLE001 - what float() calls is anybody's code
             raise CheckpointConfigError(f"metric {name!r}: {value!r} is not a number ({error})") from None
     return found
 

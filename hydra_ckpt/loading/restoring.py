@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 _FRESH = {"none", "null", "no", "false", "off"}
+_SELECTORS = {"auto", "latest", "best"}
 
 
 class Restorer:
@@ -78,13 +80,28 @@ class Restorer:
             raise CheckpointConfigError(f"restore_parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
         return wanted
 
-    def restore(self, state: AppState, restore_from: str | None, parts: tuple[str, ...]) -> LoadReport | None:
+    def selector(self, restore_from: str | os.PathLike[str] | None) -> str | None:
+        """What to resume from: what is given, else what is configured; None for a fresh start."""
+        given = self._options.restore_from if restore_from is None else os.fspath(restore_from)
+        word = (given or "none").strip().lower()
+        if word in _FRESH:
+            return None
+        return word if word in _SELECTORS else given
+
+    def restore(
+        self,
+        state: AppState,
+        selector: str | None,
+        parts: tuple[str, ...],
+        begin_at: Callable[[int], None] = lambda _: None,
+    ) -> LoadReport | None:
         """Collective: load the checkpoint that a selector means; `auto` goes past damaged ones.
 
         Args:
             state: The objects to load into.
-            restore_from: The selector; None for the configured one.
+            selector: As `selector` returns it.
             parts: What to load.
+            begin_at: Told the step that training will go on from, before anything is installed; may refuse it.
 
         Returns:
             What was loaded, or None for a fresh start.
@@ -93,8 +110,8 @@ class Restorer:
             CorruptCheckpointError: The checkpoint asked for is damaged, or all are and live tensors have been
                 overwritten before that showed.
         """
-        selector = self._options.restore_from if restore_from is None else restore_from
-        if selector is None or selector.strip().lower() in _FRESH:
+        if selector is None:
+            begin_at(0)
             return None
         overwritten: CorruptCheckpointError | None = None
         touched: frozenset[str] = frozenset()
@@ -104,7 +121,9 @@ class Restorer:
                 if load is None:
                     if overwritten is not None:
                         raise overwritten
+                    begin_at(0)
                     return None
+                begin_at(load.checkpoint.step if "progress" in parts else 0)
                 try:
                     report = self._finish(load)
                 except CorruptCheckpointError as error:

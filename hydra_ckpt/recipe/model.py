@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,6 +45,9 @@ def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
 
 
 def _pretrained_config(pretrained: str, architecture: str) -> Any:
+    if Path(pretrained).is_dir():
+        # What is trained from it remembers it, and is opened elsewhere; LATEST will lead to another one.
+        pretrained = str(Path(pretrained).resolve())
     try:
         config = AutoConfig.from_pretrained(pretrained, local_files_only=True)
     except (OSError, ValueError) as error:

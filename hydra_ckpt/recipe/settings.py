@@ -5,6 +5,7 @@ Defaults live in conf/hydra_ckpt_train.yaml and conf/hydra_ckpt_model/ only.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_ckpt.errors import CheckpointConfigError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -180,6 +183,11 @@ def check_together(settings: Settings, checkpoint: CheckpointingConfig) -> None:
         raise CheckpointConfigError(
             f"lora is {'null' if settings.lora is None else 'set'} and checkpoint.is_peft={checkpoint.is_peft}: an "
             "adapter is trained with both (experiment=hydra_ckpt_lora), a whole model with neither"
+        )
+    if settings.lora is not None and settings.model.pretrained is None:
+        log.warning(
+            "an adapter beside random weights, which are stored nowhere, is of no use after this run; "
+            "give model.pretrained=<a directory, or a hub id in the cache>"
         )
 
 

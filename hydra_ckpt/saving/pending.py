@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -15,6 +16,7 @@ class PendingSave:
     Attributes:
         step: The step saved.
         skipped: Whether it was left out because another save was under way.
+        when_staged: Called by whoever has waited for the staging, before the state is changed. For the engine.
     """
 
     def __init__(self, step: int) -> None:
@@ -23,6 +25,7 @@ class PendingSave:
         self._staged = threading.Event()
         self._outcome: Future[Checkpoint | None] = Future()
         self._raised = False
+        self.when_staged: Callable[[], None] = lambda: None
 
     @classmethod
     def nothing(cls, step: int, *, skipped: bool = False) -> PendingSave:
@@ -40,6 +43,7 @@ class PendingSave:
         """
         if not self._staged.wait(timeout_s):
             raise TimeoutError(f"the state of step {self.step} was not staged within {timeout_s} s")
+        self.when_staged()
 
     def done(self) -> bool:
         """Whether the checkpoint is published, or the save has failed."""

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from hydra_ckpt import metrics as metric
+from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.store import names
+
+# Larger numbers are accidents, and their names would be too long.
+_MOST = 10**15
+
+
+def whole(name: str, value: Any) -> int:
+    """A step or an epoch as a plain int.
+
+    Args:
+        name: What it is called, for the message.
+        value: An int, or what stands for one (NumPy's, a tensor of one element).
+
+    Raises:
+        CheckpointConfigError: It is no whole number from 0.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _MOST:
+        raise CheckpointConfigError(
+            f"{name}={value!r}: give a whole number from 0, as an int (an epoch that is a float: int(epoch))"
+        )
+    return number
 
 
 @dataclass

@@ -87,14 +87,13 @@ class Saver:
         self._published: set[str] = set()
         self._exported: set[str] = set()
         self._weights: dict[str, frozenset[Digested]] = {}
-        self._warned_of_unlike = self._warned_of_drift = False
+        self._warned_of_unlike = self._warned_of_drift = self._warned_of_strangers = False
         self.pending: PendingSave | None = None
         self.longest_save_s = 0.0
 
     def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
-        """Take note of checkpoints that were there before this run, and of those with an export."""
-        self._published |= set(published)
-        self._exported |= set(exported)
+        """Take note of the checkpoints that are there, and of those with an export."""
+        self._published, self._exported = set(published), set(exported)
 
     def has_saved(self, name: str) -> bool:
         """Whether a checkpoint of this name is published, or will be if nothing fails."""
@@ -150,6 +149,7 @@ class Saver:
                 made=Made(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
             )
             staged = self._stage(state, sources)
+            pending.when_staged = staged.let_change
             transaction = self._transaction(request, content, staged, kinds(state))
         except Exception as failure:
             transaction = FailedSave(request.step, failure)
@@ -222,9 +222,8 @@ class Saver:
         if not self._config.write.is_async:
             return Staged.borrowed(sources)
         self._warm.wait()
-        self._hook(state)
-        wait = self._config.write.wait_for_staging
-        return Staged.copied(sources, self._pool, frozenset() if wait else sources.late)
+        overlaps = self._hook(state) and not self._config.write.wait_for_staging
+        return Staged.copied(sources, self._pool, sources.late if overlaps else frozenset())
 
     def _transaction(
         self, request: SaveRequest, content: Content, staged: Staged, optimizers: list[str]
@@ -254,6 +253,7 @@ class Saver:
         try:
             staged.finish()
             pending.staged()
+            staged.watch()
             outcome = perform(transaction, self._save_channel)
         except Exception as error:
             if self._config.write.is_async:
@@ -309,12 +309,21 @@ class Saver:
         except (OSError, CheckpointError) as error:
             log.warning("old checkpoints could not be pruned: %s", error)
 
-    def _hook(self, state: AppState) -> None:
-        """Let every optimizer's step wait for the copies it would spoil."""
+    def _hook(self, state: AppState) -> bool:
+        """Let every optimizer's step wait for the copies it would spoil; whether all of them will."""
         for optimizer in state.optimizers:
-            if optimizer not in self._hooked:
-                self._hooked.add(optimizer)
+            if optimizer not in self._hooked and _takes_hooks(optimizer):
                 self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+                self._hooked.add(optimizer)
+        strangers = [type(optimizer).__qualname__ for optimizer in state.optimizers if optimizer not in self._hooked]
+        if strangers and not self._warned_of_strangers:
+            self._warned_of_strangers = True
+            log.warning(
+                "%s takes no hooks (it was made without torch.optim.Optimizer.__init__), so that save() copies "
+                "everything before it returns",
+                ", ".join(strangers),
+            )
+        return not strangers
 
     def _before_step(self, *_: Any) -> None:
         if self.pending is not None:
@@ -337,6 +346,11 @@ class Saver:
             hook.remove()
         self._pool.clear()
         self._save_channel.close()
+
+
+def _takes_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether step() will call hooks: PyTorch wraps it, and makes the place for them, in Optimizer.__init__."""
+    return "_optimizer_step_pre_hooks" in vars(optimizer) and bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def kinds(state: AppState) -> list[str]:

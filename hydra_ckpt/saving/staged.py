@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow, staged_bytes
+
+_WATCH_S, _WATCH_COPIES = 0.02, 2
 
 
 class Staged:
@@ -19,6 +24,9 @@ class Staged:
         self._staging: Staging | None = None
         self._snapshot: Snapshot | None = None
         self._error: Exception | None = None
+        self._copy_s = 0.0
+        self._lock = threading.Lock()
+        self._sealed = threading.Event()
 
     @classmethod
     def borrowed(cls, sources: Sources) -> Staged:
@@ -45,12 +53,37 @@ class Staged:
 
     def finish(self) -> None:
         """Copy what is left. Afterwards the live tensors may change, if they were copied."""
+        begun = time.monotonic()
         try:
             if self._staging is not None and self._error is None:
                 self._staging.copy()
         except Exception as error:
             self._error = error
+        self._copy_s = time.monotonic() - begun
+
+    def let_change(self) -> None:
+        """For the training thread, behind `finish`: see that nothing was changed too early; from now on it may be."""
+        with self._lock:
+            self._seal()
+
+    def watch(self) -> None:
+        """For the background, behind `finish`: the same, where training does not come by soon.
+
+        A change that was under way while the last bytes were copied shows only when it has ended, which takes about as
+        long as copying what it changes.
+        """
+        if self._staging is not None:
+            self._sealed.wait(_WATCH_S + _WATCH_COPIES * self._copy_s)
+            self.let_change()
+
+    def _seal(self) -> None:
+        if self._staging is not None and self._error is None and not self._sealed.is_set():
+            try:
+                self._staging.check()
+            except CheckpointError as error:
+                self._error = error
         self._staging = None
+        self._sealed.set()
 
     def snapshot(self) -> Snapshot:
         """The bytes to write; raises what went wrong in copying them."""

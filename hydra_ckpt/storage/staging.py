@@ -151,6 +151,7 @@ class Staging:
     ) -> None:
         self._live = dict(tensors)
         self._versions = {key: _version(tensor) for key, tensor in tensors.items()}
+        self._late: list[tuple[torch.Tensor, int]] = []
         copies = _copies(tensors, casts)
         buffer = pool.take(_positions(copies.values())[1])
         slots = dict(zip(copies, buffer.slots(copies.values()), strict=True))
@@ -162,17 +163,30 @@ class Staging:
         """Copy these tensors, or all that are left; afterwards they may change.
 
         Raises:
-            CheckpointError: One has been changed before it was copied.
+            CheckpointError: One of those that were left has been changed before it was copied.
         """
         wanted = list(self._live) if keys is None else list(keys)
         pairs = [(self._targets[key], self._live.pop(key)) for key in wanted]
         _copy(pairs)
-        changed = sum(_version(source) != self._versions[key] for key, (_, source) in zip(wanted, pairs, strict=True))
+        if keys is None:
+            self._late = [(source, self._versions[key]) for key, (_, source) in zip(wanted, pairs, strict=True)]
+            self.check()
+
+    def check(self) -> None:
+        """See that what was copied last is as it was when the staging was made.
+
+        A change counts only when it is complete, so one that is under way while a tensor is copied shows later.
+
+        Raises:
+            CheckpointError: A tensor has been changed.
+        """
+        changed = sum(_version(source) != version for source, version in self._late)
         if changed:
             raise CheckpointError(
                 f"{changed} tensors were changed while they were being copied, between save() and the optimizer's next "
                 "step (weights swapped for an average, or scaled). Set checkpoint.wait_for_staging=true, which copies "
-                "everything before save() returns, or make the change before the save"
+                "everything before save() returns, or make the change before the save, or behind "
+                "PendingSave.wait_staged()"
             )
 
 

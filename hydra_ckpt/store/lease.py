@@ -61,8 +61,12 @@ def read_owner(root: Path) -> tuple[Owner, float] | None:
     path = root / names.OWNER
     try:
         age = time.time() - path.stat().st_mtime
-        return Owner(**json.loads(path.read_text())), age
-    except (FileNotFoundError, ValueError, TypeError):
+        owner = Owner(**json.loads(path.read_text()))
+        texts = (owner.incarnation, owner.host, owner.job, owner.run)
+        if not all(isinstance(text, str) for text in texts) or type(owner.pid) is not int or owner.pid < 0:
+            return None
+        return replace(owner, started=float(owner.started)), age
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):
         return None
 
 

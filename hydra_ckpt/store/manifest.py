@@ -143,6 +143,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     if path.is_symlink():
         raise CorruptCheckpointError(path, "is a symbolic link, which is not followed")
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a directory cannot be read
+        raise CorruptCheckpointError(path, "is not a regular file")
     if path.stat().st_size > _MAX_BYTES:
         raise CorruptCheckpointError(path, f"is larger than {_MAX_BYTES} bytes")
     return unseal(path, path.read_bytes())

@@ -92,11 +92,11 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
 
 
 def repoint(files: Files, catalog: Catalog, pointer: str, instead: Checkpoint | None) -> None:
-    """Coordinator only: if what a pointer names is gone, let it lead elsewhere, or nowhere any more."""
+    """Coordinator only: if a pointer is gone, or what it names, let it lead elsewhere, or nowhere any more."""
     target = read_pointer(catalog.root, pointer)
-    if target is None or catalog.find(target) is not None:
+    if target is not None and catalog.find(target) is not None:
         return
     if instead is not None:
         move_pointer(files, catalog.root, pointer, instead.name)
-    else:
+    elif target is not None:
         remove_pointer(files, catalog.root, pointer)

@@ -64,7 +64,8 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
     - any other job runs, and its callback resumes from its newest checkpoint.
 
     A job stopped by a signal or the time limit ends the program, the rest of a sweep too, with the callback's
-    `exit_code`. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra it does nothing.
+    `exit_code`. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single run
+    with `checkpoint.enabled=false`, it does nothing.
 
     Collective: every rank of a launch; the first one decides for all.
 
@@ -90,6 +91,8 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if run is None:
                 return task(cfg, *args, **kwargs)
             config = _plain(cfg)
+            if run.sweep_dir is None and not _checkpoints(config):
+                return task(cfg, *args, **kwargs)  # what is switched off leaves no trace
             decision = json.loads(first_rank_says("job", lambda: json.dumps(_decide(run, config, on_change))))
             if "refuse" in decision:
                 raise CheckpointExistsError(decision["refuse"])
@@ -104,6 +107,12 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
         return job  # type: ignore[return-value]
 
     return decorate if function is None else decorate(function)
+
+
+def _checkpoints(config: Any) -> bool:
+    """Whether a configuration has checkpointing on, as far as it stands in the usual place."""
+    settings = config.get("checkpoint") if isinstance(config, dict) else None
+    return not isinstance(settings, dict) or settings.get("enabled") is not False
 
 
 def _plain(cfg: Any) -> Any:

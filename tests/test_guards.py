@@ -1,0 +1,166 @@
+"""What is refused, or guarded against, before it can spoil a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hydra_ckpt import (
+    AppState,
+    CheckpointCallback,
+    CheckpointConfigError,
+    Checkpointer,
+    CheckpointExistsError,
+    CheckpointingConfig,
+)
+from hydra_ckpt.saving.contents import Sources
+from hydra_ckpt.saving.staged import Staged
+from hydra_ckpt.storage.staging import BufferPool
+from hydra_ckpt.store.catalog import scan
+
+
+def engine(root: Path, **options: Any) -> Checkpointer:
+    return CheckpointingConfig(checkpoint_dir=str(root), **options).build(0, 0, 0)
+
+
+def state_of(value: float = 0.0) -> AppState:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, value)
+    return AppState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("numbers", [{"step": 1.0}, {"step": True}, {"step": 10**18}, {"step": 2, "epoch": 0.5}])
+def test_steps_and_epochs_are_whole_numbers(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(state_of(), step=1)
+        with pytest.raises(CheckpointConfigError, match=list(numbers)[-1]):
+            checkpointer.save(state_of(), **numbers)
+        assert [path.name for path in tmp_path.glob("epoch*")] == ["epoch_0_step_1"]
+        checkpointer.save(state_of(), step=torch.tensor(3))
+    assert scan(tmp_path).pointed("LATEST").name == "epoch_0_step_3"
+
+
+def test_the_callback_refuses_an_epoch_that_is_a_fraction(tmp_path: Path) -> None:
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path)), every_n_steps=1) as callback:
+        callback.on_train_begin(state_of())
+        with pytest.raises(CheckpointConfigError, match=r"int\(epoch\)"):
+            callback.on_step_end(1, epoch=0.5)
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end", "on_train_end", "on_validation_end"])
+def test_hooks_before_the_beginning_are_refused(tmp_path: Path, hook: str) -> None:
+    arguments = {"on_step_end": (1,), "on_epoch_end": (0,), "on_train_end": (), "on_validation_end": ({"loss": 1.0},)}
+    begun = CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path)))
+    with begun as callback, pytest.raises(CheckpointConfigError, match="on_train_begin"):
+        getattr(callback, hook)(*arguments[hook])
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path), enabled=False)) as callback:
+        getattr(callback, hook)(*arguments[hook])
+
+
+def test_a_run_that_goes_back_sets_the_later_steps_aside(tmp_path: Path) -> None:
+    state = state_of()
+    with engine(tmp_path, on_conflict="set_aside") as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(state, step=step)
+        assert checkpointer.load(state, restore_from=tmp_path / "epoch_0_step_1").step == 1
+        checkpointer.load(state, restore_from=" LATEST ", parts=["model"])  # weights only: the run stays where it is
+        checkpointer.save(state, step=2)
+        assert sorted(item.step for item in scan(tmp_path).checkpoints) == [1, 2]
+    assert len(list(tmp_path.glob(".epoch_0_step_*.aside-*"))) == 2
+
+
+def test_a_refused_return_changes_nothing(tmp_path: Path) -> None:
+    state = state_of(1.0)
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(state, step=1)
+        checkpointer.save(state, step=2)
+        with torch.no_grad():
+            state.models[""][0].weight.fill_(7.0)
+        with pytest.raises(CheckpointExistsError):
+            checkpointer.load(state, restore_from="epoch_0_step_1")
+    assert torch.equal(state.models[""][0].weight, torch.full((2, 2), 7.0))
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer, and leaves out Optimizer.__init__ as some do."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+def test_optimizers_without_hooks_are_not_overlapped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(1.0)
+    state = AppState(state.models[""][0], Lookahead(state.optimizers[0]))
+    with engine(tmp_path, is_async=True) as checkpointer, caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            pending = checkpointer.save(state, step=step)
+            with torch.no_grad():
+                state.models[""][0].weight.add_(1.0)
+            pending.result()
+        assert len([record for record in caplog.records if "Lookahead" in record.message]) == 1
+        checkpointer.load(state, restore_from="epoch_0_step_2")
+    assert torch.equal(state.models[""][0].weight, torch.full((2, 2), 2.0))
+
+
+def test_a_change_under_way_while_copies_are_made_is_found_when_it_ends() -> None:
+    weight = torch.zeros(8)
+    pool = BufferPool()
+
+    def staged() -> Staged:
+        made = Staged.copied(Sources({0: weight}, frozenset({0}), {}), pool, frozenset({0}))
+        made.finish()
+        return made
+
+    torn = staged()
+    weight.add_(1.0)  # PyTorch counts it only now, as if it had begun before
+    torn.watch()
+    with pytest.raises(Exception, match="changed while they were being copied"):
+        torn.snapshot()
+    torn.release()
+    sound = staged()
+    sound.let_change()
+    weight.add_(1.0)
+    sound.watch()
+    assert bytes(sound.snapshot().sources[0]) == torch.ones(8).numpy().tobytes()
+    sound.release()
+
+
+class Odd:
+    def __float__(self) -> float:
+        raise RuntimeError("no number today")
+
+
+def test_whatever_a_metric_raises_names_the_metric(tmp_path: Path) -> None:
+    with engine(tmp_path) as checkpointer, pytest.raises(Exception, match=r"'loss'.*no number today"):
+        checkpointer.save(state_of(), step=1, metrics={"loss": Odd()})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path, make: Any) -> None:
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(state_of(), step=1)
+        checkpointer.save(state_of(), step=2)
+    manifest = tmp_path / "epoch_0_step_2" / "manifest.json"
+    manifest.unlink()
+    make(manifest)
+    with engine(tmp_path) as checkpointer:
+        assert checkpointer.start(state_of()).step == 1
+
+
+@pytest.mark.parametrize(
+    "body", ['{"incarnation": [1], "host": "a", "pid": 1, "started": 1.0}', '{"pid": "abc"}', "[]"]
+)
+def test_an_owner_record_that_makes_no_sense_counts_as_none(tmp_path: Path, body: str) -> None:
+    (tmp_path / "owner.json").write_text(body)
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(state_of(), step=1)
+    assert scan(tmp_path).pointed("LATEST") is not None
