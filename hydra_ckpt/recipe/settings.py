@@ -14,8 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_ckpt.errors import CheckpointConfigError
 
-log = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -32,6 +30,8 @@ __all__ = [
     "check_together",
     "read_settings",
 ]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass

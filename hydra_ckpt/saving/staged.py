@@ -10,6 +10,7 @@ from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow, staged_bytes
 
+# How long a change that was under way may need to end: seconds, and multiples of what the copies took.
 _WATCH_S, _WATCH_COPIES = 0.02, 2
 
 
@@ -42,6 +43,8 @@ class Staged:
         An error (no memory) is kept and raised in the background, where the other ranks hear of it.
         """
         staged = cls()
+        if not late:
+            staged._sealed.set()
         try:
             _check_memory(staged_bytes(sources.tensors, sources.casts), pool)
             staged._staging = Staging(sources.tensors, pool, sources.casts)
