@@ -254,7 +254,6 @@ class CheckpointCallback:
 
         After `should_stop` the run is not complete: nothing is saved, only waited for.
         """
-        self._has_begun("on_train_end")
         if self._live is None or self._state is None:
             return
         self._settle_best(self._live)

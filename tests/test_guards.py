@@ -53,9 +53,9 @@ def test_the_callback_refuses_an_epoch_that_is_a_fraction(tmp_path: Path) -> Non
             callback.on_step_end(1, epoch=0.5)
 
 
-@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end", "on_train_end", "on_validation_end"])
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end", "on_validation_end"])
 def test_hooks_before_the_beginning_are_refused(tmp_path: Path, hook: str) -> None:
-    arguments = {"on_step_end": (1,), "on_epoch_end": (0,), "on_train_end": (), "on_validation_end": ({"loss": 1.0},)}
+    arguments = {"on_step_end": (1,), "on_epoch_end": (0,), "on_validation_end": ({"loss": 1.0},)}
     begun = CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path)))
     with begun as callback, pytest.raises(CheckpointConfigError, match="on_train_begin"):
         getattr(callback, hook)(*arguments[hook])

@@ -84,9 +84,14 @@ class App:
         environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "app.py", *arguments]
-        return subprocess.run(
-            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
+        # Whoever is started in the background of a script ignores Ctrl-C, and so would what it starts.
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            return subprocess.run(
+                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+            )
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def sweep_over(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "hydra.sweep.dir=sweep", *arguments, **options)

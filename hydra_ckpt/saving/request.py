@@ -30,7 +30,7 @@ def whole(name: str, value: Any) -> int:
         number = -1
     if not 0 <= number < _MOST:
         raise CheckpointConfigError(
-            f"{name}={value!r}: give a whole number from 0, as an int (an epoch that is a float: int(epoch))"
+            f"{name}={value!r}: these are counted from 0; give an int (of an epoch that is a float: int(epoch))"
         )
     return number
 
