@@ -20,6 +20,7 @@ from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import whole
+from hydra_ckpt.saving.save import JOIN_PATIENCE_S
 from hydra_ckpt.saving.saver import Saver, kinds
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
-
-_JOIN_PATIENCE_S = 60.0
 
 
 class Checkpointer:
@@ -86,7 +85,7 @@ class Checkpointer:
         self._extractor = Extractor(config.write.is_peft, pp_rank)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
         # Whoever looks for a directory in vain tells the others before they give up.
-        self._patience_s = min(_JOIN_PATIENCE_S, config.write.timeout_s / 2)
+        self._patience_s = min(JOIN_PATIENCE_S, config.write.timeout_s / 2)
         self._restorer = Restorer(
             config.read, self._directory, self._extractor, self._channel, self._topology, self._patience_s
         )
@@ -362,7 +361,7 @@ class Checkpointer:
             self.pending.wait()
 
     def drain(self) -> None:
-        """Return when everything begun in the background is done: saves, added metrics, pruning."""
+        """Return when everything begun in the background is done: saves, added metrics. Deletions may go on."""
         if not self._closed:
             self._saver.drain()
 

@@ -29,7 +29,8 @@ from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
-_JOIN_PATIENCE_S = 60.0
+JOIN_PATIENCE_S = 60.0
+"""How long ranks look for what rank 0 has made, at most: network file systems show new directories late."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class DraftWriter:
     content: Content
     snapshot: Callable[[], Snapshot]
     sidecar: str = "rank"
-    patience_s: float = _JOIN_PATIENCE_S
+    patience_s: float = JOIN_PATIENCE_S
     staging_dir: Path | None = None
     weights: frozenset[Digested] = frozenset()
     _headers: list[Digested] = field(default_factory=list)
