@@ -101,16 +101,22 @@ class Channel(ABC):
 
     def raise_together(self, what: str, error: Exception | None) -> None:
         """Collective: if any rank has an error, raise on every rank: its own, or else the first rank's."""
+        self.conclude(what, error, None, lambda _: None)
 
-        def first(payloads: list[Any]) -> Any:
-            failed = {rank: data for rank, data in enumerate(payloads) if data is not None}
-            return next(({"rank": rank, "error": data} for rank, data in failed.items()), None)
+    def conclude(self, what: str, error: Exception | None, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Collective: `raise_together` and, if no rank has an error, `agree`, in one exchange."""
 
-        found = self.agree(what, error_to_data(error) if error else None, first)
+        def decision(gathered: list[Any]) -> dict[str, Any]:
+            failed = ({"rank": rank, "error": data} for rank, (data, _) in enumerate(gathered) if data is not None)
+            found = next(failed, None)
+            return {"failed": found, "decision": None if found else decide([given for _, given in gathered])}
+
+        found = self.agree(what, (error_to_data(error) if error else None, payload), decision)
         if error is not None:
             raise error
-        if found is not None:
-            raise error_from_data(found["error"], prefix=f"rank {found['rank']}: ")
+        if found["failed"] is not None:
+            raise error_from_data(found["failed"]["error"], prefix=f"rank {found['failed']['rank']}: ")
+        return found["decision"]
 
 
 def error_to_data(error: BaseException) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismat
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -27,7 +28,7 @@ from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.header import read_tensors
-from hydra_ckpt.storage.ledger import Ledger, join
+from hydra_ckpt.storage.ledger import Ledger, Span, join
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.tree import decode, tensor_names
@@ -97,8 +98,8 @@ class Load:
         """
         self._compare()
         self.touched = frozenset(self._available() & {"model", "optimizer"})
-        self._together("reading the checkpoint", self._read)
-        self._verify_rest()
+        compared = self._together("reading the checkpoint", self._read, join)
+        self._verify_rest(compared)
         self._together("installing the checkpoint", self._install)
         step, epoch = (self.checkpoint.step, self.checkpoint.epoch) if "progress" in self.parts else (0, 0)
         loaded = tuple(part for part in PARTS if part in self._available())
@@ -114,18 +115,19 @@ class Load:
             read_bytes=self._read_bytes,
         )
 
-    def _together(self, what: str, step: Callable[[], None]) -> None:
-        """Collective: do a local step and raise everywhere if it fails anywhere."""
+    def _together(self, what: str, step: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda _: None) -> Any:
+        """Collective: do a local step and raise everywhere if it fails anywhere; else decide from what it gave."""
         error: Exception | None = None
+        given = None
         try:
-            step()
+            given = step()
         except CheckpointError as known:
             error = known
         except Exception as unknown:
             log.debug("%s failed", what, exc_info=True)
             error = CheckpointError(f"{what} ({self.checkpoint.path}): {type(unknown).__name__}: {unknown}")
             error.__cause__ = unknown
-        self.channel.raise_together(what, error)
+        return self.channel.conclude(what, error, given, decide)
 
     @property
     def _root(self) -> Path:
@@ -205,12 +207,12 @@ class Load:
         """Collective: find out what to read, and list everything that does not fit."""
         mismatch = _Mismatch()
 
-        def compare() -> None:
+        def compare() -> dict[str, Any]:
             self._read_progress()
             self._match(mismatch)
+            return vars(mismatch)
 
-        self._together("comparing the checkpoint with the live objects", compare)
-        found = self.channel.agree("comparing keys", vars(mismatch), _merge_mismatches)
+        found = self._together("comparing the checkpoint with the live objects", compare, _merge_mismatches)
         if any(found.values()):
             raise KeyMismatchError(
                 f"{self._root} does not fit",
@@ -251,8 +253,8 @@ class Load:
             stored = self._stored(part)
             prefix = f"{name}/" if name else ""
             items = mapped.locals(self.extractor.localize)
-            naming = self._naming(mismatch, name, stored)
             held = {item.spec.name for item in items}
+            naming = self._naming(mismatch, name, stored, [item.spec for item in items])
             if naming is not None:
                 held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
                 items = Exporter(naming)(items)
@@ -260,13 +262,14 @@ class Load:
             for item in items:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
 
-    def _naming(self, mismatch: _Mismatch, name: str, stored: Mapping[str, StoredTensor]) -> Naming | None:
+    def _naming(
+        self, mismatch: _Mismatch, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]
+    ) -> Naming | None:
         """From a model's live tensors to the stored ones; None where the names are the same."""
         mapped, part = self.extractor.maps(self.state)[name], part_of(name)
         saved = Saved(stored, self._saved_naming(part), self._is_export(part))
         if self.extractor.is_peft:
             return saved.naming if saved.is_export else None
-        specs = [item.spec for item in mapped.locals(self.extractor.localize)]
         found = translate(
             [spec.name for spec in specs], saved, lambda: naming_of(mapped, self.state.models[name][0], specs)
         )
@@ -365,7 +368,8 @@ class Load:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def _read(self) -> None:
+    def _read(self) -> list[Span]:
+        """Read; returns the digests that were compared on the way."""
         if self.verify:
             manifest = self.checkpoint.manifest
             self._ledger = Ledger(checks(self._root, manifest.files, manifest.digests))
@@ -373,13 +377,13 @@ class Load:
         foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
         own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
         self._read_bytes = fetch(self._root, own, self._ledger) + fetch_distcp(self._root, foreign, self._lengths)
+        return [] if self._ledger is None else self._ledger.done()
 
-    def _verify_rest(self) -> None:
+    def _verify_rest(self, done: Sequence[Sequence[int]]) -> None:
         """Collective: compare the digests that no rank has compared while it read, each once."""
         ledger = self._ledger
         if ledger is None:
             return
-        done = self.channel.agree("comparing what was verified", ledger.done(), join)
 
         def verify() -> None:
             rest = ledger.left((first, behind) for first, behind in done)

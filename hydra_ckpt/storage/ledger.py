@@ -26,12 +26,13 @@ class Ledger:
         self._checks = checks
         self._done: set[int] = set()
         self._strided: dict[tuple[str, Region], int] = {}
-        self._plain: dict[str, list[tuple[int, int]]] = {}
+        self._plain: dict[str, list[tuple[int, int, int]]] = {}  # offset, end, index
         for index, check in enumerate(checks):
-            if check.region.count > 1:
-                self._strided[check.file, check.region] = index
+            region = check.region
+            if region.count > 1:
+                self._strided[check.file, region] = index
             else:
-                self._plain.setdefault(check.file, []).append((check.region.offset, index))
+                self._plain.setdefault(check.file, []).append((region.offset, region.offset + region.run, index))
         for starts in self._plain.values():
             starts.sort()
 
@@ -42,11 +43,10 @@ class Ledger:
                 yield cell, self._strided.get((file, cell))
             return
         starts = self._plain.get(file, [])
-        position = region.offset
-        for at in range(bisect_left(starts, (position, 0)), len(starts)):
-            offset, index = starts[at]
-            end = self._checks[index].region.end
-            if end > region.end:
+        position, limit = region.offset, region.offset + region.run
+        for at in range(bisect_left(starts, (position,)), len(starts)):
+            offset, end, index = starts[at]
+            if end > limit:
                 break
             if offset < position:
                 continue  # an overlapping digest; it is compared with what is left
@@ -54,8 +54,8 @@ class Ledger:
                 yield Region(position, offset - position), None
             yield Region(offset, end - offset), index
             position = end
-        if position < region.end:
-            yield Region(position, region.end - position), None
+        if position < limit:
+            yield Region(position, limit - position), None
 
     def compare(self, root: Path, index: int, data: memoryview) -> None:
         """Compare the bytes of one digest.

@@ -67,7 +67,7 @@ class OpenFiles:
         if region.count > 1:
             _gather(descriptor, region, target)
             return
-        position = 0
+        position = os.preadv(descriptor, [target], region.offset)
         while position < region.run:
             count = os.preadv(descriptor, [target[position:]], region.offset + position)
             if not count:
@@ -118,7 +118,7 @@ def fetch(root: Path, wanted: Iterable[Fetch], ledger: Ledger | None = None) -> 
 
 
 def _fetch_part(files: OpenFiles, part: Read, item: Fetch, ledger: Ledger | None) -> int:
-    target = item.into.detach()
+    target = item.into
     if part.box is not item.box:
         inner = part.box.within(item.box)
         for dim, (start, size) in enumerate(zip(inner.offsets, inner.sizes, strict=True)):
@@ -129,11 +129,12 @@ def _fetch_part(files: OpenFiles, part: Read, item: Fetch, ledger: Ledger | None
     view, position = bytes_of(landing), 0
     for region in part.regions:
         for piece, digest in ((region, None),) if ledger is None else ledger.pieces(part.file, region):
-            data = view[position : position + piece.nbytes]
+            end = position + piece.nbytes
+            data = view[position:end]
             files.read_into(part.file, piece, data)
             if ledger is not None and digest is not None:
                 ledger.compare(files.root, digest, data)
-            position += piece.nbytes
+            position = end
     if not direct:
         target.copy_(landing)
     return position
