@@ -22,7 +22,8 @@ from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.saving.planning import Agreement, make_plan, state_layout
+from hydra_ckpt.saving.agreement import Agreement
+from hydra_ckpt.saving.planning import make_plan, state_layout
 from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.write import create_own_files
 from hydra_ckpt.store.catalog import Checkpoint

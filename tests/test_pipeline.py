@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
-from hydra_ckpt.saving.planning import PartLayout, agree, make_plan
+from hydra_ckpt.saving.agreement import agree
+from hydra_ckpt.saving.planning import PartLayout, make_plan
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.storage.staging import borrow
 from hydra_ckpt.storage.write import create_files, write_plan

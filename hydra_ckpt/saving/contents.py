@@ -20,14 +20,12 @@ from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.agreement import Agreement, Parts, agree
 from hydra_ckpt.saving.drift import Sampler
 from hydra_ckpt.saving.planning import (
     BESIDE,
-    Agreement,
     PartLayout,
-    Parts,
     adapter_layout,
-    agree,
     consolidated_layout,
     distcp_layout,
     lay_out_part,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hydra_ckpt.layout.plan import fingerprint
-from hydra_ckpt.saving.planning import Agreement, Parts, replica_of, tensors_of
+from hydra_ckpt.saving.agreement import Agreement, Parts
+from hydra_ckpt.saving.planning import replica_of, tensors_of
 from hydra_ckpt.storage.digests import digest_of, hex_digest
 
 _TENSORS_A_SAVE = 64

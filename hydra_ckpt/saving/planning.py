@@ -1,30 +1,19 @@
-"""From what each rank holds to what it writes: the one place where ranks agree on a layout.
-
-A rank knows the global shape of everything it holds, so it computes the files' layout alone. What it cannot know is
-settled once, with a few bytes a rank: that the others hold the same (or, under pipeline parallelism, what they hold
-instead), and how many copies of each device mesh there are. The result serves every later save of the same state.
-"""
+"""From what each rank holds to what it writes. A plan serves every later save of the same state."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import socket
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass, replace
 
-from hydra_ckpt.distributed import Channel
-from hydra_ckpt.errors import TopologyError
-from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS, BlockFiles, Member, block_files
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
-from hydra_ckpt.layout.plan import Piece, WritePlan, describe, fill_files, fingerprint
+from hydra_ckpt.layout.plan import Piece, WritePlan, fill_files, fingerprint
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.saving.agreement import Agreement, Parts
 from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
 from hydra_ckpt.store import names
@@ -36,232 +25,9 @@ _MAX_WRITERS = 64
 BESIDE = "export/"
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What the ranks settled.
-
-    Attributes:
-        specs: Part to all tensors of it, whoever holds them, in the order of the files.
-        copies: Mesh (its digest; empty for plain tensors) to this rank's copy of it and the number of copies.
-        leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
-        fingerprint: Equal on all ranks.
-        elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
-            two pipeline stages share.
-        one_host: Whether all ranks run on one host.
-        leader: The first of the ranks that hold the same tensors as this one.
-        adapted: Part to what the adapters of all ranks say that its files hold.
-        crowds: Part and name of tensors to how many ranks would meet in a file of the whole one.
-    """
-
-    specs: Mapping[str, tuple[TensorSpec, ...]]
-    copies: Mapping[str, tuple[int, int]]
-    leads: bool
-    fingerprint: str
-    elsewhere: frozenset[tuple[str, str]] = frozenset()
-    one_host: bool = True
-    leader: int = 0
-    adapted: Mapping[str, Naming] = field(default_factory=dict)
-    crowds: Mapping[tuple[str, str], int] = field(default_factory=dict)
-
-
-Parts = Mapping[str, Sequence[LocalTensor]]
-
-
 def signature(parts: Parts) -> str:
     """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save."""
     return str(hash(tuple((part, tuple(item.place for item in items)) for part, items in parts.items())))
-
-
-def agree(
-    parts: Parts,
-    channel: Channel,
-    stage: int,
-    global_order: Sequence[str] | None,
-    adapted: Mapping[str, Naming] = MappingProxyType({}),
-) -> Agreement:
-    """Collective: settle what all ranks hold.
-
-    Args:
-        parts: What this rank holds.
-        channel: To the other ranks.
-        stage: The pipeline rank; ranks of one stage must hold the same tensors.
-        global_order: The model's keys in the order of its files, if known.
-        adapted: Part to what this rank's adapters say that its files hold.
-
-    Raises:
-        TopologyError: Ranks of one stage hold different tensors, or stages disagree about one of the same name.
-    """
-    local = {part: [item.spec for item in items] for part, items in parts.items()}
-    said = {part: naming.to_data() for part, naming in adapted.items()}
-    texts = itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items())
-    text = fingerprint(itertools.chain(texts, [json.dumps(said)]))
-    meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
-    note = {
-        "host": socket.gethostname(),
-        "stage": stage,
-        "holds": text,
-        "meshes": meshes,
-    }
-    gathered = channel.gather("agreeing on the layout", note)
-    positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
-    specs: Mapping[str, Sequence[TensorSpec]] = local
-    crowds = {(part, item.spec.name): item.place.crowd for part, items in parts.items() for item in items}
-    elsewhere: frozenset[tuple[str, str]] = frozenset()
-    leads = positions["leader"] == channel.rank
-    if positions["several"]:
-        writers, crowds, adapted = _union(parts, said, channel, stage, leads)
-        specs = {part: list(found) for part, found in writers.items()}
-        elsewhere = frozenset(
-            (part, spec.name)
-            for part, items in local.items()
-            for spec in items
-            if writers[part][spec] != positions["leader"]
-        )
-    ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
-    texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
-    copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    leader, one_host = positions["leader"], positions["one_host"]
-    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader, adapted, crowds)
-
-
-def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Coordinator only: tell each rank which copy of its meshes it belongs to among the ranks that hold the same."""
-    kinds = [(note["stage"], note["holds"]) for note in notes]
-    seen: dict[Any, dict[str, int]] = defaultdict(dict)
-    own: list[list[tuple[Any, int]]] = []
-    for rank, (kind, note) in enumerate(zip(kinds, notes, strict=True)):
-        places = []
-        for position, mesh in enumerate(note["meshes"]):
-            # Plain tensors have no mesh: each rank is a copy of its own.
-            identity = mesh or str(rank)
-            table = seen[kind, position]
-            places.append(((kind, position), table.setdefault(identity, len(table))))
-        own.append(places)
-    leaders = {kind: rank for rank, kind in reversed(list(enumerate(kinds)))}
-    several = len(leaders) > 1
-    one_host = len({note["host"] for note in notes}) == 1
-    return [
-        {
-            "several": several,
-            "one_host": one_host,
-            "leader": leaders[kinds[rank]],
-            "copies": [(copy, len(seen[key])) for key, copy in places],
-        }
-        for rank, places in enumerate(own)
-    ]
-
-
-def _union(
-    parts: Parts, said: Mapping[str, Any], channel: Channel, stage: int, leads: bool
-) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
-    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
-
-    Returns:
-        Part to its tensors, each with the rank whose kind writes it; `Agreement.crowds`; part to what the adapters say.
-    """
-    data = {
-        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd) for item in items]
-        for part, items in parts.items()
-    }
-    payload = {"stage": stage, "parts": data, "adapted": said} if leads else None
-    merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
-    writers = {
-        part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, _, writer in rows}
-        for part, rows in merged["parts"].items()
-    }
-    crowds = {(part, row[0]): row[3] for part, rows in merged["parts"].items() for row in rows}
-    return writers, crowds, {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
-
-
-def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Coordinator only: the union, in the order of the stages.
-
-    Raises:
-        TopologyError: See `agree`.
-    """
-    speaking = {rank: payload for rank, payload in enumerate(payloads) if payload is not None}
-    _refuse_unequal_stages(speaking)
-    ordered = sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0]))
-    merged: dict[str, dict[str, Any]] = defaultdict(dict)
-    clashes = []
-    for rank, payload in ordered:
-        for part, rows in payload["parts"].items():
-            for name, dtype, shape, crowd in rows:
-                known = merged[part].setdefault(name, (name, dtype, shape, crowd, rank))
-                if known[1:3] != (dtype, shape):
-                    clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
-    adapted = _merge_adapted({rank: payload["adapted"] for rank, payload in ordered}, clashes)
-    if clashes:
-        raise TopologyError(
-            "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
-        )
-    return {"parts": {part: list(rows.values()) for part, rows in merged.items()}, "adapted": adapted}
-
-
-def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) -> dict[str, Any]:
-    """Part to what the adapters of all kinds of ranks say together; adds what contradicts."""
-    makers: dict[tuple[str, str], tuple[int, list[Any]]] = {}
-    merged: dict[str, Any] = {}
-    for rank, parts in said.items():
-        for part, data in parts.items():
-            found = merged.setdefault(part, {"aliases": [], "dtypes": {}, "files": {}, "shapes": {}})
-            for name, rows in itertools.groupby(data["aliases"], key=lambda row: row[0]):
-                pieces = list(rows)
-                first, known = makers.setdefault((part, name), (rank, pieces))
-                if first == rank:
-                    found["aliases"] += pieces
-                elif known != pieces:
-                    clashes.append(
-                        f"{part}: the adapter makes {name} of {pieces[0][3]} on rank {rank}, and of {known[0][3]} on "
-                        f"rank {first}"
-                    )
-            found["dtypes"].update(data["dtypes"])
-            found["shapes"].update(data["shapes"])
-    return merged
-
-
-def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
-    first: dict[int, tuple[int, set[tuple[str, str]]]] = {}
-    lines: list[str] = []
-    for rank, payload in speaking.items():
-        keys = {
-            (part, f"{name} {dtype} {list(shape)}")
-            for part, rows in payload["parts"].items()
-            for name, dtype, shape, _ in rows
-        }
-        keys |= {
-            (part, f"{name} made of {source} {offsets} {sizes} by the adapter")
-            for part, data in payload["adapted"].items()
-            for name, _, _, source, offsets, sizes, *_ in data["aliases"]
-        }
-        known_rank, known = first.setdefault(payload["stage"], (rank, keys))
-        if known != keys:
-            pair = f"of ranks {known_rank} and {rank}"
-            lines += [f"{pair}, only on rank {known_rank}: {part}: {key}" for part, key in sorted(known - keys)]
-            lines += [f"{pair}, only on rank {rank}: {part}: {key}" for part, key in sorted(keys - known)]
-    if lines:
-        raise TopologyError(
-            "ranks of the same pipeline stage hold different tensors; nothing was written.\n  "
-            + "\n  ".join(lines)
-            + "\n  Build the same model on every rank, or pass each stage's pp_rank to build()"
-        )
-
-
-def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | None) -> list[TensorSpec]:
-    if not order or part != names.MODEL:
-        return list(specs)
-    place = {name: number for number, name in enumerate(order)}
-    held = {spec.name for spec in specs}
-    missing = [name for name in order if name not in held]
-    unknown = sorted(held - set(place))
-    if missing or unknown:
-        lines = [f"no rank holds {', '.join(missing)}"] if missing else []
-        lines += [f"it does not list {', '.join(unknown)}"] if unknown else []
-        raise TopologyError(
-            f"checkpoint.model_state_dict_keys does not fit the model: {'; '.join(lines)}. Give the names of the whole "
-            "model's state dict, or leave the setting out"
-        )
-    return sorted(specs, key=lambda spec: place[spec.name])
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,12 +43,10 @@ from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.saving.agreement import Agreement, Parts, agree
 from hydra_ckpt.saving.drift import Sampler, drifted
 from hydra_ckpt.saving.planning import (
-    Agreement,
     PartLayout,
-    Parts,
-    agree,
     consolidated_layout,
     make_plan,
     signature,
