@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
-from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, skeleton_of
+from hydra_ckpt.hub.conversion import Tables, is_transformers_model, naming_of, tables_of
 from hydra_ckpt.hub.reference import Reference, find_reference
 from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
 from hydra_ckpt.layout.aliases import Alias, Naming
@@ -129,18 +129,14 @@ class _Loader:
         self._skip = options.skip_prefixes
         self._weights = _weights(reference, options.dequantize, allow_pickle)
         self._mapped = ModelMap.of(self._parts)
-        self._names = {slot.name for slot in self._mapped.slots}
-        self._localize = Localizer()
-        self._items = self._mapped.locals(self._localize)
-        self._skeleton = skeleton_of(self._parts[0]) if is_transformers_model(self._parts[0]) else None
-        specs = [item.spec for item in self._items]
-        self._naming = naming_of(self._mapped, self._parts[0], specs, self._skeleton)
+        self._specs = {spec.name: spec for spec in self._mapped.specs()}
+        self._tables = tables_of(self._parts[0])
+        self._naming = naming_of(self._mapped, self._parts[0], list(self._specs.values()), self._tables)
         self._fit = self._compare()
 
     def _compare(self) -> _Fit:
         fit = _Fit()
-        specs_here = {item.spec.name: item.spec for item in self._items}
-        rename = _Renaming(self._parts[0], self._skeleton, self._naming, specs_here, self._mapped.aliases)
+        rename = _Renaming(self._parts[0], self._tables, self._naming, self._specs, self._mapped.aliases)
         specs = self._weights.specs
         for name in specs:
             place = rename(name)
@@ -150,11 +146,11 @@ class _Loader:
                 fit.stored[place] = name
         self._naming = rename.naming
         optional = _optional(self._parts[0])
-        for item in self._items:
-            aliases = self._naming.by_source.get(item.spec.name, ())
+        for name in self._specs:
+            aliases = self._naming.by_source.get(name, ())
             absent = not aliases or any(alias.name not in fit.stored for alias in aliases)
-            if absent and not item.spec.name.startswith(self._skip) and not optional.search(item.spec.name):
-                fit.missing.append(item.spec.name)
+            if absent and not name.startswith(self._skip) and not optional.search(name):
+                fit.missing.append(name)
         for alias in self._naming.aliases:
             stored = specs.get(fit.stored.get(alias.name, ""))
             shape = self._naming.shapes.get(alias.name, alias.shape)
@@ -180,7 +176,7 @@ class _Loader:
         """Read, and initialize what is left."""
         fresh = self._materialize()
         loaded = set()
-        chosen = [item for item in self._items if not item.spec.name.startswith(self._skip)]
+        chosen = [item for item in self._mapped.locals(Localizer()) if not item.spec.name.startswith(self._skip)]
         order = {name: number for number, name in enumerate(self._weights.specs)}
         named = chosen if self._naming.is_plain else Exporter(self._naming)(chosen)
         pieces = [item for item in named if item.spec.name in self._fit.stored]
@@ -197,7 +193,7 @@ class _Loader:
         for alias in self._naming.aliases:
             if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
                 loaded.add(alias.source)
-        left = sorted(self._names - loaded)
+        left = sorted(self._specs.keys() - loaded)
         if fresh:
             self._initialize(loaded)
         if left:
@@ -215,8 +211,6 @@ class _Loader:
             part.to_empty(device="cpu" if sharded is None else sharded.device_mesh.device_type)
             if is_transformers_model(part):
                 cast(Any, part).tie_weights()
-        if waiting:
-            self._items = self._mapped.locals(self._localize)
         return bool(waiting)
 
     def _initialize(self, loaded: set[str]) -> None:
@@ -272,51 +266,34 @@ class _Renaming:
     def __init__(
         self,
         model: nn.Module,
-        skeleton: nn.Module | None,
+        tables: Tables | None,
         naming: Naming,
         specs: Mapping[str, TensorSpec],
         aliases: Mapping[str, str],
     ) -> None:
-        self._known = set(naming.by_name)
-        self._specs = specs
-        self._names = set(specs)
-        self._aliases = aliases
-        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
-        self._renamings: list[Any] = []
-        self._converters: list[Any] = []
+        self._tables = tables
         self._naming = naming
+        self._specs = specs
+        self._aliases = aliases
+        self._known = dict.fromkeys([*specs, *aliases], True)
+        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
         self._as_in_memory: set[str] = set()
-        if skeleton is not None:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-            mapping = get_model_conversion_mapping(cast(Any, skeleton))
-            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-            self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def __call__(self, name: str) -> str | None:
         """The piece that a name of the reference means; None where the model has none."""
-        if name in self._known:
+        pieces = self._naming.by_name
+        if name in pieces:
             return name
         place = self._in_memory(name)
-        if place in self._names:
-            return self._plain(place)
-        if place in self._aliases:
-            return self._plain(self._aliases[place])
-        return next((other for other in self._other_prefix(name) if other in self._known), None)
+        if place in self._known:
+            return self._plain(self._aliases.get(place, place))
+        return next((other for other in self._other_prefix(name) if other in pieces), None)
 
     def _in_memory(self, name: str) -> str:
         """The model's own name for a tensor that is stored as the model holds it."""
-        if not self._renamings and not self._converters:
-            return next((other for other in (name, *self._other_prefix(name)) if other in self._names), name)
-        from transformers.core_model_loading import rename_source_key
-
-        known = dict.fromkeys([*self._names, *self._aliases], True)
-        renamed, converter = rename_source_key(name, self._renamings, self._converters, self._prefix, known)
-        if converter is None and renamed in known:
-            return renamed
-        # transformers, too, takes a name that needs no conversion as it is.
-        return rename_source_key(name, [], [], self._prefix, known)[0]
+        if self._tables is not None:
+            return self._tables.loaded(name, self._prefix, self._known)
+        return next((other for other in (name, *self._other_prefix(name)) if other in self._specs), name)
 
     def _other_prefix(self, name: str) -> list[str]:
         if not self._prefix:

@@ -12,6 +12,7 @@ import copy
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,7 +39,90 @@ def original_class(model: nn.Module) -> type[Any]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = None) -> Naming:
+class Tables:
+    """What transformers' tables hold for a model.
+
+    Args:
+        core: A transformers model, whatever is sharded.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    @cached_property
+    def are_empty(self) -> bool:
+        """Whether there is no entry for it or any model inside: its files hold its tensors as it does."""
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        inside = [module for module in self._core.modules() if isinstance(module, PreTrainedModel)]
+        keys = {key for module in inside for key in (original_class(module).__name__, module.config.model_type)}
+        kept = getattr(self._core, "_weight_conversions", None)
+        return not kept and all(get_checkpoint_conversion_mapping(key) is None for key in keys)  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model without data: class names and sub-models as the tables know them."""
+        from transformers.initialization import no_init_weights
+
+        kind = original_class(self._core)
+        try:
+            with no_init_weights(), torch.device("meta"):
+                skeleton = kind(copy.deepcopy(self._core.config))
+        except Exception:
+            log.debug("%s cannot be built on the meta device", kind.__name__, exc_info=True)
+            return self._core
+        conversions = getattr(self._core, "_weight_conversions", None)
+        if conversions is not None:
+            skeleton._weight_conversions = conversions
+        return skeleton
+
+    def exported(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All tensors of the model as `save_pretrained` writes them."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self.skeleton, tensors))
+
+    def loaded(self, name: str, prefix: str, known: dict[str, bool]) -> str:
+        """The model's own name for a tensor of a file that is stored as the model holds it.
+
+        Args:
+            name: The file's.
+            prefix: The model's `base_model_prefix`.
+            known: The model's names.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, converter = rename_source_key(name, *self._entries, prefix, known)
+        if converter is None and renamed in known:
+            return str(renamed)
+        # transformers, too, takes a name that needs no conversion as it is.
+        return str(rename_source_key(name, [], [], prefix, known)[0])
+
+    def converts(self, name: str) -> bool:
+        """Whether loading computes something from a tensor of this name, instead of taking it as it is."""
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(name, *self._entries)[1] is not None
+
+    @cached_property
+    def _entries(self) -> tuple[list[Any], list[Any]]:
+        """Renamings and converters for loading; some concern the names of all models."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        found = get_model_conversion_mapping(self._core if self.are_empty else self.skeleton)
+        kinds = (WeightRenaming, WeightConverter)
+        renamings, converters = ([entry for entry in found if isinstance(entry, kind)] for kind in kinds)
+        return renamings, converters
+
+
+def tables_of(model: nn.Module) -> Tables | None:
+    """What the tables hold for a model; None for one that is not of transformers."""
+    return Tables(unwrap(model)) if is_transformers_model(model) else None
+
+
+def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
     """How the files of a live model call these tensors of it: as its adapter says, else as transformers would.
 
     Raises:
@@ -46,74 +130,49 @@ def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], s
         TopologyError: The adapter does not fit.
     """
     adapted = mapped.adapted
-    return hub_naming(model, specs, skeleton) if adapted is None else adapted.completed(specs)
+    return hub_naming(model, specs, tables) if adapted is None else adapted.completed(specs)
 
 
-def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], skeleton: Any = None) -> Naming:
+def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
     """The names and shapes under which `save_pretrained` would write a model's tensors.
 
     Args:
         model: Any model; one that is not of transformers keeps its names.
         specs: All of its stored tensors, in order; tied ones once.
-        skeleton: What `skeleton_of` gives for it, if that is there already.
+        tables: What `tables_of` gives for it, if that is there already.
 
     Raises:
         CheckpointConfigError: transformers computes new values on the way, and would take the model's own for these.
     """
-    core = unwrap(model)
-    if not is_transformers_model(core):
+    tables = tables or tables_of(model)
+    if tables is None:
         return Naming.unchanged(specs)
-    ignored = set(getattr(core, "_keys_to_ignore_on_save", None) or ())
+    ignored = set(getattr(unwrap(model), "_keys_to_ignore_on_save", None) or ())
     kept = [spec for spec in specs if spec.name not in ignored]
-    traced = Trace(kept)
-    skeleton = skeleton_of(core) if skeleton is None else skeleton
+    return Naming.unchanged(kept) if tables.are_empty else _converted(tables, kept)
+
+
+def _converted(tables: Tables, specs: Sequence[TensorSpec]) -> Naming:
+    traced = Trace(specs)
     with torch.no_grad(), traced:
-        converted = _reversed_conversion(skeleton, dict(traced.sources))
+        converted = tables.exported(dict(traced.sources))
     found = {name: traced.pieces_of(name, tensor) for name, tensor in converted.items()}
     aliases = [alias for pieces in found.values() for alias in pieces or ()]
     covered = {alias.source for alias in aliases}
-    left = [spec for spec in kept if spec.name not in covered]
+    left = [spec for spec in specs if spec.name not in covered]
     if left:
-        aliases += _as_in_memory(skeleton, left, [name for name, pieces in found.items() if pieces is None])
+        aliases += _as_in_memory(tables, left, [name for name, pieces in found.items() if pieces is None])
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
-    return Naming.ordered(aliases, kept, shapes=shapes)
+    return Naming.ordered(aliases, specs, shapes=shapes)
 
 
-def _reversed_conversion(skeleton: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(skeleton, tensors))
-
-
-def skeleton_of(core: Any) -> Any:
-    """A transformers model without data: class names and sub-models as its tables know them, whatever is sharded."""
-    from transformers.initialization import no_init_weights
-
-    try:
-        with no_init_weights(), torch.device("meta"):
-            skeleton = original_class(core)(copy.deepcopy(core.config))
-    except Exception:
-        log.debug("%s cannot be built on the meta device", original_class(core).__name__, exc_info=True)
-        return core
-    conversions = getattr(core, "_weight_conversions", None)
-    if conversions is not None:
-        skeleton._weight_conversions = conversions
-    return skeleton
-
-
-def _as_in_memory(skeleton: Any, left: Sequence[TensorSpec], lost: Sequence[str]) -> list[Alias]:
+def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str]) -> list[Alias]:
     """Tensors whose conversion moves elements about keep their names, if loading then takes them as they are."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    wrong = [spec.name for spec in left if rename_source_key(spec.name, renamings, converters)[1] is not None]
+    wrong = [spec.name for spec in left if tables.converts(spec.name)]
     if wrong:
         raise CheckpointConfigError(
-            f"{type(skeleton).__name__}: transformers computes new values for {', '.join(wrong)} when saving, which "
-            "cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
+            f"{type(tables.skeleton).__name__}: transformers computes new values for {', '.join(wrong)} when saving, "
+            "which cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
         )
     log.warning(
         "transformers would write %s otherwise than the model holds them; the export has them as in memory, which "

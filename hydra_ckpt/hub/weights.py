@@ -77,7 +77,7 @@ class SafetensorsWeights:
         stored = self._stored[item.name]
         stored = stored.on_grid(item.grid) if item.grid else stored
         for part in _blocks(item.box, stored.spec):
-            yield Fetch(stored, part, narrow(item.into, part.within(item.box)))
+            yield Fetch(stored, part, item.into if part is item.box else narrow(item.into, part.within(item.box)))
 
 
 class PickledWeights:
@@ -117,7 +117,7 @@ class PickledWeights:
 
 def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
     """A box in parts that bound what a change of element type takes."""
-    if not box.sizes or not box.numel:
+    if box.numel * spec.itemsize <= _BLOCK_BYTES or not box.sizes:
         yield box
         return
     row_bytes = box.numel // box.sizes[0] * spec.itemsize

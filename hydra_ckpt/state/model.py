@@ -209,14 +209,19 @@ class ModelMap:
         """
         if not self._adapting:
             return None
-        specs = [
-            TensorSpec(slot.name, safetensors_dtype(slot.name, slot.tensor.dtype), tuple(slot.tensor.shape))
-            for slot in self.slots
-        ]
+        specs = self.specs()
         found = [adapter_naming(core, [spec for spec in specs if spec.name in own]) for core, own in self._adapting]
         dtypes = {name: dtype for naming in found for name, dtype in naming.dtypes.items()}
         shapes = {name: shape for naming in found for name, shape in naming.shapes.items()}
         return Naming.ordered([alias for naming in found for alias in naming.aliases], specs, dtypes, shapes)
+
+    def specs(self) -> list[TensorSpec]:
+        """Every stored tensor's name, element type and global shape."""
+        self.reshard()
+        return [
+            TensorSpec(slot.name, safetensors_dtype(slot.name, slot.tensor.dtype), tuple(slot.tensor.shape))
+            for slot in self.slots
+        ]
 
     def reshard(self) -> None:
         """Bring FSDP parameters that a forward pass left gathered back to their shards."""
