@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.hub.conversion import Tables
 from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.store.catalog import Checkpoint
@@ -110,6 +111,16 @@ def check(root: Path, name: str, expected: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_an_export_of_one_process_is_what_save_pretrained_writes(tmp_path: Path, name: str) -> None:
     check(tmp_path, name, export_and_resume(tmp_path, name))
+
+
+def test_the_models_without_an_entry_in_transformers_tables_are_known() -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    entries = {name: get_model_conversion_mapping(make(name), add_legacy=False) for name in MODELS}
+    assert not entries["llama"]
+    assert entries["mixtral"]
+    for name, found in entries.items():
+        assert Tables(make(name)).are_empty == (not found), name
 
 
 def _all_models(root: Path) -> Any:

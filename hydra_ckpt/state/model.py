@@ -191,7 +191,7 @@ class ModelMap:
         here = {slot.name for slot in self.slots} | self.aliases.keys()
         moved = {name: source for name, source in sources.items() if name in here and source not in here}
         self.aliases.update(moved)
-        self.slots = [replace(slot, name=moved.get(slot.name, slot.name)) for slot in self.slots]
+        self.slots = [replace(slot, name=moved[slot.name]) if slot.name in moved else slot for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
     def keep(self, renamed: Mapping[str, str]) -> None:

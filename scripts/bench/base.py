@@ -6,10 +6,12 @@ scripts/bench/base.py [--ranks 2] [--blocks 24] [--rounds 5]
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,17 @@ def theirs(directory: Path, mesh: DeviceMesh) -> Any:
     return shard(transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32), mesh)
 
 
+def into_new_model(load: Callable[[], object]) -> Measure:
+    """A load that makes its model; the one before, full of cycles, is gone by then."""
+
+    def measure(_: int) -> float:
+        gc.collect()
+        together()
+        return timed(load)
+
+    return measure
+
+
 def peak_of(action: Any) -> float:
     """MB of resident memory that an action needs at its peak, beyond what there was before."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -104,10 +117,10 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
         "read floor, fresh memory": into_fresh_memory(directory, local),
     }
     for name, load in loads.items():
-        contestants[name] = lambda _, load=load: timed(load)
+        contestants[name] = into_new_model(load)
     for measure in contestants.values():
         measure(0)
-    table = Table()
+    table = Table(touched=2 * sum(tensor.nbytes for tensor in local))
     table.run(contestants, arguments.rounds)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks, FSDP2, {len(local)} tensors, {size:.0f} MB a rank", flush=True)

@@ -63,7 +63,7 @@ def _alone(checkpoints: str, arguments: argparse.Namespace) -> None:
     }
     for measure in contestants.values():
         measure(0)
-    table = Table()
+    table = Table(touched=sum(shard.stat().st_size for shard in shards))
     table.run(contestants, arguments.rounds)
     print(f"{sum(shard.stat().st_size for shard in shards) / 1e6:.0f} MB in {len(shards)} shards, one process")
     table.show("seconds of an export, warm page cache", ["read + write floor"])
