@@ -16,20 +16,41 @@ from pathlib import Path
 
 import numpy as np
 
+from hydra_ckpt.direct import KINDS, PAGE, DirectWriter
+
 # Linux caps one write at 2 GiB - 4 KiB; smaller calls also let a failing disk be noticed earlier.
 _WRITE_BYTES = 64 << 20
+# Less than this is sooner in the page cache than on its way to a device.
+_DIRECT_BYTES = 256 << 10
+_MOUNTS = Path("/proc/self/mounts")
 
 
 class OpenFile:
-    """A file open for writing at given positions."""
+    """A file open for writing at given positions.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    Args:
+        path: Where it lies.
+        descriptor: Of the open file.
+        direct: Takes large pieces past the page cache.
+    """
+
+    def __init__(self, path: Path, descriptor: int, direct: DirectWriter | None = None) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._direct = direct
 
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
         """Write all bytes of `data` from `offset` on."""
         view = memoryview(data).cast("B")
+        if self._direct is not None and len(view) >= _DIRECT_BYTES:
+            start = -offset % PAGE
+            end = start + (len(view) - start) // PAGE * PAGE
+            self._write(offset, view[:start])
+            self._direct.write(offset + start, view[start:end])
+            offset, view = offset + end, view[end:]
+        self._write(offset, view)
+
+    def _write(self, offset: int, view: memoryview) -> None:
         while view:
             written = os.pwrite(self._descriptor, view[:_WRITE_BYTES], offset)
             view, offset = view[written:], offset + written
@@ -49,6 +70,8 @@ class OpenFile:
 
     def sync(self) -> None:
         """Return when everything written to the file is on disk."""
+        if self._direct is not None:
+            self._direct.flush()
         os.fsync(self._descriptor)
 
 
@@ -69,12 +92,22 @@ class Files:
             os.close(descriptor)
 
     @contextmanager
-    def open(self, path: Path) -> Iterator[OpenFile]:
-        """Open an existing file for writing at positions."""
+    def open(self, path: Path, *, direct: bool = False) -> Iterator[OpenFile]:
+        """Open an existing file for writing at positions.
+
+        Args:
+            path: The file.
+            direct: Write large pieces past the page cache where the file system can. Nobody may write to the file
+                through a memory map, that is by `write_runs`.
+        """
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        writer = None
         try:
-            yield OpenFile(path, descriptor)
+            writer = _direct_writer(path, descriptor) if direct else None
+            yield OpenFile(path, descriptor, writer)
         finally:
+            if writer is not None:
+                writer.close()
             os.close(descriptor)
 
     def write_new(self, path: Path, data: bytes) -> None:
@@ -130,19 +163,33 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 _LOOSE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "vboxsf", "virtiofs", "sshfs")
 
 
-def keeps_ranges_apart(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+def _direct_writer(path: Path, descriptor: int) -> DirectWriter | None:
+    try:
+        return DirectWriter(path, descriptor) if _mounted_as(path, _MOUNTS) in KINDS else None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+
+
+def keeps_ranges_apart(path: Path, mounts: Path = _MOUNTS) -> bool:
     """Whether byte ranges that different hosts write to one file stay apart; judged by the mount's type.
 
     Local file systems, Lustre and GPFS promise it; NFS, SMB, FUSE and object mounts do not. An unknown platform
     without a table of mounts counts as local.
     """
+    return not _mounted_as(path, mounts).startswith(_LOOSE)
+
+
+def _mounted_as(path: Path, mounts: Path) -> str:
+    """The kind of file system that a path lies on; empty where that cannot be told."""
     try:
         rows = [line.split() for line in mounts.read_text().splitlines()]
     except OSError:
-        return True
+        return ""
     place = os.path.realpath(path)
     holding = [(len(row[1]), row[2]) for row in rows if len(row) > 2 and os.path.commonpath([place, row[1]]) == row[1]]
-    return not max(holding, default=(0, ""))[1].startswith(_LOOSE)
+    return max(holding, default=(0, ""))[1]
 
 
 def write_atomically(files: Files, path: Path, data: bytes, nonce: str) -> None:

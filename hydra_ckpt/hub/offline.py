@@ -112,7 +112,7 @@ def export_checkpoint(
     try:
         for layout in layouts:
             blocks = content(layout, naming, source.tensors, source.read, source.block_bytes)
-            write_through(files, draft / layout.path, counted(blocks), None)
+            write_through(files, draft / layout.path, layout.nbytes, counted(blocks), None)
         for name, data in _small_files(checkpoint, model, layouts, source.stem, dtype).items():
             files.make_dir((draft / name).parent)
             files.write_new(draft / name, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -61,6 +61,7 @@ class Agreed:
         exporters: The same, at work.
         kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
         sampler: Compares replicas.
+        of_rows: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
     """
 
     agreement: Agreement
@@ -68,6 +69,7 @@ class Agreed:
     exporters: Mapping[str, Exporter]
     kept: frozenset[str]
     sampler: Sampler
+    of_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,15 @@ class Contents:
         self._channel.coordinator_step(
             "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
         )
-        return agreed
+        own = all(_is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
+        return replace(agreed, of_rows=self._channel.agree("comparing how tensors are split", own, all))
+
+    def _everything(self, parts: Parts, agreed: Agreed) -> Iterator[Sequence[LocalTensor]]:
+        """Whatever may be written of a state, as it is and as it is exported."""
+        for part, items in parts.items():
+            yield items
+            if _is_model(part) and not agreed.namings[part].is_plain:
+                yield agreed.exporters[part](items)
 
     def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
         """What is written of a state, by the part that a layout is made for."""
@@ -265,6 +275,7 @@ class Contents:
                 layouts.append(replace(layout, part=export, beside=export != part))
         agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
+        plan = replace(plan, direct=agreed.of_rows and not merging)
         merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
         written = sum(spec.nbytes for found in specs.values() for spec in found)
         written += sum(file.nbytes for item in merged for file in item.files)
@@ -344,6 +355,11 @@ def model_sources(sources: Sources, plan: WritePlan) -> Sources:
     """Those of the models' own files only."""
     wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
     return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
+
+
+def _is_of_rows(item: LocalTensor) -> bool:
+    """Whether the part held here is whole rows of the tensor, and so one run of bytes in its file."""
+    return item.box.sizes[1:] == item.spec.shape[1:] or not item.box.numel
 
 
 def _is_model(part: str) -> bool:

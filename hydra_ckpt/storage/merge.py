@@ -64,9 +64,10 @@ def merge_shards(
         place = target / layout.path
         built = staging_dir / f"{names.nonce()}-{place.name}" if staging_dir else place
         files.make_dir(built.parent)
-        records += write_through(files, built, content(layout, naming, stored, partial(fetch, source)), number)
+        blocks = content(layout, naming, stored, partial(fetch, source))
+        records += write_through(files, built, layout.nbytes, blocks, number, direct=built == place)
         if built != place:
-            write_through(files, place, _read(built), number)
+            write_through(files, place, layout.nbytes, _read(built), None)
             files.unlink(built)
     return records
 
@@ -132,16 +133,26 @@ def _read(path: Path) -> Iterator[memoryview]:
             yield memoryview(data)
 
 
-def write_through(files: Files, path: Path, blocks: Iterable[memoryview], number: int | None) -> list[Digested]:
+def write_through(
+    files: Files, path: Path, nbytes: int, blocks: Iterable[memoryview], number: int | None, *, direct: bool = True
+) -> list[Digested]:
     """Write a new file from front to back, durably.
 
+    Args:
+        files: The file layer.
+        path: The file.
+        nbytes: Its size.
+        blocks: All of its bytes.
+        number: Its index in the digests; None for none.
+        direct: Whether it will not be read again soon.
+
     Returns:
-        Digests of all of it, for the file of this number; none where that is None.
+        Digests of all of it.
     """
     records: list[Digested] = []
     position = 0
-    files.allocate(path, 0)
-    with files.open(path) as file:
+    files.allocate(path, nbytes)
+    with files.open(path, direct=direct) as file:
         for block in blocks:
             file.write_at(position, block)
             if number is not None:

@@ -68,8 +68,8 @@ class _Tapped(Files):
         super().allocate(path, nbytes)
 
     @contextmanager
-    def open(self, path: Path) -> Iterator[OpenFile]:
-        with super().open(path) as file:
+    def open(self, path: Path, *, direct: bool = False) -> Iterator[OpenFile]:
+        with super().open(path, direct=direct) as file:
             yield _Tap(file, self.report)
 
     def sync_dir(self, path: Path) -> None:
