@@ -47,7 +47,7 @@ class WritePlan:
         pieces: Where; file indices count through `files`, `own_files`, `block_files`.
         fingerprint: Equal on ranks whose plans fit together.
         foreign: Part to the shares that are written in a format of its own, by position.
-        direct: Whether the page cache is passed by: nobody maps these files into memory, or reads them again soon.
+        direct: Indices of the files that are written past the page cache: nobody maps them, or reads them again soon.
     """
 
     files: tuple[FileLayout, ...]
@@ -58,7 +58,7 @@ class WritePlan:
     foreign: Mapping[str, Mapping[int, Share]] = field(default_factory=dict)
     block_files: tuple[FileLayout, ...] = ()
     led: frozenset[int] = frozenset()
-    direct: bool = False
+    direct: frozenset[int] = frozenset()
 
     @cached_property
     def nbytes(self) -> int:

@@ -275,7 +275,7 @@ class Contents:
                 layouts.append(replace(layout, part=export, beside=export != part))
         agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-        plan = replace(plan, direct=agreed.of_rows and not merging)
+        plan = replace(plan, direct=frozenset() if merging else _direct(plan, agreed))
         merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
         written = sum(spec.nbytes for found in specs.values() for spec in found)
         written += sum(file.nbytes for item in merged for file in item.files)
@@ -355,6 +355,12 @@ def model_sources(sources: Sources, plan: WritePlan) -> Sources:
     """Those of the models' own files only."""
     wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
     return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
+
+
+def _direct(plan: WritePlan, agreed: Agreed) -> frozenset[int]:
+    """Files to which nobody writes in short runs, through a memory map."""
+    shared = len(plan.files)
+    return frozenset(range(len(plan.all_files)) if agreed.of_rows else range(shared, shared + len(plan.own_files)))
 
 
 def _is_of_rows(item: LocalTensor) -> bool:

@@ -90,7 +90,7 @@ def write_plan(
     count = max(len(plan.all_files), 1)
     ordered = sorted(plan.pieces, key=lambda piece: ((piece.file - start_with) % count, piece.region.offset))
     for index, pieces in groupby(ordered, key=lambda piece: piece.file):
-        with files.open(root / plan.all_files[index].path, direct=plan.direct) as file:
+        with files.open(root / plan.all_files[index].path, direct=index in plan.direct) as file:
             records += [_write(file, piece, sources) for piece in pieces]
             file.sync()
     return records

@@ -1,6 +1,7 @@
 """What a save costs, ours and the peers' alternately in one run.
 
-scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--tables memory,stall,durable,steps]
+scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--step-ms 100]
+    [--tables memory,stall,durable,steps]
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rounds import Block, Measure, Table, arguments_of, build, fresh, local_tens
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
 
-_STEPS = 100
+_STEPS = 40
 
 
 class Bench:
@@ -43,6 +44,7 @@ class Bench:
         self.step = 0
         self.ours: dict[str, Checkpointer] = {}
         self.square = torch.rand(900, 900)
+        self.repeats = {True: 1, False: 1}
 
     def state_dict(self) -> dict[str, Any]:
         """What DCP's users hand over: parameters and, with Adam, the optimizer's tensors."""
@@ -146,12 +148,20 @@ class Bench:
             return timed(lambda: checkpointer.save(self.state, step=1))
 
     def work(self, *, python: bool) -> None:
-        """A training step of 20 to 40 ms on one thread, in the optimizer's hooks like a real one."""
-        if python:
-            sum(number * number for number in range(400_000))
-        else:
-            torch.mm(self.square, self.square)
+        """A training step on one thread, with the optimizer's hooks like a real one."""
+        for _ in range(self.repeats[python]):
+            if python:
+                sum(number * number for number in range(200_000))
+            else:
+                torch.mm(self.square, self.square)
         self.optimizer.step()
+
+    def last(self, step_ms: float) -> None:
+        """Let steps of both kinds take so long."""
+        for python in self.repeats:
+            self.repeats[python] = 1
+            alone = min(timed(lambda python=python: self.work(python=python)) for _ in range(5))
+            self.repeats[python] = max(round(step_ms / 1e3 / alone), 1)
 
     def steps(self, key: str | None, *, python: bool = False, **options: Any) -> Measure:
         """The 95th percentile of step times while saves follow each other without a pause, or without any."""
@@ -191,7 +201,7 @@ class Bench:
         return measure
 
 
-def stall_table(bench: Bench, rounds: int) -> None:
+def stall_table(bench: Bench, rounds: int, _: float) -> None:
     """How long saving keeps the training thread."""
     table = Table(touched=3 * bench.nbytes)
     peers = Peers(bench.root, bench.state_dict)
@@ -209,7 +219,7 @@ def stall_table(bench: Bench, rounds: int) -> None:
     table.show("seconds the training thread is kept", ["copy floor (warm torch.copy_)", "dcp.async_save as it comes"])
 
 
-def durable_table(bench: Bench, rounds: int) -> None:
+def durable_table(bench: Bench, rounds: int, _: float) -> None:
     """How long a save takes until nothing can take it away."""
     table = Table(touched=3 * bench.nbytes)
     peers = Peers(bench.root, bench.state_dict)
@@ -232,8 +242,9 @@ def durable_table(bench: Bench, rounds: int) -> None:
     )
 
 
-def steps_table(bench: Bench, rounds: int) -> None:
+def steps_table(bench: Bench, rounds: int, step_ms: float) -> None:
     """What saving without a pause does to training steps."""
+    bench.last(step_ms)
     always: dict[str, Any] = {"save_consolidated": "always"}
     for python in (False, True):
         table = Table()
@@ -256,7 +267,7 @@ def steps_table(bench: Bench, rounds: int) -> None:
     table.show("seconds of twenty steps, a save at each", ["awaited"])
 
 
-def memory_table(bench: Bench, _: int) -> None:
+def memory_table(bench: Bench, *_: object) -> None:
     """How far memory grows beyond the model; the first save of the process, so no rounds."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checkpointer = bench.checkpointer("memory", is_async=True, save_consolidated="always")
@@ -272,7 +283,7 @@ def memory_table(bench: Bench, _: int) -> None:
         )
 
 
-def single_table(bench: Bench, rounds: int) -> None:
+def single_table(bench: Bench, rounds: int, _: float) -> None:
     """One process and a plain model: what accelerate's users have on a machine like this one."""
     table = Table(touched=3 * bench.nbytes)
     plain = [Block(torch.float32) for _ in range(len(bench.local) // 4)]
@@ -312,7 +323,7 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
             flush=True,
         )
     for name in arguments.tables.split(","):
-        TABLES[name](bench, arguments.rounds)
+        TABLES[name](bench, arguments.rounds, arguments.step_ms)
     bench.close()
 
 
@@ -320,6 +331,7 @@ def main() -> None:
     """Parse and run."""
     parser = arguments_of(__doc__)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--step-ms", type=float, default=100, help="how long a training step of the table `steps` is")
     parser.add_argument("--tables", default="stall,durable")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hydra_ckpt_bench_", dir=os.environ.get("BENCH_DIR")) as root:

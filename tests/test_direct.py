@@ -1,0 +1,153 @@
+"""Writing past the page cache: the same bytes, errors that are told, and only where nobody maps the file."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
+from hydra_ckpt.files import Files, OpenFile
+from hydra_ckpt.testing import run_distributed
+
+MIB = 1 << 20
+
+
+ODD = [(0, 9 * MIB), (1, 5 * MIB), (4095, 300_001), (8192, 256 << 10), (77, 1000), (4096, 13 * MIB + 5)]
+
+
+@pytest.mark.parametrize(("offset", "length"), ODD)
+def test_the_bytes_arrive_whatever_their_alignment(tmp_path: Path, offset: int, length: int) -> None:
+    data = torch.randint(0, 256, (length + 3,), dtype=torch.uint8).numpy().tobytes()
+    files, path = Files(), tmp_path / "file"
+    files.allocate(path, offset + length + 10)
+    with files.open(path, direct=True) as file:
+        file.write_at(0, b"\1" * offset)
+        file.write_at(offset, memoryview(data)[3:])  # memory that is aligned to nothing
+        file.write_at(offset + length, b"\2" * 10)
+        file.sync()
+    assert path.read_bytes() == b"\1" * offset + data[3:] + b"\2" * 10
+
+
+def test_what_was_handed_over_may_change_at_once(tmp_path: Path) -> None:
+    files, path, data = Files(), tmp_path / "file", bytearray(b"a" * (4 * MIB))
+    files.allocate(path, 40 * MIB)
+    with files.open(path, direct=True) as file:
+        for number in range(10):
+            data[:] = bytes([number]) * len(data)
+            file.write_at(number * len(data), data)
+        data[:] = b"z" * len(data)
+        file.sync()
+    written = path.read_bytes()
+    assert all(written[n * len(data) : (n + 1) * len(data)] == bytes([n]) * len(data) for n in range(10))
+
+
+def test_file_systems_that_do_not_offer_it(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    path = (memory if memory.is_dir() else tmp_path) / f"hydra_ckpt_{tmp_path.name}"
+    files = Files()
+    try:
+        files.allocate(path, MIB)
+        with files.open(path, direct=True) as file:
+            file.write_at(0, b"x" * MIB)
+            file.sync()
+        assert path.read_bytes() == b"x" * MIB
+    finally:
+        files.unlink(path)
+
+
+@contextmanager
+def _files_of_at_most(nbytes: int) -> Iterator[None]:
+    """The system refuses to write behind this position of any file."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_an_error_of_the_device_is_raised_by_the_next_sync_at_the_latest(tmp_path: Path) -> None:
+    files, path = Files(), tmp_path / "file"
+    files.allocate(path, 64 * MIB)
+
+    def write() -> None:
+        with files.open(path, direct=True) as file:
+            for number in range(8):
+                file.write_at(number * 8 * MIB, b"x" * (8 * MIB))
+            file.sync()
+
+    with _files_of_at_most(8 * MIB), pytest.raises(OSError, match="File too large"):
+        write()
+    write()  # nothing is left of the failure
+
+
+class _Watching(Files):
+    """Remembers which files were opened to pass by the page cache."""
+
+    def __init__(self) -> None:
+        self.direct: dict[str, bool] = {}
+
+    @contextmanager
+    def open(self, path: Path, *, direct: bool = False) -> Iterator[OpenFile]:
+        self.direct[path.name] = direct
+        with super().open(path, direct=direct) as file:
+            yield file
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(700, 901), nn.Linear(901, 700))
+
+
+def _save(root: Path) -> dict[str, object]:
+    """Save models split by rows, and by columns; returns how their files were written and whether they are right."""
+    expected, mesh, found = _model().state_dict(), init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    plans = {
+        "rows": lambda model: [fully_shard(module, mesh=mesh) for module in model],
+        "columns": lambda model: parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()}),
+    }
+    for name, split in plans.items():
+        for always in (False, "always"):
+            model, files = _model(), _Watching()
+            split(model)
+            config = CheckpointingConfig(checkpoint_dir=str(root / f"{name}-{always}"), save_consolidated=always)
+            tp = dist.get_rank() if name == "columns" else 0
+            with Checkpointer(
+                config.resolve(), dp_rank=dist.get_rank() - tp, tp_rank=tp, pp_rank=0, files=files
+            ) as engine:
+                for step in (1, 2):
+                    path = engine.save(AppState(model), step=step).result().path
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.zero_()
+                engine.load(AppState(model))
+            right = all(torch.equal(value.full_tensor(), expected[key]) for key, value in model.state_dict().items())
+            if always:
+                saved = load_file(path / "model" / "consolidated" / "model.safetensors")
+                right = right and all(torch.equal(saved[key], expected[key]) for key in expected)
+            weights = [direct for file, direct in files.direct.items() if file.endswith(".safetensors")]
+            found[f"{name} {always}"] = (any(weights), right)
+    return found
+
+
+def test_only_files_that_nobody_maps_are_written_so(tmp_path: Path) -> None:
+    for found in run_distributed(_save, 2, tmp_path):
+        assert found == {
+            "rows False": (True, True),
+            "rows always": (True, True),
+            "columns False": (True, True),
+            "columns always": (False, True),
+        }
