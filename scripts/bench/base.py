@@ -55,11 +55,6 @@ def ours(engine: Checkpointer, config: Any, mesh: DeviceMesh) -> Any:
     return model
 
 
-def into_fresh_memory(directory: Path, local: list[torch.Tensor]) -> Measure:
-    """The read floor with memory that is asked for first, as every load into a new model must."""
-    return lambda number: timed(lambda: read_floor(directory, [torch.empty_like(item) for item in local])(number))
-
-
 def theirs(directory: Path, mesh: DeviceMesh) -> Any:
     """The whole model on every rank, then shard."""
     return shard(transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32), mesh)
@@ -114,7 +109,6 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
     contestants: dict[str, Measure] = {
         "read floor (preadv)": read_floor(directory, local),
         "ours: load_base_model, memory there": lambda _: timed(lambda: engine.load_base_model(kept)),
-        "read floor, fresh memory": into_fresh_memory(directory, local),
     }
     for name, load in loads.items():
         contestants[name] = into_new_model(load)
@@ -126,7 +120,7 @@ def _rank(root: str, arguments: argparse.Namespace) -> None:
         print(f"{dist.get_world_size()} ranks, FSDP2, {len(local)} tensors, {size:.0f} MB a rank", flush=True)
         for name, peak in peaks.items():
             print(f"{name}: {peak:.0f} MB at the peak, {peak - size:.0f} MB more than the shards", flush=True)
-    bases = ["read floor (preadv)", "read floor, fresh memory", "transformers, then sharded"]
+    bases = ["read floor (preadv)", "transformers, then sharded"]
     table.show("seconds until a sharded model has its weights", bases)
     engine.close()
 
