@@ -333,6 +333,8 @@ class Checkpointer:
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, when it is published; rank 0's count.
 
+        What the disk does not take now is kept, with a warning, and written with the next attempt.
+
         Raises:
             CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
         """
@@ -340,13 +342,7 @@ class Checkpointer:
         metric.deciding_key(values, self._deciding, required=False)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and self._saver.has_saved(name):
-            self._saver.afterwards(lambda: self._add_metrics(name, values))
-
-    def _add_metrics(self, name: str, values: Mapping[str, float]) -> None:
-        try:
-            self._directory.add_metrics(name, values)
-        except (OSError, CheckpointError) as error:
-            log.warning("metrics of %s could not be added: %s", name, error)
+            self._saver.afterwards(lambda: self._directory.add_metrics(name, values))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -363,6 +359,7 @@ class Checkpointer:
     def drain(self) -> None:
         """Return when everything begun in the background is done: saves, added metrics. Deletions may go on."""
         if not self._closed:
+            self._saver.afterwards(self._directory.write_metrics)  # what a full disk did not take
             self._saver.drain()
 
     def report_failure(self, *, always_raise: bool = False) -> None:
