@@ -765,6 +765,33 @@ def test_a_buffer_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_p
     assert steps(tmp_path) == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("__metadata__", torch.ones(2), "under the name '__metadata__'"),
+        ("~", torch.ones(2), "under the name '~'"),
+        ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is no valid Unicode text"),
+        ("dense", torch.eye(2).to_sparse(), r"dense: tensors of the layout sparse_coo.*\.to_dense\(\)"),
+        ("later", nn.UninitializedParameter(), "later is not initialized yet"),
+    ],
+    ids=["metadata", "tag", "surrogate", "sparse", "lazy"],
+)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_what_files_cannot_hold_is_refused_by_name_before_anything_is_written(
+    tmp_path: Path, name: str, tensor: torch.Tensor, message: str, is_async: bool
+) -> None:
+    model = nn.Linear(2, 2)
+    if isinstance(tensor, nn.Parameter):
+        model.register_parameter(name, tensor)
+    else:
+        model.register_buffer(name, tensor)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=is_async).build(0, 0, 0) as engine:
+        with pytest.raises(CheckpointConfigError, match=message):
+            engine.save(AppState(model), step=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["owner.json"]
+        engine.save(AppState(nn.Linear(2, 2)), step=1).result()
+
+
 def test_checkpoints_that_vanished_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = make_state()
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
