@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.distributed import Group
+from hydra_ckpt.distributed import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
-from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.saving.save import JOIN_PATIENCE_S
@@ -51,6 +51,9 @@ class Checkpointer:
         process_group: The ranks that checkpoint together; None for all.
         pp_group: The ranks of this rank's pipeline.
         files: The file layer; tests pass one that records or fails.
+
+    Raises:
+        CheckpointConfigError: The ranks are configured differently; on all of them.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Checkpointer:
         self.stats = Stats()
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
+        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload))
         self._closed = not config.write.enabled
         if self._closed:
             return

@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hydra_ckpt import (
     AppState,
+    CheckpointCallback,
     CheckpointConfigError,
     Checkpointer,
     CheckpointError,
@@ -565,6 +566,37 @@ def test_every_rank_ends_in_the_same_error(tmp_path: Path) -> None:
             assert text in found[what][1], (rank, what, found[what])
     assert not debris(tmp_path / "values")
     assert [item.step for item in scan(tmp_path / "values").checkpoints] == [1, 2, 3, 6]
+
+
+def _unlike_settings(root: Path) -> dict[str, tuple[str, str]]:
+    rank, found = dist.get_rank(), {}
+
+    def begin(**options: Any) -> Callable[[], None]:
+        def attempt() -> None:
+            with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(root / "run"), **options)) as callback:
+                callback.on_train_begin(make_state())
+
+        return attempt
+
+    found["off on one"] = _attempt(begin(enabled=rank != 1))
+    found["off on rank 0"] = _attempt(begin(enabled=rank != 0))
+    formats = ["safetensors", "torch_save", "safetensors"]
+    found["formats"] = _attempt(begin(model_save_format=formats[rank], save_consolidated=False, is_async=rank == 2))
+    found["places of their own"] = _attempt(begin(staging_dir=str(root / f"staging{rank}")))
+    found["off"] = _attempt(begin(enabled=False))
+    return found
+
+
+def test_ranks_that_are_configured_differently_are_told_so_by_key_on_all_ranks(tmp_path: Path) -> None:
+    for found in run_distributed(_unlike_settings, 3, tmp_path):
+        assert found["places of their own"] == found["off"] == ("", "")
+        assert found["off on one"][0] == found["off on rank 0"][0] == found["formats"][0] == "CheckpointConfigError"
+        assert "checkpoint.enabled: true on ranks 0, 2, false on rank 1" in found["off on one"][1]
+        assert "checkpoint.enabled: false on rank 0, true on ranks 1, 2" in found["off on rank 0"][1]
+        assert (
+            'checkpoint.model_save_format: "safetensors" on ranks 0, 2, "torch_save" on rank 1' in found["formats"][1]
+        )
+        assert "checkpoint.is_async: false on ranks 0, 1, true on rank 2" in found["formats"][1]
 
 
 # -- a disk that fails ---------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def test_metrics_that_a_full_disk_does_not_take_are_written_later(
         engine.drain()
         full = False
     best = scan(tmp_path).pointed("BEST")
-    assert best is not None and best.metrics == {"loss": 0.5}
+    assert best is not None
+    assert best.metrics == {"loss": 0.5}
     assert not list(best.path.glob(".metrics*"))
 
 

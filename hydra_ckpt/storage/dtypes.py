@@ -45,7 +45,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
             "buffer, or keep it in a submodule"
         )
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise CheckpointConfigError(f"the name {ascii(name)} of a tensor is no valid Unicode text; rename it")
+        raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
     if is_lazy(tensor):
         raise CheckpointConfigError(
             f"{name} is not initialized yet, as in LazyLinear: run one forward pass before its state is saved or loaded"
