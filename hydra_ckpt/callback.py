@@ -277,10 +277,16 @@ class CheckpointCallback:
         self._live.wait()
 
     def close(self) -> None:
-        """Finish what is under way and let go of everything. Idempotent."""
+        """Finish what is under way and let go of everything. Idempotent.
+
+        A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
+        """
         self._watch.end()
-        if self.checkpointer is not None:
-            self.checkpointer.close()
+        try:
+            if self.checkpointer is not None:
+                self.checkpointer.close()
+        finally:
+            self._watch.let_signals_through(obeyed=self._should_stop)
 
     def __enter__(self) -> CheckpointCallback:
         return self
