@@ -24,7 +24,12 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
     """
     if signals is None:
         return []
-    given = [signals] if isinstance(signals, str | int) else list(signals)
+    given = [signals] if isinstance(signals, str | int) else signals
+    if not isinstance(given, Iterable):
+        raise CheckpointConfigError(
+            f"callbacks.checkpoint.signals={given!r}: expected the name or number of a signal, such as SIGTERM or 15, "
+            "a list of these, or null"
+        )
     found = []
     for item in given:
         try:
