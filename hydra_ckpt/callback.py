@@ -256,6 +256,7 @@ class CheckpointCallback:
         """
         if self._live is None or self._state is None:
             return
+        self._live.refuse_closed("on_train_end()")
         self._settle_best(self._live)
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._epoch
@@ -310,6 +311,8 @@ class CheckpointCallback:
             raise CheckpointConfigError(
                 f"{hook}() before on_train_begin(): begin the run with on_train_begin(state), or nothing would be saved"
             )
+        if self._live is not None:
+            self._live.refuse_closed(f"{hook}()")
 
     def _agreed_schedule(self, live: Checkpointer) -> Schedule:
         """Collective: rank 0's cadences, because every rank has to save at the same steps."""

@@ -149,6 +149,7 @@ class Checkpointer:
         """
         if not self.enabled:
             return None
+        self.refuse_closed("beginning a run")
         self._open_run()
         self._extractor.try_dataloader(state)
         report = self.load(state)
@@ -284,8 +285,7 @@ class Checkpointer:
         """
         if not self.enabled:
             return PendingSave.nothing(step)
-        if self._closed:
-            raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
+        self.refuse_closed(f"saving step {step}")
         step, epoch = whole("step", step), whole("epoch", epoch)
         if skippable and not is_final and self._is_busy():
             self.stats.skipped += 1
@@ -341,7 +341,10 @@ class Checkpointer:
 
         Raises:
             CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
+            CheckpointError: The Checkpointer is closed.
         """
+        if self.enabled:
+            self.refuse_closed(f"adding metrics to step {step}")
         values = metric.as_floats(metrics)
         metric.deciding_key(values, self._deciding, required=False)
         name = names.checkpoint_name(epoch, step)
@@ -392,6 +395,11 @@ class Checkpointer:
             self._channel.close()
             self.group.close()
         self.raise_failure()
+
+    def refuse_closed(self, what: str) -> None:
+        """Raise if this Checkpointer has been closed; `what` needs it open."""
+        if self._closed:
+            raise CheckpointError(f"{what}: the Checkpointer is closed; build another one")
 
     def __enter__(self) -> Checkpointer:
         return self
