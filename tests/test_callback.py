@@ -843,9 +843,7 @@ def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_publ
             [shard] = (checkpoint.path / "model").glob("*.safetensors")
             assert torch.equal(load_file(shard)["weight"], before)
         else:
-            with pytest.raises(
-                SaveFailedError, match=r"were changed while they were being copied.*wait_for_staging=true"
-            ):
+            with pytest.raises(SaveFailedError, match=r"changed while being copied.*wait_for_staging=true"):
                 pending.result()
             engine.save(state, step=3).result()
     assert steps(tmp_path) == ([1, 2] if wait else [1, 3])

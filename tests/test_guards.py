@@ -144,7 +144,7 @@ def test_a_change_under_way_while_copies_are_made_is_found_when_it_ends() -> Non
     torn = staged()
     weight.add_(1.0)  # PyTorch counts it only now, as if it had begun before
     torn.watch()
-    with pytest.raises(Exception, match="changed while they were being copied"):
+    with pytest.raises(Exception, match="changed while being copied"):
         torn.snapshot()
     torn.release()
     sound = staged()

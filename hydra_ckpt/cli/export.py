@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 
@@ -59,7 +59,7 @@ def export(
     if as_json:
         print_json(made)
     else:
-        print(f"{made['path']}: {len(made['files'])} weight files, {shown_size(made['bytes'])}")
+        print(f"{made['path']}: {counted(len(made['files']), 'weight file')}, {shown_size(made['bytes'])}")
 
 
 def _stream(

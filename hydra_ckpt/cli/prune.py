@@ -11,7 +11,7 @@ import typer
 from hydra_ckpt.cli.holding import decision, held
 from hydra_ckpt.cli.locating import locate
 from hydra_ckpt.cli.output import print_json, shown_size
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.retention import Context, policies, superfluous
 
@@ -62,4 +62,4 @@ def prune(
     for name in names:
         print(f"{'deleted' if yes else 'would be deleted'}: {name}")
     tail = "" if yes or not names else "; --yes does it"
-    print(f"{len(names)} of {len(catalog.checkpoints)} checkpoints, {shown_size(nbytes)}{tail}")
+    print(f"{len(names)} of {counted(len(catalog.checkpoints), 'checkpoint')}, {shown_size(nbytes)}{tail}")

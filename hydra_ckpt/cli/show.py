@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, counted
 from hydra_ckpt.jobs.command import resume_command
 from hydra_ckpt.jobs.differences import differences, parse_config
 from hydra_ckpt.loading.changes import saved_config
@@ -140,14 +140,14 @@ def _print(data: dict[str, Any], out: Console) -> None:
 
 def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     parts = [
-        (name, f"{shown_size(part['bytes'])} in {len(part['files'])} {part['format']} files")
+        (name, f"{shown_size(part['bytes'])} in {counted(len(part['files']), part['format'] + ' file')}")
         for name, part in data["parts"].items()
     ]
     return [
         ("step", f"{data['step']}, epoch {data['epoch']}"),
         ("created", f"{shown_time(data['created'])} on {data['details'].get('host', '?')}"),
-        ("size", f"{shown_size(data['bytes'])} in {len(data['files'])} files"),
-        ("written by", f"{data['world_size']} ranks"),
+        ("size", f"{shown_size(data['bytes'])} in {counted(len(data['files']), 'file')}"),
+        ("written by", counted(data["world_size"], "rank")),
         ("pointers", ", ".join(data["pointers"])),
         ("metrics", ", ".join(f"{name} {value:.6g}" for name, value in sorted(data["metrics"].items()))),
         *parts,
