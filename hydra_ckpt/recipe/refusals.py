@@ -92,7 +92,7 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
     """What could be meant, the likeliest first, and where all there is stands."""
-    known = [name for name in names if not name.startswith(("_", "base_"))]
+    known = [name for name in names if not name.startswith("_")]
     close = get_close_matches(wrong, known, n=3)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     if len(known) <= _SHOWN:
