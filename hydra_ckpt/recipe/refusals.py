@@ -91,10 +91,10 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
-    """What could be meant, the likeliest first, and where all there is stands."""
+    """What could be meant: the keys nearest to it, and where all of them stand."""
     known = [name for name in names if not name.startswith("_")]
-    close = get_close_matches(wrong, known, n=3)
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    close = get_close_matches(wrong, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
     if len(known) <= _SHOWN:
         return f"{meant}{place} takes {', '.join(known)}"
     near = get_close_matches(wrong, known, n=_SHOWN, cutoff=0.0)
