@@ -108,7 +108,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory))
+    listing = _read(locate(directory, or_else="It is no sweep either: no job with checkpoints lies below it. "))
     if as_json:
         print_json(_as_data(listing))
     else:
