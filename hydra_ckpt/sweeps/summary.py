@@ -27,7 +27,7 @@ from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, re
 log = logging.getLogger(__name__)
 
 SUMMARY = "checkpoints_summary.json"
-FORMAT = 1
+VERSION = 1
 _DEFAULT_DIRECTORY = "checkpoints"
 _HYDRA = ".hydra"
 _DEPTH = 4
@@ -55,7 +55,7 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
         sweep_dir: The sweep's directory, absolute.
     """
     jobs = [_job(sweep_dir, path) for path in sorted(_jobs(sweep_dir), key=lambda path: _natural(sweep_dir, path))]
-    return {"format": FORMAT, "best": _best(jobs), "jobs": jobs}
+    return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
 def write_summary(sweep_dir: Path) -> dict[str, Any]:
