@@ -101,12 +101,12 @@ class Schedule:
         return self.max_run_time_s is not None and now - self._began + needed_s + _MARGIN_S >= self.max_run_time_s
 
 
-def _steps(given: Iterable[int] | None) -> frozenset[int]:
-    steps = () if given is None else given
+def _steps(given: object) -> frozenset[int]:
+    steps: object = () if given is None else given
     if isinstance(steps, Iterable) and not isinstance(steps, str | Mapping):
-        steps = list(steps)
-        if all(isinstance(step, int) and _is_positive(step) for step in steps):
-            return frozenset(steps)
+        numbers: list[Any] = list(steps)
+        if all(isinstance(step, int) and _is_positive(step) for step in numbers):
+            return frozenset(numbers)
     raise CheckpointConfigError(
         f"callbacks.checkpoint.at_steps={given!r}: expected a list of whole numbers from 1, such as [100, 1000]"
     )
