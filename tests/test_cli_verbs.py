@@ -37,7 +37,7 @@ def test_show_tells_what_a_checkpoint_holds_and_what_is_damaged(run_dir: Dirs, t
     before = contents(run)
     shown = tool("show", run)
     assert shown.code == 0
-    for text in (LAST, "step", "30, epoch 1", "LATEST", "val_loss 0.7", "safetensors files", "model/consolidated"):
+    for text in (LAST, "step", "30, epoch 1", "LATEST", "val_loss 0.7", "1 safetensors file", "model/consolidated"):
         assert text in shown.out
     data = json.loads(tool("show", run / "checkpoints" / SECOND, "--json").out)
     assert (data["step"], data["pointers"], data["metrics"]) == (20, ["BEST"], {"val_loss": 0.25})
