@@ -256,6 +256,7 @@ class CheckpointCallback:
         """
         if self._live is None or self._state is None:
             return
+        self._live.refuse_closed("on_train_end()")
         self._settle_best(self._live)
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._epoch
@@ -277,10 +278,16 @@ class CheckpointCallback:
         self._live.wait()
 
     def close(self) -> None:
-        """Finish what is under way and let go of everything. Idempotent."""
+        """Finish what is under way and let go of everything. Idempotent.
+
+        A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
+        """
         self._watch.end()
-        if self.checkpointer is not None:
-            self.checkpointer.close()
+        try:
+            if self.checkpointer is not None:
+                self.checkpointer.close()
+        finally:
+            self._watch.let_signals_through(obeyed=self._should_stop)
 
     def __enter__(self) -> CheckpointCallback:
         return self
@@ -304,6 +311,8 @@ class CheckpointCallback:
             raise CheckpointConfigError(
                 f"{hook}() before on_train_begin(): begin the run with on_train_begin(state), or nothing would be saved"
             )
+        if self._live is not None:
+            self._live.refuse_closed(f"{hook}()")
 
     def _agreed_schedule(self, live: Checkpointer) -> Schedule:
         """Collective: rank 0's cadences, because every rank has to save at the same steps."""

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.distributed import Group
+from hydra_ckpt.distributed import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
 from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
-from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.saving.save import JOIN_PATIENCE_S
@@ -51,6 +51,9 @@ class Checkpointer:
         process_group: The ranks that checkpoint together; None for all.
         pp_group: The ranks of this rank's pipeline.
         files: The file layer; tests pass one that records or fails.
+
+    Raises:
+        CheckpointConfigError: The ranks are configured differently; on all of them.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Checkpointer:
         self.stats = Stats()
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
+        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload))
         self._closed = not config.write.enabled
         if self._closed:
             return
@@ -145,6 +149,7 @@ class Checkpointer:
         """
         if not self.enabled:
             return None
+        self.refuse_closed("beginning a run")
         self._open_run()
         self._extractor.try_dataloader(state)
         report = self.load(state)
@@ -280,8 +285,7 @@ class Checkpointer:
         """
         if not self.enabled:
             return PendingSave.nothing(step)
-        if self._closed:
-            raise CheckpointError(f"step {step} cannot be saved: the Checkpointer is closed")
+        self.refuse_closed(f"saving step {step}")
         step, epoch = whole("step", step), whole("epoch", epoch)
         if skippable and not is_final and self._is_busy():
             self.stats.skipped += 1
@@ -333,20 +337,19 @@ class Checkpointer:
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, when it is published; rank 0's count.
 
+        What the disk does not take now is kept, with a warning, and written with the next attempt.
+
         Raises:
             CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
+            CheckpointError: The Checkpointer is closed.
         """
+        if self.enabled:
+            self.refuse_closed(f"adding metrics to step {step}")
         values = metric.as_floats(metrics)
         metric.deciding_key(values, self._deciding, required=False)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and self._saver.has_saved(name):
-            self._saver.afterwards(lambda: self._add_metrics(name, values))
-
-    def _add_metrics(self, name: str, values: Mapping[str, float]) -> None:
-        try:
-            self._directory.add_metrics(name, values)
-        except (OSError, CheckpointError) as error:
-            log.warning("metrics of %s could not be added: %s", name, error)
+            self._saver.afterwards(lambda: self._directory.add_metrics(name, values))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -363,6 +366,7 @@ class Checkpointer:
     def drain(self) -> None:
         """Return when everything begun in the background is done: saves, added metrics. Deletions may go on."""
         if not self._closed:
+            self._saver.afterwards(self._directory.write_metrics)  # what a full disk did not take
             self._saver.drain()
 
     def report_failure(self, *, always_raise: bool = False) -> None:
@@ -391,6 +395,11 @@ class Checkpointer:
             self._channel.close()
             self.group.close()
         self.raise_failure()
+
+    def refuse_closed(self, what: str) -> None:
+        """Raise if this Checkpointer has been closed; `what` needs it open."""
+        if self._closed:
+            raise CheckpointError(f"{what}: the Checkpointer is closed; build another one")
 
     def __enter__(self) -> Checkpointer:
         return self

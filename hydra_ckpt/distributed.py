@@ -265,6 +265,15 @@ class StoreChannel(Channel):
             raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
 
 
+def gather_everywhere(process_group: dist.ProcessGroup | None, payload: Any) -> list[Any]:
+    """Collective, where a process group is up: the payloads of all ranks, by rank. For the time before a `Group`."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
+        return [payload]
+    payloads: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(payloads, payload, group=process_group)
+    return payloads
+
+
 class Group:
     """The ranks that checkpoint together.
 

@@ -32,6 +32,11 @@ __all__ = [
 _LISTED = 20
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, for messages: 1 rank, 2 ranks."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class CheckpointError(Exception):
     """Root of the tree: catch this to catch everything raised on purpose."""
 
@@ -144,7 +149,7 @@ class SaveFailedError(CheckpointError):
         shown = [f"rank {rank}: {cause}" for rank, cause in list(self.causes.items())[:_LISTED]]
         more = len(self.causes) - _LISTED
         if more > 0:
-            shown.append(f"and {more} more ranks")
+            shown.append(f"and {counted(more, 'more rank')}")
         tail = remedy or "Checkpoints published before are untouched; mend the cause and save again."
         super().__init__(f"saving step {step} failed: " + "; ".join(shown) + f". {tail}")
 

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.config import CheckpointingConfig, SaveConsolidatedMode, _normalize_save_consolidated, hub_cache
+from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.values import word
 
-__all__ = ["HubOptions", "KeepOptions", "ReadOptions", "ResolvedConfig", "Where", "WriteOptions", "resolve"]
+__all__ = [
+    "HubOptions",
+    "KeepOptions",
+    "ReadOptions",
+    "ResolvedConfig",
+    "Where",
+    "WriteOptions",
+    "refuse_unlike",
+    "resolve",
+]
+
+log = logging.getLogger(__name__)
+
+# Where each host keeps things of its own.
+_OF_EACH_RANK = frozenset({"model_cache_dir", "original_model_root_dir", "staging_dir"})
+_MAX_SHOWN = 80  # characters of a value
+_MAX_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,7 @@ class ResolvedConfig:
         keep: For pointers and retention.
         hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
         launch: How the program of the Hydra run was started; None where Hydra does not run.
+        settings: Key to what was configured, as text, of those that all ranks have to agree about.
     """
 
     where: Where
@@ -148,6 +171,7 @@ class ResolvedConfig:
     keep: KeepOptions
     hydra_texts: tuple[tuple[str, str], ...] = ()
     launch: dict[str, Any] | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(config: CheckpointingConfig) -> ResolvedConfig:
@@ -176,7 +200,51 @@ def resolve(config: CheckpointingConfig) -> ResolvedConfig:
         ),
         hydra_texts=() if run is None else run.texts,
         launch=None if run is None else run.launch,
+        settings=_settings(config),
     )
+
+
+def _settings(config: CheckpointingConfig) -> dict[str, str]:
+    names = [item.name for item in fields(CheckpointingConfig) if item.name not in _OF_EACH_RANK]
+    values = {name: getattr(config, name) for name in names}
+    values["save_consolidated"] = _normalize_save_consolidated(config.save_consolidated).value
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+
+
+def refuse_unlike(settings: Mapping[str, str], gather: Callable[[Any], list[Any]]) -> None:
+    """Collective: see that all ranks are configured alike. About `checkpoint_dir` rank 0 decides, with a warning.
+
+    Args:
+        settings: This rank's, see `ResolvedConfig`.
+        gather: Hands a payload to all ranks and gives back those of all, by rank.
+
+    Raises:
+        CheckpointConfigError: They are not; on all ranks, with all the keys.
+    """
+    if len(set(gather(hashlib.sha256(json.dumps(dict(settings)).encode()).hexdigest()[:16]))) == 1:
+        return
+    rows: list[Mapping[str, str]] = gather(dict(settings))
+    unlike = {}
+    for name in settings:
+        ranks = defaultdict(list)
+        for rank, row in enumerate(rows):
+            ranks[row.get(name, "missing")].append(rank)
+        if len(ranks) > 1:
+            unlike[name] = ", ".join(f"{value[:_MAX_SHOWN]} on {_ranks(found)}" for value, found in ranks.items())
+    place = unlike.pop("checkpoint_dir", None)
+    if unlike:
+        lines = [f"\n  checkpoint.{name}: {text}" for name, text in unlike.items()]
+        raise CheckpointConfigError(
+            f"the ranks are configured differently:{''.join(lines)}\n  Give every rank the same configuration"
+        )
+    if place is not None:
+        log.warning("checkpoint.checkpoint_dir differs between ranks, and rank 0's counts: %s", place)
+
+
+def _ranks(ranks: list[int]) -> str:
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    more = f" and {len(ranks) - _MAX_RANKS} more" if len(ranks) > _MAX_RANKS else ""
+    return f"{noun} {', '.join(map(str, ranks[:_MAX_RANKS]))}{more}"
 
 
 def _write_options(config: CheckpointingConfig) -> WriteOptions:

@@ -160,7 +160,11 @@ def test_without_any_cadence_every_30_minutes_and_at_the_end(tmp_path: Path) -> 
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"every_n_steps": 1.5}, "whole number"),
         ({"every_n_seconds": -1}, "every_n_seconds=-1"),
-        ({"at_steps": [3, 0]}, "at_steps: 0"),
+        ({"at_steps": [3, 0]}, r"callbacks\.checkpoint\.at_steps=\[3, 0\]: expected a list of whole numbers from 1"),
+        ({"at_steps": 5}, r"callbacks\.checkpoint\.at_steps=5: expected a list of whole numbers from 1"),
+        ({"at_steps": [1.5]}, "expected a list of whole numbers from 1"),
+        ({"at_steps": "12"}, "expected a list of whole numbers from 1"),
+        ({"signals": 1.5}, r"callbacks\.checkpoint\.signals=1\.5: expected the name or number of a signal"),
         ({"max_run_time_s": True}, "max_run_time_s=True"),
         ({"signals": ["SIGNONE"]}, "no signal 'SIGNONE'"),
     ],
@@ -765,6 +769,33 @@ def test_a_buffer_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_p
     assert steps(tmp_path) == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("__metadata__", torch.ones(2), "under the name '__metadata__'"),
+        ("~", torch.ones(2), "under the name '~'"),
+        ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is no valid Unicode text"),
+        ("dense", torch.eye(2).to_sparse(), r"dense: tensors of the layout sparse_coo.*\.to_dense\(\)"),
+        ("later", nn.UninitializedParameter(), "later is not initialized yet"),
+    ],
+    ids=["metadata", "tag", "surrogate", "sparse", "lazy"],
+)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_what_files_cannot_hold_is_refused_by_name_before_anything_is_written(
+    tmp_path: Path, name: str, tensor: torch.Tensor, message: str, is_async: bool
+) -> None:
+    model = nn.Linear(2, 2)
+    if isinstance(tensor, nn.Parameter):
+        model.register_parameter(name, tensor)
+    else:
+        model.register_buffer(name, tensor)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=is_async).build(0, 0, 0) as engine:
+        with pytest.raises(CheckpointConfigError, match=message):
+            engine.save(AppState(model), step=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["owner.json"]
+        engine.save(AppState(nn.Linear(2, 2)), step=1).result()
+
+
 def test_checkpoints_that_vanished_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = make_state()
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
@@ -812,9 +843,7 @@ def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_publ
             [shard] = (checkpoint.path / "model").glob("*.safetensors")
             assert torch.equal(load_file(shard)["weight"], before)
         else:
-            with pytest.raises(
-                SaveFailedError, match=r"were changed while they were being copied.*wait_for_staging=true"
-            ):
+            with pytest.raises(SaveFailedError, match=r"changed while being copied.*wait_for_staging=true"):
                 pending.result()
             engine.save(state, step=3).result()
     assert steps(tmp_path) == ([1, 2] if wait else [1, 3])

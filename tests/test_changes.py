@@ -110,9 +110,9 @@ def test_settings_and_facts_that_differ_are_told_and_warned_about(
     with caplog.at_level(logging.INFO):
         tell(path, found)
     shown, warned = caplog.records
-    assert "settings that differ from those of epoch_0_step_1: optimizer: SGD -> AdamW" in shown.getMessage()
-    assert "optimizer.lr: 0.1 -> 0.2" in shown.getMessage()
+    assert shown.getMessage() == "settings that differ from those of epoch_0_step_1: optimizer.lr: 0.1 -> 0.2"
     assert warned.levelno == logging.WARNING
+    assert "optimizer: SGD -> AdamW (optimizer type); world size: 1 -> 2 (number of ranks)" in warned.getMessage()
     assert "trainer.batch_size: 8 -> 16 (batch size)" in warned.getMessage()
     assert "lr" not in warned.getMessage()
     assert changes(path, {}, ["SGD"], 1) == []

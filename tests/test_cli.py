@@ -141,7 +141,10 @@ def test_list_as_json(run_dir: Callable[..., Path], tool: Callable[..., Result])
     first, second, last = result.data["checkpoints"]
     assert (first["step"], first["epoch"], first["metrics"]) == (10, 0, {"val_loss": 0.9})
     assert (last["name"], last["step"], last["epoch"], last["world_size"]) == (LAST, 30, 1, 1)
-    assert last["parts"] == {"model": "safetensors", "optim": "safetensors"}
+    assert {name: part["format"] for name, part in last["parts"].items()} == {
+        "model": "safetensors",
+        "optim": "safetensors",
+    }
     assert last["exports"] == {"model": "model/consolidated"}
     assert last["problem"] is None
     assert (first["pointers"], second["pointers"], last["pointers"]) == ([], ["BEST"], ["LATEST"])
@@ -249,7 +252,7 @@ def test_verify_passes_what_is_whole(name: str, run_dir: Callable[[str], Path], 
     assert data["whole"] is True
     listed = tool("list", run, "--json").data["checkpoints"]
     # Every byte of every file has been read, and nothing was read twice.
-    assert [entry["bytes"] for entry in data["checkpoints"]] == [entry["bytes"] for entry in listed]
+    assert [entry["read_bytes"] for entry in data["checkpoints"]] == [entry["bytes"] for entry in listed]
     assert contents(run) == before
 
 
@@ -312,11 +315,11 @@ def test_a_finding_names_file_range_and_remedy(run_dir: Callable[..., Path], too
     position = 4096 + 1000
     flip(file, position)
     result = tool("verify", root)
-    assert f"{LAST}: damaged, 1 findings" in result.out
+    assert f"{LAST}: damaged, 1 finding\n" in result.out
     assert "Put the checkpoint back from a copy" in result.out
     assert f"restore_from=auto passes it over; the newest whole one here is {SECOND}" in result.out
     [finding] = tool("verify", root, "--json").data["checkpoints"][2]["findings"]
-    first, end = finding["bytes"]
+    first, end = finding["byte_range"]
     assert first <= position < end
     assert f"bytes {first} to {end}" in result.out
 
@@ -429,11 +432,13 @@ def test_a_directory_that_is_not_there_is_misuse(verb: str, tmp_path: Path, tool
     (tmp_path / "file").write_text("")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "new" / ".epoch_0_step_1.draft-00").mkdir(parents=True)
+    (tmp_path / "outputs" / "today" / ".hydra").mkdir(parents=True)  # a run of Hydra's that has nothing of ours
     for name, says in {
         "nowhere": "does not exist",
         "file": "is not a directory",
         "empty": "holds no checkpoints",
         "new": "holds no checkpoints",
+        "outputs": "It is no sweep either" if verb == "list" else "holds no checkpoints",
     }.items():
         result = tool(verb, tmp_path / name)
         assert result.code == 2

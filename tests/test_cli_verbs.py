@@ -37,7 +37,7 @@ def test_show_tells_what_a_checkpoint_holds_and_what_is_damaged(run_dir: Dirs, t
     before = contents(run)
     shown = tool("show", run)
     assert shown.code == 0
-    for text in (LAST, "step", "30, epoch 1", "LATEST", "val_loss 0.7", "safetensors files", "model/consolidated"):
+    for text in (LAST, "step", "30, epoch 1", "LATEST", "val_loss 0.7", "1 safetensors file", "model/consolidated"):
         assert text in shown.out
     data = json.loads(tool("show", run / "checkpoints" / SECOND, "--json").out)
     assert (data["step"], data["pointers"], data["metrics"]) == (20, ["BEST"], {"val_loss": 0.25})
@@ -87,7 +87,7 @@ def test_diff_lists_what_differs_bit_by_bit(tmp_path: Path, tool: Tool) -> None:
     )
     result = tool("diff", one, two, "--json")
     assert result.code == 1
-    found = {item.pop("name"): item for item in json.loads(result.out)}
+    found = {item.pop("name"): item for item in json.loads(result.out)["tensors"]}
     assert found.keys() == {"zero", "big", "nan", "kind", "shape", "gone", "new"}
     assert (found["zero"]["elements"], found["zero"]["largest"]) == (1, 0.0)
     assert (found["big"]["elements"], found["big"]["largest"]) == (2, 4.0)
@@ -97,6 +97,30 @@ def test_diff_lists_what_differs_bit_by_bit(tmp_path: Path, tool: Tool) -> None:
     shown = tool("diff", one, two)
     assert "big" in shown.out
     assert "same " in shown.out
+
+
+def test_json_of_all_verbs_has_the_same_keys_for_the_same_things(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("consolidated")
+    root = run / "checkpoints"
+
+    def data(*arguments: Any) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(tool(*arguments, "--json").out)
+        assert found["version"] == 1
+        return found
+
+    data("diff", root / FIRST, root / LAST)
+    data("repair", run, "--dry-run")
+    listed, verified, pruned = data("list", run), data("verify", run), data("prune", run, "--newest", "1")
+    assert listed["directory"] == verified["directory"] == pruned["directory"] == str(root)
+    shown = data("show", root / FIRST)
+    [entry] = [item for item in listed["checkpoints"] if item["name"] == FIRST]
+    same = entry.keys() & shown.keys()
+    assert same == entry.keys()
+    assert {key: entry[key] for key in same} == {key: shown[key] for key in same}
+    [gone] = pruned["checkpoints"]
+    assert gone.items() <= shown.items()
+    [checked] = [item for item in verified["checkpoints"] if item["name"] == FIRST]
+    assert {key: checked[key] for key in ("name", "path", "step")}.items() <= shown.items()
 
 
 # -- prune ---------------------------------------------------------------------------------------------------------
@@ -112,7 +136,7 @@ def test_prune_only_tells_until_it_is_told_to(run_dir: Dirs, tool: Tool) -> None
     assert contents(run) == before
     owner = read_owner(run / "checkpoints")
     done = json.loads(tool("prune", run, "--newest", "1", "--yes", "--json").out)
-    assert done["checkpoints"] == [FIRST]
+    assert [item["name"] for item in done["checkpoints"]] == [FIRST]
     assert published(run) == [SECOND, LAST]
     assert not list((run / "checkpoints").glob(".*"))
     assert owner is not None

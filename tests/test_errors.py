@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hydra_ckpt import (
     AppState,
+    CheckpointCallback,
     CheckpointConfigError,
     Checkpointer,
     CheckpointError,
@@ -44,6 +46,7 @@ from hydra_ckpt.distributed import error_from_data, error_to_data
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage.digests import Check
 from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.store import lease
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
 
@@ -411,6 +414,38 @@ def test_a_lease_from_another_host_is_taken_over_when_its_heartbeat_is_old(tmp_p
         assert engine.start(state).step == 1
 
 
+def _owned_from_the_future(directory: Path) -> float:
+    save(directory, make_state(), 1)
+    record = json.loads((directory / "owner.json").read_text())
+    other = {**record, "incarnation": "other", "host": "elsewhere", "released": False}
+    (directory / "owner.json").write_text(json.dumps(other))
+    ahead = time.time() + 1e6
+    os.utime(directory / "owner.json", (ahead, ahead))
+    return ahead
+
+
+def test_a_heartbeat_from_the_future_that_has_stopped_is_a_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 1.5)
+    _owned_from_the_future(tmp_path)
+    with build(tmp_path) as engine:
+        assert engine.start(make_state()).step == 1
+    assert "lies in the future: the clocks differ" in caplog.text
+
+
+def test_a_heartbeat_from_the_future_that_goes_on_is_a_live_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 60.0)
+    ahead = _owned_from_the_future(tmp_path)
+    heart = threading.Timer(1.0, os.utime, (tmp_path / "owner.json", (ahead + 15, ahead + 15)))
+    heart.start()
+    with build(tmp_path) as engine, pytest.raises(CheckpointExistsError, match="host elsewhere"):
+        engine.start(make_state())
+    heart.join()
+
+
 # -- peft ----------------------------------------------------------------------------------------------------------
 
 
@@ -565,6 +600,37 @@ def test_every_rank_ends_in_the_same_error(tmp_path: Path) -> None:
             assert text in found[what][1], (rank, what, found[what])
     assert not debris(tmp_path / "values")
     assert [item.step for item in scan(tmp_path / "values").checkpoints] == [1, 2, 3, 6]
+
+
+def _unlike_settings(root: Path) -> dict[str, tuple[str, str]]:
+    rank, found = dist.get_rank(), {}
+
+    def begin(**options: Any) -> Callable[[], None]:
+        def attempt() -> None:
+            with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(root / "run"), **options)) as callback:
+                callback.on_train_begin(make_state())
+
+        return attempt
+
+    found["off on one"] = _attempt(begin(enabled=rank != 1))
+    found["off on rank 0"] = _attempt(begin(enabled=rank != 0))
+    formats = ["safetensors", "torch_save", "safetensors"]
+    found["formats"] = _attempt(begin(model_save_format=formats[rank], save_consolidated=False, is_async=rank == 2))
+    found["places of their own"] = _attempt(begin(staging_dir=str(root / f"staging{rank}")))
+    found["off"] = _attempt(begin(enabled=False))
+    return found
+
+
+def test_ranks_that_are_configured_differently_are_told_so_by_key_on_all_ranks(tmp_path: Path) -> None:
+    for found in run_distributed(_unlike_settings, 3, tmp_path):
+        assert found["places of their own"] == found["off"] == ("", "")
+        assert found["off on one"][0] == found["off on rank 0"][0] == found["formats"][0] == "CheckpointConfigError"
+        assert "checkpoint.enabled: true on ranks 0, 2, false on rank 1" in found["off on one"][1]
+        assert "checkpoint.enabled: false on rank 0, true on ranks 1, 2" in found["off on rank 0"][1]
+        assert (
+            'checkpoint.model_save_format: "safetensors" on ranks 0, 2, "torch_save" on rank 1' in found["formats"][1]
+        )
+        assert "checkpoint.is_async: false on ranks 0, 1, true on rank 2" in found["formats"][1]
 
 
 # -- a disk that fails ---------------------------------------------------------------------------------------------

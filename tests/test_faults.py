@@ -24,7 +24,7 @@ from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.store.catalog import scan
-from hydra_ckpt.testing import FaultyFiles, run_distributed
+from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
 
 LIMIT_MINUTES = 0.1
 
@@ -156,6 +156,42 @@ def test_a_pointer_that_cannot_be_moved_takes_nothing_back(
     assert steps(tmp_path) == [1, 2, 3]
     with build(tmp_path) as engine:
         assert engine.start(state).step == 3
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = False
+
+    def fails(operation: Operation) -> int | None:
+        return errno.ENOSPC if full and operation.kind == "write_at" else None
+
+    with build(tmp_path, FaultyFiles(fails), best_metric_key="loss", retention={"best": 1}) as engine:
+        state = make_state()
+        for step in (1, 2):
+            engine.save(state, step=step, metrics={"loss": 3.0}).result()
+        full = True
+        engine.add_metrics(1, 0, {"loss": 1.0})
+        engine.drain()
+        assert "are kept" in caplog.text
+        assert engine.pointed("BEST").metrics == {"loss": 3.0}  # type: ignore[union-attr]
+        full = False
+        engine.save(state, step=3, metrics={"loss": 2.0}).result()
+        engine.drain()
+        # In time for retention: what is best by the metrics that came late stays.
+        assert {item.name: item.metrics["loss"] for item in scan(tmp_path).checkpoints} == {
+            "epoch_0_step_1": 1.0,
+            "epoch_0_step_3": 2.0,
+        }
+        assert engine.pointed("BEST").step == 1  # type: ignore[union-attr]
+        full = True
+        engine.add_metrics(3, 0, {"loss": 0.5})
+        engine.drain()
+        full = False
+    best = scan(tmp_path).pointed("BEST")
+    assert best is not None
+    assert best.metrics == {"loss": 0.5}
+    assert not list(best.path.glob(".metrics*"))
 
 
 def test_a_quota_is_named_with_its_remedy(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hydra_ckpt import (
     CheckpointCallback,
     CheckpointConfigError,
     Checkpointer,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointingConfig,
 )
@@ -61,6 +62,26 @@ def test_hooks_before_the_beginning_are_refused(tmp_path: Path, hook: str) -> No
         getattr(callback, hook)(*arguments[hook])
     with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path), enabled=False)) as callback:
         getattr(callback, hook)(*arguments[hook])
+
+
+def test_hooks_after_the_end_are_refused_alike(tmp_path: Path) -> None:
+    state = AppState(nn.Linear(2, 2))
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path))) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1)
+        callback.on_train_end()
+    hooks: dict[str, tuple[Any, ...]] = {
+        "on_step_end": (2,),
+        "on_epoch_end": (0,),
+        "on_validation_end": ({"loss": 1.0},),
+        "on_train_end": (),
+        "on_train_begin": (state,),
+    }
+    for hook, arguments in hooks.items():
+        with pytest.raises(CheckpointError, match="the Checkpointer is closed"):
+            getattr(callback, hook)(*arguments)
+    callback.on_exception(RuntimeError())
+    callback.close()
 
 
 def test_a_run_that_goes_back_sets_the_later_steps_aside(tmp_path: Path) -> None:
@@ -123,7 +144,7 @@ def test_a_change_under_way_while_copies_are_made_is_found_when_it_ends() -> Non
     torn = staged()
     weight.add_(1.0)  # PyTorch counts it only now, as if it had begun before
     torn.watch()
-    with pytest.raises(Exception, match="changed while they were being copied"):
+    with pytest.raises(Exception, match="changed while being copied"):
         torn.snapshot()
     torn.release()
     sound = staged()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from hydra_ckpt import CheckpointCallback, CheckpointConfigError, CheckpointError, CheckpointingConfig
+from hydra_ckpt import Checkpoint, CheckpointCallback, CheckpointConfigError, CheckpointError, CheckpointingConfig
+from hydra_ckpt.store.lease import read_owner
 from hydra_ckpt.testing import run_distributed
 from hydra_ckpt.triggers.requests import INTERVAL_S, RequestFiles
 from hydra_ckpt.triggers.signals import parse_signals
@@ -79,6 +82,36 @@ def test_a_file_that_cannot_be_removed_is_obeyed_once(tmp_path: Path) -> None:
 
 
 # -- signals and exit codes ----------------------------------------------------------------------------------------
+
+
+LATE_SIGNAL = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_triggers import make
+from tests.test_callback import make_state
+
+with make(Path(sys.argv[1])) as callback:
+    callback.on_train_begin(make_state())
+    callback.on_step_end(1)
+    if sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGTERM)
+    callback.on_train_end()
+    if sys.argv[2] == "after":
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("held back", flush=True)
+print("not reached")
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_behind_the_last_step_ends_the_process_once_all_is_saved(tmp_path: Path, when: str) -> None:
+    command = [sys.executable, "-c", LATE_SIGNAL, str(tmp_path), when]
+    ended = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "held back\n"), ended.stderr
+    assert Checkpoint.open(tmp_path / "LATEST").step == 1
+    assert read_owner(tmp_path)[0].released  # type: ignore[index]
 
 
 @pytest.mark.parametrize("given", ["SIGUSR1", "usr1", 10, "10", ["SIGUSR1"], [10], ("usr1",)])

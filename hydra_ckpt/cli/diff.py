@@ -31,9 +31,11 @@ def diff(
     """
     from hydra_ckpt.storage.compare import compare
 
-    found = list(compare(open_one(first), open_one(second)))
+    one, other = open_one(first), open_one(second)
+    found = list(compare(one, other))
     if as_json:
-        print_json([asdict(item) for item in found])
+        tensors = [asdict(item) for item in found]
+        print_json({"first": str(one.path), "second": str(other.path), "tensors": tensors})
     elif found:
         _show(found)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 
@@ -52,19 +52,18 @@ def export(
 
         adapter = found.path / part / names.CONSOLIDATED
         merge_adapter(adapter, out, base=base, dtype=kind, max_file_bytes=limit or _DEFAULT_FILE_BYTES)
-        made: dict[str, Any] = {"path": str(out), "files": sorted(path.name for path in out.glob("*.safetensors"))}
-        made["bytes"] = sum((out / name).stat().st_size for name in made["files"])
+        weights = sorted(path.name for path in out.glob("*.safetensors"))
     else:
-        made = _stream(found, out, part, kind, limit, verify)
+        weights = _stream(found, out, part, kind, limit, verify)
+    files = {name: (out / name).stat().st_size for name in weights}
+    nbytes = sum(files.values())
     if as_json:
-        print_json(made)
+        print_json({"path": str(out.resolve()), "files": files, "bytes": nbytes})
     else:
-        print(f"{made['path']}: {len(made['files'])} weight files, {shown_size(made['bytes'])}")
+        print(f"{out}: {counted(len(files), 'weight file')}, {shown_size(nbytes)}")
 
 
-def _stream(
-    found: Checkpoint, out: Path, part: str, dtype: str | None, limit: int | None, verify: bool
-) -> dict[str, Any]:
+def _stream(found: Checkpoint, out: Path, part: str, dtype: str | None, limit: int | None, verify: bool) -> list[str]:
     from hydra_ckpt.hub.offline import export_checkpoint
 
     errors = Console(stderr=True)
@@ -80,7 +79,7 @@ def _stream(
             verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return {"path": str(made.path), "files": list(made.files), "bytes": made.nbytes}
+    return list(made.files)
 
 
 def _dtype(text: str) -> str:

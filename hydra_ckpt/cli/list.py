@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ckpt.cli.locating import Located, holds_checkpoints, locate
-from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
+from hydra_ckpt.cli.output import console, iso_time, parts_data, print_json, shown_size, shown_time
 from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -52,16 +51,15 @@ class _Entry:
         """For `--json`; what only the manifest knows is null where that cannot be read."""
         known = self.checkpoint
         manifest = known.manifest if known else None
-        created = datetime.fromtimestamp(manifest.created, tz=timezone.utc).isoformat() if manifest else None
         return {
             "name": self.path.name,
             "path": str(self.path),
             "step": known.step if known else _step_of(self.path.name),
             "epoch": known.epoch if known else None,
-            "created": created,
+            "created": iso_time(manifest.created) if manifest else None,
             "bytes": manifest.nbytes if manifest else None,
             "world_size": manifest.world_size if manifest else None,
-            "parts": {name: part.format for name, part in manifest.parts.items()} if manifest else None,
+            "parts": parts_data(manifest) if manifest else None,
             "exports": dict(manifest.exports) if manifest else None,
             "metrics": known.metrics if known else None,
             "pointers": list(self.pointers),
@@ -108,7 +106,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory))
+    listing = _read(locate(directory, or_else="It is no sweep either: no job with checkpoints lies below it. "))
     if as_json:
         print_json(_as_data(listing))
     else:

@@ -33,8 +33,12 @@ class Located:
         return self.only is None or name == self.only
 
 
-def locate(given: Path) -> Located:
+def locate(given: Path, *, or_else: str = "") -> Located:
     """Find the checkpoint directory behind a path, which may be that directory, a run's, or one checkpoint.
+
+    Args:
+        given: The path.
+        or_else: What else it has been tried as, for the message.
 
     Raises:
         CheckpointNotFoundError: There is no such directory, or it holds nothing of ours.
@@ -50,7 +54,7 @@ def locate(given: Path) -> Located:
             return Located(root, None)
     raise CheckpointNotFoundError(
         f"{given} holds no checkpoints: there is no epoch_<epoch>_step_<step> in it or in its {_DEFAULT_DIRECTORY}/. "
-        "Name the run's checkpoint_dir"
+        f"{or_else}Name the run's checkpoint_dir"
     )
 
 

@@ -9,9 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from hydra_ckpt.store.manifest import Manifest
 from hydra_ckpt.sweeps.summary import finite
 
-__all__ = ["console", "print_json", "shown_size", "shown_time"]
+__all__ = ["console", "iso_time", "parts_data", "print_json", "shown_size", "shown_time"]
+
+# Of the keys that JSON has; docs/format.md lists them.
+_VERSION = 1
 
 # Where nobody looks at a terminal, lines are for other programs and must not be broken.
 _ENDLESS = 1000
@@ -22,9 +26,26 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
 
 
-def print_json(data: Any) -> None:
+def print_json(data: dict[str, Any]) -> None:
     """Print data as JSON that every reader takes: NaN and infinities, which it does not know, become null."""
-    print(json.dumps(finite(data), indent=2, ensure_ascii=False))
+    print(json.dumps(finite({"version": _VERSION, **data}), indent=2, ensure_ascii=False))
+
+
+def parts_data(manifest: Manifest) -> dict[str, Any]:
+    """The parts of a checkpoint, for JSON."""
+    return {
+        name: {
+            "format": part.format,
+            "files": list(part.files),
+            "bytes": sum(manifest.files[file].bytes for file in part.files),
+        }
+        for name, part in manifest.parts.items()
+    }
+
+
+def iso_time(seconds: float) -> str:
+    """Unix time as ISO 8601 in UTC, for JSON."""
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat()
 
 
 def shown_size(nbytes: float) -> str:

@@ -11,7 +11,7 @@ import typer
 from hydra_ckpt.cli.holding import decision, held
 from hydra_ckpt.cli.locating import locate
 from hydra_ckpt.cli.output import print_json, shown_size
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.retention import Context, policies, superfluous
 
@@ -55,11 +55,14 @@ def prune(
             run.retire(going)
     else:
         going = superfluous(catalog, keeping, context)
-    names, nbytes = [item.name for item in going], sum(item.manifest.nbytes for item in going)
+    gone = [
+        {"name": item.name, "path": str(item.path), "step": item.step, "bytes": item.manifest.nbytes} for item in going
+    ]
+    nbytes = sum(item.manifest.nbytes for item in going)
     if as_json:
-        print_json({"directory": str(root), "deleted": yes, "checkpoints": names, "bytes": nbytes})
+        print_json({"directory": str(root), "deleted": yes, "checkpoints": gone, "bytes": nbytes})
         return
-    for name in names:
-        print(f"{'deleted' if yes else 'would be deleted'}: {name}")
-    tail = "" if yes or not names else "; --yes does it"
-    print(f"{len(names)} of {len(catalog.checkpoints)} checkpoints, {shown_size(nbytes)}{tail}")
+    for item in going:
+        print(f"{'deleted' if yes else 'would be deleted'}: {item.name}")
+    tail = "" if yes or not going else "; --yes does it"
+    print(f"{len(going)} of {counted(len(catalog.checkpoints), 'checkpoint')}, {shown_size(nbytes)}{tail}")

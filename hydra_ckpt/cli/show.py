@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ckpt.cli.locating import open_one
-from hydra_ckpt.cli.output import console, print_json, shown_size, shown_time
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.cli.output import console, iso_time, parts_data, print_json, shown_size, shown_time
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, counted
 from hydra_ckpt.jobs.command import resume_command
 from hydra_ckpt.jobs.differences import differences, parse_config
 from hydra_ckpt.loading.changes import saved_config
@@ -42,7 +42,7 @@ def show(
     if as_json:
         print_json(data)
     else:
-        _print(data, console())
+        _print(data, checkpoint.manifest.created, console())
     raise typer.Exit(1 if problem else 0)
 
 
@@ -56,25 +56,18 @@ def _problem(checkpoint: Checkpoint) -> str | None:
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest, root = checkpoint.manifest, checkpoint.path.parent
-    parts = {
-        name: {
-            "format": part.format,
-            "files": list(part.files),
-            "bytes": sum(manifest.files[file].bytes for file in part.files),
-        }
-        for name, part in manifest.parts.items()
-    }
     return {
+        "name": checkpoint.name,
         "path": str(checkpoint.path),
         "step": manifest.step,
         "epoch": manifest.epoch,
-        "created": manifest.created,
+        "created": iso_time(manifest.created),
         "bytes": manifest.nbytes,
         "world_size": manifest.world_size,
         "topology": dict(manifest.topology),
         "metrics": checkpoint.metrics,
         "pointers": [name for name in sorted(pointers_in(root)) if read_pointer(root, name) == checkpoint.name],
-        "parts": parts,
+        "parts": parts_data(manifest),
         "exports": dict(manifest.exports),
         "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
         "overrides": _overrides(checkpoint),
@@ -125,11 +118,11 @@ def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:
     return above[0] if above and not checkpoint.path.is_relative_to(recorded) else recorded
 
 
-def _print(data: dict[str, Any], out: Console) -> None:
+def _print(data: dict[str, Any], created: float, out: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for title, text in _rows(data):
+    for title, text in _rows(data, created):
         if text:
             table.add_row(Text(title, style="dim"), Text(text))
     out.print(data["path"], markup=False, soft_wrap=True)
@@ -138,16 +131,16 @@ def _print(data: dict[str, Any], out: Console) -> None:
         out.print(f"damaged: {data['problem']}", style="red", markup=False, soft_wrap=True)
 
 
-def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:
     parts = [
-        (name, f"{shown_size(part['bytes'])} in {len(part['files'])} {part['format']} files")
+        (name, f"{shown_size(part['bytes'])} in {counted(len(part['files']), part['format'] + ' file')}")
         for name, part in data["parts"].items()
     ]
     return [
         ("step", f"{data['step']}, epoch {data['epoch']}"),
-        ("created", f"{shown_time(data['created'])} on {data['details'].get('host', '?')}"),
-        ("size", f"{shown_size(data['bytes'])} in {len(data['files'])} files"),
-        ("written by", f"{data['world_size']} ranks"),
+        ("created", f"{shown_time(created)} on {data['details'].get('host', '?')}"),
+        ("size", f"{shown_size(data['bytes'])} in {counted(len(data['files']), 'file')}"),
+        ("written by", counted(data["world_size"], "rank")),
         ("pointers", ", ".join(data["pointers"])),
         ("metrics", ", ".join(f"{name} {value:.6g}" for name, value in sorted(data["metrics"].items()))),
         *parts,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from hydra_ckpt.cli.locating import Located, locate
 from hydra_ckpt.cli.output import console, print_json, shown_size
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, counted
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import read_sealed
@@ -73,12 +73,15 @@ class _Verdict:
 
     def as_data(self) -> dict[str, Any]:
         """For `--json`."""
-        findings = [{"file": item.file, "bytes": item.byte_range, "problem": item.problem} for item in self.findings]
+        findings = [
+            {"file": item.file, "byte_range": item.byte_range, "problem": item.problem} for item in self.findings
+        ]
         return {
             "name": self.path.name,
             "path": str(self.path),
+            "step": names.step_of(self.path.name) if names.is_checkpoint_name(self.path.name) else None,
             "whole": not self.findings,
-            "bytes": self.read_bytes,
+            "read_bytes": self.read_bytes,
             "findings": findings,
         }
 
@@ -233,7 +236,8 @@ def _show(verdicts: Sequence[_Verdict], out: Console) -> None:
         if not verdict.findings:
             out.print(f"{name}: whole, {size} compared", style="green", markup=False, soft_wrap=True)
             continue
-        out.print(f"{name}: damaged, {len(verdict.findings)} findings", style="red", markup=False, soft_wrap=True)
+        found = counted(len(verdict.findings), "finding")
+        out.print(f"{name}: damaged, {found}", style="red", markup=False, soft_wrap=True)
         for finding in verdict.findings:
             out.print(f"  {finding.problem}", markup=False, soft_wrap=True)
         out.print(f"  {_remedy(verdict, verdicts)}", style="bold", markup=False, soft_wrap=True)

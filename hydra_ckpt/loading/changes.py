@@ -51,12 +51,12 @@ def saved_config(checkpoint: Path) -> Any:
 
 
 def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
-    """Log what differs; a warning names what keeps a resumed run from going on exactly as it would have."""
-    if not found:
-        return
-    shown = [str(item) for item in found[:_SHOWN]]
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    log.info("settings that differ from those of %s: %s", checkpoint.name, "; ".join([*shown, *more]))
+    """Log what differs, once; a warning has what keeps a resumed run from going on exactly as it would have."""
+    harmless = [str(item) for item in found if not item.kind]
+    if harmless:
+        more = [f"and {len(harmless) - _SHOWN} more"] if len(harmless) > _SHOWN else []
+        shown = "; ".join([*harmless[:_SHOWN], *more])
+        log.info("settings that differ from those of %s: %s", checkpoint.name, shown)
     decisive = [f"{item} ({item.kind})" for item in found if item.kind]
     if decisive:
         log.warning(

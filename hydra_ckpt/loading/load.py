@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hydra_ckpt.distributed import Channel
-from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, counted
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
@@ -448,8 +448,8 @@ class Load:
         self._derived(
             "rng",
             "random numbers are derived anew from step, data-parallel rank and stage: the checkpoint was written by "
-            f"{self.checkpoint.manifest.world_size} ranks, this run has {self.channel.world_size}, or they are "
-            "arranged otherwise",
+            f"{counted(self.checkpoint.manifest.world_size, 'rank')}, this run has {self.channel.world_size}, or they "
+            "are arranged otherwise",
         )
 
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.errors import TopologyError, counted
 from hydra_ckpt.recipe.experts import LocalExperts
 
 if TYPE_CHECKING:
@@ -91,11 +91,13 @@ def plan_parallelism(mesh: MeshSettings, world_size: int, model: ModelSettings) 
     shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if filled:
         if world_size % given:
-            raise TopologyError(f"{shown}: {world_size} ranks cannot be divided by {given} to fill mesh.{filled[0]}")
+            ranks = counted(world_size, "rank")
+            raise TopologyError(f"{shown}: {ranks} cannot be divided by {given} to fill mesh.{filled[0]}")
         sizes[filled[0]] = world_size // given
     elif given != world_size:
         raise TopologyError(
-            f"{shown}: this is a mesh of {given} ranks, but {world_size} run; set one of them to -1 to fill it"
+            f"{shown}: this is a mesh of {counted(given, 'rank')}, but {world_size} run; set one of them to -1 to fill "
+            "it"
         )
     _refuse_architecture(sizes, model.architecture)
     _refuse_uneven(sizes, model)

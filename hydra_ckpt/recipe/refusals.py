@@ -28,6 +28,7 @@ from hydra_ckpt.registry import CallbackSchema
 
 __all__ = ["refusal"]
 
+_SHOWN = 8  # keys
 _GROUP, _CALLBACK = "checkpoint", "callbacks.checkpoint"
 _CONSTRUCTED = {"CheckpointingConfig": (_GROUP, CheckpointingConfig), "CheckpointCallback": (_CALLBACK, CallbackSchema)}
 
@@ -90,7 +91,11 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
-    shown = [name for name in names if not name.startswith(("_", "base_"))]
-    close = get_close_matches(wrong, shown, n=1)
+    """What could be meant: the keys nearest to it, and where all of them stand."""
+    known = [name for name in names if not name.startswith("_")]
+    close = get_close_matches(wrong, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}{place} takes {', '.join(shown)}"
+    if len(known) <= _SHOWN:
+        return f"{meant}{place} takes {', '.join(known)}"
+    near = get_close_matches(wrong, known, n=_SHOWN, cutoff=0.0)
+    return f"{meant}{place} takes {', '.join(near)} and {len(known) - _SHOWN} more, see docs/configuration.md"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hydra_ckpt.errors import counted
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -86,10 +88,10 @@ class Report:
     def summary(self, step: int, checkpoints: CheckpointStats, written_bytes: int) -> None:
         """Logs what the run cost, the price of its checkpoints beside it; `written_bytes` are those of all ranks."""
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
-        log.info("%d steps in %.1f s: %.2f steps/s", done, took_s, self._started.speed(step))
+        log.info("%s in %.1f s: %.2f steps/s", counted(done, "step"), took_s, self._started.speed(step))
         log.info(
-            "%d saves: training stood still for %.2f s (%.1f %%), %.1f MiB written",
-            checkpoints.saves,
+            "%s: training stood still for %.2f s (%.1f %%), %.1f MiB written",
+            counted(checkpoints.saves, "save"),
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,
             written_bytes / 2**20,

@@ -17,7 +17,7 @@ from hydra_ckpt.layout.grids import flat_boxes
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.storage.dtypes import safetensors_dtype
+from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
 from hydra_ckpt.storage.memory import narrow, view_as
 
 
@@ -124,7 +124,10 @@ class Localizer:
         Raises:
             TopologyError: A placement that has no whole value yet (partial sums), or a local shape other than the
                 placements imply.
+            CheckpointConfigError: A tensor, or a name, that files cannot hold.
         """
+        if name not in self._last:
+            check_storable(name, tensor)
         local = _local(tensor)
         if not lasting:
             return self._make(name, tensor, local, divisible=divisible, late=late)

@@ -20,7 +20,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.storage.dtypes import safetensors_dtype
+from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -125,6 +125,7 @@ class ModelMap:
 
         Raises:
             TopologyError: Two parts hold different tensors under one name.
+            CheckpointConfigError: A tensor, or its name, is of a kind that files cannot hold.
         """
         found = cls([])
         sources: dict[str, str] = {}
@@ -155,9 +156,11 @@ class ModelMap:
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         for name, parameter in module._parameters.items():
             if parameter is not None:
+                check_storable(prefix + name, parameter)
                 yield Slot(prefix + name, module, name, True)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
+                check_storable(prefix + name, buffer)
                 if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
                     raise CheckpointConfigError(
                         f"the buffer {prefix}{name} is an expanded view whose elements share memory, so that no value "

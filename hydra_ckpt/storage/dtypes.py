@@ -1,8 +1,9 @@
-"""Element types: PyTorch's and safetensors' names for them."""
+"""What files can hold: element types by PyTorch's and safetensors' names, kinds of tensors, names."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from hydra_ckpt.errors import CheckpointConfigError
 
@@ -28,6 +29,33 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 SAFETENSORS_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+# The first is the header's own key, the second marks in progress files what JSON does not know.
+_RESERVED_NAMES = frozenset({"__metadata__", "~"})
+
+
+def check_storable(name: str, tensor: torch.Tensor) -> None:
+    """See that a tensor has elements that lie in memory one by one, and a name that a file can hold.
+
+    Raises:
+        CheckpointConfigError: It has not.
+    """
+    if name in _RESERVED_NAMES:
+        raise CheckpointConfigError(
+            f"no tensor can be stored under the name {name!r}, which the files use themselves; rename the parameter or "
+            "buffer, or keep it in a submodule"
+        )
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
+    if is_lazy(tensor):
+        raise CheckpointConfigError(
+            f"{name} is not initialized yet, as in LazyLinear: run one forward pass before its state is saved or loaded"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise CheckpointConfigError(
+            f"{name}: tensors of the layout {kind} cannot be stored; keep a dense one (.to_dense()), "
+            "or register the buffer with persistent=False"
+        )
 
 
 def safetensors_dtype(name: str, dtype: torch.dtype) -> str:

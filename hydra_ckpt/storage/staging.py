@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, counted
 from hydra_ckpt.storage.memory import bytes_of, is_plain_memory, resident
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
@@ -183,7 +183,7 @@ class Staging:
         changed = sum(_version(source) != version for source, version in self._late)
         if changed:
             raise CheckpointError(
-                f"{changed} tensors were changed while they were being copied, between save() and the optimizer's next "
+                f"{counted(changed, 'tensor')} changed while being copied, between save() and the optimizer's next "
                 "step (weights swapped for an average, or scaled). Set checkpoint.wait_for_staging=true, which copies "
                 "everything before save() returns, or make the change before the save, or behind "
                 "PendingSave.wait_staged()"

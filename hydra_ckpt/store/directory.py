@@ -45,6 +45,7 @@ class Directory:
         self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = self._configured = keep.best_metric_key
+        self._owed: dict[str, dict[str, float]] = {}  # metrics by checkpoint that are not on disk yet
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,9 @@ class Directory:
         """Let go of the directory. Idempotent."""
         if self._janitor is not None:
             self._janitor.close()
+        self.write_metrics()
+        if self._owed:
+            log.error("these metrics could not be written and are lost with this run: %s", self._owed)
         if self._heart is not None:
             self._heart.stop()
             lease.release(self.files, self.root, self._owner)
@@ -169,6 +173,7 @@ class Directory:
         """Move the pointers to a new checkpoint; failing to never takes the checkpoint back."""
         try:
             move_pointer(self.files, self.root, names.LATEST, name)
+            self.write_metrics()
             self._consider(Checkpoint.open(self.root / name))
             self.files.unlink(self.root / name / names.TOKEN)
         except OSError as error:
@@ -184,8 +189,8 @@ class Directory:
             self._best = best.metrics[key] if best is not None and best.name != checkpoint.name else None
         self._metric = key
         if metric.is_better(metrics[key], self._best, self._keep.best_metric_mode):
-            self._best = metrics[key]
             move_pointer(self.files, self.root, names.BEST, checkpoint.name)
+            self._best = metrics[key]
 
     @property
     def details(self) -> dict[str, str]:
@@ -199,10 +204,30 @@ class Directory:
         self._configured = key
 
     def add_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
-        """Add metrics that arrived after the save, atomically, and move BEST if they are better."""
+        """Add metrics that arrived after the save, atomically, and move BEST if they are better.
+
+        What cannot be written now is kept, and tried again with the next metrics, the next save and at the end.
+        """
+        self._owed.setdefault(name, {}).update(metrics)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Write the metrics that are not on disk yet."""
+        for name, metrics in list(self._owed.items()):
+            try:
+                self._write_metrics(name, metrics)
+            except CheckpointError as error:  # the checkpoint is gone, or damaged
+                log.warning("metrics of %s could not be added: %s", name, error)
+            except OSError as error:
+                log.warning("metrics of %s cannot be written now (%s); they are kept, and tried again", name, error)
+                continue
+            del self._owed[name]
+
+    def _write_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
         checkpoint = Checkpoint.open(self.root / name)
         body = seal({"metrics": {**checkpoint.metrics, **metrics}})
-        write_atomically(self.files, checkpoint.path / names.METRICS, body, names.nonce())
+        # One name for all attempts: the next one removes what a full disk left of the last.
+        write_atomically(self.files, checkpoint.path / names.METRICS, body, self._owner.incarnation)
         self._consider(checkpoint)
 
     def prune(self) -> None:

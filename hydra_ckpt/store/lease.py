@@ -2,12 +2,14 @@
 
 `owner.json` names the run, its incarnation (new at every start), host and process; its modification time is the
 heartbeat. A second live writer is refused. A lease whose process is gone from this host, whose run comes back
-(a requeued job), or whose heartbeat is old is taken over at once.
+(a requeued job), or whose heartbeat is old is taken over at once. One whose heartbeat lies in the future says nothing
+about its age: whether it still changes is watched.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -20,8 +22,12 @@ from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_S = 15.0
 STALE_S = 120.0
+# Seconds between two looks at a heartbeat that is watched.
+_LOOK_S = 1.0
 # Identity of a job that schedulers keep when they start it again.
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
 
@@ -84,12 +90,44 @@ def acquire(files: Files, root: Path, owner: Owner) -> None:
                 f"{root} belongs to the sweep job {other.run}; this is {owner.run}. "
                 "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
             )
-        if is_alive(other, age, owner):
+        if is_alive(other, age, owner) and not (_is_ahead(other, age, owner) and _has_stopped(root, other)):
             raise CheckpointExistsError(
                 f"{root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
-                f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
+                f"{max(age, 0.0):.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
             )
     write_atomically(files, root / names.OWNER, _text(owner), owner.incarnation)
+
+
+def _is_ahead(other: Owner, age: float, owner: Owner) -> bool:
+    """Whether all that speaks for an owner's life is a heartbeat so far in the future that the clocks must differ."""
+    return other.host != owner.host and age < -STALE_S
+
+
+def _has_stopped(root: Path, other: Owner) -> bool:
+    """Whether a heartbeat stays the same for as long as one may be old, by this process's own clock."""
+    log.warning(
+        "the last sign of life of host %s, process %d, which holds %s, lies in the future: the clocks differ. Looking "
+        "for a new one for %.0f s",
+        other.host,
+        other.pid,
+        root,
+        STALE_S,
+    )
+    began, seen = time.monotonic(), _heartbeat(root)
+    while seen is not None and time.monotonic() - began < STALE_S:
+        time.sleep(_LOOK_S)
+        if _heartbeat(root) != seen:
+            record = read_owner(root)
+            return record is None or record[0].released
+    return True
+
+
+def _heartbeat(root: Path) -> int | None:
+    """The time of the last heartbeat, in nanoseconds of whichever clock; None where there is no owner."""
+    try:
+        return (root / names.OWNER).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _text(owner: Owner) -> bytes:

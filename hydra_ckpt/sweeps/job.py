@@ -136,15 +136,14 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
         return {}
-    told = "; ".join(map(str, unlike))
     if (on_change or ("raise" if run.sweep_dir is not None else "run")) == "raise":
+        told = "; ".join(map(str, unlike))
         return {
             "refuse": f"{run.output_dir} belongs to a job with another configuration ({told}). Choose another "
             "hydra.sweep.dir, keep the order of the jobs, or remove this directory; "
             '@resumable_job(on_change="run") goes on from its checkpoints'
         }
-    log.info("the configuration has changed since the last start: %s", told)
-    return {}
+    return {}  # what has changed is told where the run resumes
 
 
 def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:

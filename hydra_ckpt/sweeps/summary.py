@@ -27,7 +27,7 @@ from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, re
 log = logging.getLogger(__name__)
 
 SUMMARY = "checkpoints_summary.json"
-FORMAT = 1
+VERSION = 1
 _DEFAULT_DIRECTORY = "checkpoints"
 _HYDRA = ".hydra"
 _DEPTH = 4
@@ -35,8 +35,17 @@ _LOCK_WAIT_S = 20.0
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a directory is a sweep's."""
-    return directory.is_dir() and any(True for _ in _jobs(directory))
+    """Whether a directory is a sweep's: it has a summary, or a job below it has a record or checkpoints of ours.
+
+    Of other runs of Hydra's nothing could be told.
+    """
+    return (directory / SUMMARY).is_file() or any(_is_ours(path) for path in _jobs(directory))
+
+
+def _is_ours(job: Path) -> bool:
+    root = job / _DEFAULT_DIRECTORY
+    below = root.iterdir() if root.is_dir() else ()
+    return (job / RECORD).is_file() or any(names.is_checkpoint_name(path.name) for path in below)
 
 
 def summarize(sweep_dir: Path) -> dict[str, Any]:
@@ -46,7 +55,7 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
         sweep_dir: The sweep's directory, absolute.
     """
     jobs = [_job(sweep_dir, path) for path in sorted(_jobs(sweep_dir), key=lambda path: _natural(sweep_dir, path))]
-    return {"format": FORMAT, "best": _best(jobs), "jobs": jobs}
+    return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
 def write_summary(sweep_dir: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,13 +42,12 @@ class Schedule:
         Raises:
             CheckpointConfigError: A number that is not positive.
         """
-        steps = frozenset(at_steps or ())
+        steps = _steps(at_steps)
         numbers = {
             "every_n_steps": every_n_steps,
             "every_n_seconds": every_n_seconds,
             "every_n_epochs": every_n_epochs,
             "max_run_time_s": max_run_time_s,
-            **{f"at_steps: {step}": step for step in steps},
         }
         for name, value in numbers.items():
             if value is not None and not _is_positive(value):
@@ -100,6 +99,17 @@ class Schedule:
     def is_time_up(self, now: float, needed_s: float) -> bool:
         """Whether there is just time enough left for what takes `needed_s` seconds."""
         return self.max_run_time_s is not None and now - self._began + needed_s + _MARGIN_S >= self.max_run_time_s
+
+
+def _steps(given: object) -> frozenset[int]:
+    steps: object = () if given is None else given
+    if isinstance(steps, Iterable) and not isinstance(steps, str | Mapping):
+        numbers: list[Any] = list(steps)
+        if all(isinstance(step, int) and _is_positive(step) for step in numbers):
+            return frozenset(numbers)
+    raise CheckpointConfigError(
+        f"callbacks.checkpoint.at_steps={given!r}: expected a list of whole numbers from 1, such as [100, 1000]"
+    )
 
 
 def _is_positive(value: object) -> bool:

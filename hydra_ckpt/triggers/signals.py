@@ -24,7 +24,12 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
     """
     if signals is None:
         return []
-    given = [signals] if isinstance(signals, str | int) else list(signals)
+    given = [signals] if isinstance(signals, str | int) else signals
+    if not isinstance(given, Iterable):
+        raise CheckpointConfigError(
+            f"callbacks.checkpoint.signals={given!r}: expected the name or number of a signal, such as SIGTERM or 15, "
+            "a list of these, or null"
+        )
     found = []
     for item in given:
         try:
@@ -53,15 +58,13 @@ class SignalWatch:
         signals: Names or numbers.
 
     Attributes:
-        received: Whether one came.
-        name: Which one, the last.
+        received: The last one that came, or None.
     """
 
     def __init__(self, signals: Iterable[str | int] | str | int | None) -> None:
         self._signals = parse_signals(signals)
         self._previous: dict[signal.Signals, Any] = {}
-        self.received = False
-        self.name = ""
+        self.received: signal.Signals | None = None
 
     def install(self) -> None:
         """Start watching; only the main thread can."""
@@ -74,17 +77,31 @@ class SignalWatch:
         for item in self._signals:
             self._previous[item] = signal.signal(item, self._note)
 
-    def remove(self) -> None:
-        """Put the earlier handlers back. Idempotent."""
+    def remove(self, *, obeyed: bool) -> None:
+        """Put the earlier handlers back. Idempotent.
+
+        Args:
+            obeyed: Whether the run has stopped for what came. If not, it is sent again, to do what it would have done;
+                an earlier handler of the program's own has been called already.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
+        again = self.received if not obeyed and self.received is not None and not self._was_chained() else None
+        self.received = None
         while self._previous:
             item, previous = self._previous.popitem()
             # None: the earlier handler was not set from Python and cannot be put back.
             signal.signal(item, signal.SIG_DFL if previous is None else previous)
+        if again is not None:
+            log.info("%s came when there was no step left to stop at; it is sent again", again.name)
+            signal.raise_signal(again)
+
+    def _was_chained(self) -> bool:
+        """Whether the program has a handler of its own for what came."""
+        previous = self._previous.get(self.received) if self.received is not None else None
+        return callable(previous) and previous is not signal.default_int_handler
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received, self.name = True, signal.Signals(number).name
-        previous = self._previous.get(signal.Signals(number))
-        if callable(previous) and previous is not signal.default_int_handler:
-            previous(number, frame)
+        self.received = signal.Signals(number)
+        if self._was_chained():
+            self._previous[self.received](number, frame)

@@ -105,9 +105,16 @@ class Watch:
             self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
     def end(self) -> None:
-        """Put signal handlers back. Idempotent."""
-        self._signals.remove()
+        """Let go of the ranks. Idempotent."""
         self._vote = self._group = None
+
+    def let_signals_through(self, *, obeyed: bool) -> None:
+        """Put signal handlers back. Idempotent.
+
+        Args:
+            obeyed: Whether the run has stopped for what came. If not, that takes its effect now.
+        """
+        self._signals.remove(obeyed=obeyed)
 
     def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict | None:
         """Collective: say what this rank has to say at a step, and hear what counts for all.
@@ -167,13 +174,15 @@ class Watch:
         self._tell(time_up)
         refused = best.refused is not None
         step_us = int(1e6 * self._steps_s[-1])
-        return [stop, self._signals.received or time_up, due, failed, refused, step, -step, bits, step_us]
+        return [stop, self._signals.received is not None or time_up, due, failed, refused, step, -step, bits, step_us]
 
     def _tell(self, time_up: bool) -> None:
-        if self._told or not (time_up or self._signals.received):
+        signal = self._signals.received
+        if self._told or not (time_up or signal is not None):
             return
         self._told = True
-        log.info("%s: saving and stopping", "the time is up" if time_up else f"{self._signals.name} came")
+        why = "the time is up" if time_up or signal is None else f"{signal.name} came"
+        log.info("%s: saving and stopping", why)
 
 
 def _verdict(said: list[int]) -> Verdict:
