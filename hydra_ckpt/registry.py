@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["offer", "register"]
 
 _PROVIDER = "hydra_ckpt"
-# Hydra offers what lies below `hydra/` neither in an application's help nor among the choices of our groups.
-_SCHEMAS = "hydra/hydra_ckpt"
 
 
 @dataclass
@@ -80,8 +78,8 @@ def offer() -> None:
     cache directory would show up in every printed configuration.
     """
     store = ConfigStore.instance()
-    store.store(group=_SCHEMAS, name="checkpoint", node=CheckpointSchema, provider=_PROVIDER)
-    store.store(group=_SCHEMAS, name="callback", node=CallbackSchema, provider=_PROVIDER)
+    store.store(group="checkpoint", name="base_checkpoint", node=CheckpointSchema, provider=_PROVIDER)
+    store.store(group="callbacks", name="base_hydra_ckpt_callback", node=CallbackSchema, provider=_PROVIDER)
     register_resolvers()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
@@ -231,14 +230,6 @@ def test_registering_twice_changes_nothing(composed):
     register()
     register()
     assert OmegaConf.to_yaml(composed()) == before
-
-
-def test_schemas_are_not_among_the_choices_that_hydra_offers(composed):
-    composed()
-    offered = GlobalHydra.instance().config_loader().get_group_options
-    assert offered("checkpoint") == sorted(path.stem for path in (CONF / "checkpoint").glob("*.yaml"))
-    assert offered("callbacks") == ["hydra_ckpt"]
-    assert composed("+checkpoint@elsewhere=async").elsewhere.is_async
 
 
 def test_texts_come_from_memory_where_hydra_wrote_no_files(composed, tmp_path):

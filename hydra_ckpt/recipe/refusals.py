@@ -92,7 +92,7 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
     """What could be meant: the keys nearest to it, and where all of them stand."""
-    known = [name for name in names if not name.startswith("_")]
+    known = [name for name in names if not name.startswith(("_", "base_"))]
     close = get_close_matches(wrong, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     if len(known) <= _SHOWN:
