@@ -226,13 +226,15 @@ def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for device in devices:  # untested on GPU
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         streams[device].wait_event(torch.cuda.current_stream(device).record_event())
-    for target, source in pairs:
+    for target, source in pairs if devices else ():
         if source.is_cuda:
             with torch.cuda.stream(streams[source.device]):
                 target.copy_(source, non_blocking=True)
                 source.record_stream(streams[source.device])
-        else:
-            target.copy_(source)
+    here = [pair for pair in pairs if not pair[1].is_cuda]
+    if here:
+        # All in one call: beside a busy training thread, each return to the interpreter may wait for its lock.
+        torch._foreach_copy_(*map(list, zip(*here, strict=True)))
     for stream in streams.values():
         stream.synchronize()
 
