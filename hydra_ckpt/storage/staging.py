@@ -221,20 +221,19 @@ def _slot(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor
 
 def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy sources to host targets; accelerator copies run on their own stream, behind the work queued so far."""
-    devices = {source.device for _, source in pairs if source.is_cuda}
+    there = [(target, source) for target, source in pairs if source.is_cuda]  # untested on GPU
+    here = [(target, source) for target, source in pairs if not source.is_cuda]
     streams = {}
-    for device in devices:  # untested on GPU
+    for device in {source.device for _, source in there}:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         streams[device].wait_event(torch.cuda.current_stream(device).record_event())
-    for target, source in pairs if devices else ():
-        if source.is_cuda:
-            with torch.cuda.stream(streams[source.device]):
-                target.copy_(source, non_blocking=True)
-                source.record_stream(streams[source.device])
-    here = [pair for pair in pairs if not pair[1].is_cuda]
+    for target, source in there:
+        with torch.cuda.stream(streams[source.device]):
+            target.copy_(source, non_blocking=True)
+            source.record_stream(streams[source.device])
     if here:
         # All in one call: beside a busy training thread, each return to the interpreter may wait for its lock.
-        torch._foreach_copy_(*map(list, zip(*here, strict=True)))
+        torch._foreach_copy_([target for target, _ in here], [source for _, source in here])
     for stream in streams.values():
         stream.synchronize()
 
