@@ -183,13 +183,13 @@ class Bench:
         return measure
 
     def every_step(self, key: str, **options: Any) -> Measure:
-        """Seconds for twenty steps with a save at each."""
+        """Seconds for eight steps with a save at each."""
 
         def measure(_: int) -> float:
             checkpointer = self.checkpointer(key, is_async=True, save_consolidated="always", **options)
 
             def train() -> None:
-                for _ in range(20):
+                for _ in range(8):
                     self.work(python=False)
                     self.step += 1
                     checkpointer.save(self.state, step=self.step)
@@ -264,7 +264,7 @@ def steps_table(bench: Bench, rounds: int, step_ms: float) -> None:
         },
         rounds,
     )
-    table.show("seconds of twenty steps, a save at each", ["awaited"])
+    table.show("seconds of eight steps, a save at each", ["awaited"])
 
 
 def memory_table(bench: Bench, *_: object) -> None:
