@@ -220,7 +220,7 @@ class Saver:
     def _stage(self, state: AppState, sources: Sources) -> Staged:
         """Copy what training may change before the next optimizer step; look at the rest where it lies."""
         if not self._config.write.is_async:
-            return Staged.borrowed(sources)
+            return Staged.borrowed(sources, self._pool)
         self._warm.wait()
         overlaps = self._hook(state) and not self._config.write.wait_for_staging
         return Staged.copied(sources, self._pool, sources.late if overlaps else frozenset())

@@ -22,6 +22,7 @@ class Staged:
 
     def __init__(self) -> None:
         self._sources: Sources | None = None
+        self._pool: BufferPool | None = None
         self._staging: Staging | None = None
         self._snapshot: Snapshot | None = None
         self._error: Exception | None = None
@@ -30,10 +31,10 @@ class Staged:
         self._sealed = threading.Event()
 
     @classmethod
-    def borrowed(cls, sources: Sources) -> Staged:
-        """For a save that training waits for: no copies of what lies in host memory."""
+    def borrowed(cls, sources: Sources, pool: BufferPool) -> Staged:
+        """For a save that training waits for: no copies of what lies in host memory and keeps its element type."""
         staged = cls()
-        staged._sources = sources
+        staged._sources, staged._pool = sources, pool
         return staged
 
     @classmethod
@@ -94,7 +95,7 @@ class Staged:
             raise self._error
         if self._snapshot is None:
             assert self._sources is not None  # made by `borrowed`
-            self._snapshot = borrow(self._sources.tensors, self._sources.casts)
+            self._snapshot = borrow(self._sources.tensors, self._sources.casts, self._pool)
         return self._snapshot
 
     def release(self) -> None:

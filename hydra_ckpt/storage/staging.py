@@ -119,15 +119,29 @@ class Snapshot:
 
 
 @torch.no_grad()
-def borrow(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype] = _NO_CASTS) -> Snapshot:
+def borrow(
+    tensors: Mapping[int, torch.Tensor],
+    casts: Mapping[int, torch.dtype] = _NO_CASTS,
+    pool: BufferPool | None = None,
+) -> Snapshot:
     """Look at tensors where they lie, copying only those not in plain host memory, or wanted in another element type.
 
     For synchronous saves: nothing may change the tensors until the snapshot is released.
+
+    Args:
+        tensors: Live tensors by key.
+        casts: Element types, where they are not the tensors' own.
+        pool: Lends the memory for what changes its type.
     """
-    wanted = {key: tensor.to(casts.get(key, tensor.dtype)) for key, tensor in tensors.items()}
-    return Snapshot(
-        {key: bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor)) for key, tensor in wanted.items()}
-    )
+    snapshot = Snapshot()
+    if casts:
+        changed = Staging({key: tensors[key] for key in casts}, pool or BufferPool(), casts)
+        changed.copy()
+        snapshot = changed.snapshot
+    for key, tensor in tensors.items():
+        if key not in casts:
+            snapshot.sources[key] = bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor))
+    return snapshot
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
