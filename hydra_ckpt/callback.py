@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -283,11 +284,16 @@ class CheckpointCallback:
         A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
         """
         self._watch.end()
+        # An error on its way says more than the signal, which may be a launcher's answer to it.
+        obeyed = self._should_stop or sys.exc_info()[0] is not None
         try:
             if self.checkpointer is not None:
                 self.checkpointer.close()
+        except BaseException:
+            obeyed = True
+            raise
         finally:
-            self._watch.let_signals_through(obeyed=self._should_stop)
+            self._watch.let_signals_through(obeyed=obeyed)
 
     def __enter__(self) -> CheckpointCallback:
         return self

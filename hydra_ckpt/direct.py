@@ -4,8 +4,9 @@ A checkpoint is not read again soon. Through the page cache its bytes are copied
 the device later; and ranks that fill one file take turns at copying, because the kernel locks the file for it. Whole
 pages written with `O_DIRECT` go to the device at once, from several ranks side by side.
 
-Pages of a file must not be written both ways at a time, nor through a memory map anywhere in the file: the kernel may
-keep neighbouring pages as one, and write all of it. Whoever opens a file for this knows that nobody maps it.
+A page must not be written both ways at a time; its neighbours may, for both ways lock the file against each other. A
+memory map does not: where the kernel keeps neighbouring pages as one, it would write all of them back. Whoever opens a
+file for this knows that nobody maps it for writing.
 """
 
 from __future__ import annotations
@@ -35,28 +36,40 @@ class DirectWriter:
         descriptor: The same file, open for ordinary writes: for what the device will not take.
 
     Raises:
-        OSError: The file system does not offer it, or the file cannot be opened.
+        OSError: The file system does not offer it, or there is no memory.
+        RuntimeError: No thread can be started.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._ordinary = descriptor
-        self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._filled: queue.SimpleQueue[tuple[int, np.ndarray, int] | None] = queue.SimpleQueue()
         memory = np.frombuffer(mmap.mmap(-1, _CHUNKS * _CHUNK), np.uint8)
         for start in range(0, _CHUNKS * _CHUNK, _CHUNK):
             self._free.put(memory[start : start + _CHUNK])
-        # A daemon, so that it never outlives the thread that waits for it.
+        self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+        # A daemon: whoever writes waits for it in `flush`, so it needs no protection of its own from the program's end.
         self._thread = threading.Thread(target=self._run, name="hydra_ckpt-direct", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            os.close(self._direct)
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Take over whole pages that belong from a multiple of `PAGE` on; `data` may change afterwards."""
+        """Take over whole pages that belong from a multiple of `PAGE` on; `data` may change afterwards.
+
+        Raises:
+            OSError: The device has not taken what came before.
+        """
         source = np.frombuffer(data, np.uint8)
         for start in range(0, len(source), _CHUNK):
             piece = source[start : start + _CHUNK]
             buffer = self._free.get()
+            if self._error is not None:
+                self._free.put(buffer)
+                raise self._error
             np.copyto(buffer[: len(piece)], piece)  # lets other threads run, unlike a memoryview
             self._filled.put((offset + start, buffer, len(piece)))
 
@@ -84,7 +97,7 @@ class DirectWriter:
             try:
                 if self._error is None:
                     self._write(offset, buffer[:size].data)
-            except OSError as error:
+            except BaseException as error:  # noqa: BLE001 - raised by `write` or `flush`, in the thread that waits
                 self._error = error
             finally:
                 self._free.put(buffer)

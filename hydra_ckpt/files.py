@@ -8,15 +8,19 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from hydra_ckpt.direct import KINDS, PAGE, DirectWriter
+
+# File systems that reserve space by themselves; on others the C library would write to every block of the file.
+_RESERVING = ("btrfs", "ext4", "f2fs", "overlay", "tmpfs", "xfs")
 
 # Linux caps one write at 2 GiB - 4 KiB; smaller calls also let a failing disk be noticed earlier.
 _WRITE_BYTES = 64 << 20
@@ -31,24 +35,34 @@ class OpenFile:
     Args:
         path: Where it lies.
         descriptor: Of the open file.
-        direct: Takes large pieces past the page cache.
+        direct: Whether large pieces go past the page cache where the file system can.
     """
 
-    def __init__(self, path: Path, descriptor: int, direct: DirectWriter | None = None) -> None:
+    def __init__(self, path: Path, descriptor: int, *, direct: bool = False) -> None:
         self.path = path
         self._descriptor = descriptor
         self._direct = direct
+        self._writer: DirectWriter | None = None
 
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
         """Write all bytes of `data` from `offset` on."""
         view = memoryview(data).cast("B")
-        if self._direct is not None and len(view) >= _DIRECT_BYTES:
+        if len(view) >= _DIRECT_BYTES and (writer := self._past_cache()) is not None:
             start = -offset % PAGE
             end = start + (len(view) - start) // PAGE * PAGE
             self._write(offset, view[:start])
-            self._direct.write(offset + start, view[start:end])
+            writer.write(offset + start, view[start:end])
             offset, view = offset + end, view[end:]
         self._write(offset, view)
+
+    def _past_cache(self) -> DirectWriter | None:
+        """Made for the first large piece; None where there can be none, which costs time and nothing else."""
+        if self._direct and self._writer is None:
+            self._direct = False
+            if _mounted_as(self.path, _MOUNTS) in KINDS:
+                with suppress(OSError, RuntimeError):
+                    self._writer = DirectWriter(self.path, self._descriptor)
+        return self._writer
 
     def _write(self, offset: int, view: memoryview) -> None:
         while view:
@@ -70,9 +84,15 @@ class OpenFile:
 
     def sync(self) -> None:
         """Return when everything written to the file is on disk."""
-        if self._direct is not None:
-            self._direct.flush()
+        if self._writer is not None:
+            self._writer.flush()
         os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file; not all of it is on disk unless `sync` came before."""
+        if self._writer is not None:
+            self._writer.close()
+        os.close(self._descriptor)
 
 
 class Files:
@@ -83,11 +103,13 @@ class Files:
         path.mkdir(parents=True, exist_ok=True)
 
     def allocate(self, path: Path, nbytes: int) -> None:
-        """Create a new file of this size with its space reserved, so that a full disk shows now."""
+        """Create a new file of this size, with its space reserved where that can be, so that a full disk shows now."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if nbytes:
+            if nbytes and _mounted_as(path, _MOUNTS) in _RESERVING:
                 _reserve(descriptor, nbytes)
+            elif nbytes:
+                os.ftruncate(descriptor, nbytes)
         finally:
             os.close(descriptor)
 
@@ -100,15 +122,11 @@ class Files:
             direct: Write large pieces past the page cache where the file system can. Nobody may write to the file
                 through a memory map, that is by `write_runs`.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        writer = None
+        file = OpenFile(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), direct=direct)
         try:
-            writer = _direct_writer(path, descriptor) if direct else None
-            yield OpenFile(path, descriptor, writer)
+            yield file
         finally:
-            if writer is not None:
-                writer.close()
-            os.close(descriptor)
+            file.close()
 
     def write_new(self, path: Path, data: bytes) -> None:
         """Create a small file with this content, durably."""
@@ -163,15 +181,6 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 _LOOSE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "vboxsf", "virtiofs", "sshfs")
 
 
-def _direct_writer(path: Path, descriptor: int) -> DirectWriter | None:
-    try:
-        return DirectWriter(path, descriptor) if _mounted_as(path, _MOUNTS) in KINDS else None
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return None
-
-
 def keeps_ranges_apart(path: Path, mounts: Path = _MOUNTS) -> bool:
     """Whether byte ranges that different hosts write to one file stay apart; judged by the mount's type.
 
@@ -184,12 +193,16 @@ def keeps_ranges_apart(path: Path, mounts: Path = _MOUNTS) -> bool:
 def _mounted_as(path: Path, mounts: Path) -> str:
     """The kind of file system that a path lies on; empty where that cannot be told."""
     try:
-        rows = [line.split() for line in mounts.read_text().splitlines()]
+        rows = [line.split() for line in os.fsdecode(mounts.read_bytes()).splitlines()]
     except OSError:
         return ""
-    place = os.path.realpath(path)
-    holding = [(len(row[1]), row[2]) for row in rows if len(row) > 2 and os.path.commonpath([place, row[1]]) == row[1]]
-    return max(holding, default=(0, ""))[1]
+    place, kind, longest = os.path.realpath(path), "", 0
+    for _, escaped, mounted, *_ in (row for row in rows if len(row) > 2):
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), escaped)
+        inside = os.path.isabs(point) and os.path.commonpath([place, point]) == point
+        if inside and len(point) >= longest:  # what was mounted last lies on top
+            kind, longest = mounted, len(point)
+    return kind
 
 
 def write_atomically(files: Files, path: Path, data: bytes, nonce: str) -> None:

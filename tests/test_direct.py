@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
-from hydra_ckpt.files import Files, OpenFile
+from hydra_ckpt.files import Files, OpenFile, keeps_ranges_apart
 from hydra_ckpt.testing import run_distributed
 
 MIB = 1 << 20
@@ -92,6 +95,80 @@ def test_an_error_of_the_device_is_raised_by_the_next_sync_at_the_latest(tmp_pat
     with _files_of_at_most(8 * MIB), pytest.raises(OSError, match="File too large"):
         write()
     write()  # nothing is left of the failure
+
+
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_whatever_goes_wrong_beside_is_raised(tmp_path: Path, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _passes_by(tmp_path):
+        pytest.skip("this file system has only the page cache")
+    files, path, system = Files(), tmp_path / "file", os.pwrite
+
+    def fail(descriptor: int, data: memoryview, offset: int) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("none left")
+        return system(descriptor, data, offset)
+
+    files.allocate(path, 64 * MIB)
+    monkeypatch.setattr(os, "pwrite", fail)
+
+    def write() -> None:
+        with files.open(path, direct=True) as file:
+            for number in range(pieces):
+                file.write_at(number * 8 * MIB, b"x" * (8 * MIB))
+            file.sync()
+
+    with pytest.raises(MemoryError, match="none left"):
+        write()
+
+
+def test_without_another_thread_the_ordinary_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    files, path = Files(), tmp_path / "file"
+    files.allocate(path, MIB)
+    held = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with files.open(path, direct=True) as file:
+        file.write_at(0, b"x" * MIB)
+        file.sync()
+    assert path.read_bytes() == b"x" * MIB
+    assert len(list(Path("/proc/self/fd").iterdir())) == held
+
+
+def _passes_by(place: Path) -> bool:
+    """Whether large pieces go past the page cache here; on the file systems that are named they must."""
+    files, path = Files(), place / "probe"
+    files.allocate(path, MIB)
+    with files.open(path, direct=True) as file:
+        threads = threading.active_count()
+        file.write_at(0, b"x" * MIB)
+        file.sync()
+        return threading.active_count() > threads
+
+
+def test_the_file_systems_that_are_named_have_it(tmp_path: Path) -> None:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], check=True, capture_output=True, text=True).stdout
+    if kind.strip() not in ("ext2/ext3", "xfs"):  # as `stat` calls ext4
+        pytest.skip(f"not on {kind.strip()}")
+    assert _passes_by(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "apart"),
+    [
+        (b"dev / ext4 rw 0 0\n", True),
+        (b"dev / ext4 rw 0 0\nhost:/x {place} nfs4 rw 0 0\n", False),
+        (b"dev / ext4 rw 0 0\ndev {place} xfs rw 0 0\nhost:/x {place} nfs4 rw 0 0\n", False),
+        (b"host:/x / nfs rw 0 0\ndev {place} ext4 rw 0 0\n", True),
+        (b"dev / ext4 rw 0 0\ndev /\xff\xfe ext4 rw 0 0\nhost:/x {place} cifs rw 0 0\n", False),
+    ],
+)
+def test_what_a_path_is_mounted_as(tmp_path: Path, mounts: bytes, apart: bool) -> None:
+    place, table = tmp_path / "my share", tmp_path / "mounts"
+    (place / "run").mkdir(parents=True)
+    table.write_bytes(mounts.replace(b"{place}", str(place).replace(" ", "\\040").encode()))
+    assert keeps_ranges_apart(place / "run", table) is apart
 
 
 class _Watching(Files):

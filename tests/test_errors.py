@@ -396,7 +396,9 @@ def test_whoever_was_taken_for_dead_must_not_publish(tmp_path: Path) -> None:
         (tmp_path / "owner.json").write_text(json.dumps(other))
         with pytest.raises(SaveFailedError, match="no longer held by this run but by host elsewhere"):
             engine.save(state, step=2).result()
+        engine.add_metrics(1, 0, {"loss": 0.5})
     assert [item.step for item in scan(tmp_path).checkpoints] == [1]
+    assert not scan(tmp_path).checkpoints[0].metrics
     assert not debris(tmp_path)
 
 

@@ -93,8 +93,10 @@ from tests.test_callback import make_state
 with make(Path(sys.argv[1])) as callback:
     callback.on_train_begin(make_state())
     callback.on_step_end(1)
-    if sys.argv[2] == "before":
+    if sys.argv[2] in ("before", "error"):
         os.kill(os.getpid(), signal.SIGTERM)
+    if sys.argv[2] == "error":
+        raise ValueError("the reason")
     callback.on_train_end()
     if sys.argv[2] == "after":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -112,6 +114,15 @@ def test_a_signal_behind_the_last_step_ends_the_process_once_all_is_saved(tmp_pa
     assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "held back\n"), ended.stderr
     assert Checkpoint.open(tmp_path / "LATEST").step == 1
     assert read_owner(tmp_path)[0].released  # type: ignore[index]
+
+
+def test_an_error_is_not_hidden_by_a_signal_that_came_as_well(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LATE_SIGNAL, str(tmp_path), "error"]
+    ended = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert "ValueError: the reason" in ended.stderr
 
 
 @pytest.mark.parametrize("given", ["SIGUSR1", "usr1", 10, "10", ["SIGUSR1"], [10], ("usr1",)])

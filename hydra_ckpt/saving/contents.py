@@ -11,12 +11,13 @@ from torch import nn
 
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed import Channel, Group
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
-from hydra_ckpt.layout.plan import WritePlan
+from hydra_ckpt.layout.plan import WritePlan, fingerprint
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
@@ -229,8 +230,13 @@ class Contents:
         self._channel.coordinator_step(
             "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
         )
-        own = all(_is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
-        return replace(agreed, of_rows=self._channel.agree("comparing how tensors are split", own, all))
+        own, error = False, None
+        try:
+            own = all(_is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
+        except Exception as failure:
+            error = CheckpointError(f"looking at the parts of tensors: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
+        return replace(agreed, of_rows=self._channel.conclude("comparing how tensors are split", error, own, all))
 
     def _everything(self, parts: Parts, agreed: Agreed) -> Iterator[Sequence[LocalTensor]]:
         """Whatever may be written of a state, as it is and as it is exported."""
@@ -275,7 +281,9 @@ class Contents:
                 layouts.append(replace(layout, part=export, beside=export != part))
         agreement = replace(agreed.agreement, specs=specs)
         plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-        plan = replace(plan, direct=frozenset() if merging else _direct(plan, agreed))
+        direct = frozenset() if merging else _direct(plan, agreed)
+        choice = fingerprint([plan.fingerprint, str(agreed.of_rows and not merging)])
+        plan = replace(plan, direct=direct, fingerprint=choice)
         merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
         written = sum(spec.nbytes for found in specs.values() for spec in found)
         written += sum(file.nbytes for item in merged for file in item.files)

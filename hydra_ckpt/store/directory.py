@@ -127,6 +127,8 @@ class Directory:
         if start_step is not None:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
         catalog = scan(self.root)
+        kept = {item.name for item in catalog.checkpoints}
+        self._owed = {name: metrics for name, metrics in self._owed.items() if name in kept}
         self._recall(catalog)
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
@@ -159,13 +161,15 @@ class Directory:
         """Let go of the directory. Idempotent."""
         if self._janitor is not None:
             self._janitor.close()
-        self.write_metrics()
-        if self._owed:
-            log.error("these metrics could not be written and are lost with this run: %s", self._owed)
-        if self._heart is not None:
-            self._heart.stop()
-            lease.release(self.files, self.root, self._owner)
-            self._heart = None
+        try:
+            self.write_metrics()
+            if self._owed:
+                log.error("these metrics could not be written and are lost with this run: %s", self._owed)
+        finally:
+            if self._heart is not None:
+                self._heart.stop()
+                lease.release(self.files, self.root, self._owner)
+                self._heart = None
 
     # -- a checkpoint is published -------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Directory:
         for name, metrics in list(self._owed.items()):
             try:
                 self._write_metrics(name, metrics)
-            except CheckpointError as error:  # the checkpoint is gone, or damaged
+            except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
                 log.warning("metrics of %s cannot be written now (%s); they are kept, and tried again", name, error)
@@ -224,6 +228,7 @@ class Directory:
             del self._owed[name]
 
     def _write_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+        self.fence()
         checkpoint = Checkpoint.open(self.root / name)
         body = seal({"metrics": {**checkpoint.metrics, **metrics}})
         # One name for all attempts: the next one removes what a full disk left of the last.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from hydra_ckpt.errors import CheckpointConfigError
 
@@ -104,8 +105,10 @@ class Schedule:
 def _steps(given: object) -> frozenset[int]:
     steps: object = () if given is None else given
     if isinstance(steps, Iterable) and not isinstance(steps, str | Mapping):
-        numbers: list[Any] = list(steps)
-        if all(isinstance(step, int) and _is_positive(step) for step in numbers):
+        numbers = [
+            index(step) if isinstance(step, SupportsIndex) and not isinstance(step, bool) else 0 for step in steps
+        ]
+        if all(number > 0 for number in numbers):
             return frozenset(numbers)
     raise CheckpointConfigError(
         f"callbacks.checkpoint.at_steps={given!r}: expected a list of whole numbers from 1, such as [100, 1000]"

@@ -65,6 +65,7 @@ class SignalWatch:
         self._signals = parse_signals(signals)
         self._previous: dict[signal.Signals, Any] = {}
         self.received: signal.Signals | None = None
+        self._unheard: signal.Signals | None = None
 
     def install(self) -> None:
         """Start watching; only the main thread can."""
@@ -86,22 +87,19 @@ class SignalWatch:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        again = self.received if not obeyed and self.received is not None and not self._was_chained() else None
-        self.received = None
-        while self._previous:
-            item, previous = self._previous.popitem()
+        for item, previous in self._previous.items():
             # None: the earlier handler was not set from Python and cannot be put back.
             signal.signal(item, signal.SIG_DFL if previous is None else previous)
+        again = None if obeyed else self._unheard
+        self._previous, self.received, self._unheard = {}, None, None
         if again is not None:
             log.info("%s came when there was no step left to stop at; it is sent again", again.name)
             signal.raise_signal(again)
 
-    def _was_chained(self) -> bool:
-        """Whether the program has a handler of its own for what came."""
-        previous = self._previous.get(self.received) if self.received is not None else None
-        return callable(previous) and previous is not signal.default_int_handler
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        if self._was_chained():
-            self._previous[self.received](number, frame)
+        came = self.received = signal.Signals(number)
+        previous = self._previous.get(came)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)
+        else:
+            self._unheard = came
