@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -101,6 +102,7 @@ def _main(
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a crash below Python says where
     # torch looks the names of its peers' sockets up; a name server that loses a request must not cost five seconds.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     # The child has inherited the start method; data loaders' workers would start servers of their own.
