@@ -144,6 +144,7 @@ def test_meshes_are_filled(sizes: dict[str, int], world_size: int, expected: tup
 def test_experts_are_spread_evenly() -> None:
     model = settings("hydra_ckpt_model=mixtral_tiny").model
     plan = plan_parallelism(mesh(ep=2), 4, model)
+    assert [plan.place(rank) for rank in range(4)] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     assert (plan.dp_shard, plan.ep) == (2, 2)
     assert [plan.data_rank(rank) for rank in range(4)] == [0, 0, 1, 1]
     with pytest.raises(TopologyError, match=r"mesh\.ep=3 does not divide model\.num_local_experts=4"):

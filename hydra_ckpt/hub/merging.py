@@ -50,8 +50,14 @@ def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | No
             base, local_files_only=True, dtype="auto" if dtype is None else getattr(torch, dtype)
         )
     except OSError as error:
-        raise CheckpointNotFoundError(f"the base model {base} is not on this machine: {error}") from None
+        why = "" if Path(base).is_absolute() and not Path(base).exists() else f" ({error})"
+        raise CheckpointNotFoundError(
+            f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with "
+            f"--base{why}"
+        ) from None
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, max_shard_size=max_file_bytes)
+    for weights in out.glob("*.safetensors"):  # safetensors keeps them from everybody else
+        weights.chmod((out / "config.json").stat().st_mode)
     for name, data in reference_assets(at(adapter), with_tokenizer=True).items():
         (out / name).write_bytes(data)

@@ -67,6 +67,14 @@ class Parallelism:
         """Which batches a rank sees."""
         return rank // (self.ep * self.tp) % self.data_ranks
 
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """For `CheckpointingConfig.build`: a rank's batches, its number among those that see the same, its stage.
+
+        Peers that see equal batches must draw equal random numbers, also where these are derived anew.
+        """
+        alike = self.ep * self.tp
+        return self.data_rank(rank), rank % alike, rank // (alike * self.data_ranks)
+
     def device_mesh(self, device_type: str) -> DeviceMesh | None:
         """Dimensions of more than one rank and always `dp_shard`, by name; None for a single process.
 

@@ -70,7 +70,7 @@ class _Run:
     Attributes:
         settings: The recipe's part of the configuration.
         accelerator: Drives device, precision, gradient accumulation, clipping and trackers.
-        mesh: None for a single process.
+        place: Data-parallel rank, number among the ranks that see equal batches, and stage.
         model: What holds the parameters, and what checkpoints see; of a pipeline the parts that this rank has.
         passing: How a batch goes through it and back.
         optimizer: What checkpoints see.
@@ -82,7 +82,7 @@ class _Run:
 
     settings: Settings
     accelerator: Accelerator
-    mesh: DeviceMesh | None
+    place: tuple[int, int, int]
     model: Any
     passing: Pass
     optimizer: AdamW
@@ -118,7 +118,7 @@ def _prepare(
     return _Run(
         settings=settings,
         accelerator=accelerator,
-        mesh=mesh,
+        place=parallelism.place(accelerator.process_index),
         model=model,
         passing=passing,
         optimizer=optimizer,
@@ -187,7 +187,9 @@ def _batches(
 
 
 def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
-    start = checkpoints.on_train_begin(run.app_state(), mesh=run.mesh)
+    # Not from the mesh's names: those along `ep` see equal batches here, which is not so in every program.
+    checkpoints.checkpointer = checkpoints.config.build(*run.place)
+    start = checkpoints.on_train_begin(run.app_state())
     step = start.step if start else 0
     report.begin(step)
     meter = _Meter(run, report)

@@ -286,8 +286,9 @@ def check_space(root: Path, needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if status.f_blocks and free < needed:  # some network file systems tell nothing
         raise CheckpointError(
-            f"{root} has {free / 1e9:.3g} GB free and this save needs {needed / 1e9:.3g} GB. Free some space, keep "
-            "fewer checkpoints (checkpoint.max_recent_checkpoints), or choose another checkpoint.checkpoint_dir"
+            f"{root} has {free / 1e9:.3g} GB free and this save needs {needed / 1e9:.3g} GB. Free some space (old "
+            "checkpoints go at once with `hydra-ckpt prune DIR --newest 1 --yes`, and with "
+            "checkpoint.max_recent_checkpoints behind each save), or choose another checkpoint.checkpoint_dir"
         )
 
 
