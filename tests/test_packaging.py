@@ -236,6 +236,7 @@ def test_everything_in_the_tree_is_in_the_wheel(tree, wheel):
         return path.relative_to(tree).as_posix()
 
     files = [path for folder in ("hydra_ckpt", "conf") for path in (tree / folder).rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
     assert packed == {packed_name(path) for path in files}
 
 
