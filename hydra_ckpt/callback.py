@@ -142,7 +142,8 @@ class CheckpointCallback:
 
         Args:
             state: The live objects; the callback keeps them.
-            mesh: The training's device mesh; ranks are taken from its dimensions named dp*, tp and pp.
+            mesh: The training's device mesh; the dimensions named tp and pp are taken for these, all others for
+                data-parallel ones. Where that is not so, build the Checkpointer with the ranks' places and pass it.
             moe_mesh: The mesh of expert parallelism.
 
         Returns:

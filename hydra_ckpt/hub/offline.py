@@ -118,15 +118,20 @@ def export_checkpoint(
             files.write_new(draft / name, data)
         if ledger is not None:
             _verify_rest(checkpoint, source, ledger)
-        sync_tree(files, draft)
-        if out.is_dir():
-            out.rmdir()
-        files.rename(draft, out.absolute())
-        files.sync_dir(out.absolute().parent)
+        _put_in_place(files, draft, out)
     except BaseException:
         files.remove_tree(draft)
         raise
     return Exported(out, tuple(layout.path for layout in layouts), total)
+
+
+def _put_in_place(files: Files, draft: Path, out: Path) -> None:
+    """Give a whole draft the name of the export, durably."""
+    sync_tree(files, draft)
+    if out.is_dir():
+        out.rmdir()
+    files.rename(draft, out.absolute())
+    files.sync_dir(out.absolute().parent)
 
 
 def _verify_rest(checkpoint: Checkpoint, source: _Source, ledger: Ledger) -> None:

@@ -17,7 +17,7 @@ from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
-from hydra_ckpt.layout.plan import WritePlan, fingerprint
+from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
@@ -29,6 +29,7 @@ from hydra_ckpt.saving.planning import (
     adapter_layout,
     consolidated_layout,
     distcp_layout,
+    is_of_rows,
     lay_out_part,
     make_plan,
     own_layout,
@@ -232,7 +233,7 @@ class Contents:
         )
         own, error = False, None
         try:
-            own = all(_is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
+            own = all(is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
         except Exception as failure:
             error = CheckpointError(f"looking at the parts of tensors: {type(failure).__name__}: {failure}")
             error.__cause__ = failure
@@ -280,10 +281,15 @@ class Contents:
                 layout = self._export_layout(part, agreed.namings[part])
                 layouts.append(replace(layout, part=export, beside=export != part))
         agreement = replace(agreed.agreement, specs=specs)
-        plan = make_plan(parts, agreement, layouts, self._channel.rank, self._channel.world_size)
-        direct = frozenset() if merging else _direct(plan, agreed)
-        choice = fingerprint([plan.fingerprint, str(agreed.of_rows and not merging)])
-        plan = replace(plan, direct=direct, fingerprint=choice)
+        plan = make_plan(
+            parts,
+            agreement,
+            layouts,
+            self._channel.rank,
+            self._channel.world_size,
+            of_rows=agreed.of_rows,
+            read_again=merging,
+        )
         merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
         written = sum(spec.nbytes for found in specs.values() for spec in found)
         written += sum(file.nbytes for item in merged for file in item.files)
@@ -363,17 +369,6 @@ def model_sources(sources: Sources, plan: WritePlan) -> Sources:
     """Those of the models' own files only."""
     wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
     return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
-
-
-def _direct(plan: WritePlan, agreed: Agreed) -> frozenset[int]:
-    """Files to which nobody writes in short runs, through a memory map."""
-    shared = len(plan.files)
-    return frozenset(range(len(plan.all_files)) if agreed.of_rows else range(shared, shared + len(plan.own_files)))
-
-
-def _is_of_rows(item: LocalTensor) -> bool:
-    """Whether the part held here is whole rows of the tensor, and so one run of bytes in its file."""
-    return item.box.sizes[1:] == item.spec.shape[1:] or not item.box.numel
 
 
 def _is_model(part: str) -> bool:

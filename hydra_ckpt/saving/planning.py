@@ -92,9 +92,26 @@ def state_layout(part: str, nbytes: int, world_size: int, block: int = BLOCK_SHA
 
 
 def make_plan(
-    parts: Parts, agreement: Agreement, layouts: Sequence[PartLayout], rank: int, world_size: int
+    parts: Parts,
+    agreement: Agreement,
+    layouts: Sequence[PartLayout],
+    rank: int,
+    world_size: int,
+    *,
+    of_rows: bool = False,
+    read_again: bool = False,
 ) -> WritePlan:
-    """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`)."""
+    """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`).
+
+    Args:
+        parts: What this rank holds.
+        agreement: What all ranks hold.
+        layouts: Where the parts go.
+        rank: This rank.
+        world_size: All ranks.
+        of_rows: Whether all ranks hold whole rows of every tensor, see `is_of_rows`.
+        read_again: Whether the files are read again in the same save.
+    """
     files: list[FileLayout] = []
     own_files: list[FileLayout] = []
     pieces: list[Piece] = []
@@ -128,7 +145,10 @@ def make_plan(
             in_blocks += found.files
     all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
     blocked = [f"{layout.part}/{spec.name}" for layout in layouts for spec in _blocked(layout, agreement)]
-    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str(world_size), *blocked])
+    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str((world_size, of_rows, read_again)), *blocked])
+    # Files to which nobody writes in short runs, through a memory map.
+    own = range(len(files), len(files) + len(own_files))
+    unmapped = range(len(files) + len(own_files) + len(in_blocks)) if of_rows else own
     return WritePlan(
         tuple(files),
         tuple(own_files),
@@ -138,7 +158,13 @@ def make_plan(
         foreign,
         tuple(in_blocks),
         frozenset(led),
+        frozenset() if read_again else frozenset(unmapped),
     )
+
+
+def is_of_rows(item: LocalTensor) -> bool:
+    """Whether the part held here is whole rows of the tensor, and so one run of bytes in its file."""
+    return item.box.sizes[1:] == item.spec.shape[1:] or not item.box.numel
 
 
 def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
