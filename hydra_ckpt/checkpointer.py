@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.distributed import Group, gather_everywhere
+from hydra_ckpt.distributed.group import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base

@@ -42,7 +42,7 @@ from hydra_ckpt import (
     SaveFailedError,
     TopologyError,
 )
-from hydra_ckpt.distributed import error_from_data, error_to_data
+from hydra_ckpt.distributed.channel import error_from_data, error_to_data
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage.digests import Check
 from hydra_ckpt.storage.verify import checks, findings

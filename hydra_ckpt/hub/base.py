@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
 from hydra_ckpt.hub.conversion import Tables, is_transformers_model, naming_of, tables_of
 from hydra_ckpt.hub.reference import Reference, find_reference

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, counted
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming

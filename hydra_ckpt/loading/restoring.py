@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import (
     CheckpointConfigError,
     CheckpointError,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import describe, fingerprint

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hydra_ckpt.config import SaveConsolidatedMode
-from hydra_ckpt.distributed import Channel, Group
+from hydra_ckpt.distributed.channel import Channel
+from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made

@@ -13,7 +13,8 @@ import torch
 
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.config import SaveConsolidatedMode
-from hydra_ckpt.distributed import Channel, Group
+from hydra_ckpt.distributed.channel import Channel
+from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import keeps_ranges_apart
 from hydra_ckpt.hub.card import Made

@@ -6,7 +6,7 @@ import errno
 import logging
 from typing import Any, Protocol
 
-from hydra_ckpt.distributed import Channel, RankTimeoutError
+from hydra_ckpt.distributed.channel import Channel, RankTimeoutError
 from hydra_ckpt.errors import CheckpointError, SaveFailedError
 
 log = logging.getLogger(__name__)

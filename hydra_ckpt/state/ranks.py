@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from hydra_ckpt.distributed import Channel
+from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.layout.plan import fingerprint
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 
-from hydra_ckpt.distributed import Group, StepVote
+from hydra_ckpt.distributed.group import Group
+from hydra_ckpt.distributed.vote import StepVote
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import SAVE, STOP, RequestFiles

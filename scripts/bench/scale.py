@@ -36,7 +36,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hydra_ckpt.distributed import SoloChannel
+from hydra_ckpt.distributed.channel import SoloChannel
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.boxes import Box, Sharding
