@@ -12,6 +12,7 @@ from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
 from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.saving.request import whole
+from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.ranks import Ranks
 from hydra_ckpt.sweeps.job import active_job
 from hydra_ckpt.triggers.best import BestMetric
@@ -89,6 +90,7 @@ class CheckpointCallback:
         self._requeue_exit_code = _exit_code(requeue_exit_code)
         self._state: AppState | None = None
         self._step = self._epoch = 0
+        self._epoch_ended = False
         self._saved_step = self._saved_epoch = 0
         self._metrics: dict[str, float] = {}
         self._best = BestMetric(config.best_metric_key, config.best_metric_mode, enabled=config.enabled)
@@ -192,7 +194,7 @@ class CheckpointCallback:
             )
         if step == self._step:
             return None
-        self._step, self._epoch = step, epoch
+        self._step, self._epoch, self._epoch_ended = step, epoch, False
         # Rank 0's count; those of the other ranks are not looked at.
         self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
         if self._live is None:
@@ -219,9 +221,11 @@ class CheckpointCallback:
             metrics: Metrics of the last step.
         """
         self._has_begun("on_epoch_end")
-        if metrics:
-            self.on_validation_end(metrics)
         self._epoch = (whole("epoch", epoch) if self.config.enabled else epoch) + 1
+        self._epoch_ended = True
+        saved = self.on_validation_end(metrics) if metrics else None
+        if saved is not None:
+            return saved
         if self._live is not None and self._schedule.is_due_after_epoch(epoch) and self._saved_step < self._step:
             return self._save()
         return None
@@ -240,7 +244,11 @@ class CheckpointCallback:
         if live is None:
             self._agreed_best = self._best.validate(metrics)["best"]
             return None
-        found = live.on_rank_0("metrics of a validation", lambda: self._best.validate(metrics))
+        found = live.on_rank_0(
+            "metrics of a validation", lambda: {**self._best.validate(metrics), "lost": live.has_lost(self._step)}
+        )
+        if found["lost"]:
+            self._saved_step = 0
         self._metrics.update(found["values"])
         self._best.key, self._agreed_best = found["key"], found["best"]
         self._overtaken = live.group.world_size > 1
@@ -261,10 +269,11 @@ class CheckpointCallback:
         self._live.refuse_closed("on_train_end()")
         self._settle_best(self._live)
         if not self._should_stop and self._step > 0:
-            epoch = self._saved_epoch if self._saved_step == self._step else self._epoch
+            epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
             self._live.wait()
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
+            self._saved_step, self._saved_epoch = self._step, epoch
         self._live.drain()
         self._live.raise_failure()
 
@@ -351,21 +360,32 @@ class CheckpointCallback:
         self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
 
     def _raise_failure(self, live: Checkpointer) -> None:
+        """Collective: raise or report the last save's error."""
         live.wait()
+        if live.has_lost(self._saved_step):
+            self._saved_step = 0
         live.report_failure()
+
+    def _next_epoch(self, state: AppState) -> int:
+        """The epoch that a run resumed here goes on in: where the data has come to its end, the next one."""
+        loader = state.dataloader
+        has_ended = not self._epoch_ended and isinstance(loader, ResumableLoader) and loader.is_between_epochs
+        return self._epoch + 1 if has_ended else self._epoch
 
     def _save(self) -> PendingSave | None:
         if self._live is None or self._state is None or self._saved_step == self._step:
             return None
+        epoch = self._next_epoch(self._state)
         pending = self._live.save(
             self._state,
             step=self._step,
-            epoch=self._epoch,
+            epoch=epoch,
             metrics=self._metrics,
             skippable=not self._should_stop,
         )
-        if not pending.skipped:
-            self._saved_step, self._saved_epoch = self._step, self._epoch
+        is_lost = not self.config.is_async and pending.error is not None  # with `on_save_failure=warn`, on all ranks
+        if not pending.skipped and not is_lost:
+            self._saved_step, self._saved_epoch = self._step, epoch
         self._schedule.saved(time.monotonic())
         return pending
 

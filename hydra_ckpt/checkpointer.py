@@ -126,6 +126,10 @@ class Checkpointer:
         """Whether the last save has failed and nobody has seen it yet."""
         return self.pending is not None and self.pending.unseen_error is not None
 
+    def has_lost(self, step: int) -> bool:
+        """Whether the last save was of this step and has failed, as far as this rank knows."""
+        return self.pending is not None and self.pending.step == step and self.pending.error is not None
+
     @property
     def longest_save_s(self) -> float:
         """The longest time from a save's beginning to its end, in seconds."""

@@ -17,8 +17,8 @@ class LoadReport:
         metrics: Its metrics.
         loaded: Parts that were installed.
         skipped: Parts of the checkpoint that were not asked for, or for which the AppState has no object.
-        rederived: What was not continued exactly but derived anew, of `rng`, `buffers` and `dataloader`. All else that
-            was loaded is exact.
+        rederived: What was not continued exactly but derived or begun anew: `rng`, `buffers`, `dataloader`, and parts
+            that the AppState has and the checkpoint has not. All else that was loaded is exact.
         notes: What could not be continued exactly, and why.
         passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong.
         read_bytes: Bytes of tensors this rank read.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -89,33 +88,13 @@ class Group:
     def start_largest(self, numbers: torch.Tensor) -> dist.Work | None:
         """Collective: begin to replace each number by the largest that any rank gives; None if that is done already.
 
-        For one thread of each rank, the one that trains.
-
         Args:
-            numbers: Shape (n,), integers on the CPU; in place.
+            numbers: Shape (n,), integers on the CPU; in place. The same n at every call: see `Vote`.
         """
         if self._votes is None:
             return None
         work: dist.Work = self._votes.allreduce([numbers], self._largest)  # type: ignore[attr-defined]
         return work
-
-    def largest(self, what: str, numbers: Sequence[int]) -> list[int]:
-        """Collective: for each number the largest that any rank gives (64 bits, signed). See `start_largest`.
-
-        Raises:
-            CheckpointError: A rank did not come within the limit, or has died.
-        """
-        found = torch.tensor(numbers, dtype=torch.int64)
-        work = self.start_largest(found)
-        if work is not None:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{what}: a rank has died, or did not come within {self.limit_s:.0f} s "
-                    f"(checkpoint.consolidation_timeout_minutes); every rank must make the same calls ({error})"
-                ) from error
-        return [int(number) for number in found.tolist()]
 
     def channel(self, lane: str) -> Channel:
         """A channel of its own for one thread; `lane` names it, equal on all ranks."""

@@ -1,8 +1,9 @@
-"""What ranks agree on from step to step."""
+"""What the training threads of the ranks agree on, by reductions."""
 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -11,41 +12,69 @@ import torch.distributed as dist
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.errors import CheckpointError
 
+# All votes have one size: where ranks meet in different ones, gloo would end the process if these had different sizes.
+_NUMBERS = 16
 
-class StepVote:
-    """Numbers that ranks say at a step, and of which all ranks hear the largest at the next one.
 
-    The reduction runs beside the training step and is found finished at its end: agreement costs no round trip of its
-    own, and every rank acts at the same step.
+class Vote:
+    """Numbers that ranks say, and of which all ranks hear the largest.
+
+    The reduction runs beside what a rank does until it hears. At a training step that makes agreement free: what was
+    said at one step is heard at the next, and every rank acts at the same one.
+
+    For one thread of each rank, the one that trains. A vote must be heard before it says more; others may be under way.
+
+    Args:
+        group: The ranks.
+        what: What it is about, equal on all ranks. Ranks that meet in votes about different things hear of that.
+        size: How many numbers, at most 14.
     """
 
-    def __init__(self, group: Group, size: int) -> None:
-        self._group = group
-        self._said = torch.zeros(size, dtype=torch.int64)
+    def __init__(self, group: Group, what: str, size: int) -> None:
+        self._group, self._what, self._size = group, what, size
+        topic = zlib.crc32(what.encode())
+        self._topic = [topic, -topic]
+        self._said = torch.zeros(_NUMBERS, dtype=torch.int64)
         self._into = self._said.numpy()  # writing through it is the cheapest way into the tensor
+        self._is_open = False
         self._work: dist.Work | None = None
 
     def say(self, numbers: Sequence[int]) -> None:
-        """Collective: say numbers (64 bits, signed); what was said before must have been heard."""
-        self._into[:] = numbers
+        """Collective: say numbers (64 bits, signed)."""
+        self._into[: self._size] = numbers
+        self._into[-2:] = self._topic
+        self._is_open = True
         self._work = self._group.start_largest(self._said)
 
     def hear(self) -> list[int] | None:
-        """The largest of the numbers said; None if nothing was said since the last time.
+        """Collective: the largest of the numbers said; None if nothing was said since the last time.
 
         Raises:
-            CheckpointError: A rank did not say anything within the limit, or has died.
+            CheckpointError: A rank did not say anything within the limit, has died, or is in another vote.
         """
-        if self._work is None:
+        if not self._is_open:
             return None
+        self._is_open = False
+        work, self._work = self._work, None
         started = time.monotonic()
         try:
-            self._work.wait()
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
-            waited = time.monotonic() - started
             raise CheckpointError(
-                f"a rank left the training loop (waited {waited:.0f} s): {error}. Every rank must do as many steps"
+                f"{self._what}: a rank has left the training loop, has died, or did not come within "
+                f"{self._group.limit_s:.0f} s (checkpoint.consolidation_timeout_minutes; waited "
+                f"{time.monotonic() - started:.0f} s); every rank must make the same calls, as often ({error})"
             ) from error
-        self._work = None
         heard: list[int] = self._into.tolist()
-        return heard
+        if heard[-2:] != self._topic:
+            raise CheckpointError(
+                f"{self._what}: another rank does something else meanwhile, such as saving where this one takes a step "
+                "or the reverse; every rank must make the same calls, as often"
+            )
+        return heard[: self._size]
+
+    def ask(self, numbers: Sequence[int]) -> list[int]:
+        """Collective: say and hear at once."""
+        self.say(numbers)
+        return self.hear() or []

@@ -208,12 +208,14 @@ class Load:
         mismatch = _Mismatch()
 
         def compare() -> dict[str, Any]:
+            self.extractor.refresh(self.state)
             self._read_progress()
             self._match(mismatch)
             return vars(mismatch)
 
         found = self._together("comparing the checkpoint with the live objects", compare, _merge_mismatches)
         if any(found.values()):
+            self._verify_headers()
             raise KeyMismatchError(
                 f"{self._root} does not fit",
                 missing=found["missing"],
@@ -222,6 +224,19 @@ class Load:
                 remedy="Load it into the model and optimizer it was saved from, or choose another checkpoint or "
                 "fewer parts (restore_from, restore_parts).",
             )
+
+    def _verify_headers(self) -> None:
+        """Collective: see that it is not a damaged name that fits nothing: headers are compared with their digests."""
+
+        def verify() -> None:
+            manifest = self.checkpoint.manifest
+            everything = checks(self._root, manifest.files, manifest.digests)
+            headers = [check for check in everything if check.region.offset == 0]
+            for error in findings(self._root, share_out(headers, self.channel.rank, self.channel.world_size)):
+                raise error
+
+        if self.verify:
+            self._together("verifying the checkpoint's names", verify)
 
     def _match(self, mismatch: _Mismatch) -> None:
         if "model" in self._available():
@@ -409,6 +424,7 @@ class Load:
         if "dataloader" in available and self._own is not None:
             self.state.dataloader.load_state_dict(self._own["dataloader"])
         self._continue_rng()
+        self._note_new(available)
 
     def _install_models(self) -> None:
         """What the models have beside the tensors that are read straight into them."""
@@ -425,8 +441,22 @@ class Load:
         for name, extra in self.state.extras.items():
             if name in self._shared["extras"]:
                 extra.load_state_dict(decode(self._shared["extras"][name], self._tensors))
-            else:
-                self._notes.append(f"extras[{name!r}] is not in the checkpoint and stays as it is")
+
+    def _note_new(self, available: Collection[str]) -> None:
+        """Say which objects find nothing in the checkpoint, and so begin as they were built."""
+        state, shared = self.state, self._shared
+        here = {
+            "optimizer": bool(state.optimizers),
+            "lr_scheduler": bool(state.lr_schedulers),
+            "dataloader": hasattr(state.dataloader, "load_state_dict"),
+        }
+        for part, is_here in here.items():
+            if is_here and part in self.parts and part not in {*available, *self._rederived}:
+                self._derived(part, f"the checkpoint holds no {part}; the one of this run begins as it was built")
+        missing = [name for name in state.extras if name not in shared.get("extras", {})]
+        if missing and "extras" in self.parts:
+            listed = ", ".join(f"extras[{name!r}]" for name in missing)
+            self._derived("extras", f"{listed}: not in the checkpoint, and so begins as it was built")
 
     def _install_optimizers(self) -> None:
         assert self._fit is not None  # made while comparing

@@ -12,6 +12,7 @@ from torch import nn
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
+from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made
@@ -118,7 +119,7 @@ class Contents:
         self, config: ResolvedConfig, group: Group, channel: Channel, stage: int, *, keeps_ranges: bool
     ) -> None:
         self._config = config
-        self._group = group
+        self._vote = Vote(group, "comparing layouts", 3)
         self._channel = channel
         self._stage = stage
         self._keeps_ranges = keeps_ranges
@@ -149,7 +150,7 @@ class Contents:
         opinion = int(known.agreement.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
         new = known is None and (captured is not None or not self._settled)
-        any_new, largest, smallest = self._group.largest("comparing layouts", [int(new), first, last])
+        any_new, largest, smallest = self._vote.ask([int(new), first, last])
         if not any_new and largest in (-smallest, _NO_OPINION):
             return
         self._channel.raise_together("taking the state apart", error)

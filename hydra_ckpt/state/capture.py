@@ -71,7 +71,7 @@ class Captured:
 
 @dataclass
 class Extractor:
-    """Takes AppStates apart; keeps the map of a model, which is walked only once.
+    """Takes AppStates apart; keeps the map of a model, which is walked only when it has changed.
 
     Args:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
@@ -85,6 +85,11 @@ class Extractor:
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
     _resumable: bool | None = None
+
+    def refresh(self, state: AppState) -> None:
+        """Walk the models anew if modules were exchanged, taken away or added since the last time."""
+        if not all(mapped.is_current() for mapped in self.maps(state).values()):
+            self._mapped = ()
 
     def maps(self, state: AppState) -> dict[str, ModelMap]:
         """Model name to where its tensors live; with PEFT an entry for each adapter."""
@@ -150,6 +155,7 @@ class Extractor:
         Raises:
             CheckpointError: Something can be stored neither as JSON nor as a tensor.
         """
+        self.refresh(state)
         maps = self.maps(state)
         stepped = {
             id(parameter)

@@ -91,6 +91,7 @@ class ResumableLoader(Generic[T]):
         drop_last: Whether a last, shorter global batch is left out.
         seed: Decides order and random choices; a loaded state brings its own.
         epoch: The epoch being iterated, or the next one between two iterations.
+        is_between_epochs: Whether an iteration has come to its end, and the next one has not begun.
     """
 
     state_is_global = True
@@ -105,6 +106,7 @@ class ResumableLoader(Generic[T]):
         self.drop_last = isinstance(batching, BatchSampler) and batching.drop_last
         self.seed = seed
         self.epoch = 0
+        self.is_between_epochs = False
         self._rank, self._world_size = rank, world_size
         self._sampler = _sampler_of(loader)
         self._position = 0
@@ -120,6 +122,7 @@ class ResumableLoader(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Yields the batches that are left of this epoch, then moves on to the next one."""
+        self.is_between_epochs = False
         if not self._goes_on:
             if self._resumed and self._position:
                 log.warning(
@@ -139,6 +142,7 @@ class ResumableLoader(Generic[T]):
             self._batches += 1
             yield batch
         self.set_epoch(self.epoch + 1)
+        self.is_between_epochs = True
 
     def set_epoch(self, epoch: int) -> None:
         """Moves to the beginning of an epoch. Naming the current one changes nothing, so a loaded position stays."""
@@ -165,6 +169,7 @@ class ResumableLoader(Generic[T]):
             CheckpointConfigError: The state is of another kind, or stands within an epoch of another length.
         """
         self._check(state)
+        self.is_between_epochs = False
         if state["seed"] != self.seed:
             log.info("The dataloader goes on with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
         self.seed, self.epoch = state["seed"], state["epoch"]

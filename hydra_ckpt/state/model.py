@@ -99,6 +99,31 @@ def _parameters(module: nn.Module) -> Iterator[Slot]:
             yield from _parameters(child)
 
 
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
+
+    module: nn.Module
+    children: list[nn.Module | None]
+    parameters: list[str]
+    buffers: list[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Walked:
+        return cls(module, list(module._modules.values()), _filled(module._parameters), _filled(module._buffers))
+
+    def is_as_it_was(self) -> bool:
+        return (
+            list(self.module._modules.values()) == self.children
+            and _filled(self.module._parameters) == self.parameters
+            and _filled(self.module._buffers) == self.buffers
+        )
+
+
+def _filled(places: Mapping[str, torch.Tensor | None]) -> list[str]:
+    return [name for name, tensor in places.items() if tensor is not None]
+
+
 @dataclass
 class ModelMap:
     """Where the tensors of one model live.
@@ -118,6 +143,8 @@ class ModelMap:
     names: dict[int, str] = field(default_factory=dict)
     _adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
+    _walked: list[_Walked] = field(default_factory=list)
+    _tied: list[tuple[Slot, Slot]] = field(default_factory=list)
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -151,6 +178,7 @@ class ModelMap:
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         module = unwrap(module)
+        self._walked.append(_Walked.of(module))
         if isinstance(module, FSDPModule):
             self.units.append(_Unit.of(module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
@@ -188,6 +216,7 @@ class ModelMap:
             if chosen.is_parameter:
                 self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
+            self._tied += [(slot, chosen) for slot in names if slot is not chosen]
 
     def _name_after_other_stages(self, sources: Mapping[str, str]) -> None:
         """Give a weight that is tied to one of another pipeline stage the other's name: it is stored once."""
@@ -196,6 +225,12 @@ class ModelMap:
         self.aliases.update(moved)
         self.slots = [replace(slot, name=moved[slot.name]) if slot.name in moved else slot for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
+
+    def is_current(self) -> bool:
+        """Whether the model still has the modules, places and ties that were walked; their tensors may be others."""
+        return all(walked.is_as_it_was() for walked in self._walked) and all(
+            slot.tensor is chosen.tensor for slot, chosen in self._tied
+        )
 
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""

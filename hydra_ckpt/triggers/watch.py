@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from hydra_ckpt.distributed.group import Group
-from hydra_ckpt.distributed.vote import StepVote
+from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import SAVE, STOP, RequestFiles
@@ -79,7 +79,7 @@ class Watch:
         self._schedule = schedule
         self._signals = signals
         self._files = RequestFiles()
-        self._vote: StepVote | None = None
+        self._vote: Vote | None = None
         self._group: Group | None = None
         self._steps_s: deque[float] = deque(maxlen=_STEPS_SEEN)
         self._last_s = 0.0
@@ -102,7 +102,7 @@ class Watch:
         self._schedule.begin(self._last_s)
         self._signals.install()
         if group.world_size > 1:
-            self._vote = StepVote(group, len(_Said))
+            self._vote = Vote(group, "agreeing on a step", len(_Said))
             self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
     def end(self) -> None:
