@@ -263,6 +263,21 @@ def test_automatic_resume_passes_over_damage_and_sets_it_aside_before_it_saves(
     assert latest(tmp_path) == "epoch_0_step_4"
 
 
+def test_a_damaged_name_is_damage_and_not_another_model(tmp_path: Path) -> None:
+    state = make_state()
+    save(tmp_path, state, 1, 2, save_consolidated="always")
+    weights = tmp_path / "epoch_0_step_2" / "model" / "consolidated" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[data.index(b"weight")] ^= 1
+    weights.write_bytes(data)
+    with build(tmp_path) as engine:
+        report = engine.load(state)
+        assert report.step == 1
+        assert "the bytes are not those that were written" in report.passed_over["epoch_0_step_2"]
+    with build(tmp_path, restore_from="latest") as engine, pytest.raises(CorruptCheckpointError):
+        engine.load(state)
+
+
 def test_a_state_that_damage_has_overwritten_is_never_trained_on(tmp_path: Path) -> None:
     state = make_state()
     save(tmp_path, state, 1, 2, save_consolidated="always")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from hydra_ckpt import (
@@ -19,11 +21,13 @@ from hydra_ckpt import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointingConfig,
+    TopologyError,
 )
 from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.storage.staging import BufferPool
 from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.testing import FaultyFiles, run_distributed
 
 
 def engine(root: Path, **options: Any) -> Checkpointer:
@@ -185,3 +189,90 @@ def test_an_owner_record_that_makes_no_sense_counts_as_none(tmp_path: Path, body
     with engine(tmp_path) as checkpointer:
         checkpointer.save(state_of(), step=1)
     assert scan(tmp_path).pointed("LATEST") is not None
+
+
+# -- models that change during a run -------------------------------------------------------------------------------
+
+
+def test_modules_that_were_exchanged_added_or_taken_away_are_seen(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"kept": nn.Linear(2, 2), "body": nn.Linear(2, 2), "old": nn.Linear(2, 2)})
+    model["tied"] = nn.Linear(2, 2)
+    model["tied"].weight = model["kept"].weight
+    state = AppState(model)
+    with engine(tmp_path, save_consolidated="always") as checkpointer:
+        checkpointer.save(state, step=1)
+        model["body"] = nn.Linear(2, 2)
+        model["new"] = nn.Linear(2, 2)
+        del model["old"]
+        model["tied"].weight = nn.Parameter(torch.ones(2, 2))
+        model["kept"].bias = None
+        model["kept"].register_buffer("count", torch.tensor(3))
+        checkpoint = checkpointer.save(state, step=2).result()
+        assert checkpoint is not None
+        saved = load_file(checkpoint.path / "model" / "consolidated" / "model.safetensors")
+        assert saved.keys() == model.state_dict().keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+        # A load fills what is there now, not what was there at the save.
+        model["body"] = nn.Linear(2, 2)
+        checkpointer.load(state)
+        assert torch.equal(model["body"].weight, saved["body.weight"])
+
+
+def _grow_alone(root: Path) -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    with CheckpointingConfig(checkpoint_dir=str(root)).build(dist.get_rank(), 0, 0) as checkpointer:
+        checkpointer.save(AppState(model), step=1)
+        if dist.get_rank() == 1:
+            model.append(nn.Linear(2, 2))
+        with pytest.raises(TopologyError) as refused:
+            checkpointer.save(AppState(model), step=2)
+    return str(refused.value)
+
+
+def test_a_layer_that_only_one_rank_adds_is_refused_on_all(tmp_path: Path) -> None:
+    for text in run_distributed(_grow_alone, 2, tmp_path):
+        assert "only on rank 1: model: 1.weight" in text
+
+
+class Hiding(nn.Linear):
+    """Saves more than parameters and buffers, in a way of its own."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.ones(1)
+
+
+def test_what_only_a_module_s_own_way_of_saving_knows_is_refused(tmp_path: Path) -> None:
+    with engine(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointConfigError, match=r"0\.scale: .*Register them as buffers"):
+            checkpointer.save(AppState(nn.Sequential(Hiding(2, 2))), step=1)
+        checkpointer.save(state_of(), step=1)
+
+
+# -- metrics around saves ------------------------------------------------------------------------------------------
+
+
+def test_metrics_behind_the_end_belong_to_the_last_checkpoint(tmp_path: Path) -> None:
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path)), on_improvement=True) as callback:
+        callback.on_train_begin(state_of())
+        callback.on_step_end(1)
+        callback.on_train_end()
+        assert callback.on_validation_end({"loss": 0.5}) is None
+    assert scan(tmp_path).pointed("BEST").metrics == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_step_whose_save_has_failed_may_be_saved_again(tmp_path: Path, is_async: bool) -> None:
+    full = [True]
+    files = FaultyFiles(lambda operation: 28 if full[0] and operation.kind == "rename" else None)
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=is_async, on_save_failure="warn")
+    checkpointer = Checkpointer(config.resolve(), dp_rank=0, tp_rank=0, pp_rank=0, files=files)
+    with CheckpointCallback(config, every_n_steps=1, on_improvement=True, checkpointer=checkpointer) as callback:
+        callback.on_train_begin(state_of())
+        callback.on_step_end(1)
+        checkpointer.wait()
+        full[0] = False
+        assert callback.on_validation_end({"loss": 0.5}) is not None
+        checkpointer.drain()
+        assert callback.best.step == 1

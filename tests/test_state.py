@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader, TensorDataset
 
 from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, KeyMismatchError, LoadReport, resumable
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
@@ -464,8 +465,26 @@ def test_extras_that_one_side_lacks_are_left_alone_and_reported(tmp_path: Path) 
     report = load(tmp_path, AppState(model, extras={"ema": ema, "new": new}))
     assert (ema.value, new.value) == (1, 7)
     assert any("new" in note for note in report.notes)
+    assert "extras" in report.rederived
     bare = load(tmp_path, AppState(model))
     assert "extras" in bare.skipped
+    assert not bare.notes
+
+
+def test_what_begins_anew_because_the_checkpoint_lacks_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(1, 1)
+    save(tmp_path, AppState(model))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loader = resumable(DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2))
+    full = AppState(model, optimizer, schedulers.StepLR(optimizer, 1), loader, extras={"ema": Box(1)})
+    report = load(tmp_path, full)
+    assert set(report.rederived) == {"optimizer", "lr_scheduler", "dataloader", "extras"}
+    assert "the checkpoint holds no optimizer; the one of this run begins as it was built" in caplog.text
+    assert "extras['ema']: not in the checkpoint" in caplog.text
+    # Who asks for the weights only wants nothing else.
+    assert not load(tmp_path, full, restore_parts=["model"]).rederived
 
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -577,7 +596,6 @@ class Prepared:
     def __init__(self) -> None:
         from accelerate import Accelerator
         from accelerate.utils import DataLoaderConfiguration
-        from torch.utils.data import DataLoader
 
         self.accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=2, dataloader_config=DataLoaderConfiguration(split_batches=False)

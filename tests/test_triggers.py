@@ -219,6 +219,16 @@ def _two_ranks(root: Path) -> dict[str, Any]:
         callback.on_step_end(2 + rank)
         with pytest.raises(CheckpointError, match=r"for step 2, another for step 3\. Every rank has to call it"):
             callback.on_step_end(4)
+
+    # One rank saves where the other takes a step.
+    with make(root / "ahead", _every_n_steps=99, consolidation_timeout_minutes=0.2) as callback:
+        callback.on_train_begin(state)
+        callback.on_step_end(1)
+        with pytest.raises(CheckpointError, match="every rank must make the same calls"):
+            if rank == 0:
+                callback.checkpointer.save(state, step=2)
+            callback.on_step_end(2)
+            callback.on_step_end(3)
     return found
 
 

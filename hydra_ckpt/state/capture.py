@@ -125,7 +125,9 @@ class Extractor:
         for module in modules:
             check_kind(module, self.is_peft)
         if not self.is_peft:
-            return {name: ModelMap.of(modules)}
+            mapped = ModelMap.of(modules)
+            mapped.refuse_hidden()
+            return {name: mapped}
         found = {}
         for key, adapter in adapters(name, modules[0]).items():
             found[key] = ModelMap.of(modules)

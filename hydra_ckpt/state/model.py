@@ -22,6 +22,9 @@ from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
 
+# How many names a message lists.
+_LISTED = 5
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside data-parallel, activation-checkpointing and compile wrappers."""
@@ -99,6 +102,16 @@ def _parameters(module: nn.Module) -> Iterator[Slot]:
             yield from _parameters(child)
 
 
+def _hidden(module: nn.Module) -> list[str]:
+    """What a module saves in a way of its own that is neither a parameter nor a buffer of it."""
+    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return []
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", True)  # as the objects themselves
+    known = {id(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()]}
+    return [name for name, value in saved.items() if id(value) not in known and not name.endswith("_extra_state")]
+
+
 @dataclass(frozen=True, slots=True)
 class _Walked:
     """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
@@ -145,6 +158,7 @@ class ModelMap:
     _dropped: list[str] = field(default_factory=list)
     _walked: list[_Walked] = field(default_factory=list)
     _tied: list[tuple[Slot, Slot]] = field(default_factory=list)
+    _hidden: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -197,6 +211,7 @@ class ModelMap:
                 yield Slot(prefix + name, module, name, False)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[prefix + "_extra_state"] = module
+        self._hidden += [prefix + name for name in _hidden(module)]
         for name, child in module._modules.items():
             if child is not None:
                 yield from self._walk(child, f"{prefix}{name}.")
@@ -226,6 +241,20 @@ class ModelMap:
         self.slots = [replace(slot, name=moved[slot.name]) if slot.name in moved else slot for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
+    def refuse_hidden(self) -> None:
+        """Refuse state that only a module's own way of saving knows: it would be missing from every checkpoint.
+
+        Raises:
+            CheckpointConfigError: There is some.
+        """
+        if self._hidden:
+            raise CheckpointConfigError(
+                f"{', '.join(self._hidden[:_LISTED])}{' and more' if len(self._hidden) > _LISTED else ''}: these are "
+                "neither parameters nor buffers; the module adds them in _save_to_state_dict(), which nobody asks when "
+                "tensors are saved where they lie. Register them as buffers, or give them by get_extra_state() and "
+                "set_extra_state()"
+            )
+
     def is_current(self) -> bool:
         """Whether the model still has the modules, places and ties that were walked; their tensors may be others."""
         return all(walked.is_as_it_was() for walked in self._walked) and all(
@@ -237,6 +266,7 @@ class ModelMap:
         self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
         self.extra_states = {}
         self._adapting = []
+        self._hidden = []
 
     @cached_property
     def adapted(self) -> Naming | None:
