@@ -15,7 +15,8 @@ import torch.distributed as dist
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointExistsError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.hub.offline import export_checkpoint
-from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.storage.compare import compare
+from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import logits, make
 from tests.test_hub_out import shard, tensors_in, write_reference
@@ -116,6 +117,54 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
             assert transformers.AutoModelForCausalLM.from_pretrained(place / "out")
             with pytest.raises(CheckpointNotFoundError, match=r"has no part 'teacher'.*model, ema"):
                 export_checkpoint(checkpoint, place / "none", part="teacher")
+
+
+class Shadow:
+    """An average of parameters, by name."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.values = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "count": torch.tensor(1)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = dict(state["values"])
+
+
+def _stage(place: Path) -> None:
+    """Save a model of two layers, one on each of two pipeline stages."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    part = torch.nn.ModuleDict({str(rank): torch.nn.Linear(2, 2)})
+    with CheckpointingConfig(checkpoint_dir=str(place), save_consolidated="always").build(0, 0, rank) as engine:
+        engine.save(AppState(part, extras={"ema": Shadow(part)}), step=1).result()
+
+
+def test_an_average_over_pipeline_stages(tmp_path: Path) -> None:
+    run_distributed(_stage, 2, tmp_path / "stages")
+    [staged] = scan(tmp_path / "stages").checkpoints
+    export_checkpoint(staged, tmp_path / "ema", part="ema")
+    export_checkpoint(staged, tmp_path / "model")
+    average, model = tensors_in(tmp_path / "ema"), tensors_in(tmp_path / "model")
+    assert average.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert all(torch.equal(tensor, 2 * model[name]) for name, tensor in average.items())
+    # One process that goes on from it holds the same, under the same names.
+    whole = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "01"})
+    state = AppState(whole, extras={"ema": Shadow(whole)})
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "one"), save_consolidated="always").build(0, 0, 0) as engine:
+        engine.load(state, restore_from=str(staged.path))
+        one = engine.save(state, step=2).result()
+    assert [item.name for item in compare(staged, one)] == ["1/ema:count"]  # each stage had its own
+
+
+def test_an_extra_that_lacks_a_buffer_is_told_which(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("a", torch.zeros(1, dtype=torch.int64))
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run")).build(0, 0, 0) as engine:
+        checkpoint = engine.save(AppState(model, extras={"ema": Shadow(model)}), step=1).result()
+    with pytest.raises(CheckpointNotFoundError, match=r"an export needs all: a$"):
+        export_checkpoint(checkpoint, tmp_path / "out", part="ema")
 
 
 def test_one_of_several_models(tmp_path: Path) -> None:

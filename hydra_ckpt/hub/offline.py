@@ -165,18 +165,23 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_
 def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors of an extra that holds the model's under one prefix, by the model's names."""
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
-    first = next(iter(sizes))
-    prefixes = {name.removesuffix(first) for name in extra if name.endswith((f".{first}", f":{first}"))}
-    lacking = list(sizes)
-    for prefix in sorted(prefixes, key=len):
-        found = {name: extra[prefix + name] for name in sizes if prefix + name in extra}
-        lacking = [name for name, size in sizes.items() if name not in found or prod(found[name].spec.shape) != size]
-        if not lacking:
-            return found
-    raise CheckpointNotFoundError(
-        f"the extra {part!r} does not hold the model's tensors under their names and in their shapes: "
-        f"{', '.join(lacking)}"
+    ends = (
+        {held.removesuffix(name) for held in extra if held.endswith((f".{name}", f":{name}"))}
+        for name in sorted(sizes, key=len, reverse=True)  # a long name is hardly the end of another one
     )
+    prefixes = next(filter(None, ends), set())
+
+    def lacking(prefix: str) -> list[str]:
+        held = {name: extra[prefix + name] for name in sizes if prefix + name in extra}
+        return [name for name, size in sizes.items() if name not in held or prod(held[name].spec.shape) != size]
+
+    best = min(sorted(prefixes, key=len), key=lambda prefix: len(lacking(prefix)), default="")
+    if missing := lacking(best):
+        raise CheckpointNotFoundError(
+            f"the extra {part!r} does not hold these of the model's tensors under their names and in their shapes, and "
+            f"an export needs all: {', '.join(missing)}"
+        )
+    return {name: extra[best + name] for name in sizes}
 
 
 def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source:

@@ -31,6 +31,7 @@ from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger, Span, join
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.stages import unqualified
 from hydra_ckpt.storage.tree import decode, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
 from hydra_ckpt.store import names
@@ -191,7 +192,7 @@ class Load:
             )
 
     def _derived(self, what: str, why: str) -> None:
-        self._rederived.append(what)
+        self._rederived += [what] if what not in self._rederived else []
         self._notes.append(why)
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -356,7 +357,7 @@ class Load:
         fresh = {
             name: torch.empty_like(live[place], requires_grad=False)
             for name in wanted
-            if (place := stages.unqualified(name)) in live
+            if (place := unqualified(name)) in live
         }
         self._want(self._stored(names.EXTRAS), wanted, fresh)
 
@@ -453,10 +454,9 @@ class Load:
         for part, is_here in here.items():
             if is_here and part in self.parts and part not in {*available, *self._rederived}:
                 self._derived(part, f"the checkpoint holds no {part}; the one of this run begins as it was built")
-        missing = [name for name in state.extras if name not in shared.get("extras", {})]
-        if missing and "extras" in self.parts:
-            listed = ", ".join(f"extras[{name!r}]" for name in missing)
-            self._derived("extras", f"{listed}: not in the checkpoint, and so begins as it was built")
+        for name in state.extras if "extras" in self.parts else ():
+            if name not in shared.get("extras", {}):
+                self._derived("extras", f"extras[{name!r}]: not in the checkpoint, and so begins as it was built")
 
     def _install_optimizers(self) -> None:
         assert self._fit is not None  # made while comparing

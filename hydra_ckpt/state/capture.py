@@ -22,11 +22,12 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
-from hydra_ckpt.state import rng, stages
+from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter
+from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
 
@@ -173,15 +174,15 @@ class Extractor:
             parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors, self.localize)
         extras: dict[str, torch.Tensor] = {}
         shared["lr_scheduler"] = [
-            encode(scheduler.state_dict(), stages.qualify(f"lr_scheduler:{number}", self.stage), extras)
+            encode(scheduler.state_dict(), qualify(f"lr_scheduler:{number}", self.stage), extras)
             for number, scheduler in enumerate(state.lr_schedulers)
         ]
         shared["extra_state"] = {
-            name: encode(mapped.extra_state(), stages.qualify(f"extra_state:{name}", self.stage), extras)
+            name: encode(mapped.extra_state(), qualify(f"extra_state:{name}", self.stage), extras)
             for name, mapped in maps.items()
         }
         shared["extras"] = {
-            name: encode(extra.state_dict(), stages.qualify(f"{name}:", self.stage), extras)
+            name: encode(extra.state_dict(), qualify(f"{name}:", self.stage), extras)
             for name, extra in state.extras.items()
         }
         parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in extras.items()]

@@ -10,21 +10,12 @@ import json
 from collections.abc import Container, Sequence
 from typing import Any
 
+from hydra_ckpt.storage.stages import unqualified
+
 Document = dict[str, Any]
 
 _TAG = "~"  # marks what JSON does not know; see `hydra_ckpt.storage.tree`
 _DROPPED = object()
-
-
-def qualify(name: str, stage: int) -> str:
-    """A tensor's name that no other stage gives; the first stage's names stay as they are."""
-    return f"{stage}/{name}" if stage else name
-
-
-def unqualified(name: str) -> str:
-    """The name within its stage."""
-    owner = name.partition(":")[0]
-    return name.removeprefix(owner.partition("/")[0] + "/") if "/" in owner else name
 
 
 def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple[Document, list[str]]:

@@ -12,6 +12,7 @@ from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.merge import BLOCK_BYTES
 from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.stages import without_stages
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 
@@ -34,7 +35,7 @@ class Part:
 
 
 def open_part(checkpoint: Checkpoint, part: str, ledger: Ledger | None = None) -> Part:
-    """Read the headers of a part's files.
+    """Read the headers of a part's files. What pipeline stages have named apart is brought together by its names.
 
     Args:
         checkpoint: The checkpoint.
@@ -47,6 +48,8 @@ def open_part(checkpoint: Checkpoint, part: str, ledger: Ledger | None = None) -
     record = checkpoint.manifest.parts[part]
     if record.format != "distcp":
         tensors = read_tensors(checkpoint.path, list(record.files))
+        if part == names.EXTRAS:
+            tensors = without_stages(tensors)
         return Part(tensors, partial(fetch, checkpoint.path, ledger=ledger), BLOCK_BYTES)
     lengths = {(f"{part}/{row[5]}", row[6]): row[7] for row in record.index}
     tensors = stored_tensors(checkpoint.path / names.MANIFEST, part, record.index)
