@@ -263,6 +263,19 @@ def test_automatic_resume_passes_over_damage_and_sets_it_aside_before_it_saves(
     assert latest(tmp_path) == "epoch_0_step_4"
 
 
+@pytest.mark.parametrize("parent", [".", ".."], ids=["checkpoints", "run"])
+def test_a_directory_of_checkpoints_is_no_checkpoint(tmp_path: Path, parent: str) -> None:
+    state = make_state()
+    save(tmp_path / "checkpoints", state, 1)
+    wanted = (tmp_path / "checkpoints" / parent).resolve()
+    message = r"there are some in it; the latest is .*/epoch_0_step_1$"
+    with (
+        build(tmp_path / "other", restore_from=str(wanted)) as engine,
+        pytest.raises(CheckpointNotFoundError, match=message),
+    ):
+        engine.load(state)
+
+
 def test_a_damaged_name_is_damage_and_not_another_model(tmp_path: Path) -> None:
     state = make_state()
     save(tmp_path, state, 1, 2, save_consolidated="always")

@@ -173,6 +173,17 @@ def scan(root: Path) -> Catalog:
     return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged)
 
 
+def _refuse_parents(path: Path, selector: str) -> None:
+    """Tell a directory of checkpoints, or the run directory around it, from one checkpoint."""
+    for root in () if (path / names.MANIFEST).exists() else (path, path / "checkpoints"):
+        latest = scan(root).pointed(names.LATEST)
+        if latest is not None:
+            raise CheckpointNotFoundError(
+                f"restore_from={selector}: this is no checkpoint, but there are some in it; the latest is "
+                f"restore_from={latest.path}"
+            )
+
+
 def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
     """The one checkpoint an explicit selector means: latest, best, a name, or a path.
 
@@ -197,6 +208,7 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
         return best
     for path in (catalog.root / selector, Path.cwd() / selector):
         if path.is_dir():
+            _refuse_parents(path.resolve(), selector)
             return Checkpoint.open(path.resolve())
     raise CheckpointNotFoundError(
         f"restore_from={selector}: there is no such directory in {catalog.root} or {Path.cwd()}; {catalog.describe()}. "

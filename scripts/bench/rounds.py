@@ -52,7 +52,8 @@ class Table:
     def ratio(self, name: str, base: str) -> str:
         """The median of the paired ratios and their middle half."""
         ratios = sorted(a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        # Quartiles of two or three numbers would lie outside of them.
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 3 else (ratios[0], None, ratios[-1])
         return f"{statistics.median(ratios):6.2f} [{low:.2f}, {high:.2f}]"
 
     def show(self, title: str, bases: list[str]) -> None:
