@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from hydra_ckpt import AppState, CheckpointConfigError, CheckpointingConfig
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
-from hydra_ckpt.store.pointers import protected
+from hydra_ckpt.store.pointers import protected, remove_pointer
 from hydra_ckpt.store.retention import _ANY_OF, _POLICIES, Context, policies, superfluous
 
 STATE = AppState(torch.nn.Linear(2, 1))
@@ -180,6 +181,33 @@ def test_an_unreadable_pointer_stops_pruning_with_a_warning(
         engine.save(STATE, step=5).result()
         engine.drain()
     assert steps_in(tmp_path) == [5]
+
+
+def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path / "run", 1, 4, 5)
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links: LATEST and BEST are directories
+    stands = {path: path.read_bytes() for name in ("LATEST", "BEST") for path in (copy / name).rglob("*.*")}
+    config = CheckpointingConfig(checkpoint_dir=str(copy), retention={"best": 1})
+    with config.build(0, 0, 0) as engine:
+        report = engine.start(STATE)
+        assert report is not None
+        assert report.step == 5
+        engine.save(STATE, step=6, metrics={"loss": 2.0}).result()
+        engine.drain()
+    assert steps_in(copy) == [4, 6]  # what BEST.txt and LATEST.txt lead to
+    assert {path: path.read_bytes() for path in stands} == stands
+    assert f"{copy / 'LATEST'} is a directory and no link" in caplog.text
+    assert [scan(copy).pointed(name).step for name in ("LATEST", "BEST")] == [6, 4]  # type: ignore[union-attr]
+    remove_pointer(Files(), copy, "BEST")
+    assert {path: path.read_bytes() for path in stands} == stands
+    for name in ("LATEST", "BEST"):
+        shutil.rmtree(copy / name)
+    save_steps(copy, 7)
+    assert (copy / "LATEST").readlink() == Path("epoch_0_step_7")
+    assert (copy / "BEST").readlink() == Path("epoch_0_step_4")
+    assert not list(copy.glob("*.txt"))
 
 
 READER = """
