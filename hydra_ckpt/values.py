@@ -123,8 +123,9 @@ def minutes(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """Takes a number above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+    """Takes a finite number above 0."""
+    # NaN is neither above nor below anything.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
         refuse(name, value, "a positive number")
     return value
 

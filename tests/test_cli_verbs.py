@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,35 @@ def test_prune_leaves_what_is_read_and_does_nothing_beside_a_run(run_dir: Dirs, 
     assert published(run) == [FIRST, SECOND, LAST]
     for wrong in ([], ["--newest", "0"], ["--newest", "1", "--mode", "upward"]):
         assert tool("prune", run, *wrong).code == 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (["--best", "3", "--metric", "ac"], "no checkpoint in .* has a finite metric 'ac'.* by --metric: val_loss$"),
+        (["--newest", "1", "--best", "3", "--metric", "ac"], "--best: no checkpoint"),
+        (["--younger-than-s", "nan"], "younger_than_s=nan is not valid; it takes a positive number"),
+        (["--younger-than-s", "inf", "--newest", "1"], "younger_than_s=inf is not valid"),
+        (["--younger-than-s", "-1"], "younger_than_s=-1.0 is not valid"),
+        (["--newest", "0"], "newest=0 is not valid; it takes a whole number from 1"),
+    ],
+)
+def test_prune_refuses_rules_that_cannot_tell_what_stays(
+    rules: list[str], said: str, run_dir: Dirs, tool: Tool
+) -> None:
+    run = run_dir("shards")
+    before = contents(run)
+    refused = tool("prune", run, *rules, "--yes")
+    assert refused.code == 2
+    assert re.search(said, refused.err.strip()), refused.err
+    assert contents(run) == before
+
+
+def test_prune_by_best_without_any_metric_is_refused(tmp_path: Path, tool: Tool) -> None:
+    save(tmp_path, weight=torch.ones(2))
+    refused = tool("prune", tmp_path, "--best", "1", "--yes")
+    assert refused.code == 2
+    assert "none has any; leave --best out" in refused.err
 
 
 # -- repair --------------------------------------------------------------------------------------------------------

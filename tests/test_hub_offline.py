@@ -104,7 +104,8 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
         with torch.no_grad():
             for parameter in ema.module.parameters():
                 parameter.mul_(0.5)
-        state = AppState(model, extras={"ema": ema, "other": torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])})
+        others = {"plain": torch.optim.SGD(ema.parameters()), "norm": torch.nn.BatchNorm1d(2)}
+        state = AppState(model, extras={"ema": ema, **others})
         for mode in ("always", False):
             place = tmp_path / f"{name}-{mode}"
             with CheckpointingConfig(checkpoint_dir=str(place), save_consolidated=mode).build(0, 0, 0) as engine:
@@ -115,8 +116,10 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
             assert transformers.AutoModelForCausalLM.from_pretrained(place / "out")
-            with pytest.raises(CheckpointNotFoundError, match=r"has no part 'teacher'.*model, ema"):
-                export_checkpoint(checkpoint, place / "none", part="teacher")
+            with pytest.raises(CheckpointNotFoundError, match=r"has no part 'plain' to export; it has model, ema$"):
+                export_checkpoint(checkpoint, place / "none", part="plain")
+            with pytest.raises(CheckpointNotFoundError, match=r"the extra 'norm' does not hold the model's tensors"):
+                export_checkpoint(checkpoint, place / "none", part="norm")
 
 
 class Shadow:
@@ -168,7 +171,9 @@ def test_an_extra_that_lacks_a_buffer_is_told_which(tmp_path: Path) -> None:
 
 
 def test_one_of_several_models(tmp_path: Path) -> None:
-    state = AppState({"student": make("llama"), "critic": torch.nn.Linear(2, 2)})
+    state = AppState(
+        {"student": make("llama"), "critic": torch.nn.Linear(2, 2)}, extras={"norm": torch.nn.BatchNorm1d(2)}
+    )
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run")).build(0, 0, 0) as engine:
         checkpoint = engine.save(state, step=1).result()
     export_checkpoint(checkpoint, tmp_path / "student", part="student")
@@ -178,6 +183,8 @@ def test_one_of_several_models(tmp_path: Path) -> None:
     )
     export_checkpoint(checkpoint, tmp_path / "critic", part="model/critic")
     assert tensors_in(tmp_path / "critic").keys() == {"weight", "bias"}
+    with pytest.raises(CheckpointNotFoundError, match=r"has no part 'norm' to export; it has model/\w+, model/\w+$"):
+        export_checkpoint(checkpoint, tmp_path / "none", part="norm")
 
 
 def test_nothing_is_written_over_and_damage_is_found_first(saved: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from hydra_ckpt import AppState, CheckpointConfigError, CheckpointingConfig
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
-from hydra_ckpt.store.pointers import protected
+from hydra_ckpt.store.pointers import protected, remove_pointer
 from hydra_ckpt.store.retention import _ANY_OF, _POLICIES, Context, policies, superfluous
 
 STATE = AppState(torch.nn.Linear(2, 1))
@@ -39,10 +40,10 @@ def steps_in(directory: Path) -> list[int]:
     return [item.step for item in scan(directory).checkpoints]
 
 
-def kept(directory: Path, retention: dict[str, Any], now: float = 0.0) -> list[int]:
+def kept(directory: Path, retention: dict[str, Any], now: float = 0.0, metric: str = "loss") -> list[int]:
     """The steps that policies keep, pointers apart."""
     catalog = scan(directory)
-    leave = {item.name for item in superfluous(catalog, policies(retention, None), Context("loss", "min", now))}
+    leave = {item.name for item in superfluous(catalog, policies(retention, None), Context(metric, "min", now))}
     return [item.step for item in catalog.checkpoints if item.name not in leave]
 
 
@@ -79,6 +80,41 @@ def test_age_is_counted_from_the_save(eight: Path) -> None:
     assert kept(eight, {"younger_than_s": 10}, now=times[-1] + 11) == []
     between = (times[4] + times[5]) / 2
     assert kept(eight, {"younger_than_s": 10}, now=between + 10) == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("retention", "steps"),
+    [
+        ({"best": 1}, list(range(1, 9))),
+        ({"any_of": [{"best": 1}, {"best": 2}]}, list(range(1, 9))),
+        ({"newest": 2, "best": 2}, [7, 8]),
+    ],
+)
+def test_best_says_nothing_while_no_checkpoint_has_its_metric(
+    eight: Path, retention: dict[str, Any], steps: list[int]
+) -> None:
+    assert kept(eight, retention, metric="accuracy") == steps
+
+
+def test_what_has_no_metric_yet_stays_until_one_has(tmp_path: Path) -> None:
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), retention={"best": 1})
+    with config.build(0, 0, 0) as engine:
+        for step in (1, 2, 3):
+            engine.save(STATE, step=step).result()
+        engine.drain()
+        assert steps_in(tmp_path) == [1, 2, 3]
+        engine.add_metrics(2, 0, {"loss": 1.0})
+        engine.save(STATE, step=4, metrics={"loss": 2.0}).result()
+        engine.drain()
+    assert steps_in(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize("rule", ["newest", "best", "every_n_steps", "younger_than_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 0, True, "3"])
+def test_a_number_that_keeps_nothing_is_refused_by_name(rule: str, value: Any) -> None:
+    for make in (lambda given: policies(given, None), lambda given: CheckpointingConfig(retention=given)):
+        with pytest.raises(CheckpointConfigError, match=rf"checkpoint\.retention\.{rule}=.*is not valid; it takes"):
+            make({rule: value})
 
 
 @pytest.mark.parametrize(
@@ -145,6 +181,33 @@ def test_an_unreadable_pointer_stops_pruning_with_a_warning(
         engine.save(STATE, step=5).result()
         engine.drain()
     assert steps_in(tmp_path) == [5]
+
+
+def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path / "run", 1, 4, 5)
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links: LATEST and BEST are directories
+    stands = {path: path.read_bytes() for name in ("LATEST", "BEST") for path in (copy / name).rglob("*.*")}
+    config = CheckpointingConfig(checkpoint_dir=str(copy), retention={"best": 1})
+    with config.build(0, 0, 0) as engine:
+        report = engine.start(STATE)
+        assert report is not None
+        assert report.step == 5
+        engine.save(STATE, step=6, metrics={"loss": 2.0}).result()
+        engine.drain()
+    assert steps_in(copy) == [4, 6]  # what BEST.txt and LATEST.txt lead to
+    assert {path: path.read_bytes() for path in stands} == stands
+    assert f"{copy / 'LATEST'} is a directory and no link" in caplog.text
+    assert [scan(copy).pointed(name).step for name in ("LATEST", "BEST")] == [6, 4]  # type: ignore[union-attr]
+    remove_pointer(Files(), copy, "BEST")
+    assert {path: path.read_bytes() for path in stands} == stands
+    for name in ("LATEST", "BEST"):
+        shutil.rmtree(copy / name)
+    save_steps(copy, 7)
+    assert (copy / "LATEST").readlink() == Path("epoch_0_step_7")
+    assert (copy / "BEST").readlink() == Path("epoch_0_step_4")
+    assert not list(copy.glob("*.txt"))
 
 
 READER = """

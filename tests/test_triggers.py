@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra_ckpt import Checkpoint, CheckpointCallback, CheckpointConfigError, Ch
 from hydra_ckpt.store.lease import read_owner
 from hydra_ckpt.testing import run_distributed
 from hydra_ckpt.triggers.requests import INTERVAL_S, RequestFiles
-from hydra_ckpt.triggers.signals import parse_signals
+from hydra_ckpt.triggers.signals import SignalWatch, parse_signals
 from tests.test_callback import make, make_state, steps
 
 
@@ -125,7 +126,133 @@ def test_an_error_is_not_hidden_by_a_signal_that_came_as_well(tmp_path: Path) ->
     assert "ValueError: the reason" in ended.stderr
 
 
-@pytest.mark.parametrize("given", ["SIGUSR1", "usr1", 10, "10", ["SIGUSR1"], [10], ("usr1",)])
+FORKED = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from tests.test_triggers import make
+from tests.test_callback import make_state
+
+def earlier(number, frame):
+    print("earlier", flush=True)
+    os._exit(3)
+
+def child(ready):
+    ready.set()
+    time.sleep(60)
+
+if sys.argv[2] == "handler":
+    signal.signal(signal.SIGTERM, earlier)
+with make(Path(sys.argv[1]), _signals=["SIGTERM", "term", 15]) as callback:
+    callback.on_train_begin(make_state())
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    forked = context.Process(target=child, args=(ready,))
+    forked.start()
+    ready.wait(30)
+    forked.terminate()
+    forked.join(30)
+    print(forked.exitcode, flush=True)
+    forked.kill()
+    callback.on_step_end(1)
+    print(callback.should_stop)
+"""
+
+
+@pytest.mark.parametrize(("before", "said"), [("default", "-15\nFalse\n"), ("handler", "earlier\n3\nFalse\n")])
+def test_a_forked_process_hears_signals_as_if_no_run_watched(tmp_path: Path, before: str, said: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path), before]
+    ended = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (0, said), ended.stderr
+
+
+@pytest.fixture
+def usr1() -> Iterator[list[str]]:
+    """Names of what has handled SIGUSR1; the program's own handler, "own", is in place."""
+    seen: list[str] = []
+    original = signal.signal(signal.SIGUSR1, lambda *_: seen.append("own"))
+    yield seen
+    signal.signal(signal.SIGUSR1, original)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_watches_end_in_any_order(first: int, usr1: list[str]) -> None:
+    own = signal.getsignal(signal.SIGUSR1)
+    watches = [SignalWatch("usr1"), SignalWatch("usr1")]
+    for watch in watches:
+        watch.install()
+    signal.raise_signal(signal.SIGUSR1)
+    assert [watch.received for watch in watches] == [signal.SIGUSR1] * 2
+    assert usr1 == ["own"]
+    watches.pop(first).remove(obeyed=True)
+    [left] = watches
+    left.received = None
+    signal.raise_signal(signal.SIGUSR1)
+    assert left.received == signal.SIGUSR1
+    assert usr1 == ["own"] * 2
+    left.remove(obeyed=True)
+    assert signal.getsignal(signal.SIGUSR1) is own
+
+
+def test_a_handler_that_came_later_stays_and_passes_through_a_watch_that_is_over(usr1: list[str]) -> None:
+    own = signal.getsignal(signal.SIGUSR1)
+    watch = SignalWatch("usr1")
+    watch.install()
+    ours: Any = signal.getsignal(signal.SIGUSR1)
+
+    def later(number: int, frame: Any) -> None:
+        usr1.append("later")
+        ours(number, frame)
+
+    signal.signal(signal.SIGUSR1, later)
+    watch.remove(obeyed=True)
+    assert signal.getsignal(signal.SIGUSR1) is later
+    signal.raise_signal(signal.SIGUSR1)
+    assert usr1 == ["later", "own"]
+    assert watch.received is None
+    signal.signal(signal.SIGUSR1, ours)  # as `later` would put back what it had found
+    signal.raise_signal(signal.SIGUSR1)
+    assert usr1 == ["later", "own", "own"]
+    assert signal.getsignal(signal.SIGUSR1) is own
+
+
+TWO_RUNS = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_triggers import make
+from tests.test_callback import make_state
+
+one, two = (make(Path(sys.argv[1]) / name) for name in ("one", "two"))
+for callback in (one, two):
+    callback.on_train_begin(make_state())
+    callback.on_step_end(1)
+if sys.argv[2] == "before":
+    os.kill(os.getpid(), signal.SIGTERM)
+for callback in (one, two):
+    callback.on_train_end()
+    callback.close()
+    print("closed", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("not reached")
+"""
+
+
+@pytest.mark.parametrize(("when", "closed"), [("before", 1), ("after", 2)])
+def test_a_signal_ends_a_process_whose_runs_have_ended_in_the_order_they_began(
+    tmp_path: Path, when: str, closed: int
+) -> None:
+    command = [sys.executable, "-c", TWO_RUNS, str(tmp_path), when]
+    ended = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "closed\n" * closed), ended.stderr
+    for name in ("one", "two"):
+        assert Checkpoint.open(tmp_path / name / "LATEST").step == 1
+        assert read_owner(tmp_path / name)[0].released  # type: ignore[index]
+
+
+@pytest.mark.parametrize("given", ["SIGUSR1", "usr1", 10, "10", ["SIGUSR1"], [10], ("usr1",), ["SIGUSR1", "usr1", 10]])
 def test_signals_are_named_in_any_of_the_usual_ways(given: Any) -> None:
     assert parse_signals(given) == [signal.SIGUSR1]
 

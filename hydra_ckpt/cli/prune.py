@@ -12,7 +12,7 @@ from hydra_ckpt.cli.holding import decision, held
 from hydra_ckpt.cli.locating import locate
 from hydra_ckpt.cli.output import print_json, shown_size
 from hydra_ckpt.errors import CheckpointConfigError, counted
-from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.catalog import Catalog, scan
 from hydra_ckpt.store.retention import Context, policies, superfluous
 
 __all__ = ["prune"]
@@ -48,6 +48,8 @@ def prune(
     catalog = scan(root)
     own = decision(catalog)
     context = Context(metric or own.best_metric_key, mode or own.best_metric_mode, time.time())
+    if best is not None:
+        _refuse_unmeasured(catalog, context)
     if yes:
         with held(root, own) as run:
             catalog = scan(root)
@@ -66,3 +68,14 @@ def prune(
         print(f"{'deleted' if yes else 'would be deleted'}: {item.name}")
     tail = "" if yes or not going else "; --yes does it"
     print(f"{len(going)} of {counted(len(catalog.checkpoints), 'checkpoint')}, {shown_size(nbytes)}{tail}")
+
+
+def _refuse_unmeasured(catalog: Catalog, context: Context) -> None:
+    """Raise if there are checkpoints, and none has the metric that tells the best."""
+    if not catalog.checkpoints or catalog.best(context.metric, context.mode) is not None:
+        return
+    measured = sorted({name for item in catalog.checkpoints for name in item.metrics})
+    instead = f"give one of these by --metric: {', '.join(measured)}" if measured else "none has any; leave --best out"
+    raise CheckpointConfigError(
+        f"--best: no checkpoint in {catalog.root} has a finite metric {context.metric!r} to compare; {instead}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,18 +149,29 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_
     for model in models:
         if part in (model, model.removeprefix(f"{names.MODEL}/")):
             return _model(checkpoint, model, ledger), model
-    tensors = open_part(checkpoint, names.EXTRAS).tensors if names.EXTRAS in parts else {}
-    extra = {name: item for name, item in tensors.items() if name.startswith(f"{part}:")}
-    if not extra or len(models) != 1:
-        found = sorted({name.split(":")[0] for name in tensors})
-        raise CheckpointNotFoundError(
-            f"{checkpoint.path} has no part {part!r} to export; it has {', '.join([*models, *found])}"
-        )
-    source = _model(checkpoint, models[0], ledger)
-    naming = _stored_naming(checkpoint, models[0]) or source.naming
-    averages = _average(naming, part, extra)
-    read = partial(fetch, checkpoint.path, ledger=ledger)
-    return _Source(averages, naming, source.stem, read, BLOCK_BYTES), models[0]
+    averages: list[str] = []
+    if len(models) == 1 and names.EXTRAS in parts:
+        source = _model(checkpoint, models[0], ledger)
+        naming = _stored_naming(checkpoint, models[0]) or source.naming
+        extras: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for name, item in open_part(checkpoint, names.EXTRAS).tensors.items():
+            extras[name.split(":")[0]][name] = item
+        if part in extras:
+            tensors = _average(naming, part, extras[part])
+            read = partial(fetch, checkpoint.path, ledger=ledger)
+            return _Source(tensors, naming, source.stem, read, BLOCK_BYTES), models[0]
+        averages = sorted(name for name, extra in extras.items() if _is_average(naming, name, extra))
+    raise CheckpointNotFoundError(
+        f"{checkpoint.path} has no part {part!r} to export; it has {', '.join([*models, *averages])}"
+    )
+
+
+def _is_average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> bool:
+    try:
+        _average(naming, part, extra)
+    except CheckpointNotFoundError:
+        return False
+    return True
 
 
 def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -1,16 +1,20 @@
 """Pointers: names such as LATEST that lead to a checkpoint, moved atomically.
 
-A pointer is a relative symbolic link; where the file system refuses links it is a text file, NAME.txt.
+A pointer is a relative symbolic link; where the file system refuses links, or a directory stands in its place, it is a
+text file, NAME.txt. Such a directory is what copying leaves that follows links; it is never touched.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
+
+log = logging.getLogger(__name__)
 
 _LINKS_REFUSED = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _MAX_TEXT = 4096
@@ -24,28 +28,49 @@ def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
 
 def point(files: Files, root: Path, pointer: str, target: str) -> None:
     """Coordinator only: let `pointer` lead anywhere, by a path seen from `root`; atomically."""
-    nonce = names.nonce()
-    beside = root / f".{pointer}.{nonce}"
+    link, beside = root / pointer, root / f".{pointer}.{names.nonce()}"
+    if _is_directory(link):
+        log.warning(
+            "%s is a directory and no link, as a copy that follows links leaves it; it is not touched, and %s.txt "
+            "leads to %s instead. Remove the directory, or give it another name",
+            *(link, pointer, target),
+        )
+        _write_text(files, root, pointer, target)
+        return
     try:
         files.symlink(target, beside)
     except OSError as error:
         if error.errno not in _LINKS_REFUSED:
             raise
-        write_atomically(files, root / f"{pointer}.txt", (target + "\n").encode(), nonce)
+        _write_text(files, root, pointer, target)
         return
     try:
-        files.replace(beside, root / pointer)
+        files.replace(beside, link)
     except OSError:
         files.unlink(beside)
         raise
-    files.unlink(root / f"{pointer}.txt")
+    _unlink(files, root / f"{pointer}.txt")
     files.sync_dir(root)
+
+
+def _write_text(files: Files, root: Path, pointer: str, target: str) -> None:
+    write_atomically(files, root / f"{pointer}.txt", (target + "\n").encode(), names.nonce())
 
 
 def remove_pointer(files: Files, root: Path, pointer: str) -> None:
     """Coordinator only: remove a pointer in either form."""
-    files.unlink(root / pointer)
-    files.unlink(root / f"{pointer}.txt")
+    _unlink(files, root / pointer)
+    _unlink(files, root / f"{pointer}.txt")
+
+
+def _unlink(files: Files, path: Path) -> None:
+    if not _is_directory(path):
+        files.unlink(path)
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether a directory itself is there, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def protected(root: Path) -> set[str]:

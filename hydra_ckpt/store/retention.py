@@ -18,6 +18,7 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint
 from hydra_ckpt.store.pointers import protected
 from hydra_ckpt.store.readers import is_read
+from hydra_ckpt.values import Check, count, positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +30,19 @@ class Context:
     now: float
 
 
-Policy = Callable[[Sequence[Checkpoint], Context], set[str]]
+# The names of those it keeps; None where it cannot tell, which is as if the policy were not there.
+Policy = Callable[[Sequence[Checkpoint], Context], set[str] | None]
 
 
-def _newest(count: int) -> Policy:
-    return lambda items, _: {item.name for item in sorted(items, key=lambda item: -item.step)[:count]}
+def _newest(most: int) -> Policy:
+    return lambda items, _: {item.name for item in sorted(items, key=lambda item: -item.step)[:most]}
 
 
-def _best(count: int) -> Policy:
-    def keep(items: Sequence[Checkpoint], context: Context) -> set[str]:
+def _best(most: int) -> Policy:
+    def keep(items: Sequence[Checkpoint], context: Context) -> set[str] | None:
         sign = 1.0 if context.mode == "min" else -1.0
         rated = [(sign * value, item.step, item.name) for item in items if (value := _value(item, context)) is not None]
-        return {name for _, _, name in sorted(rated)[:count]}
+        return {name for _, _, name in sorted(rated)[:most]} if rated else None
 
     return keep
 
@@ -58,11 +60,11 @@ def _younger_than_s(age: float) -> Policy:
     return lambda items, context: {item.name for item in items if context.now - item.manifest.created < age}
 
 
-_POLICIES: dict[str, Callable[[Any], Policy]] = {
-    "newest": _newest,
-    "best": _best,
-    "every_n_steps": _every_n_steps,
-    "younger_than_s": _younger_than_s,
+_POLICIES: dict[str, tuple[Check, Callable[[Any], Policy]]] = {
+    "newest": (count, _newest),
+    "best": (count, _best),
+    "every_n_steps": (count, _every_n_steps),
+    "younger_than_s": (positive, _younger_than_s),
 }
 
 
@@ -73,7 +75,7 @@ def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> lis
     """Policies from plain data; none at all keeps everything.
 
     Raises:
-        CheckpointConfigError: An unknown policy, or a number that is not positive.
+        CheckpointConfigError: An unknown policy, or a number that it does not take.
     """
     wanted = dict(retention or {})
     if max_recent is not None:
@@ -87,9 +89,8 @@ def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> lis
             raise CheckpointConfigError(
                 f"checkpoint.retention.{name}: unknown policy; choose from {', '.join([*_POLICIES, _ANY_OF])}"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise CheckpointConfigError(f"checkpoint.retention.{name}: expected a positive number, got {value!r}")
-        made.append(_POLICIES[name](value))
+        check, policy = _POLICIES[name]
+        made.append(policy(check(f"retention.{name}", value)))
     return made
 
 
@@ -104,13 +105,15 @@ def _any_of(further: Any) -> list[Policy]:
 def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
     """The checkpoints that may go: neither kept by a policy, nor led to by a pointer, nor being read.
 
+    Where no policy can tell which stay, such as `best` alone while none has the metric, all do.
+
     Raises:
         CorruptCheckpointError: A pointer cannot be read, so that it is unknown what it protects.
     """
-    if not keeping:
+    told = [found for policy in keeping if (found := policy(catalog.checkpoints, context)) is not None]
+    if not told:
         return []
-    kept = set().union(*(policy(catalog.checkpoints, context) for policy in keeping))
-    kept |= protected(catalog.root)
+    kept = protected(catalog.root).union(*told)
     return [item for item in catalog.checkpoints if item.name not in kept and not is_read(item.path)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -13,11 +14,9 @@ from hydra_ckpt.errors import CheckpointConfigError
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[int, FrameType | None], Any]
-
 
 def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signal.Signals]:
-    """Signals from names or numbers.
+    """Signals from names or numbers, each once.
 
     Raises:
         CheckpointConfigError: There is no such signal.
@@ -40,7 +39,7 @@ def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signa
             ) from None
     for item in {signal.SIGKILL, signal.SIGSTOP}.intersection(found):
         raise CheckpointConfigError(f"callbacks.checkpoint.signals: {item.name} cannot be caught by any program")
-    return found
+    return list(dict.fromkeys(found))  # one may be named twice: SIGTERM, term, 15
 
 
 def _signal(item: str | int) -> signal.Signals:
@@ -49,6 +48,60 @@ def _signal(item: str | int) -> signal.Signals:
     if text.isdigit() and not isinstance(item, bool):
         return signal.Signals(int(text))
     return signal.Signals[text if text.startswith("SIG") else f"SIG{text}"]
+
+
+class _Link:
+    """One handler of ours in the chain of a signal; in front as soon as it is made, which only the main thread can.
+
+    Whoever comes later may hold on to it, so it can be called when it is over, and in forked processes, which know
+    nothing of the run. There it does what would have happened without it.
+
+    Args:
+        number: The signal.
+        note: Called with the signal, and whether a handler that is not ours hears of it as well.
+    """
+
+    def __init__(self, number: signal.Signals, note: Callable[[signal.Signals, bool], None]) -> None:
+        self._number = number
+        self._note = note
+        self._process: int | None = os.getpid()
+        # None: not set from Python, and so never to be called or put back.
+        self._before: Any = signal.getsignal(number)
+        signal.signal(number, self)
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is not over, and this is the process that made it."""
+        return self._process == os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        front, earlier = signal.getsignal(number), self.earlier()
+        if self.watches:
+            passes_on = callable(earlier) and earlier is not signal.default_int_handler
+            self._note(self._number, passes_on or not isinstance(front, _Link))
+            if passes_on:
+                earlier(number, frame)
+            return
+        if front is self:
+            signal.signal(number, earlier)
+        if callable(earlier):
+            earlier(number, frame)
+        elif front is self:  # what stands in front has been called, and would be so without us
+            signal.raise_signal(number)
+
+    def end(self) -> None:
+        """Watch no longer; what was there before is put back if nobody else has come in front since."""
+        self._process, self._before = None, self.earlier()  # those that are over are not held on to
+        in_front = signal.getsignal(self._number) is self
+        if in_front and threading.current_thread() is threading.main_thread():
+            signal.signal(self._number, self._before)
+
+    def earlier(self) -> Any:
+        """What would handle the signal without this one, and without links that are over."""
+        if isinstance(self._before, _Link) and not self._before.watches:
+            return self._before.earlier()
+        return signal.SIG_DFL if self._before is None else self._before
 
 
 class SignalWatch:
@@ -63,43 +116,37 @@ class SignalWatch:
 
     def __init__(self, signals: Iterable[str | int] | str | int | None) -> None:
         self._signals = parse_signals(signals)
-        self._previous: dict[signal.Signals, Any] = {}
+        self._links: list[_Link] = []
         self.received: signal.Signals | None = None
         self._unheard: signal.Signals | None = None
 
     def install(self) -> None:
         """Start watching; only the main thread can."""
-        if not self._signals or self._previous:
+        if not self._signals or self._links:
             return
         if threading.current_thread() is not threading.main_thread():
             names = ", ".join(item.name for item in self._signals)
             log.warning("signals (%s) are not watched: training does not run in the main thread", names)
             return
-        for item in self._signals:
-            self._previous[item] = signal.signal(item, self._note)
+        self._links = [_Link(item, self._hear) for item in self._signals]
 
     def remove(self, *, obeyed: bool) -> None:
-        """Put the earlier handlers back. Idempotent.
+        """Put the earlier handlers back, where nobody else has come in front since. Idempotent.
 
         Args:
             obeyed: Whether the run has stopped for what came. If not, it is sent again, to do what it would have done;
-                an earlier handler of the program's own has been called already.
+                another handler of the program's own has been called already.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for item, previous in self._previous.items():
-            # None: the earlier handler was not set from Python and cannot be put back.
-            signal.signal(item, signal.SIG_DFL if previous is None else previous)
-        again = None if obeyed else self._unheard
-        self._previous, self.received, self._unheard = {}, None, None
+        # A forked process has not got what came to the run.
+        again = self._unheard if not obeyed and any(link.watches for link in self._links) else None
+        for link in self._links:
+            link.end()
+        self._links, self.received, self._unheard = [], None, None
         if again is not None:
             log.info("%s came when there was no step left to stop at; it is sent again", again.name)
             signal.raise_signal(again)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        came = self.received = signal.Signals(number)
-        previous = self._previous.get(came)
-        if callable(previous) and previous is not signal.default_int_handler:
-            previous(number, frame)
-        else:
+    def _hear(self, came: signal.Signals, heard: bool) -> None:
+        self.received = came
+        if not heard:
             self._unheard = came
