@@ -5,6 +5,7 @@ Tests wrap it to record or to fail operations (`hydra_ckpt.testing`); reading ne
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -19,8 +20,12 @@ import numpy as np
 
 from hydra_ckpt.direct import KINDS, PAGE, DirectWriter
 
-# File systems that reserve space by themselves; on others the C library would write to every block of the file.
-_RESERVING = ("btrfs", "ext4", "f2fs", "overlay", "tmpfs", "xfs")
+# The system call itself: where a file system has none of its own, `os.posix_fallocate` would write to every block, and
+# so over what others write to the file. None on platforms without it.
+_FALLOCATE = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+if _FALLOCATE is not None:
+    _FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_BLOCK = 512  # bytes that `st_blocks` counts in
 
 # Linux caps one write at 2 GiB - 4 KiB; smaller calls also let a failing disk be noticed earlier.
 _WRITE_BYTES = 64 << 20
@@ -43,6 +48,7 @@ class OpenFile:
         self._descriptor = descriptor
         self._direct = direct
         self._writer: DirectWriter | None = None
+        self._reserved: bool | None = None
 
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
         """Write all bytes of `data` from `offset` on."""
@@ -72,9 +78,20 @@ class OpenFile:
     def write_runs(self, offset: int, run: int, count: int, stride: int, data: memoryview) -> None:
         """Write `count` runs of `run` bytes, one every `stride` bytes, from contiguous `data`.
 
-        Through a memory map in one strided copy: thousands of short writes would each wait for the
-        interpreter's lock beside a busy training thread.
+        Through a memory map in one strided copy where the file's space is reserved: thousands of short writes would
+        each wait for the interpreter's lock beside a busy training thread. Elsewhere run by run, because a full disk
+        fails a write, but ends a process that stores to a map.
         """
+        if self._reserved is None:
+            self._reserved = _is_reserved(self._descriptor)
+        if self._reserved:
+            self._map_runs(offset, run, count, stride, data)
+        else:
+            view = memoryview(data).cast("B")
+            for number in range(count):
+                self._write(offset + number * stride, view[number * run : (number + 1) * run])
+
+    def _map_runs(self, offset: int, run: int, count: int, stride: int, data: memoryview) -> None:
         page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         length = offset - page + (count - 1) * stride + run
         with mmap.mmap(self._descriptor, length, offset=page) as window:
@@ -106,9 +123,7 @@ class Files:
         """Create a new file of this size, with its space reserved where that can be, so that a full disk shows now."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if nbytes and _mounted_as(path, _MOUNTS) in _RESERVING:
-                _reserve(descriptor, nbytes)
-            elif nbytes:
+            if nbytes and not _reserve(descriptor, nbytes):
                 os.ftruncate(descriptor, nbytes)
         finally:
             os.close(descriptor)
@@ -168,13 +183,28 @@ class Files:
             shutil.rmtree(path)
 
 
-def _reserve(descriptor: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, nbytes)
+def _reserve(descriptor: int, nbytes: int) -> bool:
+    """Reserve a file's first bytes, none of which changes; False where the file system does not do that.
+
+    Raises:
+        OSError: There is no space.
+    """
+    while _FALLOCATE is not None and _FALLOCATE(descriptor, 0, 0, nbytes) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return _FALLOCATE is not None
+
+
+def _is_reserved(descriptor: int) -> bool:
+    """Whether every byte of a file that is not empty has its place on disk.
+
+    Blocks alone do not tell: a file system that reserves nothing may count those that say where the others are.
+    """
+    status = os.fstat(descriptor)
+    return status.st_blocks * _BLOCK >= status.st_size and _reserve(descriptor, 1)
 
 
 # File systems that may lose bytes when different hosts write to neighbouring ranges of one file.

@@ -757,11 +757,33 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
         AppState(model)
 
 
-def test_a_buffer_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"extras": {1: nn.Linear(1, 1)}}, r"extras\[1\]: the name must be a text"),
+        ({"extras": {"a/b": nn.Linear(1, 1)}}, r"extras\['a/b'\]: the name must be a text without '/'"),
+        ({"extras": {"x": 1}}, r"extras\['x'\] \(int\) has no state_dict\(\)"),
+        ({"extras": [nn.Linear(1, 1)]}, "extras: expected a dict of objects by name, got list"),
+        ({"extras": nn.Linear(1, 1)}, "extras: expected a dict of objects by name, got Linear"),
+        ({"lr_scheduler": object()}, r"lr_scheduler: expected an object with state_dict\(\).* got object"),
+        ({"lr_scheduler": [None]}, r"lr_scheduler: expected .* got NoneType"),
+    ],
+)
+def test_what_has_no_state_or_no_name_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointConfigError, match=message):
+        AppState(nn.Linear(1, 1), **arguments)
+    assert AppState(nn.Linear(1, 1), extras=None).extras == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+def test_a_tensor_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_path: Path, kind: str) -> None:
     model = nn.Linear(2, 2)
-    model.register_buffer("e", torch.ones(1).expand(5))
+    if kind == "buffer":
+        model.register_buffer("e", torch.ones(1).expand(5))
+    else:
+        model.register_parameter("e", nn.Parameter(torch.ones(3, 1).expand(3, 4)))
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
-        with pytest.raises(CheckpointError, match=r"the buffer e is an expanded view.*\.contiguous\(\)"):
+        with pytest.raises(CheckpointError, match=rf"the {kind} e is an expanded view.*\.contiguous\(\)"):
             engine.save(AppState(model), step=1)
         with pytest.raises(CheckpointConfigError, match="counted from 0"):
             engine.save(AppState(nn.Linear(2, 2)), step=-1)
@@ -777,8 +799,10 @@ def test_a_buffer_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_p
         ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is no valid Unicode text"),
         ("dense", torch.eye(2).to_sparse(), r"dense: tensors of the layout sparse_coo.*\.to_dense\(\)"),
         ("later", nn.UninitializedParameter(), "later is not initialized yet"),
+        ("deep", torch.ones((1,) * 65), "deep has 65 dimensions.* up to 64, each"),
+        ("long", nn.Parameter(torch.empty(0, 2**62)), r"long has .*each shorter than 2\*\*62"),
     ],
-    ids=["metadata", "tag", "surrogate", "sparse", "lazy"],
+    ids=["metadata", "tag", "surrogate", "sparse", "lazy", "deep", "long"],
 )
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_what_files_cannot_hold_is_refused_by_name_before_anything_is_written(

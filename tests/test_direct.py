@@ -1,4 +1,4 @@
-"""Writing past the page cache: the same bytes, errors that are told, and only where nobody maps the file."""
+"""Ways to write: past the page cache and through maps the same bytes, errors that are told, each in its place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,92 @@ def test_without_another_thread_the_ordinary_way_is_taken(tmp_path: Path, monkey
         file.sync()
     assert path.read_bytes() == b"x" * MIB
     assert len(list(Path("/proc/self/fd").iterdir())) == held
+
+
+RUN, COUNT, STRIDE = 1000, 300, 2500
+
+
+def _write_runs(path: Path) -> bytes:
+    """What the file has to hold afterwards."""
+    data = torch.randint(0, 256, (RUN * COUNT,), dtype=torch.uint8).numpy().tobytes()
+    with Files().open(path) as file:
+        file.write_runs(77, RUN, COUNT, STRIDE, memoryview(data))
+        file.sync()
+    expected = bytearray(MIB)
+    for number in range(COUNT):
+        start = 77 + number * STRIDE
+        expected[start : start + RUN] = data[number * RUN : (number + 1) * RUN]
+    return bytes(expected)
+
+
+def test_runs_are_written_one_by_one_where_no_space_is_reserved(tmp_path: Path) -> None:
+    reserved, sparse = tmp_path / "reserved", tmp_path / "sparse"
+    Files().allocate(reserved, MIB)
+    sparse.touch()
+    os.truncate(sparse, MIB)
+    for path in (reserved, sparse):
+        assert _write_runs(path) == path.read_bytes()
+    os.truncate(sparse, 0)
+    os.truncate(sparse, MIB)
+    with _files_of_at_most(4096), pytest.raises(OSError, match="File too large"):
+        _write_runs(sparse)  # a write, then: the limit is none for maps
+
+
+def test_runs_go_through_a_map_where_space_is_reserved(tmp_path: Path) -> None:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], check=True, capture_output=True, text=True).stdout
+    if kind.strip() not in ("ext2/ext3", "xfs", "tmpfs", "btrfs"):
+        pytest.skip(f"{kind.strip()} may reserve nothing")
+    path = tmp_path / "file"
+    Files().allocate(path, MIB)
+    with _files_of_at_most(4096):
+        expected = _write_runs(path)
+    assert path.read_bytes() == expected
+
+
+# All but the last page is written, and nothing is left for that. On ext2 the blocks that list blocks make up for it.
+FILL = """
+import os, sys
+from pathlib import Path
+from hydra_ckpt.files import Files
+place, size = Path(sys.argv[1]), 1 << 20
+(place / "file").touch()
+os.truncate(place / "file", size)
+with Files().open(place / "file") as file:
+    file.write_at(0, b"x" * (size - 4096))
+    with open(place / "others", "wb", buffering=0) as others:
+        try:
+            while True:
+                others.write(b"x" * 512)
+        except OSError:
+            pass
+    try:
+        file.write_runs(size - 4096, 8, 2, 16, memoryview(b"y" * 16))
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext2"])
+def test_a_full_disk_is_an_error_and_ends_no_process(tmp_path: Path, kind: str) -> None:
+    place, image = tmp_path / "disk", tmp_path / "image"
+    place.mkdir()
+    mount = f"mount -t tmpfs -o size=2m none {place}"
+    if kind == "ext2":
+        mount = f"truncate -s 4M {image} && mkfs.ext2 -q -b 1024 {image} && mount -o loop {image} {place}"
+    apart = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c"]
+    try:
+        subprocess.run([*apart, mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"no {kind} can be mounted here")
+    program = f'{mount} && exec "$@"'
+    done = subprocess.run(
+        [*apart, program, "sh", sys.executable, "-c", FILL, str(place)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[Errno 28] No space left on device"), done.stderr
 
 
 def _passes_by(place: Path) -> bool:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -201,6 +201,61 @@ def test_param_groups_keep_their_options_and_keys_of_their_own(tmp_path: Path) -
     load(tmp_path, AppState(fresh, restored))
     for one, other in zip(optimizer.param_groups, restored.param_groups, strict=True):
         assert_same({k: v for k, v in other.items() if k != "params"}, {k: v for k, v in one.items() if k != "params"})
+
+
+def test_an_optimizer_of_another_kind_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    def step(model: nn.Module, optimizer: Optimizer) -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    model = nn.Linear(2, 2)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedulers.OneCycleLR(optimizer, 0.1, 10)  # puts options of its own into the groups
+    step(model, optimizer)
+    save(tmp_path, AppState(model, optimizer))
+    fresh = nn.Linear(2, 2)
+    before, other = copy.deepcopy(fresh.state_dict()), AdamW(fresh.parameters(), lr=1e-3)
+    with pytest.raises(KeyMismatchError, match=r"restore_parts=\[model,") as failure:
+        load(tmp_path, AppState(fresh, other))
+    why = failure.value.mismatched["optimizer 0"]
+    assert why.startswith("SGD in the checkpoint, AdamW in the AppState")
+    assert "only there: dampening, momentum, nesterov; only here: amsgrad, betas, capturable" in why
+    assert_same(fresh.state_dict(), before)
+    assert other.param_groups[0]["lr"] == 1e-3
+    # What the message says.
+    parts = why[why.index("restore_parts=[") + len("restore_parts=[") : why.rindex("]")].split(",")
+    load(tmp_path, AppState(fresh, other), restore_parts=parts)
+    assert_same(fresh.state_dict(), model.state_dict())
+    step(fresh, other)
+
+
+class Later(AdamW):
+    """A class that has gained an option since."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.defaults["added"] = 1
+        for group in self.param_groups:
+            group["added"] = 1
+
+
+Later.__qualname__ = "AdamW"
+
+
+@pytest.mark.parametrize("kind", [Adam, Later])
+def test_an_optimizer_with_the_same_options_or_of_a_later_version_loads(tmp_path: Path, kind: type[Optimizer]) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    schedulers.StepLR(optimizer, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save(tmp_path, AppState(model, optimizer))
+    other = kind(model.parameters(), lr=1e-3)
+    load(tmp_path, AppState(model, other))
+    assert other.param_groups[0]["lr"] == 0.1
+    for parameter in model.parameters():
+        assert_same(other.state[parameter], optimizer.state[parameter])
+    other.step()
 
 
 def test_optimizer_state_that_does_not_exist_yet_is_absent_afterwards_too(tmp_path: Path) -> None:

@@ -48,15 +48,13 @@ class AppState:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.extras = dict(self.extras or {})
-        for name, extra in self.extras.items():
-            if not isinstance(extra, Stateful):
+        self._check_extras()
+        for scheduler in self.lr_schedulers:
+            if not isinstance(scheduler, Stateful):
                 raise CheckpointConfigError(
-                    f"extras[{name!r}] ({type(extra).__name__}) has no state_dict() and load_state_dict(); "
-                    "give it both, or keep it out of extras"
+                    "lr_scheduler: expected an object with state_dict() and load_state_dict(), a list or a dict of "
+                    f"them, got {type(scheduler).__name__}"
                 )
-            if "/" in name or ":" in name:
-                raise CheckpointConfigError(f"extras[{name!r}]: the name must not contain '/' or ':'")
         if not any(self.models.values()) or not all(
             isinstance(module, nn.Module) for modules in self.models.values() for module in modules
         ):
@@ -66,6 +64,21 @@ class AppState:
         for name in self.model if isinstance(self.model, dict) else ():
             if not name.isidentifier():
                 raise CheckpointConfigError(f"model[{name!r}]: names of models must be identifiers")
+
+    def _check_extras(self) -> None:
+        given: Any = self.extras  # of whatever type it may be
+        if given is not None and not isinstance(given, Mapping):
+            raise CheckpointConfigError(f"extras: expected a dict of objects by name, got {type(given).__name__}")
+        extras: dict[Any, Any] = dict(given or {})
+        for name, extra in extras.items():
+            if not isinstance(name, str) or "/" in name or ":" in name:
+                raise CheckpointConfigError(f"extras[{name!r}]: the name must be a text without '/' and ':'")
+            if not isinstance(extra, Stateful):
+                raise CheckpointConfigError(
+                    f"extras[{name!r}] ({type(extra).__name__}) has no state_dict() and load_state_dict(); "
+                    "give it both, or keep it out of extras"
+                )
+        self.extras = extras
 
     @classmethod
     def from_accelerator(
@@ -121,5 +134,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
-        raise CheckpointConfigError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+        raise CheckpointConfigError(
+            f"optimizer: expected a torch.optim.Optimizer, a list or a dict of them, got {type(optimizer).__name__}"
+        )
     return optimizer

@@ -20,7 +20,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
+from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
 
 # How many names a message lists.
 _LISTED = 5
@@ -199,15 +199,12 @@ class ModelMap:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 check_storable(prefix + name, parameter)
+                check_elements_apart("parameter", prefix + name, parameter)
                 yield Slot(prefix + name, module, name, True)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 check_storable(prefix + name, buffer)
-                if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
-                    raise CheckpointConfigError(
-                        f"the buffer {prefix}{name} is an expanded view whose elements share memory, so that no value "
-                        "can be loaded into it; register it with .contiguous()"
-                    )
+                check_elements_apart("buffer", prefix + name, buffer)
                 yield Slot(prefix + name, module, name, False)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[prefix + "_extra_state"] = module

@@ -22,6 +22,8 @@ from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
 _OPTIONS = "options"
+# What PyTorch's schedulers put among the options of any optimizer.
+_SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 def describe(
@@ -99,7 +101,7 @@ class Fit:
         held: Parameters of the live optimizers.
         options: For each live optimizer and group the saved options, encoded; None for a group that stays as it is.
         missing: Parameters of live optimizers that the description lacks.
-        different: Place of a group to why no options fit it.
+        different: Place of an optimizer or group to why no options fit it.
     """
 
     held: set[str]
@@ -115,7 +117,7 @@ def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Ma
         CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     saved = {
-        name: (index, group["options"])
+        name: (index, group["options"], optimizer["class"])
         for optimizer in described["optimizers"]
         for index, group in enumerate(optimizer["groups"])
         for name in group["params"]
@@ -127,9 +129,12 @@ def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Ma
             members = [_name(parameter, names, number, index) for parameter in group["params"]]
             found.held.update(members)
             found.missing.extend(name for name in members if name not in saved)
-            kinds = {_kind(*saved[name]): saved[name][1] for name in members if name in saved}
+            for _, options, kind in (saved[name] for name in members if name in saved):
+                if (why := _incompatible(kind, set(options), optimizer, set(group))) is not None:
+                    found.different[f"optimizer {number}"] = why
+            kinds = {_kind(*saved[name][:2]): saved[name][1] for name in members if name in saved}
             if len(kinds) > 1:
-                first = {_kind(*saved[name]): name for name in reversed(members) if name in saved}
+                first = {_kind(*saved[name][:2]): name for name in reversed(members) if name in saved}
                 found.different[f"optimizer {number}, group {index}"] = (
                     f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
                     "group them as in the run that saved"
@@ -137,6 +142,29 @@ def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Ma
             rows.append(next(iter(kinds.values()), None))
         found.options.append(rows)
     return found
+
+
+def _incompatible(saved: str, options: set[str], live: Optimizer, here: set[str]) -> str | None:
+    """Why the options, and so the state, of a saved optimizer are not a live one's; None where they may be.
+
+    Args:
+        saved: Its class; empty where nothing says it.
+        options: Names of its options.
+        live: The live optimizer.
+        here: Names of the live group's options.
+    """
+    name = type(live).__qualname__
+    gone, new = options - here - _SCHEDULED, set(live.defaults) - options
+    # A class may gain or lose options from version to version.
+    differ = bool(gone or new) if saved else bool(gone and new)
+    if saved == name or not differ:
+        return None
+    sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
+    return (
+        f"{saved or 'another optimizer'} in the checkpoint, {name} in the AppState, with other options "
+        f"({'; '.join(sides)}). To start with a new optimizer, name the other parts alone: "
+        "restore_parts=[model,dataloader,rng,extras,progress]"
+    )
 
 
 def _kind(index: int, options: Mapping[str, Any]) -> tuple[str, int | None]:

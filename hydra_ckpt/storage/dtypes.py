@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.storage.header import LIMIT, MAX_DIMENSIONS
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -34,7 +36,7 @@ _RESERVED_NAMES = frozenset({"__metadata__", "~"})
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """See that a tensor has elements that lie in memory one by one, and a name that a file can hold.
+    """See that a tensor has elements that lie in memory one by one, and a name and a shape that a file can hold.
 
     Raises:
         CheckpointConfigError: It has not.
@@ -55,6 +57,32 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointConfigError(
             f"{name}: tensors of the layout {kind} cannot be stored; keep a dense one (.to_dense()), "
             "or register the buffer with persistent=False"
+        )
+    if tensor.dim() > MAX_DIMENSIONS or max(tensor.shape, default=0) >= LIMIT:
+        raise CheckpointConfigError(
+            f"{name} has {tensor.dim()} dimensions, the longest of {max(tensor.shape)}; what can be stored has up to "
+            f"{MAX_DIMENSIONS}, each shorter than 2**{LIMIT.bit_length() - 1}. Reshape it"
+        )
+
+
+def check_elements_apart(kind: str, name: str, tensor: torch.Tensor) -> None:
+    """See that no two elements of a live tensor are one in memory, as in an expanded view.
+
+    Args:
+        kind: What it is, for the message.
+        name: Its name.
+        tensor: A strided tensor.
+
+    Raises:
+        CheckpointConfigError: Some are.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if local.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
+    ):
+        raise CheckpointConfigError(
+            f"the {kind} {name} is an expanded view whose elements share memory, so that no value can be loaded into "
+            "it; register it with .contiguous()"
         )
 
 

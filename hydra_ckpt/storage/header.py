@@ -18,7 +18,7 @@ from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 # The limit of the safetensors reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
-_LIMIT = 1 << 62
+LIMIT = 1 << 62  # of every size and position
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 BOXES_KEY = "hydra_ckpt.boxes"
 
@@ -124,7 +124,7 @@ def _entry(name: str, entry: Any, fail: Callable[[str], CorruptCheckpointError])
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < _LIMIT for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < LIMIT for value in values)
 
 
 def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
@@ -161,7 +161,7 @@ def _stored(
     inside = len(shape) == len(corner) == len(spec.shape) and all(
         start + size <= whole for start, size, whole in zip(corner, spec.shape, shape, strict=True)
     )
-    if not inside or prod(shape) >= _LIMIT:
+    if not inside or prod(shape) >= LIMIT:
         raise fail(f"{spec.name}: the part at {corner} does not lie within shape {shape}")
     whole = TensorSpec(spec.name, spec.dtype, shape)
     return StoredTensor(whole, (StoredChunk(Box(corner, spec.shape), file, offset),))
