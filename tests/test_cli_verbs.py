@@ -229,7 +229,11 @@ def test_repair_rolls_whole_drafts_forward_and_sweeps_the_rest(run_dir: Dirs, to
     told = tool("repair", run, "--dry-run")
     assert told.code == 0
     assert sorted(told.out.splitlines()) == sorted(
-        [f"{made['whole']}: published", f"{made['torn']}: removed", f"{made['gone']}: removed"]
+        [
+            f"{made['whole']}: would be published",
+            f"{made['torn']}: would be removed",
+            f"{made['gone']}: would be removed",
+        ]
     )
     assert contents(run) == before
     (run / "checkpoints" / "BEST").unlink()

@@ -588,6 +588,7 @@ def _user_errors(root: Path) -> dict[str, tuple[str, str]]:
         engine.save(state, step=3, is_final=True).result()
         # What one rank saves must not get into the checkpoint of another step.
         found["unlike steps"] = _attempt(lambda: engine.save(state, step=4 + rank))
+        found["unlike epochs"] = _attempt(lambda: engine.save(state, step=6, epoch=rank))
         engine.save(state, step=6).result()
     other = make_state(features=5 + rank)
     with build(root / "unlike") as engine:
@@ -613,7 +614,14 @@ EXPECTED = {
     "value at the end": ("SaveFailedError", "once:deep.0: a builtins.object"),
     "metrics at save 1": ("CheckpointConfigError", "the metrics given are loss, other"),
     "metrics at save 2": ("SaveFailedError", "the metrics given are loss, other"),
-    "unlike steps": ("SaveFailedError", "rank 1: CheckpointError: this rank saves step 5, rank 0 step 4"),
+    "unlike steps": (
+        "SaveFailedError",
+        "rank 1: CheckpointError: this rank saves epoch_0_step_5, rank 0 epoch_0_step_4",
+    ),
+    "unlike epochs": (
+        "SaveFailedError",
+        "rank 1: CheckpointError: this rank saves epoch_1_step_6, rank 0 epoch_0_step_6",
+    ),
     "unlike models": ("TopologyError", "of ranks 0 and 1, only on rank 1: model: 0.weight F32 [3, 6]"),
     "after unlike models": ("", ""),
 }

@@ -29,7 +29,7 @@ def repair(
     there. Damaged checkpoints stay as they are; `verify` finds them. Refused while a run writes to the directory.
     """
     root = locate(directory).root
-    done = _plan(root)
+    done = _plan(root, dry_run)
     before = _pointers(root)
     if not dry_run:
         with held(root, decision(scan(root))):
@@ -43,15 +43,15 @@ def repair(
         print(line)
 
 
-def _plan(root: Path) -> list[str]:
-    """What is done to each hidden directory, in the words of a report."""
+def _plan(root: Path, dry_run: bool) -> list[str]:
+    """What is done to each hidden directory, or would be, in the words of a report."""
     found = []
     for path in sorted(root.iterdir()):
         hidden = names.parse_hidden(path.name)
         if hidden is None or hidden[1] not in ("draft", "deleting"):
             continue
         publish = hidden[1] == "draft" and _is_whole(path) and not (root / hidden[0]).exists()
-        found.append(f"{path.name}: {'published' if publish else 'removed'}")
+        found.append(f"{path.name}: {'would be ' if dry_run else ''}{'published' if publish else 'removed'}")
     return found
 
 

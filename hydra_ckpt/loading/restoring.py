@@ -83,6 +83,8 @@ class Restorer:
     def selector(self, restore_from: str | os.PathLike[str] | None) -> str | None:
         """What to resume from: what is given, else what is configured; None for a fresh start."""
         given = self._options.restore_from if restore_from is None else os.fspath(restore_from)
+        if restore_from is not None and not str(given).strip():
+            raise CheckpointConfigError("restore_from='': name a checkpoint, or auto, latest, best, none")
         word = (given or "none").strip().lower()
         if word in _FRESH:
             return None
@@ -122,6 +124,8 @@ class Restorer:
                     if overwritten is not None:
                         raise overwritten
                     begin_at(0)
+                    if self._channel.is_coordinator:
+                        log.info("no checkpoint to resume from in %s: training begins anew", self._directory.root)
                     return None
                 begin_at(load.checkpoint.step if "progress" in parts else 0)
                 try:

@@ -304,10 +304,12 @@ class FailedSave:
 
     Attributes:
         step: The step that was to be saved.
+        name: The checkpoint it was to become.
         error: What went wrong here.
     """
 
     step: int
+    name: str
     error: Exception
 
     def begin(self) -> dict[str, Any]:

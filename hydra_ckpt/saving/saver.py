@@ -153,7 +153,7 @@ class Saver:
             pending.when_staged = staged.let_change
             transaction = self._transaction(request, content, staged, kinds(state))
         except Exception as failure:
-            transaction = FailedSave(request.step, failure)
+            transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
         self._published.add(name)
         if request.consolidated:

@@ -19,6 +19,10 @@ class Transaction(Protocol):
     def step(self) -> int:
         """The step it is about."""
 
+    @property
+    def name(self) -> str:
+        """The checkpoint it is about."""
+
     def begin(self) -> dict[str, Any]:
         """Coordinator only: prepare; the note tells the others where."""
 
@@ -62,14 +66,15 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
 
 
 def _begin(transaction: Transaction) -> dict[str, Any]:
-    return {**transaction.begin(), "step": transaction.step}
+    return {**transaction.begin(), "name": transaction.name}
 
 
 def _work(transaction: Transaction, note: dict[str, Any]) -> dict[str, Any]:
-    if note["step"] != transaction.step:
+    if note["name"] != transaction.name:
         # A rank that has given up on a save goes on to the next; its data must not get into the one before.
         raise CheckpointError(
-            f"this rank saves step {transaction.step}, rank 0 step {note['step']}; every rank must make the same saves"
+            f"this rank saves {transaction.name}, rank 0 {note['name']}; every rank must make the same saves, with the "
+            "same step and epoch"
         )
     return transaction.work(note)
 

@@ -87,7 +87,7 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
     return CheckpointExistsError(
         f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. "
         "Set checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, "
-        "or restore_from=auto to go on from the newest; to read weights only, restore_parts=[model]"
+        f"or restore_from={paths[-1].name} to go on from the newest; to read weights only, restore_parts=[model]"
     )
 
 
