@@ -157,6 +157,26 @@ def _check_plain(tmp_path: Path, form: str, writers: int, readers: int) -> None:
         assert ("other has no place in the AppState and is skipped" in report.notes) == (form != "app")
 
 
+def test_a_plain_dcp_directory_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "plain")
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), allow_legacy_pickle_restore=True)
+    with config.build(0, 0, 0) as engine:
+        other = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with pytest.raises(KeyMismatchError, match=r"another optimizer in the checkpoint, AdamW in .*nesterov"):
+            engine.load(AppState(model, other), restore_from=str(tmp_path / "plain"))
+        assert other.param_groups[0]["lr"] == 1e-3
+        report = engine.load(AppState(model, optimizer), restore_from=str(tmp_path / "plain"))
+    assert report is not None
+    assert "optimizer" in report.loaded
+
+
 def test_a_bare_state_dict_loads_into_the_model_alone(tmp_path: Path) -> None:
     run = Run(1)
     with warnings.catch_warnings():
