@@ -26,7 +26,7 @@ from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
-from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter
+from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
@@ -166,6 +166,8 @@ class Extractor:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        if self.is_peft:
+            refuse_lost(maps.values(), _trained(state))
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
         shared: dict[str, Any] = {"holds": self.held(state)}
         if state.optimizers:
@@ -211,6 +213,14 @@ class Extractor:
             self.try_dataloader(state)
         take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
         return take() if self._resumable and take is not None else None
+
+
+def _trained(state: AppState) -> set[int]:
+    """Identities of the parameters that training changes: those of optimizers, or where there are none all."""
+    groups = [group["params"] for optimizer in state.optimizers for group in optimizer.param_groups]
+    modules = [] if groups else [module for modules in state.models.values() for module in modules]
+    groups += [module.parameters() for module in modules]
+    return {id(parameter) for group in groups for parameter in group if parameter.requires_grad}
 
 
 def part_of(model: str) -> str:

@@ -81,8 +81,9 @@ def resumable(loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size
 class ResumableLoader(Generic[T]):
     """Iterates like the DataLoader it was made from, and knows where it is.
 
-    A new `iter()` starts the current epoch from its beginning, also after a loop was left with `break`; only after
-    `load_state_dict()` it goes on at the loaded position. When an iteration ends, `epoch` moves on by one.
+    A new `iter()` starts the current epoch from its beginning, also after a loop was left with `break`, unless that had
+    its last batch; only after `load_state_dict()` it goes on at the loaded position. When an iteration ends, `epoch`
+    moves on by one.
 
     Attributes:
         state_is_global: Says that its state is equal on all ranks and fits any number of them; of its class.
@@ -111,7 +112,7 @@ class ResumableLoader(Generic[T]):
         self._sampler = _sampler_of(loader)
         self._position = 0
         self._batches = 0
-        self._goes_on = self._resumed = False
+        self._goes_on = self._resumed = self._is_spent = False
         self._requests = _Requests()
         self._generator = torch.Generator()
         self._loader = self._rebuild(loader)
@@ -123,6 +124,8 @@ class ResumableLoader(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """Yields the batches that are left of this epoch, then moves on to the next one."""
         self.is_between_epochs = False
+        if self._is_spent and not self._goes_on:
+            self.set_epoch(self.epoch + 1)  # its last batch was taken, though not what comes behind
         if not self._goes_on:
             if self._resumed and self._position:
                 log.warning(
@@ -136,10 +139,12 @@ class ResumableLoader(Generic[T]):
         order = _order(self._sampler, self.seed, self.epoch)
         self._requests.left = self._requests_left(order)
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
-        for batch in self._loader:
+        left = self._batches_in(len(order) - self._position)
+        for number, batch in enumerate(self._loader, start=1):
             # Counted before the caller works on it: a save made in the loop's body has this batch behind it.
             self._position = min(self._position + self._global_batch, len(order))
             self._batches += 1
+            self._is_spent = number == left
             yield batch
         self.set_epoch(self.epoch + 1)
         self.is_between_epochs = True
@@ -147,7 +152,8 @@ class ResumableLoader(Generic[T]):
     def set_epoch(self, epoch: int) -> None:
         """Moves to the beginning of an epoch. Naming the current one changes nothing, so a loaded position stays."""
         if epoch != self.epoch:
-            self.epoch, self._position, self._batches, self._goes_on = epoch, 0, 0, False
+            self.epoch, self._position, self._batches = epoch, 0, 0
+            self._goes_on = self._is_spent = False
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands, as plain data, equal on every rank. `position` counts the samples of all ranks."""
@@ -169,7 +175,7 @@ class ResumableLoader(Generic[T]):
             CheckpointConfigError: The state is of another kind, or stands within an epoch of another length.
         """
         self._check(state)
-        self.is_between_epochs = False
+        self.is_between_epochs = self._is_spent = False
         if state["seed"] != self.seed:
             log.info("The dataloader goes on with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
         self.seed, self.epoch = state["seed"], state["epoch"]

@@ -28,16 +28,22 @@ _LISTED = 5
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside data-parallel, activation-checkpointing and compile wrappers."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper holds; None for what is no wrapper."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    while True:
-        if isinstance(module, DistributedDataParallel | DataParallel):
-            module = module.module
-        elif isinstance(module, ActivationWrapper):
-            module = module._checkpoint_wrapped_module
-        elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-            module = module._orig_mod
-        else:
-            return module
+    inner: nn.Module | None = None
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        inner = module.module
+    elif isinstance(module, ActivationWrapper):
+        inner = module._checkpoint_wrapped_module
+    elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        inner = module._orig_mod
+    return inner
 
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
@@ -118,23 +124,30 @@ class _Walked:
 
     module: nn.Module
     children: list[nn.Module | None]
-    parameters: list[str]
+    parameters: dict[str, int]
     buffers: list[str]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Walked:
-        return cls(module, list(module._modules.values()), _filled(module._parameters), _filled(module._buffers))
+        return cls(module, list(module._modules.values()), _identities(module), _persistent(module))
 
     def is_as_it_was(self) -> bool:
         return (
             list(self.module._modules.values()) == self.children
-            and _filled(self.module._parameters) == self.parameters
-            and _filled(self.module._buffers) == self.buffers
+            and _identities(self.module) == self.parameters
+            and _persistent(self.module) == self.buffers
         )
 
 
-def _filled(places: Mapping[str, torch.Tensor | None]) -> list[str]:
-    return [name for name, tensor in places.items() if tensor is not None]
+def _identities(module: nn.Module) -> dict[str, int]:
+    """Which parameters a module has. They tell whose state an optimizer keeps."""
+    return {name: id(parameter) for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def _persistent(module: nn.Module) -> list[str]:
+    """Which buffers of a module are saved. Others may take their places at every step."""
+    hidden = module._non_persistent_buffers_set
+    return [name for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
 
 
 @dataclass
@@ -157,7 +170,7 @@ class ModelMap:
     _adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
     _walked: list[_Walked] = field(default_factory=list)
-    _tied: list[tuple[Slot, Slot]] = field(default_factory=list)
+    _adapted_specs: list[TensorSpec] | None = None
     _hidden: list[str] = field(default_factory=list)
 
     @classmethod
@@ -176,7 +189,7 @@ class ModelMap:
             core = unwrap(module)
             sources.update(_tied_to(core))
             places_here = set()
-            for slot in found._walk(core, ""):
+            for slot in found._walk(module, ""):
                 if slot.name in places and places[slot.name].tensor is not slot.tensor:
                     raise TopologyError(f"two parts of the model hold different tensors named {slot.name}")
                 places[slot.name] = slot
@@ -191,21 +204,24 @@ class ModelMap:
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
-        module = unwrap(module)
-        self._walked.append(_Walked.of(module))
+        while (inner := _inside(module)) is not None:
+            self._walked.append(_Walked.of(module))
+            module = inner
         if isinstance(module, FSDPModule):
-            self.units.append(_Unit.of(module))
+            self.units.append(_Unit.of(module))  # before its parameters are looked at, which it may have gathered
+        self._walked.append(_Walked.of(module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 check_storable(prefix + name, parameter)
                 check_elements_apart("parameter", prefix + name, parameter)
                 yield Slot(prefix + name, module, name, True)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                check_storable(prefix + name, buffer)
-                check_elements_apart("buffer", prefix + name, buffer)
-                yield Slot(prefix + name, module, name, False)
+        for name in _persistent(module):
+            buffer = module._buffers[name]
+            assert buffer is not None  # those are left out
+            check_storable(prefix + name, buffer)
+            check_elements_apart("buffer", prefix + name, buffer)
+            yield Slot(prefix + name, module, name, False)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[prefix + "_extra_state"] = module
         self._hidden += [prefix + name for name in _hidden(module)]
@@ -228,7 +244,6 @@ class ModelMap:
             if chosen.is_parameter:
                 self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
-            self._tied += [(slot, chosen) for slot in names if slot is not chosen]
 
     def _name_after_other_stages(self, sources: Mapping[str, str]) -> None:
         """Give a weight that is tied to one of another pipeline stage the other's name: it is stored once."""
@@ -237,6 +252,12 @@ class ModelMap:
         self.aliases.update(moved)
         self.slots = [replace(slot, name=moved[slot.name]) if slot.name in moved else slot for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
+
+    def _adapts_as_it_did(self) -> bool:
+        """Whether adapters would be told what they were told."""
+        return self._adapted_specs is None or (
+            self._adapted_specs == self.specs() and all(has_adapter(core) for core, _ in self._adapting)
+        )
 
     def refuse_hidden(self) -> None:
         """Refuse state that only a module's own way of saving knows: it would be missing from every checkpoint.
@@ -253,10 +274,9 @@ class ModelMap:
             )
 
     def is_current(self) -> bool:
-        """Whether the model still has the modules, places and ties that were walked; their tensors may be others."""
-        return all(walked.is_as_it_was() for walked in self._walked) and all(
-            slot.tensor is chosen.tensor for slot, chosen in self._tied
-        )
+        """Whether the model still has the modules, parameters and places of buffers that were walked."""
+        self.reshard()
+        return all(walked.is_as_it_was() for walked in self._walked) and self._adapts_as_it_did()
 
     def keep(self, renamed: Mapping[str, str]) -> None:
         """Store only these tensors, under other names."""
@@ -274,7 +294,7 @@ class ModelMap:
         """
         if not self._adapting:
             return None
-        specs = self.specs()
+        specs = self._adapted_specs = self.specs()
         found = [adapter_naming(core, [spec for spec in specs if spec.name in own]) for core, own in self._adapting]
         dtypes = {name: dtype for naming in found for name, dtype in naming.dtypes.items()}
         shapes = {name: shape for naming in found for name, shape in naming.shapes.items()}

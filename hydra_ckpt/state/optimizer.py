@@ -22,8 +22,8 @@ from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
 _OPTIONS = "options"
-# What PyTorch's schedulers put among the options of any optimizer.
-_SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+# What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
+_BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
 
 
 def describe(
@@ -154,7 +154,7 @@ def _incompatible(saved: str, options: set[str], live: Optimizer, here: set[str]
         here: Names of the live group's options.
     """
     name = type(live).__qualname__
-    gone, new = options - here - _SCHEDULED, set(live.defaults) - options
+    gone, new = options - here - _BESIDE, set(live.defaults) - options
     # A class may gain or lose options from version to version.
     differ = bool(gone or new) if saved else bool(gone and new)
     if saved == name or not differ:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.model import ModelMap, unwrap
 
+# How many names a message lists.
+_LISTED = 5
 # Directories that a model's part has for other things.
 _RESERVED = {"consolidated", "assets"}
 
@@ -69,12 +71,42 @@ def _adapter_names(mapped: ModelMap, model: nn.Module, adapter: str) -> dict[int
     from peft import get_peft_model_state_dict
 
     live = {slot.name: slot.tensor for slot in mapped.slots}
+    # peft looks for tied and shared tensors under any of their names.
+    live.update({alias: live[name] for alias, name in mapped.aliases.items() if name in live})
     # peft only filters and renames, so that the tensors tell which name became which.
     select = partial(get_peft_model_state_dict, _core(model), state_dict=live, adapter_name=adapter)
-    names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
-    if _trained_embeddings(model) - names.keys():
-        names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
+    try:
+        names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
+        if _trained_embeddings(model) - names.keys():
+            names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
+    except (KeyError, ValueError) as error:
+        raise CheckpointConfigError(
+            f"peft cannot tell what belongs to the adapter {adapter!r} "
+            f"({_core(model).peft_config[adapter].peft_type}): {type(error).__name__}: {error}"
+        ) from error
     return names
+
+
+def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
+    """Refuse parameters that are trained and stand in no adapter's files.
+
+    Args:
+        mapped: The adapters' maps, reduced.
+        trained: Identities of the parameters that optimizers change.
+
+    Raises:
+        CheckpointConfigError: There are some.
+    """
+    stored = {id(slot.tensor) for item in mapped for slot in item.slots}
+    names = {identity: name for item in mapped for identity, name in item.names.items()}
+    lost = [name for identity, name in names.items() if identity in trained and identity not in stored]
+    if lost:
+        raise CheckpointConfigError(
+            f"{', '.join(lost[:_LISTED])}{' and more' if len(lost) > _LISTED else ''}: trained, but in no adapter's "
+            "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's "
+            "modules_to_save. Adapters that learn prompts (prompt tuning, prefix tuning, p-tuning) cannot be saved: "
+            "what peft stores of them is computed from their parameters"
+        )
 
 
 def _trained_embeddings(model: nn.Module) -> set[int]:
