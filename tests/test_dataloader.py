@@ -143,6 +143,17 @@ def test_after_a_break_the_epoch_starts_again() -> None:
     assert_same(list(loader)[:3], begun)
 
 
+def test_an_epoch_is_over_when_its_last_batch_is_taken() -> None:
+    whole, counted = make(), make()
+    for _ in range(3):
+        batches = iter(counted)
+        assert ids([next(batches) for _ in range(len(counted))]) == ids(list(whole))
+    for _ in counted:
+        if counted.state_dict()["batches"] == len(counted):
+            break
+    assert ids(list(whole)) != ids(list(counted)) == ids(list(whole))
+
+
 def test_a_loaded_position_serves_one_iteration() -> None:
     loader = make()
     list(islice(loader, 3))

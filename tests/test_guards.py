@@ -276,3 +276,63 @@ def test_a_step_whose_save_has_failed_may_be_saved_again(tmp_path: Path, is_asyn
         assert callback.on_validation_end({"loss": 0.5}) is not None
         checkpointer.drain()
         assert callback.best.step == 1
+
+
+def test_exchanged_parameters_keep_their_own_optimizer_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = AppState(model, optimizer)
+
+    def step() -> None:
+        model(torch.rand(3, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(state, step=1)
+        model[0].weight, model[1].weight = model[1].weight, model[0].weight
+        step()
+        checkpointer.save(state, step=2)
+        moments = [optimizer.state[layer.weight]["exp_avg"].clone() for layer in model]
+        for layer in model:
+            optimizer.state[layer.weight]["exp_avg"].zero_()
+        checkpointer.load(state)
+        assert all(
+            torch.equal(optimizer.state[layer.weight]["exp_avg"], moment)
+            for layer, moment in zip(model, moments, strict=True)
+        )
+
+
+def test_a_module_exchanged_within_its_wrapper_is_seen(tmp_path: Path) -> None:
+    wrapper = nn.DataParallel(nn.Linear(2, 2))
+    with engine(tmp_path, save_consolidated="always") as checkpointer:
+        checkpointer.save(AppState(wrapper), step=1)
+        wrapper.module = nn.Linear(2, 2)
+        checkpoint = checkpointer.save(AppState(wrapper), step=2).result()
+    assert checkpoint is not None
+    saved = load_file(checkpoint.path / "model" / "consolidated" / "model.safetensors")
+    assert torch.equal(saved["weight"], wrapper.module.weight)
+
+
+class Apart:
+    """Writes each expert of a stack as a tensor of its own."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {f"{number}.weight": expert for number, expert in enumerate(state_dict["experts"])}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {"experts": torch.stack(list(hf_state_dict.values()))}
+
+
+def test_an_adapter_is_asked_again_when_shapes_have_changed(tmp_path: Path) -> None:
+    model = nn.ParameterDict({"experts": torch.randn(2, 2, 2)})
+    model.state_dict_adapter = Apart()
+    with engine(tmp_path, save_consolidated="always") as checkpointer:
+        checkpointer.save(AppState(model), step=1)
+        model["experts"].data = torch.randn(3, 2, 2)
+        checkpoint = checkpointer.save(AppState(model), step=2).result()
+    assert checkpoint is not None
+    saved = load_file(checkpoint.path / "model" / "consolidated" / "model.safetensors")
+    assert sorted(saved) == ["0.weight", "1.weight", "2.weight"]

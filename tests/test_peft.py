@@ -157,6 +157,39 @@ def test_an_embedding_trained_beside_the_adapter_is_saved_with_it(tmp_path: Path
     torch.testing.assert_close(answer(opened), answer(model), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("what", ["norms", "prompts"])
+def test_what_is_trained_beside_an_adapter_is_refused(tmp_path: Path, what: str) -> None:
+    if what == "norms":
+        model = adapted("lora")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    else:
+        model = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True)
+    with config.build(0, 0, 0) as engine:
+        message = "norm" if what == "norms" else "prompt_encoder"
+        with pytest.raises(CheckpointConfigError, match=rf"{message}.*: trained, but in no adapter's files"):
+            engine.save(state_of(model), step=1)
+        engine.save(state_of(adapted("lora")), step=1)
+
+
+def test_shared_projections_are_saved_once_and_open(tmp_path: Path) -> None:
+    def vera() -> Any:
+        torch.manual_seed(1)
+        return peft.get_peft_model(make("llama"), peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=4))
+
+    model = vera()
+    state = state_of(model)
+    train(state, 2)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True).build(0, 0, 0) as engine:
+        checkpoint = engine.save(state, step=1).result()
+        again = vera()
+        engine.load(state_of(again))
+    opened = peft.PeftModel.from_pretrained(make("llama"), checkpoint.path / "model" / "consolidated")
+    assert torch.equal(answer(again), answer(model))
+    assert torch.equal(answer(opened), answer(model))
+
+
 def test_several_adapters_each_have_a_directory_of_their_own(tmp_path: Path) -> None:
     def build() -> Any:
         model = adapted("lora")
