@@ -13,7 +13,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailed
 from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.state.dataloader import ResumableLoader
-from hydra_ckpt.state.ranks import Ranks
+from hydra_ckpt.state.ranks import Ranks, warn_of_unused_mesh
 from hydra_ckpt.sweeps.job import active_job
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import RequestFiles
@@ -153,6 +153,8 @@ class CheckpointCallback:
         """
         self._state = state
         if self.checkpointer is None:
+            if mesh is None:
+                warn_of_unused_mesh(module for modules in state.models.values() for module in modules)
             ranks = Ranks.of(mesh)
             self.checkpointer = self.config.build(ranks.dp, ranks.tp, ranks.pp, moe_mesh)
         report = self.checkpointer.start(state)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hydra_ckpt import (
     AppState,
@@ -21,6 +23,7 @@ from hydra_ckpt import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointingConfig,
+    KeyMismatchError,
     TopologyError,
 )
 from hydra_ckpt.saving.contents import Sources
@@ -336,3 +339,51 @@ def test_an_adapter_is_asked_again_when_shapes_have_changed(tmp_path: Path) -> N
     assert checkpoint is not None
     saved = load_file(checkpoint.path / "model" / "consolidated" / "model.safetensors")
     assert sorted(saved) == ["0.weight", "1.weight", "2.weight"]
+
+
+def _tensor_parallel(root: Path) -> list[str]:
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hydra_ckpt").addHandler(handler)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = nn.Linear(2, 2, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
+    for given in (None, mesh):
+        with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(root / str(given is None)))) as callback:
+            callback.on_train_begin(AppState(model), mesh=given)
+    return [text for text in heard if "got no mesh" in text]
+
+
+def test_a_mesh_that_was_not_passed_is_asked_for(tmp_path: Path) -> None:
+    for heard in run_distributed(_tensor_parallel, 2, tmp_path):
+        assert len(heard) == 1
+        assert "with the dimension tp" in heard[0]
+
+
+def test_another_optimizer_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+
+    class AdamW(torch.optim.Optimizer):
+        """Has options, and so state, of its own."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1, "beta": 0.9})
+
+    AdamW.__qualname__ = "AdamW"
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(AppState(model, torch.optim.AdamW(model.parameters())), step=1)
+        with pytest.raises(KeyMismatchError, match=r"AdamW in the checkpoint, AdamW in the AppState.*only here: beta"):
+            checkpointer.load(AppState(model, AdamW(model.parameters())))
+
+
+def test_keys_that_lead_to_one_name_are_told(tmp_path: Path) -> None:
+    class Box:
+        def state_dict(self) -> dict[str, Any]:
+            return {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise NotImplementedError
+
+    with engine(tmp_path) as checkpointer, pytest.raises(CheckpointError, match=r"box:a\.b: two tensors would have"):
+        checkpointer.save(AppState(nn.Linear(2, 2), extras={"box": Box()}), step=1)

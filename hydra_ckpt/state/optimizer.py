@@ -129,7 +129,8 @@ def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Ma
             members = [_name(parameter, names, number, index) for parameter in group["params"]]
             found.held.update(members)
             found.missing.extend(name for name in members if name not in saved)
-            for _, options, kind in (saved[name] for name in members if name in saved):
+            groups = {id(saved[name][1]): saved[name][1:] for name in members if name in saved}
+            for options, kind in groups.values():
                 if (why := _incompatible(kind, set(options), optimizer, set(group))) is not None:
                     found.different[f"optimizer {number}"] = why
             kinds = {_kind(*saved[name][:2]): saved[name][1] for name in members if name in saved}
@@ -155,9 +156,9 @@ def _incompatible(saved: str, options: set[str], live: Optimizer, here: set[str]
     """
     name = type(live).__qualname__
     gone, new = options - here - _BESIDE, set(live.defaults) - options
-    # A class may gain or lose options from version to version.
-    differ = bool(gone or new) if saved else bool(gone and new)
-    if saved == name or not differ:
+    # A class may gain or lose options from version to version; others may bear its name.
+    differ = bool(gone or new) if saved and saved != name else bool(gone and new)
+    if not differ:
         return None
     sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
     return (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.layout.plan import fingerprint
@@ -44,6 +46,18 @@ class Ranks:
             if name not in ("tp", "pp"):
                 dp = dp * size + named[name]
         return cls(dp, named.get("tp", 0), named.get("pp", 0))
+
+
+def warn_of_unused_mesh(modules: Iterable[nn.Module]) -> None:
+    """Say that parameters lie on a mesh with tensor-parallel ranks or stages, where nobody has passed the mesh."""
+    meshes = (item.device_mesh for module in modules for item in module.parameters() if isinstance(item, DTensor))
+    names = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
+    if found := sorted(names & {"tp", "pp"}):
+        log.warning(
+            "parameters lie on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as a "
+            "data-parallel one, for random numbers and data too. Pass mesh=",
+            " and ".join(found),
+        )
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,12 @@ def _tagged(tag: str, content: Any) -> dict[str, Any]:
 
 
 def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided or name in tensors:
-        raise CheckpointError(f"{name}: a tensor of {value.dtype}, {value.layout} cannot be stored under this name")
+    if name in tensors:
+        raise CheckpointError(
+            f"{name}: two tensors would have this name; let no key contain a dot, or be a text of digits"
+        )
+    if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided:
+        raise CheckpointError(f"{name}: a tensor of {value.dtype}, {value.layout} cannot be stored")
     tensors[name] = value
     return _tagged("tensor", name)
 
