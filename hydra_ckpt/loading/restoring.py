@@ -125,7 +125,7 @@ class Restorer:
                         raise overwritten
                     begin_at(0)
                     if self._channel.is_coordinator:
-                        log.info("no checkpoint to resume from in %s: training begins anew", self._directory.root)
+                        log.info("nothing to resume from in %s: a fresh start", self._directory.root)
                     return None
                 begin_at(load.checkpoint.step if "progress" in parts else 0)
                 try:

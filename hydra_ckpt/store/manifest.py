@@ -24,6 +24,7 @@ _DIGEST_FIELD = "~xxh3"  # sorts last
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 30
+_LAST_TIME = 1e11  # Unix time in seconds; what is later has no date
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptCheckpointError(path, "is of a format this version does not know; a newer hydra_ckpt wrote it")
     try:
         return _from_body(path, body)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CorruptCheckpointError(path, f"a field is missing or of the wrong kind: {error!r}") from None
 
 
@@ -196,7 +197,7 @@ def _check_kinds(path: Path, manifest: Manifest) -> None:
     sound = {
         "files": all(file.bytes >= 0 and _is_digest(file.xxh3) for file in manifest.files.values()),
         "metrics": all(type(value) in (int, float) for value in manifest.metrics.values()),
-        "created": type(manifest.created) in (int, float),
+        "created": type(manifest.created) in (int, float) and 0 <= manifest.created < _LAST_TIME,
         "world_size": type(manifest.world_size) is int and manifest.world_size > 0,
         "plan": isinstance(manifest.plan, str),
         "topology": _is_topology(manifest.topology),
