@@ -14,7 +14,7 @@ Each message says what happened, where, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 _LISTED = 20
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(names[:most]) + (" and more" if len(names) > most else "")
 
 
 def counted(number: int, noun: str) -> str:

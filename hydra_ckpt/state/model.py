@@ -15,15 +15,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hydra_ckpt.errors import CheckpointConfigError, TopologyError
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError, some_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
-
-# How many names a message lists.
-_LISTED = 5
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -267,7 +264,7 @@ class ModelMap:
         """
         if self._hidden:
             raise CheckpointConfigError(
-                f"{', '.join(self._hidden[:_LISTED])}{' and more' if len(self._hidden) > _LISTED else ''}: these are "
+                f"{some_of(self._hidden)}: these are "
                 "neither parameters nor buffers; the module adds them in _save_to_state_dict(), which nobody asks when "
                 "tensors are saved where they lie. Register them as buffers, or give them by get_extra_state() and "
                 "set_extra_state()"

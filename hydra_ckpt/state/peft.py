@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, some_of
 from hydra_ckpt.state.model import ModelMap, unwrap
 
-# How many names a message lists.
-_LISTED = 5
 # Directories that a model's part has for other things.
 _RESERVED = {"consolidated", "assets"}
 
@@ -102,7 +100,7 @@ def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
     lost = [name for identity, name in names.items() if identity in trained and identity not in stored]
     if lost:
         raise CheckpointConfigError(
-            f"{', '.join(lost[:_LISTED])}{' and more' if len(lost) > _LISTED else ''}: trained, but in no adapter's "
+            f"{some_of(lost)}: trained, but in no adapter's "
             "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's "
             "modules_to_save. Adapters that learn prompts (prompt tuning, prefix tuning, p-tuning) cannot be saved: "
             "what peft stores of them is computed from their parameters"
