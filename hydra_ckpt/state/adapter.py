@@ -1,9 +1,10 @@
 """State-dict adapters: a model's own tensors under the names and in the shapes of its Hugging Face files.
 
 A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor for each expert. An adapter
-says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again
-when shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows which bytes of the files its shards are, and
-writes and reads them through views of its own memory: nothing is gathered, nothing copied.
+says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again when
+shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
+which bytes of the files its shards are, and writes and reads them through views of its own memory: nothing is
+gathered, nothing copied.
 """
 
 from __future__ import annotations
