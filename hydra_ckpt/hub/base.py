@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
+from hydra_ckpt.storage.memory import fresh_like
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +210,8 @@ class _Loader:
         for part in waiting:
             _check_buffers(part)
             sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
-            part.to_empty(device="cpu" if sharded is None else sharded.device_mesh.device_type)
+            device = "cpu" if sharded is None else sharded.device_mesh.device_type
+            part._apply(partial(fresh_like, device=device))  # what Module.to_empty does
             if is_transformers_model(part):
                 cast(Any, part).tie_weights()
         return bool(waiting)

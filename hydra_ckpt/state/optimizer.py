@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.storage.memory import fresh_like
 from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
@@ -224,7 +225,7 @@ def _fresh(
     parameter = parameter.detach()
     # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
     if shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step"):
-        return torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        return fresh_like(parameter, dtype=dtype)
     if shape == () and dims is None:
         # A step counter: beside the parameter only where the optimizer's kernels want it there.
         return torch.empty((), dtype=dtype, device=parameter.device if on_device else "cpu")
