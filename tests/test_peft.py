@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.hub.merging import merge_adapter
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
@@ -155,6 +156,32 @@ def test_an_embedding_trained_beside_the_adapter_is_saved_with_it(tmp_path: Path
     opened = peft.PeftModel.from_pretrained(make("llama"), checkpoint.path / "model" / "consolidated")
     assert torch.equal(opened.get_base_model().get_input_embeddings().weight, embedding)
     torch.testing.assert_close(answer(opened), answer(model), rtol=0, atol=2e-6)
+
+
+def _with_new_tokens(base: Path) -> Any:
+    """An adapter over a model of which the vocabulary has grown since it was saved, its embeddings frozen."""
+    model = type(MODELS["llama"]()).from_pretrained(base)
+    model.resize_token_embeddings(100)
+    return peft.get_peft_model(model, _config("lora"))
+
+
+def test_embeddings_of_a_resized_vocabulary_are_saved_with_the_adapter(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    state = state_of(_with_new_tokens(tmp_path / "base"))
+    train(state, 1)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        export = engine.save(state, step=1).result().path / "model" / "consolidated"
+        other = state_of(_with_new_tokens(tmp_path / "base"))  # its new rows are others
+        assert engine.load(other).step == 1
+    assert torch.equal(answer(other.model), answer(state.model))
+    state.models[""][0].save_pretrained(tmp_path / "reference")
+    found, theirs = (load_file(place / "adapter_model.safetensors") for place in (export, tmp_path / "reference"))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
+    merge_adapter(export, tmp_path / "merged", base=None, dtype=None, max_file_bytes=1 << 30)
+    merged = type(MODELS["llama"]()).from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 100
+    torch.testing.assert_close(answer(merged), answer(state.model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["norms", "prompts"])

@@ -11,6 +11,7 @@ import torch
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError
 from hydra_ckpt.hub.assets import reference_assets
 from hydra_ckpt.hub.reference import at
+from hydra_ckpt.storage.header import read_header
 
 
 def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | None, max_file_bytes: int) -> None:
@@ -55,9 +56,24 @@ def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | No
             f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with "
             f"--base{why}"
         ) from None
+    rows = _vocabulary(model, adapter)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, max_shard_size=max_file_bytes)
     for weights in out.glob("*.safetensors"):  # safetensors keeps them from everybody else
         weights.chmod((out / "config.json").stat().st_mode)
     for name, data in reference_assets(at(adapter), with_tokenizer=True).items():
         (out / name).write_bytes(data)
+
+
+def _vocabulary(model: Any, adapter: Path) -> int | None:
+    """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
+    embedding = model.get_input_embeddings()
+    place = next((name for name, module in model.named_modules() if module is embedding), None)
+    weights = adapter / "adapter_model.safetensors"
+    if place is None or not weights.is_file():
+        return None
+    stored = {item.spec.name: item.spec for item in read_header(adapter, weights.name)[0]}
+    found = stored.get(f"base_model.model.{place}.weight")
+    return None if found is None else found.shape[0]

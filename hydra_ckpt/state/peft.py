@@ -75,7 +75,7 @@ def _adapter_names(mapped: ModelMap, model: nn.Module, adapter: str) -> dict[int
     select = partial(get_peft_model_state_dict, _core(model), state_dict=live, adapter_name=adapter)
     try:
         names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
-        if _trained_embeddings(model) - names.keys():
+        if _own_embeddings(model, adapter) - names.keys():
             names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
     except (KeyError, ValueError) as error:
         raise CheckpointConfigError(
@@ -107,12 +107,31 @@ def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
         )
 
 
-def _trained_embeddings(model: nn.Module) -> set[int]:
-    """Identities of the base model's embeddings that are trained themselves, as after new tokens were added."""
+def _own_embeddings(model: nn.Module, adapter: str) -> set[int]:
+    """Identities of the embeddings that the base model's files do not have so: trained themselves, or resized."""
     base = _core(model).get_base_model()
     found = [getattr(base, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
     weights = [getattr(module, "weight", None) for module in found]
-    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad}
+    resized = _is_resized(base, _core(model).peft_config[adapter].base_model_name_or_path)
+    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter) and (resized or weight.requires_grad)}
+
+
+def _is_resized(base: Any, name: str | None) -> bool:
+    """Whether a model's vocabulary has another size than in its files; peft, too, looks at the configurations.
+
+    Args:
+        base: The base model.
+        name: A directory, or a hub id of which the cache may have the configuration; nothing is downloaded.
+    """
+    config = getattr(base, "config", None)
+    if not name or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        stored = type(config).from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return False  # not on this machine: what it was cannot be told
+    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (stored, config)]
+    return sizes[0] != sizes[1]
 
 
 def adapter_config(model: nn.Module, adapter: str) -> Any:
