@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +16,9 @@ from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
 from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store import names
-from hydra_ckpt.store.catalog import Checkpoint
+
+if TYPE_CHECKING:
+    from hydra_ckpt.hub.writing import Exported
 
 __all__ = ["export"]
 
@@ -24,7 +28,9 @@ _DEFAULT_FILE_BYTES = 5 * 10**9
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, of ours or of DCP or accelerate; of several, what LATEST names.")
+    ],
     out: Annotated[Path, typer.Argument(help="The directory to make.")],
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; the run's own export type if not given.")
@@ -36,25 +42,39 @@ def export(
         str, typer.Option(help="model, one of several models, or an extra that averages the weights.")
     ] = names.MODEL,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
-    base: Annotated[str | None, typer.Option(help="With --merge: the base model, if not the adapter's own.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="With --merge the base model, if not the adapter's own; for others' a model like it."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
 
-    The files are those that the run itself would have written. Weights are streamed, whatever their size.
+    The files are those that the run itself would have written. Weights are streamed, whatever their size. Of what
+    `dcp.save` or accelerate has written, a model like it (--base) tells names, configuration and tokenizer.
     """
-    found = open_one(checkpoint)
+    from hydra_ckpt.hub.offline import export_checkpoint
+    from hydra_ckpt.storage.pickled import is_foreign
+
     kind = None if dtype is None else _dtype(dtype)
     limit = None if max_shard_size is None else _size(max_shard_size)
-    if merge:
+    if is_foreign(checkpoint):
+        from hydra_ckpt.hub.foreign import export_foreign
+
+        _refuse_merge(checkpoint, merge)
+        make = partial(export_foreign, checkpoint, base=base, part=part, dtype=kind, max_file_bytes=limit)
+        weights = _stream(checkpoint.name, make, out)
+    elif merge:
         from hydra_ckpt.hub.merging import merge_adapter
 
-        adapter = found.path / part / names.CONSOLIDATED
+        adapter = open_one(checkpoint).path / part / names.CONSOLIDATED
         merge_adapter(adapter, out, base=base, dtype=kind, max_file_bytes=limit or _DEFAULT_FILE_BYTES)
         weights = sorted(path.name for path in out.glob("*.safetensors"))
     else:
-        weights = _stream(found, out, part, kind, limit, verify)
+        found = open_one(checkpoint)
+        make = partial(export_checkpoint, found, part=part, dtype=kind, max_file_bytes=limit, verify=verify)
+        weights = _stream(found.name, make, out)
     files = {name: (out / name).stat().st_size for name in weights}
     nbytes = sum(files.values())
     if as_json:
@@ -63,22 +83,19 @@ def export(
         print(f"{out}: {counted(len(files), 'weight file')}, {shown_size(nbytes)}")
 
 
-def _stream(found: Checkpoint, out: Path, part: str, dtype: str | None, limit: int | None, verify: bool) -> list[str]:
-    from hydra_ckpt.hub.offline import export_checkpoint
+def _refuse_merge(checkpoint: Path, merge: bool) -> None:
+    if merge:
+        raise CheckpointConfigError(
+            f"--merge: {checkpoint} was not written by hydra_ckpt, so that it has no adapter in peft's form"
+        )
 
+
+def _stream(name: str, make: Callable[..., Exported], out: Path) -> list[str]:
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(found.name, total=None)
-        made = export_checkpoint(
-            found,
-            out,
-            part=part,
-            dtype=dtype,
-            max_file_bytes=limit,
-            verify=verify,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        task = bar.add_task(name, total=None)
+        made = make(out, progress=lambda done, total: bar.update(task, completed=done, total=total))
     return list(made.files)
 
 

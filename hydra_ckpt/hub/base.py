@@ -211,7 +211,7 @@ class _Loader:
             _check_buffers(part)
             sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
             device = "cpu" if sharded is None else sharded.device_mesh.device_type
-            part._apply(partial(fresh_like, device=device))  # what Module.to_empty does
+            cast(Any, part)._apply(partial(fresh_like, device=device))  # what Module.to_empty does
             if is_transformers_model(part):
                 cast(Any, part).tie_weights()
         return bool(waiting)

@@ -8,7 +8,6 @@ then serve every shard of them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.hub.skeletons import skeleton
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.model import ModelMap, unwrap
@@ -63,19 +63,16 @@ class Tables:
     @cached_property
     def skeleton(self) -> Any:
         """The model without data: class names and sub-models as the tables know them."""
-        from transformers.initialization import no_init_weights
-
         kind = original_class(self._core)
         try:
-            with no_init_weights(), torch.device("meta"):
-                skeleton = kind(copy.deepcopy(self._core.config))
+            found = skeleton(kind, self._core.config)
         except Exception:
             log.debug("%s cannot be built on the meta device", kind.__name__, exc_info=True)
             return self._core
         conversions = getattr(self._core, "_weight_conversions", None)
         if conversions is not None:
-            skeleton._weight_conversions = conversions
-        return skeleton
+            found._weight_conversions = conversions
+        return found
 
     def exported(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All tensors of the model as `save_pretrained` writes them."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
 from hydra_ckpt.hub.assets import reference_assets
 from hydra_ckpt.hub.reference import at
+from hydra_ckpt.hub.skeletons import configured
+from hydra_ckpt.hub.writing import refuse_occupied
 from hydra_ckpt.storage.header import read_header
 
 
@@ -29,33 +31,24 @@ def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | No
         CheckpointExistsError: There is something at `out`.
         CheckpointConfigError: The adapter names no base model, or a package is missing.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+    refuse_occupied(out)
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise CheckpointNotFoundError(f"{adapter} holds no adapter_config.json: there is no adapter to merge")
     base = base or json.loads(path.read_text()).get("base_model_name_or_path")
     if not base:
         raise CheckpointConfigError(f"{path} names no base model (base_model_name_or_path), so name it with --base")
+    kind, _ = configured(base, "--base")
     try:
         import peft
-        import transformers
-    except ImportError as error:
-        raise CheckpointConfigError(
-            f"merging needs {error.name}: pip install 'hydra-ckpt[transformers,peft]'"
-        ) from None
+    except ImportError:
+        raise CheckpointConfigError("merging needs peft: pip install 'hydra-ckpt[transformers,peft]'") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         model: Any = kind.from_pretrained(
             base, local_files_only=True, dtype="auto" if dtype is None else getattr(torch, dtype)
         )
     except OSError as error:
-        why = "" if Path(base).is_absolute() and not Path(base).exists() else f" ({error})"
-        raise CheckpointNotFoundError(
-            f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with "
-            f"--base{why}"
-        ) from None
+        raise CheckpointNotFoundError(f"the base model {base} cannot be opened: {error}") from None
     rows = _vocabulary(model, adapter)
     if rows is not None:
         model.resize_token_embeddings(rows)

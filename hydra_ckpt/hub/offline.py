@@ -4,63 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError
-from hydra_ckpt.files import Files
+from hydra_ckpt.errors import CheckpointNotFoundError
 from hydra_ckpt.hub.assets import json_bytes
-from hydra_ckpt.hub.export import FLOATS
+from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
 from hydra_ckpt.layout.aliases import Alias, Naming
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.ledger import Ledger
-from hydra_ckpt.storage.merge import BLOCK_BYTES, content, write_through
+from hydra_ckpt.storage.merge import BLOCK_BYTES
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.parts import open_part
-from hydra_ckpt.storage.read import Fetch, fetch
+from hydra_ckpt.storage.read import fetch
 from hydra_ckpt.storage.verify import checks, findings, read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.draft import sync_tree
 from hydra_ckpt.store.manifest import PartRecord
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export made.
-
-    Attributes:
-        path: The directory.
-        files: Names of its weight files.
-        nbytes: Their size together.
-    """
-
-    path: Path
-    files: tuple[str, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A part of a checkpoint, ready to be read.
-
-    Attributes:
-        tensors: By name.
-        naming: From these to the export's.
-        stem: How weight files are called.
-        read: Reads boxes.
-        block_bytes: The largest block to read at once.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    naming: Naming
-    stem: str
-    read: Callable[[list[Fetch]], int]
-    block_bytes: int
 
 
 def export_checkpoint(
@@ -90,59 +52,24 @@ def export_checkpoint(
         CheckpointNotFoundError: The checkpoint has no such part.
         CorruptCheckpointError: The checkpoint is damaged.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+    refuse_occupied(out)
     manifest = checkpoint.manifest
     ledger = Ledger(checks(checkpoint.path, manifest.files, manifest.digests)) if verify else None
     source, model = _source(checkpoint, part, ledger)
-    naming = source.naming if dtype is None else _cast(source, dtype)
-    layouts = _layouts(source, naming, max_file_bytes)
-    total = sum(layout.nbytes for layout in layouts)
-    files, done = Files(), 0
-    draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
-    files.make_dir(draft)
-
-    def counted(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
-        nonlocal done
-        for block in blocks:
-            yield block
-            done += len(block)
-            if progress is not None:
-                progress(done, total)
-
-    try:
-        for layout in layouts:
-            blocks = content(layout, naming, source.tensors, source.read, source.block_bytes)
-            write_through(files, draft / layout.path, layout.nbytes, counted(blocks), None)
-        for name, data in _small_files(checkpoint, model, layouts, source.stem, dtype).items():
-            files.make_dir((draft / name).parent)
-            files.write_new(draft / name, data)
-        if ledger is not None:
-            _verify_rest(checkpoint, source, ledger)
-        _put_in_place(files, draft, out)
-    except BaseException:
-        files.remove_tree(draft)
-        raise
-    return Exported(out, tuple(layout.path for layout in layouts), total)
+    source = source if dtype is None else source.cast(dtype)
+    small = _small_files(checkpoint, model, dtype)
+    rest = (lambda: None) if ledger is None else partial(_verify_rest, checkpoint, source, ledger)
+    return write_export(source, small, out, max_file_bytes=max_file_bytes, check=rest, progress=progress)
 
 
-def _put_in_place(files: Files, draft: Path, out: Path) -> None:
-    """Give a whole draft the name of the export, durably."""
-    sync_tree(files, draft)
-    if out.is_dir():
-        out.rmdir()
-    files.rename(draft, out.absolute())
-    files.sync_dir(out.absolute().parent)
-
-
-def _verify_rest(checkpoint: Checkpoint, source: _Source, ledger: Ledger) -> None:
+def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None:
     """Compare what was not read in whole digests; nobody has seen the export yet."""
     read = {chunk.file for item in source.tensors.values() for chunk in item.chunks}
     for error in findings(checkpoint.path, [check for check in ledger.left(ledger.done()) if check.file in read]):
         raise error
 
 
-def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_Source, str]:
+def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[Source, str]:
     """The part to read, and the model whose small files go with it."""
     parts = checkpoint.manifest.parts
     models = [name for name in parts if name.split("/")[0] == names.MODEL]
@@ -159,7 +86,7 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[_
         if part in extras:
             tensors = _average(naming, part, extras[part])
             read = partial(fetch, checkpoint.path, ledger=ledger)
-            return _Source(tensors, naming, source.stem, read, BLOCK_BYTES), models[0]
+            return Source(tensors, naming, source.stem, read, BLOCK_BYTES), models[0]
         averages = sorted(name for name, extra in extras.items() if _is_average(naming, name, extra))
     raise CheckpointNotFoundError(
         f"{checkpoint.path} has no part {part!r} to export; it has {', '.join([*models, *averages])}"
@@ -196,7 +123,7 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
     return {name: extra[best + name] for name in sizes}
 
 
-def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source:
+def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> Source:
     part = open_part(checkpoint, model, ledger)
     record = checkpoint.manifest.parts[model]
     whole = _is_whole(record)
@@ -205,7 +132,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> _Source
         own = {item.spec.name: item.chunks[0].file for item in part.tensors.values()} if whole else {}
         naming = Naming(tuple(Alias.same(item.spec) for item in part.tensors.values()), files=own)
     stem = Path(record.files[0]).name.split("-00001-of-")[0].removesuffix(".safetensors") if whole else "model"
-    return _Source(part.tensors, naming, stem, part.read, part.block_bytes)
+    return Source(part.tensors, naming, stem, part.read, part.block_bytes)
 
 
 def _is_whole(record: PartRecord) -> bool:
@@ -221,26 +148,8 @@ def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:
     return decode_naming(checkpoint.path / name, read_small(checkpoint.path, name, record))
 
 
-def _cast(source: _Source, dtype: str) -> Naming:
-    if dtype not in FLOATS:
-        raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
-    kinds = {name: item.spec.dtype for name, item in source.tensors.items()}
-    floating = {alias.name for alias in source.naming.aliases if kinds[alias.source] in FLOATS.values()}
-    return replace(source.naming, dtypes=dict.fromkeys(floating, FLOATS[dtype]))
-
-
-def _layouts(source: _Source, naming: Naming, max_file_bytes: int | None) -> list[FileLayout]:
-    # An average's tensors are called otherwise in their file than here.
-    specs = naming.specs([replace(item.spec, name=name) for name, item in source.tensors.items()])
-    by_map = naming.files and max_file_bytes is None
-    groups = by_file(specs, naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
-    return [replace(layout, path=layout.path.removeprefix("/")) for layout in lay_out(groups, "", source.stem)]
-
-
-def _small_files(
-    checkpoint: Checkpoint, model: str, layouts: list[FileLayout], stem: str, dtype: str | None
-) -> dict[str, bytes]:
-    """Configuration, tokenizer and index."""
+def _small_files(checkpoint: Checkpoint, model: str, dtype: str | None) -> dict[str, bytes]:
+    """Configuration and tokenizer."""
     found: dict[str, bytes] = {}
     for place in (f"{model}/{names.CONSOLIDATED}/", f"{model}/{names.ASSETS}/"):
         for name, record in checkpoint.manifest.files.items():
@@ -250,6 +159,4 @@ def _small_files(
         if name in found:
             body = dict(json.loads(found[name]))
             found[name] = json_bytes({**body, "torch_dtype" if "torch_dtype" in body else "dtype": dtype})
-    if len(layouts) > 1:
-        found[f"{stem}.safetensors.index.json"] = index_json(layouts)
     return found

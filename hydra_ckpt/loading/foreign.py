@@ -20,25 +20,22 @@ from hydra_ckpt.loading.load import Load
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.storage.pickled import DcpDirectory, KeyPath, read_dcp, read_pickle
+from hydra_ckpt.storage.pickled import (
+    ACCELERATE_MODEL,
+    INDEX,
+    DcpDirectory,
+    KeyPath,
+    canonical,
+    read_dcp,
+    read_pickle,
+)
 from hydra_ckpt.storage.tree import encode
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import Manifest
 
-_INDEX = ".metadata"
-_ACCELERATE_MODEL = "pytorch_model_fsdp_{}"
 _ACCELERATE_OPTIMIZER = "optimizer_{}"
 _SCHEDULERS = ("lr_scheduler", "lr_schedulers", "scheduler", "schedulers")
-# What wrappers add to names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a directory is a checkpoint of DCP's or accelerate's, and none of ours."""
-    if (path / names.MANIFEST).exists():
-        return False
-    return (path / _INDEX).is_file() or (path / _ACCELERATE_MODEL.format(0) / _INDEX).is_file()
 
 
 def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
@@ -49,7 +46,7 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
     """
     if not allow_pickle:
         raise CheckpointConfigError(
-            f"{path} was written by torch.distributed.checkpoint or accelerate, and its index ({_INDEX}) and small "
+            f"{path} was written by torch.distributed.checkpoint or accelerate, and its index ({INDEX}) and small "
             "values are pickled: reading them runs code they contain. If you trust where it comes from, set "
             "checkpoint.allow_legacy_pickle_restore=true"
         )
@@ -75,7 +72,7 @@ class ForeignLoad(Load):
         self._shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
         self._pools = {names.OPTIMIZER: {}, names.EXTRAS: {}}
         self._own = {}
-        if (self._root / _INDEX).is_file():
+        if (self._root / INDEX).is_file():
             self._read_plain()
         else:
             self._read_accelerate()
@@ -111,13 +108,13 @@ class ForeignLoad(Load):
     def _read_accelerate(self) -> None:
         """`Accelerator.save_state` with FSDP2 and sharded state dicts."""
         for number, name in enumerate(self.extractor.maps(self.state)):
-            place = _ACCELERATE_MODEL.format(number)
-            if (self._root / place / _INDEX).is_file():
+            place = ACCELERATE_MODEL.format(number)
+            if (self._root / place / INDEX).is_file():
                 self._take_model(name, self._open(place), ("model",))
         trees = []
         for number in range(len(self.state.optimizers)):
             place = _ACCELERATE_OPTIMIZER.format(number)
-            if (self._root / place / _INDEX).is_file():
+            if (self._root / place / INDEX).is_file():
                 trees.append(_subtree(self._open(place), ("optimizer",)))
         self._take_optimizers(trees)
         self._take_schedulers([read_pickle(path) for path in _numbered(self._root, "scheduler", ".bin")])
@@ -150,7 +147,7 @@ class ForeignLoad(Load):
     def _model_prefix(self, found: DcpDirectory) -> KeyPath:
         """What leads to the model's tensors: where most of its names are."""
         known = self._live_names()
-        votes = Counter(path[:-1] for path in found.tensors if _canonical(path[-1]) in known)
+        votes = Counter(path[:-1] for path in found.tensors if canonical(path[-1]) in known)
         ranked = sorted(votes, key=lambda prefix: (-votes[prefix], "model" not in prefix, len(prefix), str(prefix)))
         return ranked[0] if ranked else ("model",)
 
@@ -168,11 +165,11 @@ class ForeignLoad(Load):
         mapped = self.extractor.maps(self.state)[name]
         pool = self._pools.setdefault(part_of(name), {})
         for path, stored in found.tensors.items():
-            own = _canonical(path[-1])
+            own = canonical(path[-1])
             if path[:-1] == prefix and own not in mapped.aliases:
                 pool[own] = _renamed(stored, own)
         self._shared["extra_state"][name] = {
-            _canonical(path[-1]): self._encode(value, f"extra_state:{path[-1]}", self._pools[names.EXTRAS])
+            canonical(path[-1]): self._encode(value, f"extra_state:{path[-1]}", self._pools[names.EXTRAS])
             for path, value in found.values.items()
             if path[:-1] == prefix and str(path[-1]).endswith("_extra_state")
         }
@@ -264,13 +261,6 @@ def replace_progress(checkpoint: Checkpoint, step: int = 0, epoch: int = 0) -> C
     return found
 
 
-def _canonical(name: Any) -> str:
-    text = str(name)
-    for wrapper in _WRAPPERS:
-        text = text.replace(wrapper, "")
-    return text.removeprefix("module.")
-
-
 def _renamed(stored: StoredTensor, name: str) -> StoredTensor:
     return replace(stored, spec=replace(stored.spec, name=name))
 
@@ -336,7 +326,7 @@ def _nested_optimizer(tree: dict[str, Any], known: Collection[str]) -> tuple[dic
     for path, value in tree.items():
         kind, _, rest = path.partition(".")
         words = rest.split(".")
-        cuts = [cut for cut in range(len(words) - 1, 0, -1) if _canonical(".".join(words[:cut])) in known]
+        cuts = [cut for cut in range(len(words) - 1, 0, -1) if canonical(".".join(words[:cut])) in known]
         cut = cuts[0] if cuts else len(words) - 1
         parameter, key = ".".join(words[:cut]), ".".join(words[cut:])
         if kind == "state":
@@ -349,4 +339,4 @@ def _nested_optimizer(tree: dict[str, Any], known: Collection[str]) -> tuple[dic
 def _parameter(key: Any, order: list[str]) -> str:
     """A parameter's name; optimizers' own state dicts number them in the order of their groups."""
     text = str(key)
-    return order[int(text)] if text.isdigit() and int(text) < len(order) else _canonical(text)
+    return order[int(text)] if text.isdigit() and int(text) < len(order) else canonical(text)

@@ -18,13 +18,14 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
-from hydra_ckpt.loading.foreign import ForeignLoad, is_foreign, open_foreign
+from hydra_ckpt.loading.foreign import ForeignLoad, open_foreign
 from hydra_ckpt.loading.load import PARTS, Load
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.state.ranks import Topology
+from hydra_ckpt.storage.pickled import is_foreign
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.store.readers import reading

@@ -123,7 +123,7 @@ def _is_resized(base: Any, name: str | None) -> bool:
         base: The base model.
         name: A directory, or a hub id of which the cache may have the configuration; nothing is downloaded.
     """
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if not name or not hasattr(config, "get_text_config"):
         return False
     try:

@@ -16,7 +16,8 @@ from hydra_ckpt.storage.stages import without_stages
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 
-_WHOLE_TENSORS = 1 << 62
+# A chunk of `.distcp` files can only be loaded whole.
+WHOLE_TENSORS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,4 @@ def open_part(checkpoint: Checkpoint, part: str, ledger: Ledger | None = None) -
         return Part(tensors, partial(fetch, checkpoint.path, ledger=ledger), BLOCK_BYTES)
     lengths = {(f"{part}/{row[5]}", row[6]): row[7] for row in record.index}
     tensors = stored_tensors(checkpoint.path / names.MANIFEST, part, record.index)
-    # A chunk of these can only be loaded whole.
-    return Part(tensors, partial(fetch_distcp, checkpoint.path, lengths=lengths), _WHOLE_TENSORS)
+    return Part(tensors, partial(fetch_distcp, checkpoint.path, lengths=lengths), WHOLE_TENSORS)

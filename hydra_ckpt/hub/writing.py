@@ -1,0 +1,137 @@
+"""Writing an export from stored tensors, in bounded memory; it appears when all of it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
+from hydra_ckpt.files import Files
+from hydra_ckpt.hub.export import FLOATS
+from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.storage.merge import content, write_through
+from hydra_ckpt.storage.read import Fetch
+from hydra_ckpt.store import names
+from hydra_ckpt.store.draft import sync_tree
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        path: The directory.
+        files: Names of its weight files.
+        nbytes: Their size together.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Stored tensors of a model, ready to be read.
+
+    Attributes:
+        tensors: By name.
+        naming: From these to the export's.
+        stem: How weight files are called.
+        read: Reads boxes.
+        block_bytes: The largest block to read at once.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    naming: Naming
+    stem: str
+    read: Callable[[list[Fetch]], int]
+    block_bytes: int
+
+    def cast(self, dtype: str) -> Source:
+        """The same with all floating-point tensors in one element type.
+
+        Raises:
+            CheckpointConfigError: It is none of those that are known.
+        """
+        if dtype not in FLOATS:
+            raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
+        kinds = {name: item.spec.dtype for name, item in self.tensors.items()}
+        floating = {alias.name for alias in self.naming.aliases if kinds[alias.source] in FLOATS.values()}
+        return replace(self, naming=replace(self.naming, dtypes=dict.fromkeys(floating, FLOATS[dtype])))
+
+    def layouts(self, max_file_bytes: int | None) -> list[FileLayout]:
+        """The files to write: as named, unless a size is given."""
+        # An average's tensors are called otherwise in their file than here.
+        specs = self.naming.specs([replace(item.spec, name=name) for name, item in self.tensors.items()])
+        by_map = self.naming.files and max_file_bytes is None
+        groups = by_file(specs, self.naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
+        return [replace(layout, path=layout.path.removeprefix("/")) for layout in lay_out(groups, "", self.stem)]
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises CheckpointExistsError where there is something already; an empty directory is nothing."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+
+
+def write_export(
+    source: Source,
+    small: Mapping[str, bytes],
+    out: Path,
+    *,
+    max_file_bytes: int | None,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None,
+) -> Exported:
+    """Write a directory of safetensors files and small ones, durably; a crash leaves nothing in its place.
+
+    Args:
+        source: The tensors.
+        small: Further files by name; the index of several weight files is added.
+        out: The directory to make; see `refuse_occupied`.
+        max_file_bytes: Size at which a new file begins; None for the source's own files.
+        check: Called when all is written and nobody has seen it; what it raises takes the export back.
+        progress: Called with bytes written so far and in all.
+    """
+    layouts = source.layouts(max_file_bytes)
+    total = sum(layout.nbytes for layout in layouts)
+    files, done = Files(), 0
+    draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
+    files.make_dir(draft)
+    if len(layouts) > 1:
+        small = {**small, f"{source.stem}.safetensors.index.json": index_json(layouts)}
+
+    def counted(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+        nonlocal done
+        for block in blocks:
+            yield block
+            done += len(block)
+            if progress is not None:
+                progress(done, total)
+
+    try:
+        for layout in layouts:
+            blocks = content(layout, source.naming, source.tensors, source.read, source.block_bytes)
+            write_through(files, draft / layout.path, layout.nbytes, counted(blocks), None)
+        for name, data in small.items():
+            files.make_dir((draft / name).parent)
+            files.write_new(draft / name, data)
+        check()
+        _put_in_place(files, draft, out)
+    except BaseException:
+        files.remove_tree(draft)
+        raise
+    return Exported(out, tuple(layout.path for layout in layouts), total)
+
+
+def _put_in_place(files: Files, draft: Path, out: Path) -> None:
+    """Give a whole draft the name of the export, durably."""
+    sync_tree(files, draft)
+    if out.is_dir():
+        out.rmdir()
+    files.rename(draft, out.absolute())
+    files.sync_dir(out.absolute().parent)

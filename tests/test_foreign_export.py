@@ -1,0 +1,179 @@
+"""`hydra-ckpt export` of what other tools have written: what `save_pretrained` would have written, no pickle run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.hub.foreign import export_foreign
+from hydra_ckpt.testing import run_distributed
+from tests.hub_models import MODELS, logits, make
+
+# One of each kind of difference: none, tied weights, experts fused in memory, other prefixes and nested models.
+KINDS = ["llama", "qwen3", "mixtral", "llava"]
+
+
+def _save(root: Path, accelerate: bool) -> None:
+    """What a loop with FSDP2 saves: model and optimizer, by plain DCP or as accelerate lays them out."""
+    for name in KINDS:
+        model = make(name)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        sum(parameter.sum() for parameter in model.parameters()).backward()
+        optimizer.step()
+        weights, moments = get_state_dict(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if accelerate:
+                (root / name / "pytorch_model_fsdp_0").mkdir(parents=True, exist_ok=True)
+                dcp.save({"model": weights}, checkpoint_id=root / name / "pytorch_model_fsdp_0")
+            else:
+                average = {key: tensor * 2 for key, tensor in weights.items()}
+                state = {"model": weights, "optim": moments, "ema": average, "step": 3}
+                dcp.save({"app": state}, checkpoint_id=root / name)
+
+
+def _export(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hydra_ckpt.cli", "export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def _check(export: Path, name: str, reference: Path) -> None:
+    model = make(name)
+    model.save_pretrained(reference)
+    found, wanted = load_file(export / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (export, reference))
+    assert ours == theirs
+    opened = type(MODELS[name]()).from_pretrained(export, local_files_only=True).eval()
+    assert torch.equal(logits(name, opened), logits(name, model))
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_checkpoint_of_another_tool_becomes_what_save_pretrained_writes(tmp_path: Path, accelerate: bool) -> None:
+    run_distributed(_save, 2, tmp_path / "theirs", accelerate)
+    for name in KINDS:
+        make(name).save_pretrained(tmp_path / "base" / name)
+        export_foreign(tmp_path / "theirs" / name, tmp_path / "out" / name, base=str(tmp_path / "base" / name))
+        _check(tmp_path / "out" / name, name, tmp_path / "reference" / name)
+
+
+def test_the_tool_takes_types_files_and_parts_by_option(tmp_path: Path) -> None:
+    run_distributed(_save, 2, tmp_path / "theirs", False)
+    make("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    theirs = tmp_path / "theirs" / "llama"
+    done = _export(theirs, tmp_path / "out", "--base", tmp_path / "base", "--json")
+    assert done.returncode == 0, done.stderr
+    # Types and files are the base model's.
+    files = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
+    assert set(json.loads(done.stdout)["files"]) == files
+    assert len(files) > 1
+    opened = type(MODELS["llama"]()).from_pretrained(tmp_path / "out", local_files_only=True)
+    assert opened.dtype == torch.bfloat16
+    assert torch.equal(opened.lm_head.weight, make("llama").lm_head.weight.bfloat16())
+    # Another part, whole, in the type it is asked for.
+    options = ("--part", "app.ema", "--dtype", "fp16", "--max-shard-size", "5GB")
+    done = _export(theirs, tmp_path / "average", "--base", tmp_path / "base", *options)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "average" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], (make("llama").lm_head.weight * 2).half())
+    assert json.loads((tmp_path / "average" / "config.json").read_text())["dtype"] == "float16"
+    done = _export(theirs, tmp_path / "none", "--part", "nothing")
+    assert done.returncode == 2
+    assert "app.ema" in done.stderr
+    assert not (tmp_path / "none").exists()
+    done = _export(theirs, tmp_path / "none", "--merge")
+    assert done.returncode == 2
+    assert "no adapter" in done.stderr
+
+
+def test_without_a_model_like_it_tensors_keep_their_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"weights": weights, "optim": moments}, checkpoint_id=tmp_path / "theirs")
+    made = export_foreign(tmp_path / "theirs", tmp_path / "out", base=None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == list(made.files) == ["model.safetensors"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+def _plain(root: Path, state: dict[str, Any]) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=root)
+    return root
+
+
+def test_a_model_of_another_shape_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    weights = make("llama").state_dict()
+    weights["lm_head.weight"] = torch.ones(7, 32)
+    del weights["model.norm.weight"]
+    theirs = _plain(tmp_path / "theirs", {"model": {**weights, "value_head.weight": torch.ones(2)}})
+    with pytest.raises(KeyMismatchError) as failure:
+        export_foreign(theirs, tmp_path / "out", base=str(tmp_path / "base"))
+    assert all(
+        text in str(failure.value)
+        for text in ("lm_head.weight", "[7, 32]", "model.norm.weight", "value_head.weight", "--base")
+    )
+    with pytest.raises(CheckpointNotFoundError, match=r"elsewhere is not on this machine.*--base"):
+        export_foreign(theirs, tmp_path / "out", base="org/elsewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "theirs"]
+
+
+class _Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("where", ["index", "planner_data", "number"])
+def test_an_index_that_would_run_code_is_refused(tmp_path: Path, where: str) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(3)}})
+    index = theirs / ".metadata"
+    found: Any = pickle.loads(index.read_bytes())
+    if where == "index":
+        found = _Runs(tmp_path / "ran")
+    elif where == "planner_data":
+        found.planner_data["model.a"] = ("model", _Runs(tmp_path / "ran"))
+    else:
+        found = 5
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(CorruptCheckpointError, match=r"\.metadata"):
+        export_foreign(theirs, tmp_path / "out", base=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_tensors_that_are_none_are_refused(tmp_path: Path) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(300)}})
+    file = next(theirs.glob("*.distcp"))
+    file.write_bytes(pickle.dumps(_Runs(tmp_path / "ran")).ljust(file.stat().st_size, b"."))
+    with pytest.raises(CorruptCheckpointError, match="distcp"):
+        export_foreign(theirs, tmp_path / "out", base=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
