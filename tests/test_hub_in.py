@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hydra_ckpt import CheckpointingConfig
+from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import (
     CheckpointConfigError,
     CheckpointNotFoundError,
@@ -282,6 +282,36 @@ def test_block_scales_mean_what_transformers_means_by_them(tmp_path: Path) -> No
     stored, grid, expected = quantize(torch.randn(256, 384), "block")
     theirs = Fp8Dequantize(None)._dequantize_one(stored, grid, torch.float32)
     torch.testing.assert_close(theirs, expected, rtol=1e-6, atol=0)
+
+
+def test_experts_are_dequantized_and_exported_as_what_they_are_then(tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    make("qwen3_moe").save_pretrained(reference)
+    tensors, expected = {}, {}
+    for name, tensor in load_file(reference / "model.safetensors").items():
+        tensors[name] = expected[name] = tensor
+        if "_proj" in name:
+            tensors[name], tensors[f"{name}_scale_inv"], expected[name] = quantize(tensor, "block")
+    save_file(tensors, reference / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((reference / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (reference / "config.json").write_text(json.dumps(config))
+    transformers.GenerationConfig(temperature=0.6, do_sample=True).save_pretrained(reference)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(reference))
+    options = {"checkpoint_dir": str(tmp_path / "run"), "model_repo_id": str(reference), "save_consolidated": "always"}
+    with CheckpointingConfig(**options).build(0, 0, 0) as engine:
+        assert not engine.load_base_model(model).unexpected
+        export = engine.save(AppState(model), step=1).result().path / "model" / "consolidated"
+    found = load_file(export / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "quantization_config" not in json.loads((export / "config.json").read_text())
+    # A model made of a configuration knows nothing of these; one that was opened there would.
+    assert json.loads((export / "generation_config.json").read_text())["temperature"] == 0.6
+    assert model.config.quantization_config  # the live configuration is not touched
+    opened = transformers.AutoModelForCausalLM.from_pretrained(export, local_files_only=True)
+    assert torch.equal(logits("qwen3_moe", opened.eval()), logits("qwen3_moe", model.eval()))
 
 
 def test_quantizations_of_other_kinds_are_refused(tmp_path: Path) -> None:

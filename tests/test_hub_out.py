@@ -223,6 +223,9 @@ def write_reference(directory: Path) -> dict[str, torch.Tensor]:
     (directory / "modeling_own.py").write_text("class OwnModel: ...\n")
     transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (directory / "training_args.bin").write_text("not part of a model")
     (directory / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
     return tensors_in(directory)
 
@@ -244,6 +247,8 @@ def test_files_and_element_types_are_the_reference_s(tmp_path: Path) -> None:
     assert tensors_in(export)["model.norm.weight"].dtype == torch.float32
     assert (export / "modeling_own.py").read_text() == "class OwnModel: ...\n"
     assert (export / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (export / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert not (export / "training_args.bin").exists()
     assert (export / "tokenizer_config.json").exists()
     assert "CLIPImageProcessor" in (export / "preprocessor_config.json").read_text()
     assert "quantization_config" not in json.loads((export / "config.json").read_text())

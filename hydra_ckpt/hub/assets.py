@@ -8,33 +8,45 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from hydra_ckpt.hub.conversion import original_class
+from hydra_ckpt.hub.conversion import is_transformers_model, original_class
 from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapter_config
 
 # What a tokenizer or processor consists of, wherever it is kept beside a model.
 _TOKENIZER_FILES = (
+    "*.spm",
+    "*.tiktoken",
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "audio_tokenizer_config.json",
+    "byte_maps.json",
+    "chat_template.*",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
     "merges.txt",
+    "normalizer.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "prophetnet.tokenizer",
+    "sentencepiece*.model",
     "special_tokens_map.json",
     "spiece.model",
-    "sentencepiece.bpe.model",
+    "spm*.model",
+    "tekken.json",
     "tokenizer.json",
-    "tokenizer.model",
+    "tokenizer.model*",
     "tokenizer_config.json",
     "video_preprocessor_config.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
 )
+# Any of these may say that it comes with code of its own.
+_CODED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]:
@@ -59,10 +71,20 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     config.dtype = dtype or next(
         (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None
     )
+    if getattr(model, "hf_quantizer", None) is None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the files it began with; these weights are not
     found = _saved(config)
     if model.can_generate() and model.generation_config is not None:
         found.update(_saved(copy.deepcopy(model.generation_config)))
     return found
+
+
+def derives_generation(model: nn.Module) -> bool:
+    """Whether how a model generates was derived from its configuration, rather than set or read from a file."""
+    model = unwrap(model)
+    if not is_transformers_model(model) or not cast(Any, model).can_generate():
+        return False
+    return bool(getattr(model.generation_config, "_from_model_config", False))
 
 
 def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
@@ -82,9 +104,10 @@ def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str,
         reference: The reference model.
         with_tokenizer: Whether its tokenizer or processor is taken too, there being no live one.
     """
-    wanted = [name for name in _TOKENIZER_FILES if reference.has(name)] if with_tokenizer else []
-    if "auto_map" in reference.config:
-        wanted += sorted(path.name for path in reference.directory.glob("*.py"))
+    patterns = ("generation_config.json", *(_TOKENIZER_FILES if with_tokenizer else ()))
+    wanted = [name for pattern in patterns for name in reference.matching(pattern)]
+    if any("auto_map" in reference.json(name) for name in _CODED):
+        wanted += reference.matching("*.py")
     return {name: reference.read(name) for name in wanted}
 
 

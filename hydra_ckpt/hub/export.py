@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
-from hydra_ckpt.hub.assets import adapter_assets, json_bytes, model_assets, reference_assets
+from hydra_ckpt.hub.assets import (
+    adapter_assets,
+    derives_generation,
+    json_bytes,
+    model_assets,
+    reference_assets,
+)
 from hydra_ckpt.hub.card import Made, model_card
 from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model
 from hydra_ckpt.hub.reference import Reference, at, find_reference
@@ -22,6 +28,7 @@ from hydra_ckpt.state.peft import is_peft_model
 
 log = logging.getLogger(__name__)
 
+_GENERATION = "generation_config.json"
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -132,7 +139,10 @@ class ModelExport:
             found.update(self._version_4(reference, found["config.json"]))
         if reference is not None:
             beside = reference_assets(reference, with_tokenizer=not has_tokenizer)
+            generation = beside.pop(_GENERATION, None)
             found = {**beside, **found}
+            if generation is not None and derives_generation(model):
+                found[_GENERATION] = generation
         return found
 
     def _version_4(self, reference: Reference | None, current: bytes) -> dict[str, bytes]:

@@ -35,6 +35,11 @@ class Reference:
         """Whether there is such a file."""
         return (self.directory / name).is_file()
 
+    def matching(self, pattern: str) -> list[str]:
+        """The names of its files that a pattern of the shell fits."""
+        found = (path for path in self.directory.glob(pattern) if path.is_file())
+        return sorted(str(path.relative_to(self.directory)) for path in found)
+
     def read(self, name: str) -> bytes:
         """A small file.
 
@@ -67,7 +72,7 @@ class Reference:
         """
         path = self.directory / name
         real = path.resolve()
-        if not real.is_relative_to(self.root) or Path(name).name != name:
+        if not real.is_relative_to(self.root) or ".." in Path(name).parts:
             raise CorruptCheckpointError(path, f"leads out of {self.root}")
         return str(real.relative_to(self.root))
 
