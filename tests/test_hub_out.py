@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,6 +253,52 @@ def test_files_and_element_types_are_the_reference_s(tmp_path: Path) -> None:
     assert (export / "tokenizer_config.json").exists()
     assert "CLIPImageProcessor" in (export / "preprocessor_config.json").read_text()
     assert "quantization_config" not in json.loads((export / "config.json").read_text())
+
+
+_OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from .own_parts import SCALE
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits * SCALE
+        return out
+"""
+
+
+def _own_model(config: Any = None) -> Any:
+    module = importlib.import_module("own.modeling_own")
+    module.OwnConfig.register_for_auto_class()
+    module.OwnForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    return module.OwnForCausalLM(config or module.OwnConfig(**make("llama").config.to_diff_dict()))
+
+
+def test_a_model_of_a_class_of_its_own_is_exported_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "own"
+    package.mkdir()
+    for name, text in {"__init__": "", "own_parts": "SCALE = 3.0\n", "modeling_own": _OWN}.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = _own_model().eval()
+    export = export_of(save_once(tmp_path / "run", model))
+    assert "auto_map" not in model.config.to_dict()
+    model.save_pretrained(tmp_path / "reference")
+    assert {path.name for path in export.iterdir()} == {path.name for path in (tmp_path / "reference").iterdir()}
+    assert json.loads((export / "config.json").read_text()) == json.loads(
+        (tmp_path / "reference" / "config.json").read_text()
+    )
+    opened = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, local_files_only=True)
+    assert type(opened).__name__ == "OwnForCausalLM"
+    assert torch.equal(logits("llama", opened.eval()), logits("llama", model))
 
 
 def test_the_original_configuration_is_exported_for_older_readers(tmp_path: Path) -> None:

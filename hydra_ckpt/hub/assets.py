@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from hydra_ckpt.hub.conversion import is_transformers_model, original_class
 from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapter_config
+
+log = logging.getLogger(__name__)
 
 # What a tokenizer or processor consists of, wherever it is kept beside a model.
 _TOKENIZER_FILES = (
@@ -73,10 +76,26 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     )
     if getattr(model, "hf_quantizer", None) is None and hasattr(config, "quantization_config"):
         del config.quantization_config  # of the files it began with; these weights are not
-    found = _saved(config)
+    found = _code(model, config)
+    found.update(_saved(config))
     if model.can_generate() and model.generation_config is not None:
         found.update(_saved(copy.deepcopy(model.generation_config)))
     return found
+
+
+def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
+    """The modules that a model of a class of its own needs, if that was registered; the configuration tells of them."""
+    kind: Any = original_class(model)
+    if getattr(kind, "_auto_class", None) is None:
+        return {}
+    if kind.__module__ == "__main__":
+        log.warning("the code of %s is not exported: it is defined in the program, not in a module", kind.__name__)
+        return {}
+    from transformers.dynamic_module_utils import custom_object_save
+
+    with tempfile.TemporaryDirectory() as directory:
+        custom_object_save(kind.__new__(kind), directory, config=config)  # by its class alone, whatever is sharded
+        return _content(Path(directory))
 
 
 def derives_generation(model: nn.Module) -> bool:
@@ -124,8 +143,9 @@ def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
 def _saved(thing: Any, **options: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as directory:
         thing.save_pretrained(directory, **options)
-        return {str(path.relative_to(directory)): path.read_bytes() for path in _files_below(Path(directory))}
+        return _content(Path(directory))
 
 
-def _files_below(directory: Path) -> Iterable[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+def _content(directory: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
