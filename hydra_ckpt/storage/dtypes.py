@@ -46,7 +46,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
             f"no tensor can be stored under the name {name!r}, which the files use themselves; rename the parameter or "
             "buffer, or keep it in a submodule"
         )
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
     if is_lazy(tensor):
         raise CheckpointConfigError(
