@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+)
 from hydra_ckpt.hub.merging import merge_adapter
+from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
@@ -29,7 +32,7 @@ peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "v_proj"]
 
 
-def _config(kind: str) -> Any:
+def adapter_config(kind: str) -> Any:
     if kind == "dora":
         return peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True)
     if kind == "rslora":
@@ -53,7 +56,7 @@ def base_name(kind: str) -> str:
 def adapted(kind: str) -> Any:
     model = make(base_name(kind))
     torch.manual_seed(5)
-    return peft.get_peft_model(model, _config(kind))
+    return peft.get_peft_model(model, adapter_config(kind))
 
 
 def parallel(model: Any, mode: str) -> Any:
@@ -162,7 +165,7 @@ def _with_new_tokens(base: Path) -> Any:
     """An adapter over a model of which the vocabulary has grown since it was saved, its embeddings frozen."""
     model = type(MODELS["llama"]()).from_pretrained(base)
     model.resize_token_embeddings(100)
-    return peft.get_peft_model(model, _config("lora"))
+    return peft.get_peft_model(model, adapter_config("lora"))
 
 
 def test_embeddings_of_a_resized_vocabulary_are_saved_with_the_adapter(tmp_path: Path) -> None:
@@ -178,14 +181,20 @@ def test_embeddings_of_a_resized_vocabulary_are_saved_with_the_adapter(tmp_path:
     found, theirs = (load_file(place / "adapter_model.safetensors") for place in (export, tmp_path / "reference"))
     assert found.keys() == theirs.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
-    merge_adapter(export, tmp_path / "merged", base=None, dtype=None, max_file_bytes=1 << 30)
+    merge_adapter(Checkpoint.open(tmp_path / "run" / "LATEST"), tmp_path / "merged")
     merged = type(MODELS["llama"]()).from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == 100
     torch.testing.assert_close(answer(merged), answer(state.model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["norms", "prompts"])
-def test_what_is_trained_beside_an_adapter_is_refused(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("norms", "norm.*: trained, but in no adapter's files"),
+        ("prompts", "prompt_embeddings: peft computes these when it saves the adapter 'default'"),
+    ],
+)
+def test_what_an_adapter_s_files_cannot_hold_is_refused(tmp_path: Path, what: str, message: str) -> None:
     if what == "norms":
         model = adapted("lora")
         for name, parameter in model.named_parameters():
@@ -194,10 +203,147 @@ def test_what_is_trained_beside_an_adapter_is_refused(tmp_path: Path, what: str)
         model = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True)
     with config.build(0, 0, 0) as engine:
-        message = "norm" if what == "norms" else "prompt_encoder"
-        with pytest.raises(CheckpointConfigError, match=rf"{message}.*: trained, but in no adapter's files"):
+        with pytest.raises(CheckpointConfigError, match=message):
             engine.save(state_of(model), step=1)
         engine.save(state_of(adapted("lora")), step=1)
+
+
+def _saved(state: AppState, root: Path) -> tuple[Path, Path]:
+    """The directories of our adapters and of peft's, which hold the same tensors."""
+    model = unwrap(state.models[""][0])
+    with CheckpointingConfig(checkpoint_dir=str(root / "run"), is_peft=True).build(0, 0, 0) as engine:
+        ours = engine.save(state, step=1).result().path / "model"
+    model.save_pretrained(root / "reference")
+    return ours / "consolidated", root / "reference"
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    found, wanted = (load_file(place / "adapter_model.safetensors") for place in (ours, theirs))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_tied_modules_to_save_are_written_under_each_name_as_peft_does(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, target_modules=TARGETS, modules_to_save=["lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
+    state = state_of(peft.get_peft_model(make("qwen3"), config))
+    train(state, 2)
+    ours, theirs = _saved(state, tmp_path)
+    assert_same_files(ours, theirs)
+    opened = peft.PeftModel.from_pretrained(make("qwen3"), ours)
+    torch.testing.assert_close(answer(opened), answer(state.model), rtol=0, atol=2e-6)
+    other = state_of(peft.get_peft_model(make("qwen3"), config))
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        assert engine.load(other).step == 1
+    assert torch.equal(answer(other.model), answer(state.model))
+
+
+@pytest.mark.parametrize("wrapper", ["checkpointed", "compiled"])
+def test_layers_in_wrappers_are_saved_under_peft_s_names(tmp_path: Path, wrapper: str) -> None:
+    model = adapted("saved")
+    layers = model.get_base_model().model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer) if wrapper == "checkpointed" else torch.compile(layer)
+    state = state_of(model)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        export = engine.save(state, step=1).result().path / "model" / "consolidated"
+    adapted("saved").save_pretrained(tmp_path / "reference")  # peft itself cannot save a model with wrappers
+    assert_same_files(export, tmp_path / "reference")
+
+
+def test_an_adapter_that_is_not_active_takes_nothing_of_the_active_one_s(tmp_path: Path) -> None:
+    model = peft.get_peft_model(make("llama"), adapter_config("saved"), "policy")
+    model.add_adapter("reference-1", adapter_config("saved"))
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        export = engine.save(state_of(model), step=1).result().path / "model"
+    model.save_pretrained(tmp_path / "theirs")
+    for name, place in (("policy", "consolidated"), ("reference-1", "reference-1/consolidated")):
+        assert_same_files(export / place, tmp_path / "theirs" / name)
+
+
+def test_ranks_that_adalora_has_pruned_are_kept_as_zeros(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=3, total_step=12, tinit=2, tfinal=2, deltaT=1, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    state = state_of(peft.get_peft_model(make("llama"), config))
+    model = state.models[""][0]
+    options = {"checkpoint_dir": str(tmp_path / "run"), "is_peft": True}
+    with CheckpointingConfig(**options).build(0, 0, 0) as engine:
+        for step in range(1, 12):
+            model(input_ids=torch.tensor([[5, 7, 9, 11, 3]])).logits.square().mean().backward()
+            state.optimizers[0].step()
+            model.base_model.update_and_allocate(step)
+            state.optimizers[0].zero_grad()
+            if step in (1, 11):
+                checkpoint = engine.save(state, step=step).result()
+    assert model.peft_config["default"].rank_pattern
+    with torch.no_grad():
+        expected = answer(model)
+    opened = peft.PeftModel.from_pretrained(make("llama"), checkpoint.path / "model" / "consolidated")
+    torch.testing.assert_close(answer(opened), expected, rtol=0, atol=2e-6)
+    resumed = state_of(peft.get_peft_model(make("llama"), config))
+    with CheckpointingConfig(**options).build(0, 0, 0) as engine:
+        assert engine.load(resumed).step == 11
+    assert torch.equal(answer(resumed.model), expected)
+
+
+class Normed(nn.Module):
+    """A base model whose buffers change while its adapter is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(data)))
+
+
+def _normed() -> AppState:
+    torch.manual_seed(0)
+    return state_of(peft.get_peft_model(Normed(), peft.LoraConfig(r=2, target_modules=["first"])))
+
+
+def _statistics(root: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Running statistics of each rank, before and after they are resumed."""
+    state, rank = _normed(), dist.get_rank()
+    state.model(torch.randn(16, 4, generator=torch.Generator().manual_seed(rank)) + rank)
+    resumed = _normed()
+    with CheckpointingConfig(checkpoint_dir=str(root / "run"), is_peft=True).build(rank, 0, 0) as engine:
+        engine.save(state, step=1).result()
+        engine.load(resumed)
+    found = [dict(each.model.named_buffers()) for each in (state, resumed)]
+    return [[each[name] for name in sorted(each) if "running" in name] for each in found]
+
+
+def test_statistics_of_a_frozen_base_model_are_resumed(tmp_path: Path) -> None:
+    everything = run_distributed(_statistics, 2, tmp_path)
+    for before, after in everything:
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    alone = _normed()  # on another number of ranks they are rank 0's
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        assert engine.load(alone).step == 1
+    buffers = dict(alone.model.named_buffers())
+    found = [buffers[name] for name in sorted(buffers) if "running" in name]
+    assert all(torch.equal(a, b) for a, b in zip(found, everything[0][0], strict=True))
+
+
+def _token_rows(root: Path) -> Any:
+    """Rows of an embedding that are trained, the embedding being sharded."""
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[3, 5], task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = parallel(peft.get_peft_model(make("llama"), config), "fsdp")
+    state = state_of(model)
+    train(state, 1)
+    with CheckpointingConfig(checkpoint_dir=str(root / "run"), is_peft=True).build(dist.get_rank(), 0, 0) as engine:
+        export = engine.save(state, step=1).result().path / "model" / "consolidated"
+    return str(export), answer(model)
+
+
+def test_trained_rows_of_a_sharded_embedding_are_saved(tmp_path: Path) -> None:
+    (export, expected), _ = run_distributed(_token_rows, 2, tmp_path)
+    opened = peft.PeftModel.from_pretrained(make("llama"), export)
+    torch.testing.assert_close(answer(opened), expected, rtol=0, atol=2e-6)
 
 
 def test_shared_projections_are_saved_once_and_open(tmp_path: Path) -> None:
@@ -247,7 +393,7 @@ def test_several_adapters_each_have_a_directory_of_their_own(tmp_path: Path) -> 
         assert torch.equal(answer(again.model), answer(state.model))
         torch.testing.assert_close(answer(opened), answer(state.model), rtol=0, atol=2e-6)
     bad = adapted("lora")
-    bad.add_adapter("my poet", _config("lora"))
+    bad.add_adapter("my poet", adapter_config("lora"))
     with CheckpointingConfig(**options).build(0, 0, 0) as engine, pytest.raises(CheckpointConfigError, match="my poet"):
         engine.save(AppState(bad), step=2)
 
@@ -329,50 +475,52 @@ def test_an_adapter_is_gathered_across_pipeline_stages(tmp_path: Path) -> None:
     assert torch.equal(answer(again.models[""][0]), answer(whole.models[""][0]))
 
 
-def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
-    make("llama").save_pretrained(tmp_path / "base")
-    base = type(MODELS["llama"]()).from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, _config("saved"))
-    state = state_of(model)
-    train(state, 2)
-    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
-        checkpoint = engine.save(state, step=2).result()
-    config = json.loads((checkpoint.path / "model/consolidated/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base")
-    automatic = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint.path / "model" / "consolidated")
-    torch.testing.assert_close(answer(automatic), answer(state.model), rtol=0, atol=2e-6)
-    command = [
-        sys.executable,
-        "-m",
-        "hydra_ckpt.cli",
-        "export",
-        str(tmp_path / "run"),
-        str(tmp_path / "out"),
-        "--merge",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    opened = type(base).from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(answer(opened), answer(state.model), rtol=0, atol=1e-5)
+def saved_adapter(root: Path, model: Any, base: Path | None = None) -> Checkpoint:
+    """A checkpoint of a trained adapter."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    if base is not None:
+        model.peft_config["default"].base_model_name_or_path = str(base)
+    with CheckpointingConfig(checkpoint_dir=str(root / "run"), is_peft=True).build(0, 0, 0) as engine:
+        return engine.save(AppState(model), step=1).result()
 
 
-@pytest.mark.parametrize("name", [None, "org/elsewhere"])
-def test_an_adapter_without_its_base_model_is_not_merged(tmp_path: Path, name: str | None) -> None:
-    model = adapted("lora")
-    model.peft_config["default"].base_model_name_or_path = name
-    model.get_base_model().name_or_path = ""
+def saved_base(root: Path, name: str = "llama", **options: Any) -> Path:
+    torch.manual_seed(0)
+    (llama(**options) if options else make(name)).save_pretrained(root / "base")
+    return root / "base"
+
+
+# -- other settings, other ways ------------------------------------------------------------------------------------
+
+
+def test_settings_that_give_saved_weights_another_meaning_are_told(tmp_path: Path) -> None:
+    checkpoint = saved_adapter(tmp_path, adapted("lora"))
+    config = peft.LoraConfig(r=4, lora_alpha=64, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM")
+    other = peft.get_peft_model(make("llama"), config)
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        same = engine.load(AppState(adapted("lora")), restore_from=str(checkpoint.path))
+        report = engine.load(AppState(other), restore_from=str(checkpoint.path))
+    assert not [note for note in same.notes if "settings" in note]
+    told = "\n".join(report.notes)
+    assert "lora_alpha was 8 and is 64" in told
+    assert "use_rslora was False and is True" in told
+
+
+def test_adapters_that_no_peft_model_holds_are_not_exported_as_a_model(tmp_path: Path) -> None:
+    model = make("llama")
+    model.add_adapter(adapter_config("lora"))
+    options = {"checkpoint_dir": str(tmp_path / "run")}
+    exporting = CheckpointingConfig(**options, save_consolidated="always").build(0, 0, 0)
+    with exporting, pytest.raises(CheckpointConfigError, match=r"add_adapter.*get_peft_model"):
+        exporting.save(AppState(model), step=1)
+    with CheckpointingConfig(**options, save_consolidated=False).build(0, 0, 0) as engine:
         engine.save(AppState(model), step=1).result()
-    command = [
-        sys.executable,
-        "-m",
-        "hydra_ckpt.cli",
-        "export",
-        str(tmp_path / "run"),
-        str(tmp_path / "out"),
-        "--merge",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 2
-    assert ("name it with --base" if name is None else "org/elsewhere is not on this machine") in done.stderr
-    assert not (tmp_path / "out").exists()
+        assert engine.load(AppState(model)).step == 1
+
+
+def test_a_base_model_is_loaded_before_it_is_wrapped(tmp_path: Path) -> None:
+    config = CheckpointingConfig(enabled=False, model_repo_id=str(saved_base(tmp_path)))
+    with config.build(0, 0, 0) as engine, pytest.raises(CheckpointConfigError, match="first, then wrap"):
+        engine.load_base_model(adapted("lora"))

@@ -24,7 +24,6 @@ __all__ = ["export"]
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_DEFAULT_FILE_BYTES = 5 * 10**9
 
 
 def export(
@@ -68,9 +67,9 @@ def export(
     elif merge:
         from hydra_ckpt.hub.merging import merge_adapter
 
-        adapter = open_one(checkpoint).path / part / names.CONSOLIDATED
-        merge_adapter(adapter, out, base=base, dtype=kind, max_file_bytes=limit or _DEFAULT_FILE_BYTES)
-        weights = sorted(path.name for path in out.glob("*.safetensors"))
+        weights = merge_adapter(
+            open_one(checkpoint), out, part=part, base=base, dtype=kind, max_file_bytes=limit, verify=verify
+        )
     else:
         found = open_one(checkpoint)
         make = partial(export_checkpoint, found, part=part, dtype=kind, max_file_bytes=limit, verify=verify)

@@ -24,6 +24,7 @@ from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
+from hydra_ckpt.state.peft import is_peft_model
 from hydra_ckpt.storage.memory import fresh_like
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,11 @@ def load_base(
     if repo_id is None:
         raise CheckpointConfigError(
             "checkpoint.model_repo_id is not set: give the hub id or directory of the model to start from"
+        )
+    if any(is_peft_model(part) for part in (model if isinstance(model, list) else [model])):
+        raise CheckpointConfigError(
+            "load_base_model was given a PeftModel, whose tensors have other names than the base model's files: load "
+            "the base model first, then wrap it with peft.get_peft_model"
         )
     found = channel.coordinator_step("looking for the base model", lambda: _located(repo_id, options.cache_dir))
     reference = Reference(Path(found["directory"]), Path(found["root"]))

@@ -24,7 +24,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.model import unwrap
-from hydra_ckpt.state.peft import is_peft_model
+from hydra_ckpt.state.peft import is_peft_model, refuse_adapters
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class ModelExport:
             CheckpointConfigError: transformers stores the model otherwise than can be done on shards.
         """
         try:
+            refuse_adapters(model)
             found = hub_naming(model, specs) if adapted is None else adapted.completed(specs)
         except CheckpointConfigError as error:
             if self._required:

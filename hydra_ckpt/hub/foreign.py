@@ -21,11 +21,11 @@ from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_expo
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model import ModelMap, canonical
 from hydra_ckpt.storage.distcp import fetch_distcp
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.parts import WHOLE_TENSORS
-from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, INDEX, KeyPath, canonical, read_dcp_tensors
+from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, INDEX, KeyPath, read_dcp_tensors
 from hydra_ckpt.store import names
 
 # Keys under which optimizers keep their state, in the state dicts of PyTorch and of DCP's helpers.

@@ -2,71 +2,209 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
+from hydra_ckpt.config import hub_cache
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
+from hydra_ckpt.files import Files
 from hydra_ckpt.hub.assets import reference_assets
-from hydra_ckpt.hub.reference import at
-from hydra_ckpt.hub.skeletons import configured
-from hydra_ckpt.hub.writing import refuse_occupied
+from hydra_ckpt.hub.offline import find_model, models_of
+from hydra_ckpt.hub.reference import at, find_reference
+from hydra_ckpt.hub.skeletons import configured, skeleton
+from hydra_ckpt.hub.writing import drafted, refuse_occupied
+from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES
+from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.header import read_header
+from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
+
+# What peft puts before the names of the base model's own tensors.
+_PREFIX = "base_model.model."
+# The class that an adapter of a task was trained over, where the base model's files may hold another one: those of
+# language models serve these tasks with a head of their own. As peft's Auto classes have it.
+_MAPPINGS = {
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
 
 
-def merge_adapter(adapter: Path, out: Path, *, base: str | None, dtype: str | None, max_file_bytes: int) -> None:
+def merge_adapter(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    part: str = names.MODEL,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_file_bytes: int | None = None,
+    verify: bool = True,
+) -> list[str]:
     """Write the full model that an adapter and its base model make; all of it is held in memory.
 
     Args:
-        adapter: A directory as peft writes it.
-        out: The directory to make; it must not exist, or be empty.
-        base: The base model, a hub id or a directory; None for the one that the adapter names.
-        dtype: Element type; None for the base model's.
-        max_file_bytes: Size at which a new file begins.
+        checkpoint: One with an adapter.
+        out: The directory to make; it must not exist, or be empty. A failure leaves nothing in its place.
+        part: `model`, or the name of one of several adapters.
+        base: The base model, a hub id in the cache or a directory; None for the one that the adapter names.
+        dtype: Element type that the merged model is converted to; None for the base model's.
+        max_file_bytes: Size at which a new file begins; None for 5 GB.
+        verify: Whether the adapter's bytes are compared with their digests.
+
+    Returns:
+        The names of the weight files.
 
     Raises:
         CheckpointNotFoundError: The adapter, or its base model, is not there.
         CheckpointExistsError: There is something at `out`.
-        CheckpointConfigError: The adapter names no base model, or a package is missing.
+        CheckpointConfigError: The adapter names no base model, one that cannot be opened, or one of another shape; or a
+            package is missing.
+        KeyMismatchError: The adapter is not one of this base model.
+        CorruptCheckpointError: The adapter's files are damaged.
     """
     refuse_occupied(out)
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{adapter} holds no adapter_config.json: there is no adapter to merge")
-    base = base or json.loads(path.read_text()).get("base_model_name_or_path")
+    adapter = _located(checkpoint, part, verify=verify)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    base = base or settings.get("base_model_name_or_path")
     if not base:
-        raise CheckpointConfigError(f"{path} names no base model (base_model_name_or_path), so name it with --base")
-    kind, _ = configured(base, "--base")
+        raise CheckpointConfigError(
+            f"{adapter / 'adapter_config.json'} names no base model (base_model_name_or_path), so name it with --base"
+        )
+    stored = {item.spec.name: item.spec for item in read_header(adapter, f"{names.ADAPTER}.safetensors")[0]}
+    model = _opened(base, settings, stored)
+    rows = _vocabulary(model, stored)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    merged = _adapted(model, adapter, base, stored).merge_and_unload()
+    if dtype is not None:
+        merged = merged.to(getattr(torch, dtype))
+    files = Files()
+    with drafted(out, files) as draft:
+        merged.save_pretrained(draft, max_shard_size=max_file_bytes or DEFAULT_FILE_BYTES)
+        weights = sorted(path.name for path in draft.glob("*.safetensors"))
+        for name in weights:  # safetensors keeps them from everybody else
+            (draft / name).chmod((draft / "config.json").stat().st_mode)
+        for name, data in _beside(adapter, base).items():
+            if not (draft / name).exists():
+                files.make_dir((draft / name).parent)
+                files.write_new(draft / name, data)
+    return weights
+
+
+def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
+    """The directory of an adapter, its bytes compared."""
+    models = models_of(checkpoint)
+    model = find_model(models, part)
+    if model is None:
+        raise CheckpointNotFoundError(f"{checkpoint.path} has no part {part!r}; it has {', '.join(models)}")
+    place = f"{model}/{names.CONSOLIDATED}/"
+    manifest = checkpoint.manifest
+    if f"{place}adapter_config.json" not in manifest.files:
+        raise CheckpointNotFoundError(f"{model} of {checkpoint.path} is no adapter: export it without --merge")
+    if verify:
+        found = [check for check in checks(checkpoint.path, manifest.files, manifest.digests) if place in check.file]
+        for error in findings(checkpoint.path, found):
+            raise error
+    return checkpoint.path / place
+
+
+def _opened(base: str, settings: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Any:
+    """The base model, of the class that the adapter was trained over."""
+    kind, config = configured(base, "--base")
+    mapping, task = settings.get("auto_mapping"), settings.get("task_type")
+    if task in _MAPPINGS:
+        import transformers
+
+        try:
+            kind = getattr(transformers, _MAPPINGS[task])[type(config)]
+        except KeyError:
+            raise CheckpointConfigError(
+                f"{base} is a {config.model_type}, of which transformers has no model for the adapter's task {task}; "
+                "name the model it was trained over with --base"
+            ) from None
+        kind = kind[0] if isinstance(kind, tuple) else kind
+    elif task is None and mapping:
+        kind = _mapped(mapping, kind)
+    labels = _labels(skeleton(kind, config), config, stored)
+    if labels is not None:
+        config.num_labels = labels
+    try:
+        return kind.from_pretrained(base, config=config, local_files_only=True, dtype="auto")
+    except Exception as error:
+        raise CheckpointConfigError(
+            f"the base model {base} cannot be opened: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
+    """The class that an adapter without a task names; nothing but transformers is imported for it."""
+    library = str(mapping.get("parent_library"))
+    if library.split(".", maxsplit=1)[0] != "transformers":
+        raise CheckpointConfigError(
+            f"the adapter was trained over {mapping.get('base_model_class')} of {library}; models of transformers can "
+            "be merged. Merge it in Python: model.merge_and_unload()"
+        )
+    try:
+        found = getattr(importlib.import_module(library), str(mapping.get("base_model_class")), otherwise)
+    except ImportError:
+        return otherwise
+    return found if isinstance(found, type) else otherwise
+
+
+def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | None:
+    """Rows of a head that an adapter brings along, where they are more or fewer than the configuration's labels."""
+    for name, parameter in model.named_parameters():
+        spec = stored.get(_PREFIX + name)
+        if spec is not None and spec.shape != tuple(parameter.shape) and parameter.shape[0] == config.num_labels:
+            return spec.shape[0]
+    return None
+
+
+def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
+    """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
+    embedding = model.get_input_embeddings()
+    place = next((name for name, module in model.named_modules() if module is embedding), None)
+    found = stored.get(f"{_PREFIX}{place}.weight")
+    return None if found is None else found.shape[0]
+
+
+def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSpec]) -> Any:
+    """The base model with its adapter, every tensor of which has found its place."""
     try:
         import peft
     except ImportError:
         raise CheckpointConfigError("merging needs peft: pip install 'hydra-ckpt[transformers,peft]'") from None
     try:
-        model: Any = kind.from_pretrained(
-            base, local_files_only=True, dtype="auto" if dtype is None else getattr(torch, dtype)
+        found = peft.PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:
+        raise CheckpointConfigError(
+            f"the adapter {adapter} does not fit the base model {base}: {type(error).__name__}: {error}. Name the one "
+            "it was trained over with --base"
+        ) from error
+    wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
+    known = found.state_dict()  # embeddings are stored beside the adapter's own tensors
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - known.keys())
+    if missing or unexpected:
+        raise KeyMismatchError(
+            str(adapter),
+            missing=missing,
+            unexpected=unexpected,
+            remedy=f"It was trained over another model than {base}: name that one with --base.",
         )
-    except OSError as error:
-        raise CheckpointNotFoundError(f"the base model {base} cannot be opened: {error}") from None
-    rows = _vocabulary(model, adapter)
-    if rows is not None:
-        model.resize_token_embeddings(rows)
-    merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    merged.save_pretrained(out, max_shard_size=max_file_bytes)
-    for weights in out.glob("*.safetensors"):  # safetensors keeps them from everybody else
-        weights.chmod((out / "config.json").stat().st_mode)
-    for name, data in reference_assets(at(adapter), with_tokenizer=True).items():
-        (out / name).write_bytes(data)
+    return found
 
 
-def _vocabulary(model: Any, adapter: Path) -> int | None:
-    """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
-    embedding = model.get_input_embeddings()
-    place = next((name for name, module in model.named_modules() if module is embedding), None)
-    weights = adapter / "adapter_model.safetensors"
-    if place is None or not weights.is_file():
-        return None
-    stored = {item.spec.name: item.spec for item in read_header(adapter, weights.name)[0]}
-    found = stored.get(f"base_model.model.{place}.weight")
-    return None if found is None else found.shape[0]
+def _beside(adapter: Path, base: str) -> dict[str, bytes]:
+    """The tokenizer's files: the adapter's, else the base model's."""
+    found = reference_assets(at(adapter), with_tokenizer=True)
+    try:
+        return found or reference_assets(find_reference(base, Path(hub_cache())), with_tokenizer=True)
+    except CheckpointError:
+        return found  # transformers has found the base model in a way of its own

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
 from hydra_ckpt.hub.assets import json_bytes
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
 from hydra_ckpt.layout.aliases import Alias, Naming
@@ -57,6 +57,8 @@ def export_checkpoint(
     ledger = Ledger(checks(checkpoint.path, manifest.files, manifest.digests)) if verify else None
     source, model = _source(checkpoint, part, ledger)
     source = source if dtype is None else source.cast(dtype)
+    if max_file_bytes is not None and source.stem == names.ADAPTER:
+        raise CheckpointConfigError(f"{model} is an adapter, which peft reads from one file: no --max-shard-size")
     small = _small_files(checkpoint, model, dtype)
     rest = (lambda: None) if ledger is None else partial(_verify_rest, checkpoint, source, ledger)
     return write_export(source, small, out, max_file_bytes=max_file_bytes, check=rest, progress=progress)
@@ -69,13 +71,23 @@ def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None
         raise error
 
 
+def models_of(checkpoint: Checkpoint) -> list[str]:
+    """The parts of a checkpoint that hold models, or adapters of them."""
+    return [name for name in checkpoint.manifest.parts if name.split("/")[0] == names.MODEL]
+
+
+def find_model(models: Sequence[str], part: str) -> str | None:
+    """The one that is named so, with or without `model/`; None if there is none."""
+    return next((name for name in models if part in (name, name.removeprefix(f"{names.MODEL}/"))), None)
+
+
 def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[Source, str]:
     """The part to read, and the model whose small files go with it."""
     parts = checkpoint.manifest.parts
-    models = [name for name in parts if name.split("/")[0] == names.MODEL]
-    for model in models:
-        if part in (model, model.removeprefix(f"{names.MODEL}/")):
-            return _model(checkpoint, model, ledger), model
+    models = models_of(checkpoint)
+    named = find_model(models, part)
+    if named is not None:
+        return _model(checkpoint, named, ledger), named
     averages: list[str] = []
     if len(models) == 1 and names.EXTRAS in parts:
         source = _model(checkpoint, models[0], ledger)

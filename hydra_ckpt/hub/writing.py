@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,8 +101,6 @@ def write_export(
     layouts = source.layouts(max_file_bytes)
     total = sum(layout.nbytes for layout in layouts)
     files, done = Files(), 0
-    draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
-    files.make_dir(draft)
     if len(layouts) > 1:
         small = {**small, f"{source.stem}.safetensors.index.json": index_json(layouts)}
 
@@ -113,7 +112,7 @@ def write_export(
             if progress is not None:
                 progress(done, total)
 
-    try:
+    with drafted(out, files) as draft:
         for layout in layouts:
             blocks = content(layout, source.naming, source.tensors, source.read, source.block_bytes)
             write_through(files, draft / layout.path, layout.nbytes, counted(blocks), None)
@@ -121,17 +120,21 @@ def write_export(
             files.make_dir((draft / name).parent)
             files.write_new(draft / name, data)
         check()
-        _put_in_place(files, draft, out)
-    except BaseException:
-        files.remove_tree(draft)
-        raise
     return Exported(out, tuple(layout.path for layout in layouts), total)
 
 
-def _put_in_place(files: Files, draft: Path, out: Path) -> None:
-    """Give a whole draft the name of the export, durably."""
-    sync_tree(files, draft)
-    if out.is_dir():
-        out.rmdir()
-    files.rename(draft, out.absolute())
-    files.sync_dir(out.absolute().parent)
+@contextmanager
+def drafted(out: Path, files: Files) -> Iterator[Path]:
+    """A directory beside `out` that takes its name when all went well, durably, and is removed when it did not."""
+    draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
+    files.make_dir(draft)
+    try:
+        yield draft
+        sync_tree(files, draft)
+        if out.is_dir():
+            out.rmdir()
+        files.rename(draft, out.absolute())
+        files.sync_dir(out.absolute().parent)
+    except BaseException:
+        files.remove_tree(draft)
+        raise

@@ -19,13 +19,13 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.load import Load
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
+from hydra_ckpt.state.model import canonical
 from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.storage.pickled import (
     ACCELERATE_MODEL,
     INDEX,
     DcpDirectory,
     KeyPath,
-    canonical,
     read_dcp,
     read_pickle,
 )

@@ -24,6 +24,7 @@ from hydra_ckpt.state import rng, stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
@@ -264,6 +265,7 @@ class Load:
         saved = self._saved_models()
         live = {part_of(name) for name in maps}
         mismatch.unexpected += [f"the model {part}" for part in saved - live]
+        self._note_adapters()
         for name, mapped in maps.items():
             part = part_of(name)
             stored = self._stored(part)
@@ -277,6 +279,17 @@ class Load:
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
             for item in items:
                 self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+
+    def _note_adapters(self) -> None:
+        """Say where an adapter's weights will mean something else than they did."""
+        for name, [model, *_] in self.state.models.items() if self.extractor.is_peft else ():
+            for key, adapter in adapters(name, model).items():
+                file = f"{part_of(key)}/{names.CONSOLIDATED}/adapter_config.json"
+                if file in self.checkpoint.manifest.files:
+                    changed = changed_settings(model, adapter, self._json(file))
+                    self._notes += [
+                        f"the adapter {adapter!r} was trained with other settings: {text}" for text in changed
+                    ]
 
     def _naming(
         self, mismatch: _Mismatch, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]

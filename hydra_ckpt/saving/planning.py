@@ -66,7 +66,7 @@ def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
 
 def adapter_layout(part: str) -> PartLayout:
     """A directory as peft writes it: one file, whatever its size."""
-    return PartLayout(part, f"{part}/{names.CONSOLIDATED}", "adapter_model", max_bytes=1 << 62)
+    return PartLayout(part, f"{part}/{names.CONSOLIDATED}", names.ADAPTER, max_bytes=1 << 62)
 
 
 def shard_layout(part: str) -> PartLayout:

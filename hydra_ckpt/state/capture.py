@@ -25,14 +25,11 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.model import ModelMap
-from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost
+from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap
+from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.tree import decode, encode
 from hydra_ckpt.store import names
-
-# Above this, buffers are tables rather than statistics, and the same everywhere.
-_MAX_OWN_BUFFER_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +92,10 @@ class Extractor:
     def maps(self, state: AppState) -> dict[str, ModelMap]:
         """Model name to where its tensors live; with PEFT an entry for each adapter."""
         identity = tuple(id(module) for modules in state.models.values() for module in modules)
-        if self.is_peft:  # adapters come and go
-            named = (adapters(name, modules[0]) for name, modules in state.models.items() if is_peft_model(modules[0]))
-            identity += tuple(hash(key) for keys in named for key in keys)
+        if self.is_peft:  # adapters come and go, embeddings may be trained later
+            wrapped = [(name, modules) for name, modules in state.models.items() if is_peft_model(modules[0])]
+            identity += tuple(hash(key) for name, modules in wrapped for key in adapters(name, modules[0]))
+            identity += tuple(key for _, modules in wrapped for module in modules for key in trained_embeddings(module))
         if identity != self._mapped:
             self._maps = {}
             for name, modules in state.models.items():
@@ -132,7 +130,7 @@ class Extractor:
         found = {}
         for key, adapter in adapters(name, modules[0]).items():
             found[key] = ModelMap.of(modules)
-            keep_adapter(found[key], modules, adapter)
+            keep_adapter(found[key], modules, adapter, buffers=key == name)
             if key != name:
                 found[key].names = {}  # the first map knows all parameters
         return found
@@ -206,7 +204,7 @@ class Extractor:
         }
         nbytes = sum(buffer.nbytes for buffers in plain.values() for buffer in buffers.values())
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        return {} if alone or nbytes > _MAX_OWN_BUFFER_BYTES else plain
+        return {} if alone or nbytes > MAX_OWN_BUFFER_BYTES else plain
 
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:

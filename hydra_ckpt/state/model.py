@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,20 @@ from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
+
+# Above this, buffers are tables rather than statistics, and the same everywhere.
+MAX_OWN_BUFFER_BYTES = 16 << 20
+
+# What wrappers add to names.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def canonical(name: Any) -> str:
+    """The name of a tensor as its model has it, without what wrappers have put into it."""
+    text = str(name)
+    for wrapper in _WRAPPERS:
+        text = text.replace(wrapper, "")
+    return text.removeprefix("module.")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -126,13 +140,13 @@ class _Walked:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Walked:
-        return cls(module, list(module._modules.values()), _identities(module), _persistent(module))
+        return cls(module, list(module._modules.values()), _identities(module), persistent(module))
 
     def is_as_it_was(self) -> bool:
         return (
             list(self.module._modules.values()) == self.children
             and _identities(self.module) == self.parameters
-            and _persistent(self.module) == self.buffers
+            and persistent(self.module) == self.buffers
         )
 
 
@@ -141,7 +155,7 @@ def _identities(module: nn.Module) -> dict[str, int]:
     return {name: id(parameter) for name, parameter in module._parameters.items() if parameter is not None}
 
 
-def _persistent(module: nn.Module) -> list[str]:
+def persistent(module: nn.Module) -> list[str]:
     """Which buffers of a module are saved. Others may take their places at every step."""
     hidden = module._non_persistent_buffers_set
     return [name for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
@@ -169,6 +183,7 @@ class ModelMap:
     _walked: list[_Walked] = field(default_factory=list)
     _adapted_specs: list[TensorSpec] | None = None
     _hidden: list[str] = field(default_factory=list)
+    _beside: list[Slot] = field(default_factory=list)
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
@@ -213,7 +228,7 @@ class ModelMap:
                 check_storable(prefix + name, parameter)
                 check_elements_apart("parameter", prefix + name, parameter)
                 yield Slot(prefix + name, module, name, True)
-        for name in _persistent(module):
+        for name in persistent(module):
             buffer = module._buffers[name]
             assert buffer is not None  # those are left out
             check_storable(prefix + name, buffer)
@@ -275,9 +290,16 @@ class ModelMap:
         self.reshard()
         return all(walked.is_as_it_was() for walked in self._walked) and self._adapts_as_it_did()
 
-    def keep(self, renamed: Mapping[str, str]) -> None:
-        """Store only these tensors, under other names."""
-        self.slots = [replace(slot, name=renamed[slot.name]) for slot in self.slots if slot.name in renamed]
+    def keep(self, renamed: Mapping[str, Sequence[str]], *, buffers: bool) -> None:
+        """Store only these tensors, under other names.
+
+        Args:
+            renamed: A tensor's name to all names that it is stored under.
+            buffers: Whether values of the other buffers, which a forward pass may change, are kept as extra state.
+        """
+        left = [slot for slot in self.slots if slot.name not in renamed and not slot.is_parameter]
+        self._beside = left if buffers and sum(slot.tensor.nbytes for slot in left) <= MAX_OWN_BUFFER_BYTES else []
+        self.slots = [replace(slot, name=name) for slot in self.slots for name in renamed.get(slot.name, ())]
         self.extra_states = {}
         self._adapting = []
         self._hidden = []
@@ -331,7 +353,7 @@ class ModelMap:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers by name, live."""
-        return {slot.name: slot.tensor for slot in self.slots if not slot.is_parameter}
+        return {slot.name: slot.tensor for slot in [*self.slots, *self._beside] if not slot.is_parameter}
 
     @torch.no_grad()
     def set_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
@@ -342,11 +364,13 @@ class ModelMap:
                 live[name].copy_(value)
 
     def extra_state(self) -> dict[str, Any]:
-        """The modules' own extra state."""
-        return {name: module.get_extra_state() for name, module in self.extra_states.items()}
+        """What is stored beside the tensors: the modules' own extra state, and buffers that `keep` has left out."""
+        own = {name: module.get_extra_state() for name, module in self.extra_states.items()}
+        return {**own, **{slot.name: slot.tensor for slot in self._beside}}
 
     def set_extra_state(self, states: dict[str, Any]) -> None:
-        """Give extra state back to the modules that have it."""
+        """Give it back to the modules that have it."""
+        self.set_buffers({name: value for name, value in states.items() if isinstance(value, torch.Tensor)})
         for name, state in states.items():
             if name in self.extra_states:
                 self.extra_states[name].set_extra_state(state)

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import sys
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, some_of
-from hydra_ckpt.state.model import ModelMap, unwrap
+from hydra_ckpt.state.model import ModelMap, canonical, persistent, unwrap
 
 # Directories that a model's part has for other things.
 _RESERVED = {"consolidated", "assets"}
+# Settings that say nothing of what trained weights mean.
+_OF_NO_CONSEQUENCE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+_DIRECTORY = re.compile(r"\w[\w-]*", re.ASCII)
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -41,8 +58,24 @@ def check_kind(model: nn.Module, wanted: bool) -> None:
             "wrap it with peft.get_peft_model, or set checkpoint.is_peft=false"
         )
     for adapter in _core(model).peft_config if found else ():
-        if not adapter.isidentifier() or adapter in _RESERVED:
-            raise CheckpointConfigError(f"the adapter's name {adapter!r} cannot name a directory; choose an identifier")
+        if not _DIRECTORY.fullmatch(adapter) or adapter in _RESERVED:
+            raise CheckpointConfigError(
+                f"the adapter's name {adapter!r} cannot name a directory; use letters, digits, _ and -"
+            )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters in it that no PeftModel wraps: under its tensors' names nothing opens it.
+
+    Raises:
+        CheckpointConfigError: transformers' own `add_adapter` or `load_adapter` has put some in.
+    """
+    if not is_peft_model(model) and getattr(unwrap(model), "_hf_peft_config_loaded", False):
+        raise CheckpointConfigError(
+            "the model has adapters that its own add_adapter() or load_adapter() has put in, and an export would hold "
+            "the base model's weights under names that nothing opens. Wrap it with peft.get_peft_model instead and set "
+            "checkpoint.is_peft=true, or set checkpoint.save_consolidated=false, which saves and resumes all of it"
+        )
 
 
 def adapters(name: str, model: nn.Module) -> dict[str, str]:
@@ -56,33 +89,58 @@ def adapters(name: str, model: nn.Module) -> dict[str, str]:
     return {name if adapter == first else prefix + adapter: adapter for adapter in [first, *held]}
 
 
-def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str) -> None:
-    """Reduce the map of a model's parts to what belongs to an adapter, modules_to_save included, in peft's names."""
-    names: dict[int, str] = {}
+def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *, buffers: bool) -> None:
+    """Reduce the map of a model's parts to what belongs to an adapter, modules_to_save included, in peft's names.
+
+    Args:
+        mapped: The map.
+        modules: The parts.
+        adapter: peft's name of it.
+        buffers: Whether the base model's buffers, which are in no adapter's file, are kept beside it.
+
+    Raises:
+        CheckpointConfigError: peft stores of it what is no tensor of the model.
+    """
+    names: defaultdict[int, list[str]] = defaultdict(list)
     for module in modules:
-        names.update(_adapter_names(mapped, module, adapter))
-    mapped.keep({slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names})
+        for name, tensor in _adapter_tensors(module, adapter).items():
+            names[id(tensor)].append(name)
+    kept = {slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names}
+    mapped.keep(kept, buffers=buffers)
 
 
-def _adapter_names(mapped: ModelMap, model: nn.Module, adapter: str) -> dict[int, str]:
-    """Identity of an adapter's tensors to the name that peft gives them."""
+def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, live, by the names that peft gives them; one of several names under each."""
     from peft import get_peft_model_state_dict
 
-    live = {slot.name: slot.tensor for slot in mapped.slots}
-    # peft looks for tied and shared tensors under any of their names.
-    live.update({alias: live[name] for alias, name in mapped.aliases.items() if name in live})
-    # peft only filters and renames, so that the tensors tell which name became which.
-    select = partial(get_peft_model_state_dict, _core(model), state_dict=live, adapter_name=adapter)
+    core = _core(model)
+    # peft asks modules for their names, and so needs to find tensors under these, whatever wrappers add to them.
+    live = {
+        f"{place}.{name}".lstrip("."): tensor
+        for place, module in core.named_modules(remove_duplicate=False)
+        for name, tensor in _held(module)
+    }
+    # It only filters and renames then, so that the tensors tell which name became which.
+    select = partial(get_peft_model_state_dict, core, state_dict=live, adapter_name=adapter)
     try:
-        names = {id(tensor): name for name, tensor in select(save_embedding_layers=False).items()}
-        if _own_embeddings(model, adapter) - names.keys():
-            names = {id(tensor): name for name, tensor in select(save_embedding_layers=True).items()} | names
+        with _unpruned(core.peft_config[adapter]):
+            found = select(save_embedding_layers=False)
+            if _own_embeddings(core, adapter) - {id(tensor) for tensor in found.values()}:
+                found = {**select(save_embedding_layers=True), **found}
     except (KeyError, ValueError) as error:
         raise CheckpointConfigError(
             f"peft cannot tell what belongs to the adapter {adapter!r} "
-            f"({_core(model).peft_config[adapter].peft_type}): {type(error).__name__}: {error}"
+            f"({core.peft_config[adapter].peft_type}): {type(error).__name__}: {error}"
         ) from error
-    return names
+    known = {id(tensor) for tensor in live.values()}
+    computed = [name for name, tensor in found.items() if id(tensor) not in known]
+    if computed:
+        raise CheckpointConfigError(
+            f"{some_of(computed)}: peft computes these when it saves the adapter {adapter!r} "
+            f"({core.peft_config[adapter].peft_type}), so that training could not go on from them. Adapters of this "
+            "kind cannot be saved; choose another one, or another way of storing it in its configuration"
+        )
+    return {canonical(name): tensor for name, tensor in found.items()}
 
 
 def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
@@ -101,19 +159,62 @@ def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
     if lost:
         raise CheckpointConfigError(
             f"{some_of(lost)}: trained, but in no adapter's "
-            "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's "
-            "modules_to_save. Adapters that learn prompts (prompt tuning, prefix tuning, p-tuning) cannot be saved: "
-            "what peft stores of them is computed from their parameters"
+            "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's modules_to_save"
         )
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a module itself stores."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    for name in persistent(module):
+        yield name, module.get_buffer(name)
+
+
+@contextmanager
+def _unpruned(config: Any) -> Iterator[None]:
+    """Let peft find whole tensors where it would cut out ranks that AdaLoRA has set to zero: training needs them."""
+    pattern = getattr(config, "rank_pattern", None) if _is_adalora(config) else None
+    if pattern is None:
+        yield
+        return
+    config.rank_pattern = None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
+
+
+def _is_adalora(config: Any) -> bool:
+    return bool(config.peft_type == "ADALORA")  # an enumeration of texts
+
+
+def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """The base model's input and output embeddings: the module in the model, and the base model's own weight in it."""
+    base = _core(model).get_base_model()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        outer = inner = getattr(base, getter, lambda: None)()
+        while outer is not None and inner is not None:
+            inner = unwrap(inner)
+            weight = dict(inner.named_parameters(recurse=False)).get("weight")
+            if weight is not None:
+                yield outer, weight
+            # peft's wrappers answer for the weight of an adapter that is active, or compute one.
+            children = dict(inner.named_children())
+            inner = children.get("original_module") or children.get("base_layer")
+
+
+def trained_embeddings(model: nn.Module) -> set[int]:
+    """Identities of the base model's embeddings that are trained themselves, as after new tokens were added."""
+    return {id(weight) for _, weight in _embeddings(model) if weight.requires_grad}
 
 
 def _own_embeddings(model: nn.Module, adapter: str) -> set[int]:
     """Identities of the embeddings that the base model's files do not have so: trained themselves, or resized."""
-    base = _core(model).get_base_model()
-    found = [getattr(base, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
-    weights = [getattr(module, "weight", None) for module in found]
-    resized = _is_resized(base, _core(model).peft_config[adapter].base_model_name_or_path)
-    return {id(weight) for weight in weights if isinstance(weight, nn.Parameter) and (resized or weight.requires_grad)}
+    core = _core(model)
+    if not _is_resized(core.get_base_model(), core.peft_config[adapter].base_model_name_or_path):
+        return trained_embeddings(model)
+    # Where the adapter has its own copy, nothing of the base model's is used.
+    return {id(weight) for outer, weight in _embeddings(model) if adapter not in getattr(outer, "modules_to_save", ())}
 
 
 def _is_resized(base: Any, name: str | None) -> bool:
@@ -139,9 +240,30 @@ def adapter_config(model: nn.Module, adapter: str) -> Any:
     core = _core(model)
     config = copy.copy(core.peft_config[adapter])
     config.inference_mode = True
+    if _is_adalora(config):
+        config.rank_pattern = None  # see `_unpruned`
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(core.get_base_model(), "name_or_path", None) or None
     return config
+
+
+def changed_settings(model: nn.Module, adapter: str, saved: Mapping[str, Any]) -> list[str]:
+    """What a live adapter would make of the same weights otherwise than the one that was saved, in words.
+
+    Args:
+        model: The model.
+        adapter: peft's name of the adapter.
+        saved: Its `adapter_config.json`.
+    """
+    live = json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted))
+    keys = [key for key in live if key in saved and key not in _OF_NO_CONSEQUENCE]
+    different = [key for key in keys if _ordered(live[key]) != _ordered(saved[key])]
+    return [f"{key} was {saved[key]!r} and is {live[key]!r}" for key in different]
+
+
+def _ordered(value: Any) -> Any:
+    """Sets of names are lists in JSON."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def _core(model: nn.Module) -> Any:

@@ -30,8 +30,6 @@ from hydra_ckpt.store import names
 
 INDEX = ".metadata"
 ACCELERATE_MODEL = "pytorch_model_fsdp_{}"
-# What wrappers add to names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _MAX_INDEX_BYTES = 1 << 30
 # What an index consists of, beside element types.
 _INDEX_CLASSES = {
@@ -71,14 +69,6 @@ def is_foreign(path: Path) -> bool:
     if (path / names.MANIFEST).exists():
         return False
     return (path / INDEX).is_file() or (path / ACCELERATE_MODEL.format(0) / INDEX).is_file()
-
-
-def canonical(name: Any) -> str:
-    """The name of a tensor as its model has it, without what wrappers have put into it."""
-    text = str(name)
-    for wrapper in _WRAPPERS:
-        text = text.replace(wrapper, "")
-    return text.removeprefix("module.")
 
 
 def read_dcp(root: Path, relative: str) -> DcpDirectory:

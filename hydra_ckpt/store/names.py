@@ -19,6 +19,8 @@ CONSOLIDATED = "consolidated"
 NAMING = "names.json"
 # The small files of an export, in checkpoints without one.
 ASSETS = "assets"
+# The weights of an adapter, as peft calls them.
+ADAPTER = "adapter_model"
 OPTIMIZER = "optim"
 EXTRAS = "extras"
 PROGRESS = "progress"
