@@ -123,7 +123,7 @@ def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str,
         reference: The reference model.
         with_tokenizer: Whether its tokenizer or processor is taken too, there being no live one.
     """
-    patterns = ("generation_config.json", *(_TOKENIZER_FILES if with_tokenizer else ()))
+    patterns = _TOKENIZER_FILES if with_tokenizer else ()
     wanted = [name for pattern in patterns for name in reference.matching(pattern)]
     if any("auto_map" in reference.json(name) for name in _CODED):
         wanted += reference.matching("*.py")

@@ -140,10 +140,9 @@ class ModelExport:
             found.update(self._version_4(reference, found["config.json"]))
         if reference is not None:
             beside = reference_assets(reference, with_tokenizer=not has_tokenizer)
-            generation = beside.pop(_GENERATION, None)
             found = {**beside, **found}
-            if generation is not None and derives_generation(model):
-                found[_GENERATION] = generation
+            if reference.has(_GENERATION) and derives_generation(model):
+                found[_GENERATION] = reference.read(_GENERATION)
         return found
 
     def _version_4(self, reference: Reference | None, current: bytes) -> dict[str, bytes]:
