@@ -84,6 +84,43 @@ def llava() -> Any:
     return hf.LlavaForConditionalGeneration(config)
 
 
+def nemotron_h(kind: str) -> Any:
+    """A hybrid with experts, of which a model without a head has other names in its files than one with a head."""
+    config = hf.NemotronHConfig(
+        vocab_size=96,
+        hidden_size=32,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=1,
+        n_routed_experts=12,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=24,
+        num_experts_per_tok=2,
+    )
+    return getattr(hf, kind)(config)
+
+
+def gte(kind: str) -> Any:
+    """An encoder whose query, key and value projections its files join."""
+    config = hf.GteConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    return getattr(hf, kind)(config)
+
+
+def clip_vision() -> Any:
+    config = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return hf.CLIPVisionModel(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "qwen3": qwen3,

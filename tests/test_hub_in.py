@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hydra_ckpt.errors import (
     KeyMismatchError,
 )
 from hydra_ckpt.testing import run_distributed
-from tests.hub_models import MODELS, logits, make
+from tests.hub_models import MODELS, gte, logits, make, nemotron_h
 from tests.test_hub_out import shard, values
 
 transformers = pytest.importorskip("transformers")
@@ -141,6 +142,59 @@ def test_heads_that_are_named_keep_their_initialization(tmp_path: Path) -> None:
     load_into(fresh, tmp_path, skip_task_head_prefixes_for_base_model=["classifier."])
     assert fresh.classifier.bias.abs().max() == 0
     assert 0.01 < fresh.classifier.weight.std() < 0.04
+
+
+def _saved(model: Any, directory: Path) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    model.save_pretrained(directory)
+    return model
+
+
+def _renamed(directory: Path, change: Callable[[str], str]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {change(name): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_converted_tensors_are_found_in_a_model_with_or_without_a_head(tmp_path: Path, head: bool) -> None:
+    kinds = ["NemotronHForCausalLM", "NemotronHModel"]
+    source = _saved(nemotron_h(kinds[not head]), tmp_path)
+    with torch.device("meta"):
+        model = nemotron_h(kinds[head])
+    report = load_into(model, tmp_path, skip_task_head_prefixes_for_base_model=["lm_head."])
+    assert report.skipped == (() if head else ("lm_head.weight",))
+    assert report.unexpected == (("lm_head.weight",) if head else ())
+    found, expected = (getattr(each, "model", each).state_dict() for each in (model, source))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_converted_tensors_are_found_under_a_prefix_that_only_the_tables_know(tmp_path: Path) -> None:
+    source = _saved(gte("GteModel"), tmp_path)
+    _renamed(tmp_path, lambda name: f"new.{name.removeprefix('new.')}")
+    with torch.device("meta"):
+        model = gte("GteModel")
+    assert not load_into(model, tmp_path).unexpected
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
+
+
+def test_what_the_model_ties_and_the_files_do_not_is_refused(tmp_path: Path) -> None:
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    tied = MODELS["llama"]().config
+    tied.tie_word_embeddings = True
+    with pytest.raises(CheckpointConfigError, match=r"lm_head\.weight.* differ.*tie_word_embeddings=False"):
+        load_into(transformers.LlamaForCausalLM(tied), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(same, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    other = transformers.LlamaForCausalLM(tied)
+    assert not load_into(other, tmp_path).unexpected
+    assert torch.equal(other.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
 def test_models_of_other_makers_are_read_by_their_own_names(tmp_path: Path) -> None:

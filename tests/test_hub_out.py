@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,7 @@ from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
-from tests.hub_models import MODELS, logits, make
+from tests.hub_models import MODELS, clip_vision, logits, make
 
 transformers = pytest.importorskip("transformers")
 
@@ -253,6 +253,37 @@ def test_files_and_element_types_are_the_reference_s(tmp_path: Path) -> None:
     assert (export / "tokenizer_config.json").exists()
     assert "CLIPImageProcessor" in (export / "preprocessor_config.json").read_text()
     assert "quantization_config" not in json.loads((export / "config.json").read_text())
+
+
+def test_a_reference_with_other_names_is_followed_too(tmp_path: Path) -> None:
+    source = clip_vision().bfloat16()
+    source.save_pretrained(tmp_path / "reference", max_shard_size="20KB")
+    reference = tmp_path / "reference"
+    index = json.loads((reference / "model.safetensors.index.json").read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        tensors = load_file(reference / file)
+        prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
+        assert prefixed.keys() != tensors.keys()
+        save_file(prefixed, reference / file, metadata={"format": "pt"})
+    index["weight_map"] = {
+        f"vision_model.{name.removeprefix('vision_model.')}": file for name, file in index["weight_map"].items()
+    }
+    (reference / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = {"model_repo_id": str(reference), "save_consolidated": "always"}
+    model = clip_vision()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), **options).build(0, 0, 0) as engine:
+        assert not engine.load_base_model(model).unexpected
+        export = export_of(engine.save(AppState(model), step=1).result())
+    assert {tensor.dtype for tensor in tensors_in(export).values()} == {torch.bfloat16}
+    assert len(list(export.glob("*.safetensors"))) == len(set(index["weight_map"].values())) > 1
+
+
+def test_only_quantized_references_are_told_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    model = transformers.ResNetModel(transformers.ResNetConfig(**shape))
+    model.save_pretrained(tmp_path / "reference")
+    save_once(tmp_path / "run", model, model_repo_id=str(tmp_path / "reference"))
+    assert "quantized" not in caplog.text
 
 
 _OWN = """

@@ -69,6 +69,12 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}
+    if original_class(model).save_pretrained is not transformers.PreTrainedModel.save_pretrained:
+        log.warning(
+            "%s has a save_pretrained() of its own; the export holds the usual tensors and configurations, and nothing "
+            "that it may add to them",
+            original_class(model).__name__,
+        )
     config = copy.deepcopy(model.config)
     config.architectures = [original_class(model).__name__]
     config.dtype = dtype or next(

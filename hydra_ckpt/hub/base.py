@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
-from hydra_ckpt.hub.conversion import Tables, is_transformers_model, naming_of, tables_of
+from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, tables_of
+from hydra_ckpt.hub.matching import Matching
 from hydra_ckpt.hub.reference import Reference, find_reference
 from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
-from hydra_ckpt.layout.aliases import Alias, Naming
-from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
@@ -56,12 +55,15 @@ class _Fit:
         missing: Names of the model with nothing to read.
         unexpected: Names of the reference without a place.
         different: Name to what does not fit about its shape.
+        doubled: Name that `exported` gives a piece, and another name of the reference for it: the model has tied what
+            the reference stores twice.
     """
 
     stored: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
+    doubled: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load_base(
@@ -144,15 +146,19 @@ class _Loader:
 
     def _compare(self) -> _Fit:
         fit = _Fit()
-        rename = _Renaming(self._parts[0], self._tables, self._naming, self._specs, self._mapped.aliases)
         specs = self._weights.specs
+        match = Matching(self._parts[0], self._tables, self._naming, self._specs, self._mapped.aliases, specs)
         for name in specs:
-            place = rename(name)
+            place = match(name)
             if place is None:
                 fit.unexpected.append(name)
-            elif place not in fit.stored or place == name:
+            elif place in fit.stored:
+                chosen, other = (name, fit.stored[place]) if place == name else (fit.stored[place], name)
+                fit.stored[place] = chosen
+                fit.doubled.append((place, other))
+            else:
                 fit.stored[place] = name
-        self._naming = rename.naming
+        self._naming = match.naming
         optional = _optional(self._parts[0])
         for name in self._specs:
             aliases = self._naming.by_source.get(name, ())
@@ -198,6 +204,7 @@ class _Loader:
             for piece in pieces
         ]
         total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
+        self._refuse_untied(wanted)
         for alias in self._naming.aliases:
             if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
                 loaded.add(alias.source)
@@ -209,6 +216,24 @@ class _Loader:
         if self._fit.unexpected:
             log.info("the model has no place for %s", ", ".join(self._fit.unexpected))
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
+
+    def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
+        """See that weights which are one tensor in the model, and stored under two names, are the same."""
+        others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
+        for item in wanted:
+            other = others.get(item.name)
+            if other is None:
+                continue
+            found = torch.empty_like(item.into)
+            spec, chosen = self._weights.specs[other], self._weights.specs[item.name]
+            if spec.shape == chosen.shape:
+                self._weights.read([replace(item, name=other, into=found)])
+            if spec.shape != chosen.shape or not torch.equal(found, item.into):
+                raise CheckpointConfigError(
+                    f"{self._reference.directory}: {item.name} and {other} differ, and the model has one tensor for "
+                    "both. Build the model with tie_word_embeddings=False in its configuration (transformers unties "
+                    "such weights when it opens the files)"
+                )
 
     def _materialize(self) -> bool:
         """Give a model on the meta device memory; whether there was any such part."""
@@ -267,61 +292,3 @@ def _optional(model: nn.Module) -> re.Pattern[str]:
     """Names that transformers does not miss in files."""
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")
-
-
-class _Renaming:
-    """From the reference's names to those that `exported` gives a model's pieces."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tables: Tables | None,
-        naming: Naming,
-        specs: Mapping[str, TensorSpec],
-        aliases: Mapping[str, str],
-    ) -> None:
-        self._tables = tables
-        self._naming = naming
-        self._specs = specs
-        self._aliases = aliases
-        self._known = dict.fromkeys([*specs, *aliases], True)
-        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
-        self._as_in_memory: set[str] = set()
-
-    def __call__(self, name: str) -> str | None:
-        """The piece that a name of the reference means; None where the model has none."""
-        pieces = self._naming.by_name
-        if name in pieces:
-            return name
-        place = self._in_memory(name)
-        if place in self._known:
-            return self._plain(self._aliases.get(place, place))
-        return next((other for other in self._other_prefix(name) if other in pieces), None)
-
-    def _in_memory(self, name: str) -> str:
-        """The model's own name for a tensor that is stored as the model holds it."""
-        if self._tables is not None:
-            return self._tables.loaded(name, self._prefix, self._known)
-        return next((other for other in (name, *self._other_prefix(name)) if other in self._specs), name)
-
-    def _other_prefix(self, name: str) -> list[str]:
-        if not self._prefix:
-            return []
-        return [f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
-
-    def _plain(self, name: str) -> str:
-        """Have a tensor read whole, as the model holds it."""
-        pieces = self._naming.by_source.get(name, ())
-        if len(pieces) == 1 and pieces[0].is_whole:
-            return pieces[0].name
-        self._as_in_memory.add(name)
-        return name
-
-    @property
-    def naming(self) -> Naming:
-        """The names in which pieces are read, now that the reference's are known."""
-        if not self._as_in_memory:
-            return self._naming
-        kept = [alias for alias in self._naming.aliases if alias.source not in self._as_in_memory]
-        same = (Alias.same(self._specs[name]) for name in sorted(self._as_in_memory))
-        return Naming((*kept, *same), shapes=self._naming.shapes)

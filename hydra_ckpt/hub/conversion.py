@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -96,6 +97,31 @@ class Tables:
         # transformers, too, takes a name that needs no conversion as it is.
         return str(rename_source_key(name, [], [], prefix, known)[0])
 
+    def targets(
+        self, names: Collection[str], prefix: str, known: dict[str, bool]
+    ) -> dict[str, tuple[str, str | None, int]]:
+        """What loading makes of the tensors of these names: two that give the same are the same tensor.
+
+        Args:
+            names: All of a model's files.
+            prefix: The model's `base_model_prefix`.
+            known: The model's names.
+
+        Returns:
+            Name to the tensor of the model it becomes, or becomes a part of; the converter that does it; and its number
+            among those that the same converter takes for the same tensor.
+        """
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+        entries = self._fresh_entries()  # some remember which names they have seen
+        found: dict[str, tuple[str, str | None, int]] = {}
+        counted: Counter[tuple[str, str | None]] = Counter()
+        for name in sorted(names, key=dot_natural_key):
+            target = rename_source_key(name, *entries, prefix, known)
+            found[name] = (*target, counted[target])
+            counted[target] += 1
+        return found
+
     def converts(self, name: str) -> bool:
         """Whether loading computes something from a tensor of this name, instead of taking it as it is."""
         from transformers.core_model_loading import rename_source_key
@@ -104,6 +130,9 @@ class Tables:
 
     @cached_property
     def _entries(self) -> tuple[list[Any], list[Any]]:
+        return self._fresh_entries()
+
+    def _fresh_entries(self) -> tuple[list[Any], list[Any]]:
         """Renamings and converters for loading; some concern the names of all models."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming

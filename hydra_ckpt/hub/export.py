@@ -18,7 +18,8 @@ from hydra_ckpt.hub.assets import (
     reference_assets,
 )
 from hydra_ckpt.hub.card import Made, model_card
-from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model
+from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model, tables_of
+from hydra_ckpt.hub.matching import Matching
 from hydra_ckpt.hub.reference import Reference, at, find_reference
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
@@ -67,7 +68,9 @@ class ModelExport:
         if reference is None:
             return {"dtypes": {}, "files": {}}
         stored = reference.tensors(complete=False)
-        quantized = sorted(name for name, item in stored.items() if item.spec.dtype not in FLOATS.values())
+        packed = sorted(name for name, item in stored.items() if item.spec.dtype.startswith(("F8", "F4")))
+        integer = sorted(name for name, item in stored.items() if item.spec.dtype not in FLOATS.values())
+        quantized = integer if reference.config.get("quantization_config") else packed
         if quantized:
             log.warning(
                 "the reference model %s is quantized (%s, ...); the export keeps the training's element types there",
@@ -98,6 +101,7 @@ class ModelExport:
                 raise
             log.warning("%s", error)
             found = Naming.unchanged(specs)
+        wanted = _translated(wanted, model, found, specs)
         dtypes = {spec.name: self._dtype(spec, wanted) for spec in found.specs(specs)}
         own = {spec.name: spec.dtype for spec in found.specs(specs)}
         changed = {name: dtype for name, dtype in dtypes.items() if dtype != own[name]}
@@ -165,6 +169,17 @@ class ModelExport:
             return find_reference(path, self._options.cache_dir)
         except CheckpointNotFoundError:
             return None  # the model remembers where it came from, but that is gone
+
+
+def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequence[TensorSpec]) -> Wanted:
+    """What a reference says, by the export's names; its own may differ, as those of a model without a head do."""
+    exported = naming.by_name
+    if wanted.dtypes.keys() <= exported.keys() or exported.keys() <= wanted.dtypes.keys():
+        return wanted
+    match = Matching(model, tables_of(model), naming, {spec.name: spec for spec in specs}, {}, wanted.dtypes)
+    places = {name: place for name in wanted.dtypes if (place := match(name)) is not None and place in exported}
+    files = {places[name]: file for name, file in wanted.files.items() if name in places}
+    return Wanted({place: wanted.dtypes[name] for name, place in places.items()}, files)
 
 
 def _main_dtype(naming: Naming) -> str | None:
