@@ -176,7 +176,7 @@ def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequenc
     exported = naming.by_name
     if wanted.dtypes.keys() <= exported.keys() or exported.keys() <= wanted.dtypes.keys():
         return wanted
-    match = Matching(model, tables_of(model), naming, {spec.name: spec for spec in specs}, {}, wanted.dtypes)
+    match = Matching(unwrap(model), tables_of(model), naming, {spec.name: spec for spec in specs}, {}, wanted.dtypes)
     places = {name: place for name in wanted.dtypes if (place := match(name)) is not None and place in exported}
     files = {places[name]: file for name, file in wanted.files.items() if name in places}
     return Wanted({place: wanted.dtypes[name] for name, place in places.items()}, files)
