@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, KeyMismatchError
 from hydra_ckpt.hub.foreign import export_foreign
+from hydra_ckpt.storage import header
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import MODELS, logits, make
 
@@ -151,6 +152,34 @@ class _Runs:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.path),)
+
+
+def test_pieces_larger_than_one_read_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"a": torch.arange(3000), "empty": torch.ones(0, 4)}
+    theirs = _plain(tmp_path / "theirs", {"model": weights})
+    monkeypatch.setattr(header, "READ_BYTES", 1000)
+    export_foreign(theirs, tmp_path / "out", base=None)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("what", ["length", "offset", "shape", "path"])
+def test_an_index_that_promises_what_is_not_there_is_refused(tmp_path: Path, what: str) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(3)}})
+    index = theirs / ".metadata"
+    found: Any = pickle.loads(index.read_bytes())
+    [place], [entry] = found.storage_data.values(), found.state_dict_metadata.values()
+    if what == "shape":
+        entry.size, entry.chunks[0].sizes = torch.Size([1 << 40]), torch.Size([1 << 40])
+    elif what == "path":
+        place.relative_path = "../../outside.distcp"
+    else:
+        setattr(place, what, 1 << 50)
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(CorruptCheckpointError, match=r"distcp|\.metadata|leads out"):
+        export_foreign(theirs, tmp_path / "out", base=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 @pytest.mark.parametrize("where", ["index", "planner_data", "number"])

@@ -8,7 +8,6 @@ one we read. Tensors are unpickled with `weights_only=True`.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
-from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.header import read_piece
 from hydra_ckpt.storage.memory import narrow
 from hydra_ckpt.storage.read import Fetch
 
@@ -207,11 +206,7 @@ def _overlaps(item: Fetch) -> Iterator[tuple[StoredChunk, Box]]:
 
 
 def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> torch.Tensor:
-    descriptor = open_inside(root, chunk.file)
-    try:
-        data = os.pread(descriptor, length, chunk.offset)
-    finally:
-        os.close(descriptor)
+    data = read_piece(root, chunk.file, chunk.offset, length)
     where = (chunk.offset, chunk.offset + length)
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

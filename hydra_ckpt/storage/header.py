@@ -21,6 +21,7 @@ MAX_DIMENSIONS = 64
 LIMIT = 1 << 62  # of every size and position
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 BOXES_KEY = "hydra_ckpt.boxes"
+READ_BYTES = 1 << 30  # Linux gives at most 2 GiB - 4 KiB at once
 
 
 def open_inside(root: Path, relative: str) -> int:
@@ -42,6 +43,26 @@ def open_inside(root: Path, relative: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise CorruptCheckpointError(path, "the file is missing") from None
+
+
+def read_piece(root: Path, relative: str, first: int, length: int) -> bytes:
+    """A range of a file below `root`, which an index has promised.
+
+    Raises:
+        CorruptCheckpointError: See `open_inside`; or the file ends before.
+    """
+    descriptor = open_inside(root, relative)
+    try:
+        size = os.fstat(descriptor).st_size
+        if first < 0 or length < 0 or first + length > size:  # a promise may be larger than there is memory
+            raise CorruptCheckpointError(
+                root / relative, "ends before what its index names", expected=first + length, found=size
+            )
+        starts = range(first, first + length, READ_BYTES)
+        parts = [os.pread(descriptor, min(READ_BYTES, first + length - start), start) for start in starts]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str, str]]:

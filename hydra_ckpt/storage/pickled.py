@@ -8,7 +8,6 @@ the index is read without permission: nothing but the classes that DCP's indices
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import safetensors_dtype
-from hydra_ckpt.storage.header import open_inside
+from hydra_ckpt.storage.header import read_piece
 from hydra_ckpt.store import names
 
 INDEX = ".metadata"
@@ -162,7 +161,10 @@ def _tensors(index: Metadata, stored: Mapping[str, list[_Stored]], directory: Pa
             corner = offset if offset is not None else (0,) * len(spec.shape)
             if corner not in sizes:
                 raise CorruptCheckpointError(directory / INDEX, f"does not say how large the piece of {name} is")
-            chunks.append(StoredChunk(Box(corner, sizes[corner]), file, first))
+            box = Box(corner, sizes[corner])
+            if box.numel * spec.itemsize > length:
+                raise CorruptCheckpointError(directory / INDEX, f"names too few bytes for a piece of {name}")
+            chunks.append(StoredChunk(box, file, first))
             found.lengths[file, first] = length
         found.tensors[_path(index, name)] = StoredTensor(spec, tuple(chunks))
     return found
@@ -178,12 +180,7 @@ def _stored(directory: Path, relative: str, index: Any, place: Any) -> _Stored:
 
 
 def _load(root: Path, file: str, first: int, length: int) -> Any:
-    descriptor = open_inside(root, file)
-    try:
-        data = os.pread(descriptor, length, first)
-    finally:
-        os.close(descriptor)
-    return _unpickled(root / file, io.BytesIO(data))
+    return _unpickled(root / file, io.BytesIO(read_piece(root, file, first, length)))
 
 
 def read_pickle(path: Path) -> Any:
