@@ -77,7 +77,9 @@ class ForeignLoad(Load):
         else:
             self._read_accelerate()
         self._optimized = stages.optimized([self._shared])
-        self._notes.append("it was not written by hydra_ckpt: it has no digests, and its bytes are taken as they are")
+        self._notes.texts.append(
+            "it was not written by hydra_ckpt: it has no digests, and its bytes are taken as they are"
+        )
 
     # -- where things lie ----------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class ForeignLoad(Load):
                 self._own["rng"]["cuda"] = saved["torch_cuda_manual_seed"][torch.cuda.current_device()]
         rest = [*_numbered(self._root, "sampler", ".bin"), *_numbered(self._root, "dl_state_dict", ".bin")]
         rest += sorted(self._root.glob("custom_checkpoint_*.pkl"))
-        self._notes += [f"{path.name} has no place in the AppState and is skipped" for path in rest]
+        self._notes.texts += [f"{path.name} has no place in the AppState and is skipped" for path in rest]
         self._take_step(None, None)
 
     def _open(self, relative: str) -> DcpDirectory:
@@ -214,7 +216,7 @@ class ForeignLoad(Load):
         known = {key: value for key, value in (("step", step), ("epoch", epoch)) if type(value) is int and value >= 0}
         self.checkpoint = replace_progress(self.checkpoint, **known)
         if "step" not in known:
-            self._notes.append("it does not say after how many steps it was written: the step starts at 0")
+            self._notes.texts.append("it does not say after how many steps it was written: the step starts at 0")
 
     def _note_rest(self, found: DcpDirectory, used: Collection[KeyPath]) -> None:
         rest = [
@@ -223,7 +225,7 @@ class ForeignLoad(Load):
             if not any(path[: len(prefix)] == prefix for prefix in used if prefix) and path[:-1] not in used
         ]
         for key in sorted({str(path[0]) for path in rest}):
-            self._notes.append(f"{key} has no place in the AppState and is skipped")
+            self._notes.texts.append(f"{key} has no place in the AppState and is skipped")
 
     def _encode(self, value: Any, name: str, pool: dict[str, StoredTensor]) -> Any:
         """A nested value as our JSON; stored tensors are referred to by name and noted in the pool."""

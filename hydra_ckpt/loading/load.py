@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, counted
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.loading.installing import Installer, Notes
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
-from hydra_ckpt.state import rng, stages
+from hydra_ckpt.state import stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import Exporter, LocalTensor
@@ -33,7 +34,7 @@ from hydra_ckpt.storage.ledger import Ledger, Span, join
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.stages import unqualified
-from hydra_ckpt.storage.tree import decode, tensor_names
+from hydra_ckpt.storage.tree import tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -82,8 +83,7 @@ class Load:
     _fetches: list[Fetch] = field(default_factory=list)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _lengths: dict[tuple[str, int], int] = field(default_factory=dict)
-    _rederived: list[str] = field(default_factory=list)
-    _notes: list[str] = field(default_factory=list)
+    _notes: Notes = field(default_factory=Notes)
     _ledger: Ledger | None = None
     _read_bytes: int = 0
     _fit: optimizer_state.Fit | None = None
@@ -112,8 +112,8 @@ class Load:
             metrics=self.checkpoint.metrics,
             loaded=loaded,
             skipped=tuple(part for part in PARTS if part not in loaded and self._holds(part)),
-            rederived=tuple(self._rederived),
-            notes=tuple(self._notes),
+            rederived=tuple(self._notes.rederived),
+            notes=tuple(self._notes.texts),
             read_bytes=self._read_bytes,
         )
 
@@ -170,7 +170,7 @@ class Load:
         self._shared, notes = stages.combine(documents, self.extractor.held(self.state), len(self.state.lr_schedulers))
         self._other_stages = self._shared not in documents
         self._optimized = stages.optimized(documents)
-        self._notes += notes
+        self._notes.texts += notes
         counterpart = self.topology.counterpart(self.checkpoint.manifest.topology)
         rank = self.channel.rank if self._same_ranks else counterpart or 0
         own = f"{names.PROGRESS}/rank-{rank:05d}.safetensors"
@@ -185,16 +185,12 @@ class Load:
             return
         own["dataloader"] = None
         if "dataloader" in self.parts:
-            self._derived(
+            self._notes.derived(
                 "dataloader",
                 f"the data loader starts anew: its state belongs to one of "
                 f"{len(self.checkpoint.manifest.topology.get('leaders', []))} data-parallel ranks, and this run has "
                 f"{len(self.topology.leaders)}. A loader that resumable() made goes on with any number of ranks",
             )
-
-    def _derived(self, what: str, why: str) -> None:
-        self._rederived += [what] if what not in self._rederived else []
-        self._notes.append(why)
 
     def _json(self, name: str) -> dict[str, Any]:
         data = read_small(self._root, name, self.checkpoint.manifest.files[name])
@@ -287,7 +283,7 @@ class Load:
                 file = f"{part_of(key)}/{names.CONSOLIDATED}/adapter_config.json"
                 if file in self.checkpoint.manifest.files:
                     changed = changed_settings(model, adapter, self._json(file))
-                    self._notes += [
+                    self._notes.texts += [
                         f"the adapter {adapter!r} was trained with other settings: {text}" for text in changed
                     ]
 
@@ -424,76 +420,25 @@ class Load:
     # -- installing ----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        installer = Installer(
+            self.state,
+            self.extractor,
+            shared=self._shared,
+            own=self._own,
+            tensors=self._tensors,
+            same_ranks=self._same_ranks,
+            notes=self._notes,
+        )
         available = self._available()
         if "model" in available:
-            self._install_models()
+            installer.models()
         if "optimizer" in available:
-            self._install_optimizers()
-        if "lr_scheduler" in available:
-            saved = self._shared["lr_scheduler"]
-            for scheduler, tree in zip(self.state.lr_schedulers, saved, strict=True):
-                scheduler.load_state_dict(decode(tree, self._tensors))
-        if "extras" in available:
-            self._install_extras()
-        if "dataloader" in available and self._own is not None:
-            self.state.dataloader.load_state_dict(self._own["dataloader"])
-        self._continue_rng()
-        self._note_new(available)
-
-    def _install_models(self) -> None:
-        """What the models have beside the tensors that are read straight into them."""
-        extra_states = self._shared.get("extra_state", {})
-        own_buffers = (self._own or {}).get("buffers", {})
-        for name, mapped in self.extractor.maps(self.state).items():
-            mapped.set_extra_state(decode(extra_states.get(name, {}), self._tensors))
-            if self._same_ranks:
-                mapped.set_buffers(own_buffers.get(name, {}))
-        if any(own_buffers.values()) and not self._same_ranks:
-            self._derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
-
-    def _install_extras(self) -> None:
-        for name, extra in self.state.extras.items():
-            if name in self._shared["extras"]:
-                extra.load_state_dict(decode(self._shared["extras"][name], self._tensors))
-
-    def _note_new(self, available: Collection[str]) -> None:
-        """Say which objects find nothing in the checkpoint, and so begin as they were built."""
-        state, shared = self.state, self._shared
-        here = {
-            "optimizer": bool(state.optimizers),
-            "lr_scheduler": bool(state.lr_schedulers),
-            "dataloader": hasattr(state.dataloader, "load_state_dict"),
-        }
-        for part, is_here in here.items():
-            if is_here and part in self.parts and part not in {*available, *self._rederived}:
-                self._derived(part, f"the checkpoint holds no {part}; the one of this run begins as it was built")
-        for name in state.extras if "extras" in self.parts else ():
-            if name not in shared.get("extras", {}):
-                self._derived("extras", f"extras[{name!r}]: not in the checkpoint, and so begins as it was built")
-
-    def _install_optimizers(self) -> None:
-        assert self._fit is not None  # made while comparing
-        optimizer_state.install(
-            decode(self._held_state(), self._tensors),
-            [[decode(group, self._tensors) for group in groups] for groups in self._fit.options],
-            self.state.optimizers,
-            self.extractor.parameter_names(self.state),
-        )
-
-    def _continue_rng(self) -> None:
-        if "rng" not in self.parts:
-            return
-        if self._own is not None and self._same_ranks:
-            rng.restore(self._own["rng"])
-            return
-        # Not from the tensor-parallel rank: peers work on the same activations and must drop the same ones.
-        rng.derive(self.checkpoint.step, self.topology.place.dp, self.topology.place.pp)
-        self._derived(
-            "rng",
-            "random numbers are derived anew from step, data-parallel rank and stage: the checkpoint was written by "
-            f"{counted(self.checkpoint.manifest.world_size, 'rank')}, this run has {self.channel.world_size}, or they "
-            "are arranged otherwise",
-        )
+            assert self._fit is not None  # made while comparing
+            installer.optimizers(self._held_state(), self._fit.options)
+        installer.objects(available)
+        if "rng" in self.parts:
+            installer.rng(self.checkpoint, self.topology, self.channel.world_size)
+        installer.note_new(self.parts, available)
 
 
 def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
