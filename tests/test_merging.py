@@ -122,6 +122,11 @@ def test_one_of_several_adapters_is_merged_with_the_base_model_s_tokenizer(tmp_p
         export_checkpoint(checkpoint, tmp_path / "split", max_file_bytes=2000)
 
 
+def _merge(checkpoints: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoints), str(out), "--merge"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
 def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     base = type(MODELS["llama"]()).from_pretrained(tmp_path / "base")
@@ -134,16 +139,7 @@ def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     automatic = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint.path / "model" / "consolidated")
     torch.testing.assert_close(answer(automatic), answer(state.model), rtol=0, atol=2e-6)
-    command = [
-        sys.executable,
-        "-m",
-        "hydra_ckpt.cli",
-        "export",
-        str(tmp_path / "run"),
-        str(tmp_path / "out"),
-        "--merge",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = _merge(tmp_path / "run", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     opened = type(base).from_pretrained(tmp_path / "out")
     torch.testing.assert_close(answer(opened), answer(state.model), rtol=0, atol=1e-5)
@@ -156,16 +152,7 @@ def test_an_adapter_without_its_base_model_is_not_merged(tmp_path: Path, name: s
     model.get_base_model().name_or_path = ""
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
         engine.save(AppState(model), step=1).result()
-    command = [
-        sys.executable,
-        "-m",
-        "hydra_ckpt.cli",
-        "export",
-        str(tmp_path / "run"),
-        str(tmp_path / "out"),
-        "--merge",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = _merge(tmp_path / "run", tmp_path / "out")
     assert done.returncode == 2
     assert ("name it with --base" if name is None else "org/elsewhere is not on this machine") in done.stderr
     assert not (tmp_path / "out").exists()
