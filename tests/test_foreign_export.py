@@ -21,7 +21,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt import AppState, CheckpointingConfig
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    KeyMismatchError,
+)
 from hydra_ckpt.hub.foreign import export_foreign
 from hydra_ckpt.storage import header
 from hydra_ckpt.testing import run_distributed
@@ -129,6 +135,69 @@ def _plain(root: Path, state: dict[str, Any]) -> Path:
     return root
 
 
+WEIGHTS = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+OTHERS = {name: tensor * 7 + 5 for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"model": WEIGHTS, "ema": {**OTHERS, "updates": torch.ones(1)}}, WEIGHTS),
+        ({"model": {"model": WEIGHTS}, "ema": {"model": OTHERS}}, {f"model.{key}": t for key, t in WEIGHTS.items()}),
+        (
+            {"encoder": WEIGHTS, "decoder": OTHERS, "optimizer": {"state": {"0": {"exp_avg": torch.ones(2)}}}},
+            {f"encoder.{k}": t for k, t in WEIGHTS.items()} | {f"decoder.{k}": t for k, t in OTHERS.items()},
+        ),
+        (
+            {"model": {"layers": {"0": WEIGHTS}, "head": torch.ones(1)}},
+            {"layers.0." + k: t for k, t in WEIGHTS.items()} | {"head": torch.ones(1)},
+        ),
+        (
+            {"module.weight": torch.ones(3), "weight": torch.zeros(3)},
+            {"module.weight": torch.ones(3), "weight": torch.zeros(3)},
+        ),
+    ],
+)
+def test_nothing_of_a_model_is_left_out_and_nothing_else_is_taken_for_it(
+    tmp_path: Path, state: dict[str, Any], expected: dict[str, torch.Tensor]
+) -> None:
+    export_foreign(_plain(tmp_path / "theirs", state), tmp_path / "out", base=None)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_copies_of_a_model_are_told_apart_or_refused(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    weights = make("llama").state_dict()
+    other = {name: tensor * 2 for name, tensor in weights.items()}
+    averaged = _plain(tmp_path / "averaged", {"net": weights, "ema": other})
+    export_foreign(averaged, tmp_path / "out", base=str(tmp_path / "base"))
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
+    both = _plain(tmp_path / "both", {"left": weights, "right": other})
+    with pytest.raises(CheckpointConfigError, match=r"left, right.*--part"):
+        export_foreign(both, tmp_path / "none", base=str(tmp_path / "base"))
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), allow_legacy_pickle_restore=True)
+    with config.build(0, 0, 0) as engine:
+        fresh = make("llama")
+        engine.load(AppState(fresh), restore_from=str(averaged))
+        assert torch.equal(fresh.lm_head.weight, weights["lm_head.weight"])
+        with pytest.raises(CheckpointConfigError, match="left, right"):
+            engine.load(AppState(fresh), restore_from=str(both))
+
+
+def test_weights_that_only_the_base_model_ties_are_refused(tmp_path: Path) -> None:
+    make("qwen3").save_pretrained(tmp_path / "base")
+    weights = {name: tensor.clone() for name, tensor in make("qwen3").state_dict().items()}
+    weights["lm_head.weight"] += 1
+    theirs = _plain(tmp_path / "theirs", {"model": weights})
+    with pytest.raises(CheckpointConfigError, match=r"embed_tokens.weight and lm_head.weight differ"):
+        export_foreign(theirs, tmp_path / "out", base=str(tmp_path / "base"))
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), allow_legacy_pickle_restore=True)
+    with config.build(0, 0, 0) as engine, pytest.raises(CheckpointConfigError, match=r"lm_head.weight differ"):
+        engine.load(AppState(make("qwen3")), restore_from=str(theirs))
+
+
 def test_a_model_of_another_shape_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     weights = make("llama").state_dict()
@@ -180,6 +249,43 @@ def test_an_index_that_promises_what_is_not_there_is_refused(tmp_path: Path, wha
     with pytest.raises(CorruptCheckpointError, match=r"distcp|\.metadata|leads out"):
         export_foreign(theirs, tmp_path / "out", base=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+class _Patches:
+    """A pickle that would change a class of Python's own when it is read: names, a state, and no call."""
+
+    DATA = b"\x80\x04cpathlib\nPosixPath\nN}\x8c\x04_str\x8c\x04/etcs\x86b0"
+
+
+def test_an_index_that_would_change_classes_changes_nothing(tmp_path: Path) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(3)}})
+    index = theirs / ".metadata"
+    index.write_bytes(_Patches.DATA + index.read_bytes()[2:])
+    before = dict(vars(type(tmp_path)))
+    with pytest.raises(CorruptCheckpointError, match=r"\.metadata"):
+        export_foreign(theirs, tmp_path / "out", base=None)
+    assert dict(vars(type(tmp_path))) == before
+    assert str(tmp_path / "x") == f"{tmp_path}/x"
+
+
+def test_an_index_that_would_be_hashed_for_ever_is_refused(tmp_path: Path) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(3)}})
+    bomb = b"\x80\x04})" + b"2\x86" * 100 + b"Ns."
+    (theirs / ".metadata").write_bytes(bomb)
+    with pytest.raises(CorruptCheckpointError, match=r"\.metadata"):
+        export_foreign(theirs, tmp_path / "out", base=None)
+
+
+def test_pieces_that_overlap_are_refused(tmp_path: Path) -> None:
+    theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(4)}})
+    index = theirs / ".metadata"
+    found: Any = pickle.loads(index.read_bytes())
+    [entry], [(key, place)] = found.state_dict_metadata.values(), found.storage_data.items()
+    entry.chunks = [type(entry.chunks[0])(torch.Size([at]), torch.Size([2])) for at in (0, 1)]
+    found.storage_data = {type(key)("model.a", torch.Size([at]), None): place for at in (0, 1)}
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(CorruptCheckpointError, match="do not fit"):
+        export_foreign(theirs, tmp_path / "out", base=None)
 
 
 @pytest.mark.parametrize("where", ["index", "planner_data", "number"])

@@ -6,6 +6,7 @@ tensors, their element types, the configuration. No pickle is run: see `storage.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.config import hub_cache
-from hydra_ckpt.errors import CheckpointNotFoundError, KeyMismatchError, some_of
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, KeyMismatchError, counted, some_of
 from hydra_ckpt.hub.export import FLOATS, ModelExport, Wanted
 from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
@@ -22,11 +23,14 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.model import ModelMap, canonical
-from hydra_ckpt.storage.distcp import fetch_distcp
-from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, ambiguous, dotted, model_prefix
+from hydra_ckpt.storage.distcp import are_same, fetch_distcp
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE, check_name
 from hydra_ckpt.storage.parts import WHOLE_TENSORS
-from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, INDEX, KeyPath, read_dcp_tensors
+from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, read_dcp_tensors
 from hydra_ckpt.store import names
+
+log = logging.getLogger(__name__)
 
 # Keys under which optimizers keep their state, in the state dicts of PyTorch and of DCP's helpers.
 _OPTIMIZER_KEYS = {"state", "param_groups"}
@@ -94,7 +98,7 @@ def export_foreign(
     if base is None or model is None:
         naming = Naming.unchanged(item.spec for item in tensors.values())
     else:
-        tensors = _matched(directory, tensors, model.mapped)
+        tensors = _matched(directory, tensors, model.mapped, found.lengths)
         naming, small = _as_reference(model.core, base, tensors, dtype)
     source = Source(tensors, naming, "model", partial(fetch_distcp, directory, lengths=found.lengths), WHOLE_TENSORS)
     source = source if dtype is None else source.cast(dtype)
@@ -104,42 +108,83 @@ def export_foreign(
 def _tensors(
     directory: Path, stored: Mapping[KeyPath, StoredTensor], part: str, known: Collection[str] | None
 ) -> dict[str, StoredTensor]:
-    """The tensors of one part by their names in the model."""
+    """The tensors of one part by their names: in the model, or as they are stored where that is not known."""
     prefix = _prefix(directory, stored, part, known)
-    found = {}
+    found: dict[str, StoredTensor] = {}
+    left: Counter[str] = Counter()
     for path, item in stored.items():
-        if path[:-1] == prefix:
-            name = canonical(path[-1])
-            found[name] = replace(item, spec=replace(item.spec, name=name))
+        if path[: len(prefix)] != prefix or (not prefix and _is_optimizer(path[:-1])):
+            left[str(path[0])] += 1
+            continue
+        name = dotted(path[len(prefix) :])
+        name = name if known is None else canonical(name)
+        if name in found:
+            raise CheckpointConfigError(
+                f"{directory} holds two tensors that both are {name}; name one part with --part"
+            )
+        check_name(name)
+        found[name] = replace(item, spec=replace(item.spec, name=name))
+    if left:
+        log.warning("not exported: %s", ", ".join(f"{key} ({counted(n, 'tensor')})" for key, n in sorted(left.items())))
     return found
 
 
 def _prefix(
     directory: Path, stored: Mapping[KeyPath, StoredTensor], part: str, known: Collection[str] | None
 ) -> KeyPath:
-    """The keys that lead to a part's tensors: of a model's those with most of its names, or with most tensors."""
-    votes = Counter(path[:-1] for path in stored if known is None or canonical(path[-1]) in known)
+    """The keys that lead to a part's tensors; empty for all but optimizers' state, where nothing is called a model."""
+    prefixes = {path[:depth] for path in stored for depth in range(len(path))}
     if part != names.MODEL:
-        votes = Counter({prefix: count for prefix, count in votes.items() if ".".join(map(str, prefix)) == part})
+        prefixes = {prefix for prefix in prefixes if prefix and dotted(prefix) == part}
     elif known is None:
-        votes = Counter({prefix: count for prefix, count in votes.items() if not _is_optimizer(prefix)})
+        models = [prefix for prefix in prefixes if prefix and prefix[-1] == names.MODEL and not _is_optimizer(prefix)]
+        outer = min(map(len, models), default=0)
+        prefixes = {prefix for prefix in models if len(prefix) == outer}
+        if len(prefixes) > 1:
+            raise ambiguous(directory, prefixes, "Name one with --part")
+        return next(iter(prefixes), _common(stored))
+    votes = Counter(
+        path[:depth]
+        for path in stored
+        for depth in range(len(path))
+        if path[:depth] in prefixes and (known is None or canonical(dotted(path[depth:])) in known)
+    )
     if not votes:
-        held = sorted({".".join(map(str, path[:-1])) for path in stored} - {""})
+        held = sorted({dotted(path[:-1]) for path in stored} - {""})
         raise CheckpointNotFoundError(
             f"{directory} has no tensors of {part!r}"
             + ("" if known is None else " that the reference model knows")
             + f"; it has tensors under {some_of(held)}. Name one of these with --part"
         )
-    return min(votes, key=lambda prefix: (-votes[prefix], names.MODEL not in prefix, len(prefix), str(prefix)))
+    return model_prefix(directory, votes, "Name one with --part")
+
+
+def _common(stored: Collection[KeyPath]) -> KeyPath:
+    """The one key that all of it lies under, but optimizers' state; empty where there are several."""
+    firsts = {path[:-1][:1] for path in stored if not _is_optimizer(path[:-1])}
+    return firsts.pop() if len(firsts) == 1 else ()
 
 
 def _is_optimizer(prefix: KeyPath) -> bool:
     return bool(_OPTIMIZER_KEYS & set(map(str, prefix))) or any(str(key).startswith("optim") for key in prefix)
 
 
-def _matched(directory: Path, tensors: Mapping[str, StoredTensor], mapped: ModelMap) -> dict[str, StoredTensor]:
+def _matched(
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+    mapped: ModelMap,
+    lengths: Mapping[tuple[str, int], int],
+) -> dict[str, StoredTensor]:
     """The stored tensors of a model, under its names; a tied one is stored under any of them."""
-    held = {mapped.aliases.get(name, name): item for name, item in tensors.items()}
+    held: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        own = mapped.aliases.get(name, name)
+        if own in held and not are_same(directory, held[own], stored, lengths):
+            raise CheckpointConfigError(
+                f"{directory}: {own} and {name} differ, and the reference model has one tensor for both. Name a model "
+                "with tie_word_embeddings=false in its config.json with --base"
+            )
+        held.setdefault(own, stored)
     found: dict[str, StoredTensor] = {}
     missing, different = [], {}
     for spec in mapped.specs():

@@ -21,11 +21,11 @@ from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
 from hydra_ckpt.state.model import canonical
 from hydra_ckpt.state.optimizer import SEPARATOR
+from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, model_prefix
+from hydra_ckpt.storage.distcp import are_same
 from hydra_ckpt.storage.pickled import (
     ACCELERATE_MODEL,
-    INDEX,
     DcpDirectory,
-    KeyPath,
     read_dcp,
     read_pickle,
 )
@@ -150,8 +150,8 @@ class ForeignLoad(Load):
         """What leads to the model's tensors: where most of its names are."""
         known = self._live_names()
         votes = Counter(path[:-1] for path in found.tensors if canonical(path[-1]) in known)
-        ranked = sorted(votes, key=lambda prefix: (-votes[prefix], "model" not in prefix, len(prefix), str(prefix)))
-        return ranked[0] if ranked else ("model",)
+        remedy = "Save it again with the model's state dict under the key `model`"
+        return model_prefix(self._root, votes, remedy) if votes else ("model",)
 
     def _live_names(self) -> set[str]:
         return {
@@ -167,9 +167,20 @@ class ForeignLoad(Load):
         mapped = self.extractor.maps(self.state)[name]
         pool = self._pools.setdefault(part_of(name), {})
         for path, stored in found.tensors.items():
-            own = canonical(path[-1])
-            if path[:-1] == prefix and own not in mapped.aliases:
-                pool[own] = _renamed(stored, own)
+            if path[:-1] != prefix:
+                continue
+            name = canonical(path[-1])
+            own = mapped.aliases.get(name, name)
+            if (
+                own in pool
+                and self.channel.is_coordinator
+                and not are_same(self._root, pool[own], stored, found.lengths)
+            ):
+                raise CheckpointConfigError(
+                    f"{self._root}: {own} and {name} differ, and the model has one tensor for both: untie it, or save "
+                    "the checkpoint again from a model that ties them"
+                )
+            pool.setdefault(own, _renamed(stored, own))
         self._shared["extra_state"][name] = {
             canonical(path[-1]): self._encode(value, f"extra_state:{path[-1]}", self._pools[names.EXTRAS])
             for path, value in found.values.items()

@@ -37,8 +37,8 @@ from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
-from hydra_ckpt.storage.header import read_piece
-from hydra_ckpt.storage.memory import narrow
+from hydra_ckpt.storage.header import read_piece, refuse_overlap
+from hydra_ckpt.storage.memory import bytes_of, narrow
 from hydra_ckpt.storage.read import Fetch
 
 # One written chunk: tensor, element type, global shape, offsets, sizes, file, first byte, bytes.
@@ -163,6 +163,8 @@ def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str,
         chunk = StoredChunk(box, f"{directory}/{file}", int(first))
         known = found.get(spec.name)
         found[spec.name] = StoredTensor(spec, (*(known.chunks if known else ()), chunk))
+    for name, tensor in found.items():
+        refuse_overlap(path.parent, name, tensor.chunks)
     return found
 
 
@@ -196,6 +198,16 @@ def fetch_distcp(root: Path, wanted: Sequence[Fetch], lengths: Mapping[tuple[str
                 root, f"{item.stored.spec.name}: {covered} of {item.box.numel} elements are stored"
             )
     return total
+
+
+def are_same(root: Path, one: StoredTensor, other: StoredTensor, lengths: Mapping[tuple[str, int], int]) -> bool:
+    """Whether two stored tensors have the same bits."""
+    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
+        return False
+    found = [torch.empty(item.spec.shape, dtype=TORCH_DTYPE[item.spec.dtype]) for item in (one, other)]
+    wholes = [Fetch(item, Box.whole(item.spec.shape), into) for item, into in zip((one, other), found, strict=True)]
+    fetch_distcp(root, wholes, lengths)
+    return bool(bytes_of(found[0]) == bytes_of(found[1]))
 
 
 def _overlaps(item: Fetch) -> Iterator[tuple[StoredChunk, Box]]:

@@ -35,11 +35,11 @@ SAFETENSORS_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 _RESERVED_NAMES = frozenset({"__metadata__", "~"})
 
 
-def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """See that a tensor has elements that lie in memory one by one, and a name and a shape that a file can hold.
+def check_name(name: str) -> None:
+    """See that files can hold a tensor of this name.
 
     Raises:
-        CheckpointConfigError: It has not.
+        CheckpointConfigError: They cannot.
     """
     if name in _RESERVED_NAMES:
         raise CheckpointConfigError(
@@ -48,6 +48,15 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         )
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
+
+
+def check_storable(name: str, tensor: torch.Tensor) -> None:
+    """See that a tensor has elements that lie in memory one by one, and a name and a shape that a file can hold.
+
+    Raises:
+        CheckpointConfigError: It has not.
+    """
+    check_name(name)
     if is_lazy(tensor):
         raise CheckpointConfigError(
             f"{name} is not initialized yet, as in LazyLinear: run one forward pass before its state is saved or loaded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -203,12 +203,17 @@ def read_tensors(root: Path, files: list[str]) -> dict[str, StoredTensor]:
                 raise _unfit(root, name, chunks[name][0], stored.chunks[0])
             chunks[name] += stored.chunks
     for name, found in chunks.items():
-        _refuse_overlap(root, name, found)
+        refuse_overlap(root, name, found)
     return {name: StoredTensor(spec, tuple(chunks[name])) for name, spec in specs.items()}
 
 
-def _refuse_overlap(root: Path, name: str, chunks: list[StoredChunk]) -> None:
-    """Sweep along the dimension that most chunks begin apart in: each is compared with few others, not with all."""
+def refuse_overlap(root: Path, name: str, chunks: Sequence[StoredChunk]) -> None:
+    """See that no element is stored twice.
+
+    Raises:
+        CorruptCheckpointError: One is.
+    """
+    # Sweep along the dimension that most chunks begin apart in: each is compared with few others, not with all.
     if len(chunks) == 1:
         return
     dims = range(len(chunks[0].box.sizes))

@@ -1,51 +1,27 @@
-"""What other tools have pickled: indices and values of plain DCP directories, accelerate's small files.
+"""What other tools have pickled: values of plain DCP directories, accelerate's small files, `.bin` files.
 
 Reading a pickle runs code from it. This is the one module that does, and its callers only with the user's permission
-(`allow_legacy_pickle_restore`); tensors are read elsewhere, with `weights_only=True`. Where tensors alone are wanted,
-the index is read without permission: nothing but the classes that DCP's indices consist of is made from it.
+(`allow_legacy_pickle_restore`); tensors are read elsewhere, with `weights_only=True`, and indices by `dcp_index`.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
-from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.storage.dtypes import safetensors_dtype
-from hydra_ckpt.storage.header import read_piece
+from hydra_ckpt.storage.dcp_index import INDEX, Entry, KeyPath, read_index
+from hydra_ckpt.storage.header import read_piece, refuse_overlap
 from hydra_ckpt.store import names
 
-INDEX = ".metadata"
 ACCELERATE_MODEL = "pytorch_model_fsdp_{}"
-_MAX_INDEX_BYTES = 1 << 30
-# What an index consists of, beside element types.
-_INDEX_CLASSES = {
-    *((metadata.__name__, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata")),
-    *((metadata.__name__, name) for name in ("MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((metadata.__name__, name) for name in ("TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
-    (filesystem.__name__, "_StorageInfo"),
-    (filesystem.__name__, "SerializationFormat"),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
-
-# The keys that lead to a value in nested dictionaries and lists.
-KeyPath = tuple[Any, ...]
-# A piece of an entry: its offsets in the whole tensor, its file, first byte and length in bytes.
-_Stored = tuple[tuple[int, ...] | None, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -71,7 +47,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_dcp(root: Path, relative: str) -> DcpDirectory:
-    """Read the index of a DCP directory, and its values; runs the pickles in it.
+    """Read the index of a DCP directory, and its values; runs the pickles that these are.
 
     Args:
         root: The directory that file names are given from.
@@ -80,17 +56,12 @@ def read_dcp(root: Path, relative: str) -> DcpDirectory:
     Raises:
         CorruptCheckpointError: The index cannot be read, or lacks something it names.
     """
-    directory = root / relative
-    try:
-        index = FileSystemReader(directory).read_metadata()
-    except Exception as error:  # noqa: BLE001 - pickles raise whatever they like
-        raise CorruptCheckpointError(directory / INDEX, f"cannot be read: {error!r}") from None
-    stored = _places(index, directory, relative)
-    found = _tensors(index, stored, directory)
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            _, file, first, length = stored[name][0]
-            found.values[_path(index, name)] = _load(root, file, first, length)
+    entries = read_index(root / relative)
+    found = _tensors(root, relative, entries)
+    for entry in entries:
+        if entry.spec is None:
+            [piece] = entry.pieces
+            found.values[entry.path] = _load(root, _below(relative, piece.file), piece.first, piece.length)
     return found
 
 
@@ -102,81 +73,28 @@ def read_dcp_tensors(root: Path, relative: str) -> DcpDirectory:
         relative: Where in it the DCP directory lies; empty for itself.
 
     Raises:
-        CorruptCheckpointError: The index cannot be read, has other things in it, or lacks something it names.
+        CorruptCheckpointError: The index cannot be read, or lacks something it names.
     """
-    directory = root / relative
-    path = directory / INDEX
-    if path.stat().st_size > _MAX_INDEX_BYTES:
-        raise CorruptCheckpointError(path, f"is larger than {_MAX_INDEX_BYTES} bytes")
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError("it is no index of torch.distributed.checkpoint")
-        return _tensors(index, _places(index, directory, relative), directory)
-    except CorruptCheckpointError:
-        raise
-    except Exception as error:  # noqa: BLE001 - damaged pickles raise whatever they like
-        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
+    return _tensors(root, relative, read_index(root / relative))
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Makes what indices consist of and nothing else, whatever a file asks for."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """Called for everything that a pickle refers to by name."""
-        if module_name == "torch" and isinstance(found := getattr(torch, global_name, None), torch.dtype):
-            return found
-        if (module_name, global_name) not in _INDEX_CLASSES:
-            raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}, which no index needs")
-        return super().find_class(module_name, global_name)
-
-
-def _path(index: Metadata, name: str) -> KeyPath:
-    paths = index.planner_data if isinstance(index.planner_data, dict) else {}
-    return tuple(paths.get(name, (name,)))
-
-
-def _places(index: Metadata, directory: Path, relative: str) -> dict[str, list[_Stored]]:
-    """Where the pieces of each entry lie."""
-    found: dict[str, list[_Stored]] = {}
-    for key, place in index.storage_data.items():
-        found.setdefault(key.fqn, []).append(_stored(directory, relative, key, place))
-    for name in index.state_dict_metadata:
-        if name not in found:
-            raise CorruptCheckpointError(directory / INDEX, f"does not say where {name} lies")
-    return found
-
-
-def _tensors(index: Metadata, stored: Mapping[str, list[_Stored]], directory: Path) -> DcpDirectory:
-    """The tensors of an index; none of its values."""
+def _tensors(root: Path, relative: str, entries: Sequence[Entry]) -> DcpDirectory:
     found = DcpDirectory({}, {}, {})
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
+    for entry in entries:
+        if entry.spec is None:
             continue
-        spec = TensorSpec(name, safetensors_dtype(name, entry.properties.dtype), tuple(entry.size))
-        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
         chunks = []
-        for offset, file, first, length in stored[name]:
-            corner = offset if offset is not None else (0,) * len(spec.shape)
-            if corner not in sizes:
-                raise CorruptCheckpointError(directory / INDEX, f"does not say how large the piece of {name} is")
-            box = Box(corner, sizes[corner])
-            if box.numel * spec.itemsize > length:
-                raise CorruptCheckpointError(directory / INDEX, f"names too few bytes for a piece of {name}")
-            chunks.append(StoredChunk(box, file, first))
-            found.lengths[file, first] = length
-        found.tensors[_path(index, name)] = StoredTensor(spec, tuple(chunks))
+        for piece in entry.pieces:
+            assert piece.box is not None  # those of tensors have one
+            chunks.append(StoredChunk(piece.box, _below(relative, piece.file), piece.first))
+            found.lengths[chunks[-1].file, piece.first] = piece.length
+        refuse_overlap(root, entry.spec.name, chunks)
+        found.tensors[entry.path] = StoredTensor(entry.spec, tuple(chunks))
     return found
 
 
-def _stored(directory: Path, relative: str, index: Any, place: Any) -> _Stored:
-    if getattr(place, "transform_descriptors", None):
-        raise CorruptCheckpointError(
-            directory / place.relative_path, f"{index.fqn} is stored compressed or encrypted, which is not supported"
-        )
-    file = f"{relative}/{place.relative_path}" if relative else place.relative_path
-    return None if index.offset is None else tuple(index.offset), file, place.offset, place.length
+def _below(relative: str, file: str) -> str:
+    return f"{relative}/{file}" if relative else file
 
 
 def _load(root: Path, file: str, first: int, length: int) -> Any:
@@ -205,8 +123,10 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CorruptCheckpointError: It is no state dict of tensors.
     """
+    # Older files are no archives, which alone can be mapped.
+    mapped = zipfile.is_zipfile(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 - torch.load raises whatever the file leads to
         raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {error}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
