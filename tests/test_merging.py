@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import (
     CheckpointConfigError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
@@ -120,6 +122,113 @@ def test_one_of_several_adapters_is_merged_with_the_base_model_s_tokenizer(tmp_p
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids
     with pytest.raises(CheckpointConfigError, match="is an adapter"):
         export_checkpoint(checkpoint, tmp_path / "split", max_file_bytes=2000)
+
+
+def test_what_the_base_model_s_files_lack_is_not_made_up(tmp_path: Path) -> None:
+    base = saved_base(tmp_path)
+    checkpoint = saved_adapter(tmp_path, adapted("lora"), base)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KeyMismatchError, match=r"layers\.1\.mlp\.up_proj"):
+        merge_adapter(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_the_adapter_replace_those_of_the_base_model(tmp_path: Path) -> None:
+    make("bert").save_pretrained(tmp_path / "base")  # three labels
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    adapted_model = peft.get_peft_model(model, config)
+    merge_adapter(saved_adapter(tmp_path, adapted_model), tmp_path / "out")
+    merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answer(merged), answer(adapted_model), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
+    base = saved_base(tmp_path, "qwen3")
+    model = transformers.Qwen3ForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises(CheckpointConfigError, match=r"embed_tokens.*ties its input and output"):
+        merge_adapter(saved_adapter(tmp_path, peft.get_peft_model(model, config)), tmp_path / "out")
+
+
+def test_the_revision_of_the_base_model_is_the_adapter_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--org--base"
+    for number, revision in enumerate(("main", "v2")):
+        torch.manual_seed(number)
+        MODELS["llama"]().save_pretrained(repository / "snapshots" / (str(number) * 20))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(str(number) * 20)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    torch.manual_seed(1)
+    model = peft.get_peft_model(MODELS["llama"](), adapter_config("lora"))
+    model.peft_config["default"].revision = "v2"
+    checkpoint = saved_adapter(tmp_path, model, "org/base")
+    merge_adapter(checkpoint, tmp_path / "out")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answer(merged), answer(model), rtol=0, atol=1e-5)
+
+
+def test_a_quantized_base_model_is_not_merged_into(tmp_path: Path) -> None:
+    base = saved_base(tmp_path)
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointConfigError, match=r"is quantized.*--base"):
+        merge_adapter(saved_adapter(tmp_path, adapted("lora"), base), tmp_path / "out")
+
+
+def test_code_of_a_base_model_is_not_run_even_where_one_would_say_yes(tmp_path: Path) -> None:
+    base = saved_base(tmp_path)
+    checkpoint = saved_adapter(tmp_path, adapted("lora"), base)
+    ran = tmp_path / "ran"
+    (base / "evil.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Config: ...\n")
+    settings = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}, "architectures": ["Evil"]}
+    (base / "config.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoint.path), str(tmp_path / "out"), "--merge"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, input="y\n" * 9)
+    assert done.returncode == 2
+    assert "bring their own code" in done.stderr
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no configuration of an adapter"),
+        ("[]", "no configuration of an adapter"),
+        ('{"base_model_name_or_path": 5}', "base_model_name_or_path is 5"),
+        ('{"base_model_name_or_path": "x", "task_type": ["CAUSAL_LM"]}', "task_type"),
+        ('{"base_model_name_or_path": "x", "auto_mapping": "os"}', "auto_mapping"),
+    ],
+)
+def test_a_damaged_configuration_of_an_adapter_is_named(tmp_path: Path, text: str, message: str) -> None:
+    checkpoint = saved_adapter(tmp_path, adapted("lora"), saved_base(tmp_path))
+    (checkpoint.path / "model" / "consolidated" / "adapter_config.json").write_text(text)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        merge_adapter(checkpoint, tmp_path / "out", verify=False)
+
+
+def test_exports_are_made_in_their_own_place_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = saved_adapter(tmp_path, adapted("lora"), saved_base(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out, error in (
+        (tmp_path / "link", CheckpointExistsError),
+        (tmp_path / "dangling", CheckpointExistsError),
+        (checkpoint.path / "model" / "out", CheckpointExistsError),
+        (Path(), CheckpointConfigError),
+        (tmp_path / "base" / "config.json" / "out", CheckpointConfigError),
+    ):
+        with pytest.raises(error):
+            export_checkpoint(checkpoint, out)
+    export_checkpoint(checkpoint, tmp_path / "new" / "out")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
 
 
 def _merge(checkpoints: Path, out: Path) -> subprocess.CompletedProcess[str]:

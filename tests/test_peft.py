@@ -475,7 +475,7 @@ def test_an_adapter_is_gathered_across_pipeline_stages(tmp_path: Path) -> None:
     assert torch.equal(answer(again.models[""][0]), answer(whole.models[""][0]))
 
 
-def saved_adapter(root: Path, model: Any, base: Path | None = None) -> Checkpoint:
+def saved_adapter(root: Path, model: Any, base: Path | str | None = None) -> Checkpoint:
     """A checkpoint of a trained adapter."""
     for parameter in model.parameters():
         if parameter.requires_grad:

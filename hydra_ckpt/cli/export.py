@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
 
 
 def export(
@@ -70,6 +80,8 @@ def export(
         weights = merge_adapter(
             open_one(checkpoint), out, part=part, base=base, dtype=kind, max_file_bytes=limit, verify=verify
         )
+    elif base is not None:
+        raise CheckpointConfigError("--base: a checkpoint of hydra_ckpt knows its model; the option goes with --merge")
     else:
         found = open_one(checkpoint)
         make = partial(export_checkpoint, found, part=part, dtype=kind, max_file_bytes=limit, verify=verify)

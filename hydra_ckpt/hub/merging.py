@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 
-from hydra_ckpt.config import hub_cache
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    KeyMismatchError,
+)
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.assets import reference_assets
+from hydra_ckpt.hub.export import FLOATS
 from hydra_ckpt.hub.offline import find_model, models_of
-from hydra_ckpt.hub.reference import at, find_reference
+from hydra_ckpt.hub.reference import at
 from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import drafted, refuse_occupied
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES
@@ -70,28 +78,34 @@ def merge_adapter(
         CorruptCheckpointError: The adapter's files are damaged.
     """
     refuse_occupied(out)
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
     adapter = _located(checkpoint, part, verify=verify)
-    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings = _settings(adapter)
+    revision = settings.get("revision") if base is None else None
     base = base or settings.get("base_model_name_or_path")
     if not base:
         raise CheckpointConfigError(
             f"{adapter / 'adapter_config.json'} names no base model (base_model_name_or_path), so name it with --base"
         )
     stored = {item.spec.name: item.spec for item in read_header(adapter, f"{names.ADAPTER}.safetensors")[0]}
-    model = _opened(base, settings, stored)
+    model = _opened(base, revision, settings, stored)
     rows = _vocabulary(model, stored)
     if rows is not None:
         model.resize_token_embeddings(rows)
-    merged = _adapted(model, adapter, base, stored).merge_and_unload()
+    merged = _merged(_adapted(model, adapter, base, stored), adapter)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
     files = Files()
     with drafted(out, files) as draft:
-        merged.save_pretrained(draft, max_shard_size=max_file_bytes or DEFAULT_FILE_BYTES)
+        try:
+            merged.save_pretrained(draft, max_shard_size=max_file_bytes or DEFAULT_FILE_BYTES)
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"the merged model cannot be written to {out}: {error}") from error
         weights = sorted(path.name for path in draft.glob("*.safetensors"))
         for name in weights:  # safetensors keeps them from everybody else
             (draft / name).chmod((draft / "config.json").stat().st_mode)
-        for name, data in _beside(adapter, base).items():
+        for name, data in _beside(adapter, base, revision).items():
             if not (draft / name).exists():
                 files.make_dir((draft / name).parent)
                 files.write_new(draft / name, data)
@@ -115,9 +129,42 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
     return checkpoint.path / place
 
 
-def _opened(base: str, settings: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Any:
+def _settings(adapter: Path) -> dict[str, Any]:
+    """An adapter's configuration, of which the keys that are used here are what they should be."""
+    path = adapter / "adapter_config.json"
+    kinds = {"base_model_name_or_path": str, "task_type": str, "revision": str, "auto_mapping": dict}
+    try:
+        found = json.loads(path.read_text())
+        wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind | None)]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {error}") from None
+    if wrong:
+        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {wrong[0]} is {found[wrong[0]]!r}")
+    return dict(found)
+
+
+def _merged(adapted: Any, adapter: Path) -> Any:
+    """The base model with its weights changed."""
+    try:
+        return adapted.merge_and_unload()
+    except Exception as error:
+        raise CheckpointConfigError(
+            f"peft cannot merge the adapter {adapter}: {type(error).__name__}: {error}. Use it as an adapter"
+        ) from error
+
+
+def _refuse_quantized(base: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointConfigError(
+            f"the base model {base} is quantized, so that an adapter cannot be merged into its weights: name a copy "
+            "that is not, with --base. A training run with model_repo_id makes one: load_base_model, then a save"
+        )
+
+
+def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Any:
     """The base model, of the class that the adapter was trained over."""
-    kind, config = configured(base, "--base")
+    kind, config = configured(base, "--base", revision)
+    _refuse_quantized(base, config)
     mapping, task = settings.get("auto_mapping"), settings.get("task_type")
     if task in _MAPPINGS:
         import transformers
@@ -132,15 +179,34 @@ def _opened(base: str, settings: Mapping[str, Any], stored: Mapping[str, TensorS
         kind = kind[0] if isinstance(kind, tuple) else kind
     elif task is None and mapping:
         kind = _mapped(mapping, kind)
-    labels = _labels(skeleton(kind, config), config, stored)
-    if labels is not None:
-        config.num_labels = labels
     try:
-        return kind.from_pretrained(base, config=config, local_files_only=True, dtype="auto")
+        labels = _labels(skeleton(kind, config), config, stored)
+        if labels is not None:
+            config.num_labels = labels
+        model, info = kind.from_pretrained(
+            base,
+            config=config,
+            revision=revision or "main",
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype="auto",
+            ignore_mismatched_sizes=labels is not None,
+            output_loading_info=True,
+        )
     except Exception as error:
         raise CheckpointConfigError(
             f"the base model {base} cannot be opened: {type(error).__name__}: {error}"
         ) from error
+    brought = {name.removeprefix(_PREFIX) for name in stored}
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - brought
+    if missing:
+        raise KeyMismatchError(
+            base,
+            missing=sorted(missing),
+            remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter brings them neither: name "
+            "the model it was trained over with --base.",
+        )
+    return model
 
 
 def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
@@ -189,8 +255,9 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
             "it was trained over with --base"
         ) from error
     wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
-    known = found.state_dict()  # embeddings are stored beside the adapter's own tensors
-    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys() - known.keys())
+    # Embeddings are stored beside the adapter's own tensors, in names of peft's or of the model's.
+    known = {*wanted, *peft.get_peft_model_state_dict(found, save_embedding_layers=True), *found.state_dict()}
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - known)
     if missing or unexpected:
         raise KeyMismatchError(
             str(adapter),
@@ -198,13 +265,34 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
             unexpected=unexpected,
             remedy=f"It was trained over another model than {base}: name that one with --base.",
         )
+    _refuse_tied(model, stored)
     return found
 
 
-def _beside(adapter: Path, base: str) -> dict[str, bytes]:
+def _refuse_tied(model: Any, stored: Mapping[str, TensorSpec]) -> None:
+    """Refuse an adapter of one of two modules that share their weight: merged, it would change both."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in modules]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return
+    places = [name for name, module in model.named_modules() if any(module is each for each in modules)]
+    changed = [name for name in stored for place in places if name.startswith(f"{_PREFIX}{place}.lora_")]
+    if changed:
+        raise CheckpointConfigError(
+            f"{changed[0]}: the base model ties its input and output embeddings, and merging what one of them has "
+            "learned would change both. Use the adapter as it is"
+        )
+
+
+def _beside(adapter: Path, base: str, revision: str | None) -> dict[str, bytes]:
     """The tokenizer's files: the adapter's, else the base model's."""
     found = reference_assets(at(adapter), with_tokenizer=True)
-    try:
-        return found or reference_assets(find_reference(base, Path(hub_cache())), with_tokenizer=True)
-    except CheckpointError:
-        return found  # transformers has found the base model in a way of its own
+    if found:
+        return found
+    directory = Path(base)
+    if not directory.is_dir():
+        config = try_to_load_from_cache(base, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return {}
+        directory = Path(config).parent
+    return reference_assets(at(directory), with_tokenizer=True)

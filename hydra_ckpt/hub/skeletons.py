@@ -23,12 +23,13 @@ def skeleton(kind: type[Any], config: Any) -> Any:
         return kind(copy.deepcopy(config))
 
 
-def configured(base: str, option: str) -> tuple[type[Any], Any]:
-    """The class and the configuration of a model on this machine.
+def configured(base: str, option: str, revision: str | None = None) -> tuple[type[Any], Any]:
+    """The class and the configuration of a model on this machine. Code that it brings along is not run.
 
     Args:
         base: A directory, or a hub id of which the cache has the configuration.
         option: What it was named with, for messages.
+        revision: Which revision of a hub id; None for its main one.
 
     Raises:
         CheckpointConfigError: transformers is not installed, or has no such class: the model brings its own code.
@@ -39,12 +40,19 @@ def configured(base: str, option: str) -> tuple[type[Any], Any]:
     except ImportError:
         raise CheckpointConfigError(f"{option} needs transformers: pip install 'hydra-ckpt[transformers]'") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        why = "" if Path(base).is_absolute() and not Path(base).exists() else f" ({error})"
+        config = transformers.AutoConfig.from_pretrained(
+            base, revision=revision or "main", local_files_only=True, trust_remote_code=False
+        )
+    except OSError as error:
+        if Path(base).is_dir():
+            raise CheckpointNotFoundError(f"{base} has no config.json that can be read: {error}") from None
         raise CheckpointNotFoundError(
-            f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with "
-            f"{option}{why}"
+            f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with {option}"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - unknown kinds of models, their own code, settings that make no sense
+        raise CheckpointConfigError(
+            f"the configuration of {base} cannot be used ({error}). Models that bring their own code are not run by "
+            "this tool"
         ) from None
     name = (config.architectures or ["AutoModel"])[0]
     kind = getattr(transformers, name, None)

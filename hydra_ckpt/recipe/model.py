@@ -49,7 +49,7 @@ def _pretrained_config(pretrained: str, architecture: str) -> Any:
         # What is trained from it remembers it, and is opened elsewhere; LATEST will lead to another one.
         pretrained = str(Path(pretrained).resolve())
     try:
-        config = AutoConfig.from_pretrained(pretrained, local_files_only=True)
+        config = AutoConfig.from_pretrained(pretrained, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(
             f"model.pretrained={pretrained}: no model is found there, nor in the hub cache under that name; give a "
