@@ -197,6 +197,63 @@ def test_what_the_model_ties_and_the_files_do_not_is_refused(tmp_path: Path) -> 
     assert torch.equal(other.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
+class Tied(nn.Module):
+    """A model of no library, its head tied to its embedding, with another head beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+        self.extra = nn.Linear(4, 2)
+        self.register_buffer("scale", torch.full((2,), 3.0), persistent=False)
+
+
+def test_ties_of_a_model_of_no_library_outlive_the_meta_device(tmp_path: Path) -> None:
+    save_file({"table.weight": torch.arange(28.0).view(7, 4)}, tmp_path / "model.safetensors")
+    model = Tied()
+    extra = model.extra.weight.clone()
+    model.table.to("meta")
+    model.head.weight = model.table.weight
+    report = load_into(model, tmp_path, skip_task_head_prefixes_for_base_model=["extra."])
+    assert model.head.weight is model.table.weight
+    assert torch.equal(model.head.weight, torch.arange(28.0).view(7, 4))
+    # What was on its device stays as it was.
+    assert torch.equal(model.extra.weight, extra)
+    assert torch.equal(model.scale, torch.full((2,), 3.0))
+    assert report.skipped == ("extra.bias", "extra.weight")
+    model.extra.to("meta")
+    with pytest.raises(CheckpointConfigError, match=r"extra\.weight.*only a transformers model"):
+        load_into(model, tmp_path, skip_task_head_prefixes_for_base_model=["extra."])
+
+
+def test_what_is_not_on_the_meta_device_is_left_alone(tmp_path: Path) -> None:
+    source = _saved(MODELS["bert"](), tmp_path)
+    model = MODELS["bert"]()
+    head = {name: tensor.clone() for name, tensor in model.classifier.state_dict().items()}
+    model.bert.to("meta")
+    report = load_into(model, tmp_path, skip_task_head_prefixes_for_base_model=["classifier."])
+    assert report.skipped == ("classifier.bias", "classifier.weight")
+    assert all(torch.equal(model.classifier.state_dict()[name], tensor) for name, tensor in head.items())
+    assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), source.bert.parameters(), strict=True))
+    assert torch.equal(model.bert.embeddings.position_ids, source.bert.embeddings.position_ids)
+
+
+def test_stages_of_a_tied_model_are_filled_from_the_meta_device(tmp_path: Path) -> None:
+    source = make("qwen3")
+    source.save_pretrained(tmp_path)
+    first, last = on_meta("qwen3"), on_meta("qwen3")
+    first.lm_head = None
+    first.model.layers = nn.ModuleDict({"0": first.model.layers[0]})
+    first.model.norm = None
+    last.model.embed_tokens = None
+    last.model.layers = nn.ModuleDict({"1": last.model.layers[1]})
+    for stage in (first, last):
+        load_into(stage, tmp_path)
+    assert torch.equal(first.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert torch.equal(last.lm_head.weight, source.model.embed_tokens.weight)
+
+
 def test_models_of_other_makers_are_read_by_their_own_names(tmp_path: Path) -> None:
     source = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     save_file(source.state_dict(), tmp_path / "model.safetensors")

@@ -24,7 +24,7 @@ from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
 from hydra_ckpt.state.peft import is_peft_model
-from hydra_ckpt.storage.memory import fresh_like
+from hydra_ckpt.storage.memory import bytes_of, fresh_like
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,12 @@ class _Loader:
     @torch.no_grad()
     def load(self) -> BaseReport:
         """Read, and initialize what is left."""
-        fresh = self._materialize()
-        loaded = set()
+        loaded = {
+            alias.source
+            for alias in self._naming.aliases
+            if alias.name in self._fit.stored and not alias.source.startswith(self._skip)
+        }
+        fresh = self._materialize(loaded)
         chosen = [item for item in self._mapped.locals(Localizer()) if not item.spec.name.startswith(self._skip)]
         order = {name: number for number, name in enumerate(self._weights.specs)}
         named = chosen if self._naming.is_plain else Exporter(self._naming)(chosen)
@@ -203,14 +207,11 @@ class _Loader:
             )
             for piece in pieces
         ]
-        total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
         self._refuse_untied(wanted)
-        for alias in self._naming.aliases:
-            if alias.name in self._fit.stored and not alias.source.startswith(self._skip):
-                loaded.add(alias.source)
+        total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
         left = sorted(self._specs.keys() - loaded)
         if fresh:
-            self._initialize(loaded)
+            self._initialize(fresh, loaded)
         if left:
             log.warning("%s: not taken from the base model: %s", self._reference.directory, ", ".join(left))
         if self._fit.unexpected:
@@ -224,39 +225,106 @@ class _Loader:
             other = others.get(item.name)
             if other is None:
                 continue
-            found = torch.empty_like(item.into)
-            spec, chosen = self._weights.specs[other], self._weights.specs[item.name]
-            if spec.shape == chosen.shape:
-                self._weights.read([replace(item, name=other, into=found)])
-            if spec.shape != chosen.shape or not torch.equal(found, item.into):
+            specs = self._weights.specs
+            found = {name: torch.empty(item.into.shape, dtype=item.into.dtype) for name in (item.name, other)}
+            if specs[other].shape == specs[item.name].shape:
+                self._weights.read([replace(item, name=name, into=into) for name, into in found.items()])
+            bits = [bytes_of(tensor) for tensor in found.values()]
+            if specs[other].shape != specs[item.name].shape or bits[0] != bits[1]:
+                remedy = "Build the model with tie_word_embeddings=False in its configuration: so does transformers"
+                tied = other in self._mapped.aliases or item.name in self._mapped.aliases
                 raise CheckpointConfigError(
                     f"{self._reference.directory}: {item.name} and {other} differ, and the model has one tensor for "
-                    "both. Build the model with tie_word_embeddings=False in its configuration (transformers unties "
-                    "such weights when it opens the files)"
+                    f"both. {remedy if tied else 'Take one of them out of the files'}"
                 )
 
-    def _materialize(self) -> bool:
-        """Give a model on the meta device memory; whether there was any such part."""
-        waiting = [part for part in self._parts if any(tensor.is_meta for tensor in part.parameters())]
-        for part in waiting:
+    def _materialize(self, loaded: set[str]) -> list[_Home]:
+        """Give what is on the meta device memory, and leave the rest as it is; returns where it lives."""
+        fresh = []
+        for part in self._parts:
+            waiting = [home for home in _homes(part) if home.tensor.is_meta]
+            if not waiting:
+                continue
             _check_buffers(part)
+            _check_skipped(part, self._mapped, loaded)
             sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
             device = "cpu" if sharded is None else sharded.device_mesh.device_type
-            cast(Any, part)._apply(partial(fresh_like, device=device))  # what Module.to_empty does
-            if is_transformers_model(part):
-                cast(Any, part).tie_weights()
-        return bool(waiting)
+            tied = _tied(waiting)
+            cast(Any, part)._apply(partial(_placed, device=device))  # what Module.to_empty does
+            for first, other in tied:  # each place has got memory of its own
+                other.put(first.tensor)
+            fresh += waiting
+        return fresh
 
-    def _initialize(self, loaded: set[str]) -> None:
-        """Let transformers initialize what was not read: heads, and buffers that are in no file."""
-        for slot in self._mapped.slots:
-            slot.tensor._is_hf_initialized = slot.name in loaded  # type: ignore[attr-defined]
+    def _initialize(self, fresh: Sequence[_Home], loaded: set[str]) -> None:
+        """Let transformers initialize what was neither there before nor read: heads, and buffers in no file."""
+        left = {id(home.tensor) for home in fresh}
+        left -= {id(slot.tensor) for slot in self._mapped.slots if slot.name in loaded}
+        tensors = [home.tensor for part in self._parts for home in _homes(part)]
+        for tensor in tensors:
+            tensor._is_hf_initialized = id(tensor) not in left  # type: ignore[attr-defined]
         for part in filter(is_transformers_model, self._parts):
             for module in part.modules():
                 module._is_hf_initialized = False  # type: ignore[assignment]
             cast(Any, part).initialize_weights()
-        for slot in self._mapped.slots:
-            del slot.tensor._is_hf_initialized  # type: ignore[attr-defined]
+        for tensor in tensors:
+            tensor.__dict__.pop("_is_hf_initialized", None)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a tensor lives, persistent or not: a module, and its name there."""
+
+    module: nn.Module
+    name: str
+    is_parameter: bool
+
+    @property
+    def _there(self) -> dict[str, Any]:
+        return self.module._parameters if self.is_parameter else self.module._buffers
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What lives there now."""
+        return cast(torch.Tensor, self._there[self.name])
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let this one live there."""
+        self._there[self.name] = tensor
+
+
+def _homes(part: nn.Module) -> list[_Home]:
+    return [
+        _Home(module, name, is_parameter)
+        for module in part.modules()
+        for is_parameter, held in ((True, module._parameters), (False, module._buffers))
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _tied(homes: Sequence[_Home]) -> list[tuple[_Home, _Home]]:
+    """The first place of each tensor, with every other one."""
+    first: dict[int, _Home] = {}
+    return [(first[id(home.tensor)], home) for home in homes if first.setdefault(id(home.tensor), home) is not home]
+
+
+def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return fresh_like(tensor, device=device) if tensor.is_meta else tensor
+
+
+def _check_skipped(part: nn.Module, mapped: ModelMap, loaded: set[str]) -> None:
+    if is_transformers_model(part):
+        return
+    modules = set(part.modules())
+    lost = [
+        slot.name for slot in mapped.slots if slot.owner in modules and slot.tensor.is_meta and slot.name not in loaded
+    ]
+    if lost:
+        raise CheckpointConfigError(
+            f"the model is on the meta device, and {', '.join(lost)} are not taken from the base model: only a "
+            "transformers model knows how to initialize them. Build the model on its device"
+        )
 
 
 def _check_buffers(part: nn.Module) -> None:

@@ -203,8 +203,8 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
         raise KeyMismatchError(
             base,
             missing=sorted(missing),
-            remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter brings them neither: name "
-            "the model it was trained over with --base.",
+            remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter does not bring them: "
+            "name the model it was trained over with --base.",
         )
     return model
 

@@ -57,8 +57,7 @@ def fresh_like(
     nbytes = local.numel() * dtype.itemsize
     if device.type != "cpu" or nbytes < _HUGE_PAGE or not local.is_contiguous():
         return torch.empty_like(tensor, dtype=dtype, device=device)
-    # Whole pages, so that the system begins them where a page can be huge.
-    memory = _mapped(-(-nbytes // _HUGE_PAGE) * _HUGE_PAGE)[:nbytes].view(dtype).view(local.shape)
+    memory = _mapped(nbytes)[:nbytes].view(dtype).view(local.shape)
     if not isinstance(tensor, DTensor):
         return memory
     return DTensor.from_local(
@@ -68,10 +67,13 @@ def fresh_like(
 
 def _mapped(nbytes: int) -> torch.Tensor:
     """Memory of its own, as uint8, which goes back to the system with the last tensor in it."""
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if sys.platform == "linux":
+    # Addresses for whole pages, so that the system begins them where a page can be huge; the last one stays of small
+    # ones, of which there are no more than are used.
+    memory = mmap.mmap(-1, max(-(-nbytes // _HUGE_PAGE), 1) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
+    if sys.platform == "linux" and whole:
         with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, whole)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
