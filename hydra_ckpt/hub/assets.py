@@ -85,8 +85,16 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     found = _code(model, config)
     found.update(_saved(config))
     if model.can_generate() and model.generation_config is not None:
-        found.update(_saved(copy.deepcopy(model.generation_config)))
+        found.update(_generation(copy.deepcopy(model.generation_config)))
     return found
+
+
+def _generation(config: Any) -> dict[str, bytes]:
+    try:
+        return _saved(config)
+    except ValueError as error:  # settings that contradict each other; when it opens them, transformers only warns
+        log.warning("generation_config.json is written as it is, although transformers finds it invalid: %s", error)
+        return {"generation_config.json": config.to_json_string().encode()}
 
 
 def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
@@ -109,7 +117,11 @@ def derives_generation(model: nn.Module) -> bool:
     model = unwrap(model)
     if not is_transformers_model(model) or not cast(Any, model).can_generate():
         return False
-    return bool(getattr(model.generation_config, "_from_model_config", False))
+    live = cast(Any, model).generation_config
+    if live is None or not getattr(live, "_from_model_config", False):
+        return False
+    # The mark stays when settings are changed afterwards.
+    return bool(live.to_diff_dict() == type(live).from_model_config(model.config).to_diff_dict())
 
 
 def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:

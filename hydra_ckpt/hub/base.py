@@ -15,7 +15,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointNotFoundError, KeyMismatchError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    KeyMismatchError,
+)
 from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, tables_of
 from hydra_ckpt.hub.matching import Matching
 from hydra_ckpt.hub.reference import Reference, find_reference
@@ -168,8 +174,14 @@ class _Loader:
         for alias in self._naming.aliases:
             stored = specs.get(fit.stored.get(alias.name, ""))
             shape = self._naming.shapes.get(alias.name, alias.shape)
-            if stored is not None and stored.shape != shape and not alias.source.startswith(self._skip):
+            if stored is None or alias.source.startswith(self._skip):
+                continue
+            if stored.shape != shape:
                 fit.different[alias.name] = f"{list(stored.shape)} in the reference, {list(shape)} in the model"
+            elif _kind(stored.dtype) != _kind(self._specs[alias.source].dtype):
+                fit.different[alias.name] = (
+                    f"{stored.dtype} in the reference, {self._specs[alias.source].dtype} in the model"
+                )
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:
@@ -353,7 +365,17 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
         )
     else:
         stored = PickledWeights(reference)
-    return Dequantized(stored, reference.config.get("quantization_config") or {}, permitted)
+    quantization = reference.config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CorruptCheckpointError(reference.directory / "config.json", "its quantization_config is no mapping")
+    return Dequantized(stored, quantization, permitted)
+
+
+def _kind(dtype: str) -> str:
+    """What an element type's values are: numbers of one kind are not made of those of another."""
+    if dtype.startswith(("F", "BF")):
+        return "floating point"
+    return "integer" if dtype.startswith(("I", "U")) else dtype
 
 
 def _optional(model: nn.Module) -> re.Pattern[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -151,8 +152,9 @@ class Dequantized:
         method = config.get("quant_method")
         if method is not None and (method not in _FP8_METHODS or not self._scales):
             raise CheckpointConfigError(
-                f"the reference model is quantized by {method} in a way this version does not read; it reads FP8 with "
-                "scales per block, per channel or per tensor. Take a copy of the model that is not quantized"
+                f"the reference model is quantized by {method} (quantization_config.quant_method in its config.json) "
+                "in a way this version does not read; it reads FP8 with scales per block, per channel or per tensor. "
+                "Take a copy of the model that is not quantized"
             )
         if self._scales and permitted is False:
             raise CheckpointConfigError(
@@ -160,6 +162,24 @@ class Dequantized:
                 f"({next(iter(self._scales))}); set it to null or true, or take a copy that is not quantized"
             )
         self._block = _block_size(config)
+        for name, scale in self._scales.items():
+            self._check_scale(name, specs[name].shape, specs[scale].shape)
+
+    def _check_scale(self, name: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
+        """See that a weight's scales are of a shape that can be read, before anything is."""
+        rows = scale == shape[:1]
+        if prod(scale) == 1 or rows:
+            return
+        blocks = len(scale) == len(shape) and all(
+            -(-size // step) == count for size, step, count in zip(shape, self._steps(shape, scale), scale, strict=True)
+        )
+        if not blocks:
+            raise CorruptCheckpointError(
+                self._scales[name],
+                f"its shape {list(scale)} fits neither blocks of {list(self._block)} nor the rows of {name}, whose "
+                f"shape is {list(shape)}. The blocks' size stands in config.json (quantization_config."
+                "weight_block_size)",
+            )
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -194,7 +214,7 @@ class Dequantized:
             item.into.copy_(narrow(whole.view(item.grid), box))
             return total
         scales, total = self._read_all(self._scales[name])
-        factors = self._factors(name, spec, scales)
+        factors = self._factors(spec, scales)
         for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):
             stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype])
             total += self._weights.read([Wanted(name, part, stored)])
@@ -202,7 +222,7 @@ class Dequantized:
             if factors is None:
                 values *= scales.reshape(())
             else:
-                values *= _spread(factors, part, self._steps(spec, factors))
+                values *= _spread(factors, part, self._steps(spec.shape, tuple(factors.shape)))
             narrow(item.into, part.within(box)).copy_(values)
         return total
 
@@ -216,30 +236,18 @@ class Dequantized:
             return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
         return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
 
-    def _factors(self, name: str, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
+    def _factors(self, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
         """The scales with one dimension for each of the weight's; None where one number serves all."""
         if scales.numel() == 1:
             return None
-        if scales.dim() == 1 and spec.shape and scales.shape[0] == spec.shape[0]:
-            scales = scales.reshape(-1, *[1] * (len(spec.shape) - 1))
-        if scales.dim() == len(spec.shape):
-            steps = self._steps(spec, scales)
-            if all(
-                -(-size // step) == count for size, step, count in zip(spec.shape, steps, scales.shape, strict=True)
-            ):
-                return scales
-        raise CorruptCheckpointError(
-            self._scales[name],
-            f"its shape {list(scales.shape)} fits neither blocks of {list(self._block)} nor the rows of {name}, "
-            f"whose shape is {list(spec.shape)}",
-        )
+        return scales.reshape(-1, *[1] * (len(spec.shape) - 1)) if tuple(scales.shape) == spec.shape[:1] else scales
 
-    def _steps(self, spec: TensorSpec, scales: torch.Tensor) -> tuple[int, ...]:
+    def _steps(self, shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...]:
         """How many elements share a scale along each dimension."""
-        blocks = (*(1,) * (len(spec.shape) - 2), *self._block)[-len(spec.shape) :]
+        blocks = (*(1,) * (len(shape) - 2), *self._block)[-len(shape) :]
         return tuple(
             1 if count == size else (max(size, 1) if count == 1 else block)
-            for size, count, block in zip(spec.shape, scales.shape, blocks, strict=True)
+            for size, count, block in zip(shape, scale, blocks, strict=True)
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError, some_of
@@ -161,6 +162,14 @@ def persistent(module: nn.Module) -> list[str]:
     return [name for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
 
 
+def _placed_as(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A whole value as this rank holds it."""
+    if not isinstance(live, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(live.device)
+    return distribute_tensor(value, live.device_mesh, live.placements, src_data_rank=None)  # every rank has it
+
+
 @dataclass
 class ModelMap:
     """Where the tensors of one model live.
@@ -295,12 +304,13 @@ class ModelMap:
 
         Args:
             renamed: A tensor's name to all names that it is stored under.
-            buffers: Whether values of the other buffers, which a forward pass may change, are kept as extra state.
+            buffers: Whether what a forward pass may change beside is kept as extra state: other buffers, but tables,
+                and the modules' own.
         """
         left = [slot for slot in self.slots if slot.name not in renamed and not slot.is_parameter]
-        self._beside = left if buffers and sum(slot.tensor.nbytes for slot in left) <= MAX_OWN_BUFFER_BYTES else []
+        self._beside = [slot for slot in left if buffers and slot.tensor.nbytes <= MAX_OWN_BUFFER_BYTES]
         self.slots = [replace(slot, name=name) for slot in self.slots for name in renamed.get(slot.name, ())]
-        self.extra_states = {}
+        self.extra_states = self.extra_states if buffers else {}
         self._adapting = []
         self._hidden = []
 
@@ -361,7 +371,7 @@ class ModelMap:
         live = self.buffers()
         for name, value in buffers.items():
             if name in live and live[name].shape == value.shape:
-                live[name].copy_(value)
+                live[name].copy_(_placed_as(live[name], value))
 
     def extra_state(self) -> dict[str, Any]:
         """What is stored beside the tensors: the modules' own extra state, and buffers that `keep` has left out."""

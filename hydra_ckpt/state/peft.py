@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -11,12 +12,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, some_of
 from hydra_ckpt.state.model import ModelMap, canonical, persistent, unwrap
+
+log = logging.getLogger(__name__)
 
 # Directories that a model's part has for other things.
 _RESERVED = {"consolidated", "assets"}
@@ -68,13 +72,18 @@ def refuse_adapters(model: nn.Module) -> None:
     """Refuse a model with adapters in it that no PeftModel wraps: under its tensors' names nothing opens it.
 
     Raises:
-        CheckpointConfigError: transformers' own `add_adapter` or `load_adapter` has put some in.
+        CheckpointConfigError: There are some, as of transformers' own `add_adapter`.
     """
-    if not is_peft_model(model) and getattr(unwrap(model), "_hf_peft_config_loaded", False):
+    peft = sys.modules.get("peft")
+    if peft is None or is_peft_model(model):
+        return
+    layer = peft.tuners.tuners_utils.BaseTunerLayer
+    if any(isinstance(module, layer) for module in model.modules()):
         raise CheckpointConfigError(
-            "the model has adapters that its own add_adapter() or load_adapter() has put in, and an export would hold "
-            "the base model's weights under names that nothing opens. Wrap it with peft.get_peft_model instead and set "
-            "checkpoint.is_peft=true, or set checkpoint.save_consolidated=false, which saves and resumes all of it"
+            "the model has adapters that no PeftModel holds (add_adapter(), load_adapter(), inject_adapter_in_model(), "
+            "a PeftMixedModel), and an export would hold the base model's weights under names that nothing opens. Wrap "
+            "it with peft.get_peft_model instead and set checkpoint.is_peft=true, or set "
+            "checkpoint.save_consolidated=false, which saves and resumes all of it"
         )
 
 
@@ -211,28 +220,44 @@ def trained_embeddings(model: nn.Module) -> set[int]:
 def _own_embeddings(model: nn.Module, adapter: str) -> set[int]:
     """Identities of the embeddings that the base model's files do not have so: trained themselves, or resized."""
     core = _core(model)
-    if not _is_resized(core.get_base_model(), core.peft_config[adapter].base_model_name_or_path):
+    config = core.peft_config[adapter]
+    if not _is_resized(core.get_base_model(), config.base_model_name_or_path, config.revision):
         return trained_embeddings(model)
     # Where the adapter has its own copy, nothing of the base model's is used.
     return {id(weight) for outer, weight in _embeddings(model) if adapter not in getattr(outer, "modules_to_save", ())}
 
 
-def _is_resized(base: Any, name: str | None) -> bool:
+# The vocabulary of base models in their files, once it is known.
+_BASE_SIZES: WeakKeyDictionary[nn.Module, tuple[int | None]] = WeakKeyDictionary()
+
+
+def _is_resized(base: Any, name: str | None, revision: str | None) -> bool:
     """Whether a model's vocabulary has another size than in its files; peft, too, looks at the configurations.
 
     Args:
         base: The base model.
         name: A directory, or a hub id of which the cache may have the configuration; nothing is downloaded.
+        revision: Of the hub id.
     """
     config: Any = getattr(base, "config", None)
     if not name or not hasattr(config, "get_text_config"):
         return False
-    try:
-        stored = type(config).from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        return False  # not on this machine: what it was cannot be told
-    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (stored, config)]
-    return sizes[0] != sizes[1]
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    known = _BASE_SIZES.get(base)
+    if known is None:
+        try:
+            stored = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
+        except (OSError, ValueError):
+            log.warning(
+                "the configuration of the base model %s is not on this machine, so that it cannot be told whether the "
+                "vocabulary was resized: if it was, train the embeddings or name them in modules_to_save, or they are "
+                "not saved with the adapter",
+                name,
+            )
+            return False
+        # Decided once: what a checkpoint holds must not depend on what becomes of the base model's files.
+        known = _BASE_SIZES[base] = (getattr(stored.get_text_config(), "vocab_size", None),)
+    return known[0] != size
 
 
 def adapter_config(model: nn.Module, adapter: str) -> Any:

@@ -128,7 +128,8 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 - torch.load raises whatever the file leads to
-        raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {error}") from None
+        what = str(error).partition("\n")[0]  # what follows advises to run the pickle
+        raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {what}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise CorruptCheckpointError(path, "is no state dict of tensors")
     return {str(name): tensor for name, tensor in loaded.items()}
