@@ -425,6 +425,26 @@ def test_experts_are_dequantized_and_exported_as_what_they_are_then(tmp_path: Pa
     assert torch.equal(logits("qwen3_moe", opened.eval()), logits("qwen3_moe", model.eval()))
 
 
+def test_scales_that_do_not_fit_are_found_before_anything_is_read(tmp_path: Path) -> None:
+    write_quantized(tmp_path, "block")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["last.weight_scale_inv"] = torch.ones(3, 5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = Odd()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CorruptCheckpointError, match="weight_block_size"):
+        load_into(model, tmp_path)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_numbers_of_another_kind_are_no_weights(tmp_path: Path) -> None:
+    tensors = dict(Odd().state_dict())
+    tensors["last.weight"] = tensors["last.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(KeyMismatchError, match=r"last\.weight.*I8 in the reference, F32 in the model"):
+        load_into(Odd(), tmp_path)
+
+
 def test_quantizations_of_other_kinds_are_refused(tmp_path: Path) -> None:
     write_quantized(tmp_path, "block")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))

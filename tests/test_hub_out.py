@@ -278,6 +278,32 @@ def test_a_reference_with_other_names_is_followed_too(tmp_path: Path) -> None:
     assert len(list(export.glob("*.safetensors"))) == len(set(index["weight_map"].values())) > 1
 
 
+def test_generation_settings_are_the_live_model_s_once_they_are_changed(tmp_path: Path) -> None:
+    make("gpt2").save_pretrained(tmp_path / "reference")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "reference")
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    export = export_of(save_once(tmp_path / "run", model))
+    model.save_pretrained(tmp_path / "theirs")
+    found, wanted = (
+        json.loads((place / "generation_config.json").read_text()) for place in (export, tmp_path / "theirs")
+    )
+    assert found == wanted
+    assert found["temperature"] == 0.5
+
+
+def test_generation_settings_that_transformers_finds_invalid_prevent_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make("gpt2")
+    model.generation_config.temperature = 0.6  # without do_sample
+    export = export_of(save_once(tmp_path / "run", model))
+    assert json.loads((export / "generation_config.json").read_text())["temperature"] == 0.6
+    assert "finds it invalid" in caplog.text
+    opened = transformers.GPT2LMHeadModel.from_pretrained(export, local_files_only=True)
+    assert torch.equal(logits("gpt2", opened.eval()), logits("gpt2", model))
+
+
 def test_only_quantized_references_are_told_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
     model = transformers.ResNetModel(transformers.ResNetConfig(**shape))

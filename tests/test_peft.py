@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig
@@ -346,6 +347,40 @@ def test_trained_rows_of_a_sharded_embedding_are_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(opened), expected, rtol=0, atol=2e-6)
 
 
+def _distributed_statistics(root: Path) -> None:
+    """Buffers of the base model that are DTensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(Normed(), peft.LoraConfig(r=2, target_modules=["first"]))
+        models.append(distribute_module(model, mesh))
+    with torch.no_grad():
+        models[0].get_base_model().norm.running_mean.add_(3)
+    with CheckpointingConfig(checkpoint_dir=str(root), is_peft=True).build(dist.get_rank(), 0, 0) as engine:
+        engine.save(AppState(models[0]), step=1).result()
+        engine.load(AppState(models[1]))
+    found, wanted = (model.get_base_model().norm.running_mean.full_tensor() for model in models[::-1])
+    assert torch.equal(found, wanted)
+
+
+def test_distributed_buffers_of_a_base_model_are_resumed(tmp_path: Path) -> None:
+    run_distributed(_distributed_statistics, 2, tmp_path)
+
+
+def test_what_was_known_of_a_vocabulary_does_not_depend_on_the_files_of_the_base_model(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path / "base")
+    state = state_of(_with_new_tokens(tmp_path / "base"))
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
+        first = engine.save(state, step=1).result()
+        (tmp_path / "base").rename(tmp_path / "moved")
+        state.models[""][0].add_adapter("other", adapter_config("lora"))
+        second = engine.save(state, step=2).result()
+    name = "base_model.model.model.embed_tokens.weight"
+    for checkpoint in (first, second):
+        assert name in load_file(checkpoint.path / "model" / "consolidated" / "adapter_model.safetensors")
+
+
 def test_shared_projections_are_saved_once_and_open(tmp_path: Path) -> None:
     def vera() -> Any:
         torch.manual_seed(1)
@@ -518,6 +553,10 @@ def test_adapters_that_no_peft_model_holds_are_not_exported_as_a_model(tmp_path:
     with CheckpointingConfig(**options, save_consolidated=False).build(0, 0, 0) as engine:
         engine.save(AppState(model), step=1).result()
         assert engine.load(AppState(model)).step == 1
+    injected = peft.inject_adapter_in_model(adapter_config("lora"), make("llama"))
+    exporting = CheckpointingConfig(checkpoint_dir=str(tmp_path / "other"), save_consolidated="always").build(0, 0, 0)
+    with exporting, pytest.raises(CheckpointConfigError, match="inject_adapter_in_model"):
+        exporting.save(AppState(injected), step=1)
 
 
 def test_a_base_model_is_loaded_before_it_is_wrapped(tmp_path: Path) -> None:
