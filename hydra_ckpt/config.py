@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.values import (
+    EXPORT_DTYPES,
     Check,
     choice,
     count,
@@ -80,7 +81,7 @@ _CHECKS: dict[str, Check] = {
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
-    "export_dtype": optional(choice("float32", "float16", "bfloat16")),
+    "export_dtype": optional(choice(*EXPORT_DTYPES.values(), short=EXPORT_DTYPES)),
     "model_card": switch,
 }
 

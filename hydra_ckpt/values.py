@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from hydra_ckpt.errors import CheckpointConfigError
 
 __all__ = [
+    "EXPORT_DTYPES",
     "Check",
     "choice",
     "count",
@@ -59,13 +61,23 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def choice(*words: str) -> Check:
-    """A check that takes one of the words, in any case and with surrounding space."""
+# Element types of exports, by their short names.
+EXPORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def choice(*words: str, short: Mapping[str, str] = MappingProxyType({})) -> Check:
+    """A check that takes one of the words, in any case and with surrounding space.
+
+    Args:
+        words: The words.
+        short: Short forms, to the words they stand for.
+    """
 
     def check(name: str, value: object) -> str:
-        if word(value) not in words:
+        found = short.get(word(value), word(value))
+        if found not in words:
             refuse(name, value, " or ".join(words))
-        return word(value)
+        return found
 
     return check
 

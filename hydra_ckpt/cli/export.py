@@ -16,13 +16,13 @@ from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
 from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store import names
+from hydra_ckpt.values import EXPORT_DTYPES
 
 if TYPE_CHECKING:
     from hydra_ckpt.hub.writing import Exported
 
 __all__ = ["export"]
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _UNITS = {
     "": 1,
     "B": 1,
@@ -111,9 +111,11 @@ def _stream(name: str, make: Callable[..., Exported], out: Path) -> list[str]:
 
 
 def _dtype(text: str) -> str:
-    name = _DTYPES.get(text, text)
-    if name not in _DTYPES.values():
-        raise CheckpointConfigError(f"--dtype {text} is not one of: {', '.join(_DTYPES)}")
+    name = EXPORT_DTYPES.get(text, text)
+    if name not in EXPORT_DTYPES.values():
+        raise CheckpointConfigError(
+            f"--dtype {text} is not one of: {', '.join([*EXPORT_DTYPES, *EXPORT_DTYPES.values()])}"
+        )
     return name
 
 

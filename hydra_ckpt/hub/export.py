@@ -139,6 +139,8 @@ class ModelExport:
             return adapter_assets(model, adapter)
         found = model_assets(model, _main_dtype(naming))
         original = self._options.original_model_root_dir
+        if original is not None and not original.is_dir():
+            raise CheckpointConfigError(f"checkpoint.original_model_root_dir={original} is no directory")
         reference = self._reference(model) if original is None else at(original)
         if self._options.v4_compatible and is_transformers_model(model):
             found.update(self._version_4(reference, found["config.json"]))

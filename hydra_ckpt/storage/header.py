@@ -21,6 +21,7 @@ MAX_DIMENSIONS = 64
 LIMIT = 1 << 62  # of every size and position
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 BOXES_KEY = "hydra_ckpt.boxes"
+_POINTER = b"version https://git-lfs"
 READ_BYTES = 1 << 30  # Linux gives at most 2 GiB - 4 KiB at once
 
 
@@ -76,6 +77,8 @@ def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str
     try:
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if os.pread(descriptor, len(_POINTER), 0) == _POINTER:
+            raise CorruptCheckpointError(path, "is a pointer of git-lfs in place of the file: run `git lfs pull`")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CorruptCheckpointError(
                 path,
