@@ -321,12 +321,13 @@ class Checkpointer:
         return self.enabled and self._saver.wants(step, epoch)
 
     def prepare(self, state: AppState) -> None:
-        """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves.
+        """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.
 
-        Worth calling once all state exists, that is behind the first optimizer step; the first save then finds
-        warm memory. Without it the first save does this work itself.
+        Worth calling once all state exists, that is behind the first optimizer step: what cannot be saved, or not be
+        exported as configured, is refused then, and the first save finds warm memory. Without it the first save does
+        this work itself.
         """
-        if self.enabled and self.config.write.is_async:
+        if self.enabled:
             self._saver.prepare(state)
 
     def decide_by(self, key: str) -> None:

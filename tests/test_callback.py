@@ -898,3 +898,23 @@ def test_validation_may_change_what_it_measures(tmp_path: Path) -> None:
             callback.on_step_end(step, metrics={"loss": 1.0})
             callback.on_validation_end(metrics)
         assert callback.best_metric == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"staging_dir": "file"}, r"checkpoint\.staging_dir=.*file cannot be written to"),
+        ({"model_repo_id": "no/where"}, r"checkpoint\.model_repo_id=no/where"),
+        ({"original_model_root_dir": "nowhere"}, r"checkpoint\.original_model_root_dir=.*nowhere is no directory"),
+    ],
+)
+def test_what_exports_need_is_looked_for_at_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), **options)
+    with CheckpointCallback(config, every_n_steps=1000) as callback:
+        callback.on_train_begin(AppState(nn.Linear(2, 2)))
+        with pytest.raises(CheckpointError, match=message):
+            callback.on_step_end(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.distributed.vote import Vote
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.export import ModelExport, Wanted
@@ -351,6 +352,25 @@ class Contents:
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
                 found[f"{part}/{names.NAMING}"] = encode_naming(naming)
         return found
+
+    def check(self, state: AppState) -> None:
+        """Coordinator only: see that exports can be made as configured, long before one is due.
+
+        Raises:
+            CheckpointError: Something that they need is not there.
+        """
+        agreed, directory = self._settled[self._held], self._config.write.staging_dir
+        for part, (model, adapter) in self._models(state).items():
+            self._export.assets(model, agreed.namings[part], adapter, has_tokenizer=state.tokenizer is not None)
+        if directory is not None:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    pass
+            except OSError as error:
+                raise CheckpointConfigError(
+                    f"checkpoint.staging_dir={directory} cannot be written to: {error.strerror}. Name a local directory"
+                ) from None
 
     def _models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
         """Part to the model it holds, and to the adapter if it holds only that."""

@@ -191,12 +191,15 @@ class Saver:
             return None  # the save that follows says why, on all ranks
 
     def prepare(self, state: AppState) -> None:
-        """Collective: agree on the layout and let the background allocate the buffers of asynchronous saves."""
+        """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves."""
         request = self.request(0, 0, None, is_final=False)
         captured, error = self._capture(state, request, metric.DEFAULT_KEY)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
         self._contents.agree(state, captured)
+        self._channel.coordinator_step("looking at what exports need", lambda: self._contents.check(state))
+        if not self._config.write.is_async:
+            return
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
         nbytes = staged_bytes(sources.tensors, sources.casts)
         self._warm.clear()
