@@ -21,6 +21,7 @@ from hydra_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     KeyMismatchError,
+    counted,
 )
 from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, tables_of
 from hydra_ckpt.hub.matching import Matching
@@ -226,6 +227,9 @@ class _Loader:
             self._initialize(fresh, loaded)
         if left:
             log.warning("%s: not taken from the base model: %s", self._reference.directory, ", ".join(left))
+        log.info(
+            "%s: %s of the model taken from the base model", self._reference.directory, counted(len(loaded), "tensor")
+        )
         if self._fit.unexpected:
             log.info("the model has no place for %s", ", ".join(self._fit.unexpected))
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
