@@ -268,10 +268,26 @@ def test_an_index_that_would_change_classes_changes_nothing(tmp_path: Path) -> N
     assert str(tmp_path / "x") == f"{tmp_path}/x"
 
 
-def test_an_index_that_would_be_hashed_for_ever_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["key", "size", "offset", "file", "path"])
+def test_an_index_that_would_take_for_ever_is_refused(tmp_path: Path, where: str) -> None:
     theirs = _plain(tmp_path / "theirs", {"model": {"a": torch.ones(3)}})
-    bomb = b"\x80\x04})" + b"2\x86" * 100 + b"Ns."
-    (theirs / ".metadata").write_bytes(bomb)
+    index = theirs / ".metadata"
+    nest: Any = ()
+    for _ in range(100):  # which has 2 ** 100 ends
+        nest = (nest, nest)
+    found: Any = pickle.loads(index.read_bytes())
+    [entry], [place] = found.state_dict_metadata.values(), found.storage_data.values()
+    if where == "size":
+        entry.size = nest
+    elif where == "offset":
+        place.offset = nest
+    elif where == "file":
+        place.relative_path, place.transform_descriptors = nest, ["zstd"]
+    elif where == "path":
+        found.planner_data["model.a"] = nest
+    # Python could not even make a dictionary with such a key: {nest: None}.
+    key = b"\x80\x04})" + b"q\x00h\x00\x86" * 100 + b"Ns."
+    index.write_bytes(key if where == "key" else pickle.dumps(found))
     with pytest.raises(CorruptCheckpointError, match=r"\.metadata"):
         export_foreign(theirs, tmp_path / "out", base=None)
 

@@ -259,6 +259,8 @@ def _entries(directory: Path, index: dict[str, Any]) -> Iterator[Entry]:
     paths = index.get("planner_data") or {}
     seen: set[KeyPath] = set()
     for name, entry in index["state_dict_metadata"].items():
+        if type(name) is not str:
+            raise TypeError("the name of an entry is no text")
         if name not in places:
             raise CorruptCheckpointError(directory / INDEX, f"does not say where {name} lies")
         path = _path(paths.get(name, (name,)))
@@ -303,12 +305,12 @@ def _tensor(
 
 def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -> Piece:
     file, first, length = state["relative_path"], state["offset"], state["length"]
-    if state.get("transform_descriptors"):
-        raise CorruptCheckpointError(
-            directory / str(file), f"{name} is stored compressed or encrypted, which is not supported"
-        )
     if type(file) is not str:
         raise TypeError(f"the file of {name} is no name")
+    if state.get("transform_descriptors"):
+        raise CorruptCheckpointError(
+            directory / file, f"{name} is stored compressed or encrypted, which is not supported"
+        )
     [first, length] = _ints((first, length))
     return Piece(box, file, first, length)
 
@@ -316,8 +318,9 @@ def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -
 def _ints(values: Any, count: int | None = None) -> tuple[int, ...]:
     """Sizes or positions, as they can be."""
     found = tuple(values)
+    # Not shown in the messages: a nest of tuples would take for ever to be written out.
     if not all(type(value) is int and 0 <= value < LIMIT for value in found) or len(found) > MAX_DIMENSIONS:
-        raise ValueError(f"{found} are no sizes")
+        raise ValueError("a size or position is no number that it can be")
     if count is not None and len(found) != count:
-        raise ValueError(f"{found} has not {count} dimensions")
+        raise ValueError(f"a size or position has not {count} dimensions")
     return found
