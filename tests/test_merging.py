@@ -147,6 +147,19 @@ def test_labels_of_the_adapter_replace_those_of_the_base_model(tmp_path: Path) -
     torch.testing.assert_close(answer(merged), answer(adapted_model), rtol=0, atol=1e-5)
 
 
+def test_a_model_without_tokens_is_merged_too(tmp_path: Path) -> None:
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    transformers.ResNetModel(transformers.ResNetConfig(**shape)).save_pretrained(tmp_path / "base")
+    model = transformers.ResNetModel.from_pretrained(tmp_path / "base")
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["convolution"]))
+    merge_adapter(saved_adapter(tmp_path, adapted_model), tmp_path / "out")
+    merged = transformers.ResNetModel.from_pretrained(tmp_path / "out").eval()
+    pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = (each(pixel_values=pixels).pooler_output for each in (merged, adapted_model.eval()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_an_adapter_of_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
     base = saved_base(tmp_path, "qwen3")
     model = transformers.Qwen3ForCausalLM.from_pretrained(base)

@@ -28,6 +28,7 @@ from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import drafted, refuse_occupied
 from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.state.peft import embeddings_of
 from hydra_ckpt.storage.header import read_header
 from hydra_ckpt.storage.verify import checks, findings
 from hydra_ckpt.store import names
@@ -235,10 +236,10 @@ def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | 
 
 def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
     """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
-    embedding = model.get_input_embeddings()
-    place = next((name for name, module in model.named_modules() if module is embedding), None)
-    found = stored.get(f"{_PREFIX}{place}.weight")
-    return None if found is None else found.shape[0]
+    embeddings = embeddings_of(model)
+    places = [name for name, module in model.named_modules() if any(module is each for each in embeddings)]
+    found = [stored[f"{_PREFIX}{place}.weight"] for place in places if f"{_PREFIX}{place}.weight" in stored]
+    return found[0].shape[0] if found and found[0].shape else None
 
 
 def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSpec]) -> Any:
@@ -271,9 +272,9 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
 
 def _refuse_tied(model: Any, stored: Mapping[str, TensorSpec]) -> None:
     """Refuse an adapter of one of two modules that share their weight: merged, it would change both."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = [getattr(getattr(module, "base_layer", module), "weight", None) for module in modules]
-    if weights[0] is None or weights[0] is not weights[1]:
+    modules = embeddings_of(model)
+    weights = {id(getattr(getattr(module, "base_layer", module), "weight", None)) for module in modules}
+    if len(modules) < 2 or len(weights) > 1:
         return
     places = [name for name, module in model.named_modules() if any(module is each for each in modules)]
     changed = [name for name in stored for place in places if name.startswith(f"{_PREFIX}{place}.lora_")]

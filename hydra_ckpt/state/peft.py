@@ -9,7 +9,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -199,10 +199,9 @@ def _is_adalora(config: Any) -> bool:
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """The base model's input and output embeddings: the module in the model, and the base model's own weight in it."""
-    base = _core(model).get_base_model()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        outer = inner = getattr(base, getter, lambda: None)()
-        while outer is not None and inner is not None:
+    for outer in embeddings_of(_core(model).get_base_model()):
+        inner: nn.Module | None = outer
+        while inner is not None:
             inner = unwrap(inner)
             weight = dict(inner.named_parameters(recurse=False)).get("weight")
             if weight is not None:
@@ -210,6 +209,15 @@ def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
             # peft's wrappers answer for the weight of an adapter that is active, or compute one.
             children = dict(inner.named_children())
             inner = children.get("original_module") or children.get("base_layer")
+
+
+def embeddings_of(base: nn.Module) -> list[nn.Module]:
+    """A model's input and output embeddings, as far as it has such."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError):  # what transformers raises for models without tokens
+            found.append(getattr(base, getter, lambda: None)())
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def trained_embeddings(model: nn.Module) -> set[int]:
