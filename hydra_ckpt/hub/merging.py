@@ -257,7 +257,9 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
         ) from error
     wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
     # Embeddings are stored beside the adapter's own tensors, in names of peft's or of the model's.
-    known = {*wanted, *peft.get_peft_model_state_dict(found, save_embedding_layers=True), *found.state_dict()}
+    known = {*wanted, *found.state_dict()}
+    if embeddings_of(model):
+        known |= peft.get_peft_model_state_dict(found, save_embedding_layers=True).keys()
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - known)
     if missing or unexpected:
         raise KeyMismatchError(
