@@ -211,9 +211,9 @@ class CheckpointingConfig:
             final save raises in any case.
         when_busy: A save that is due while the one before is still being written waits for it (`wait`) or is left out
             (`skip`); rank 0 decides for all. The last save of a run, and the one before it stops, always wait.
-        export_dtype: Element type of the floating-point tensors of exports: `float32`, `float16` or `bfloat16`; null:
-            the reference model's, tensor by tensor, else the training's. Other tensors are untouched. Where it is not
-            the training's, shards for resuming are written beside the export.
+        export_dtype: Element type of the floating-point tensors of exports: `float32`, `float16` or `bfloat16` (also
+            `fp32`, `fp16`, `bf16`); null: the reference model's, tensor by tensor, else the training's. Other tensors
+            are untouched. Where it is not the training's, shards for resuming are written beside the export.
         model_card: Exports have a `README.md`, a model card to be completed: library, base model, step, metrics known
             at the save, versions, Hydra's overrides and configuration. See that nothing in these is secret before you
             publish it.
