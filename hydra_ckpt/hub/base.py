@@ -6,13 +6,10 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import (
@@ -23,15 +20,16 @@ from hydra_ckpt.errors import (
     KeyMismatchError,
     counted,
 )
-from hydra_ckpt.hub.conversion import is_transformers_model, naming_of, tables_of
+from hydra_ckpt.hub.conversion import naming_of, tables_of
 from hydra_ckpt.hub.matching import Matching
+from hydra_ckpt.hub.materializing import initialize, materialize
 from hydra_ckpt.hub.reference import Reference, find_reference
 from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model import ModelMap, unwrap
 from hydra_ckpt.state.peft import is_peft_model
-from hydra_ckpt.storage.memory import bytes_of, fresh_like
+from hydra_ckpt.storage.memory import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +204,7 @@ class _Loader:
             for alias in self._naming.aliases
             if alias.name in self._fit.stored and not alias.source.startswith(self._skip)
         }
-        fresh = self._materialize(loaded)
+        fresh = materialize(self._parts, self._mapped, loaded)
         chosen = [item for item in self._mapped.locals(Localizer()) if not item.spec.name.startswith(self._skip)]
         order = {name: number for number, name in enumerate(self._weights.specs)}
         named = chosen if self._naming.is_plain else Exporter(self._naming)(chosen)
@@ -224,7 +222,7 @@ class _Loader:
         total = self._weights.read(sorted(wanted, key=lambda item: order[item.name]))
         left = sorted(self._specs.keys() - loaded)
         if fresh:
-            self._initialize(fresh, loaded)
+            initialize(self._parts, self._mapped, fresh, loaded)
         if left:
             log.warning("%s: not taken from the base model: %s", self._reference.directory, ", ".join(left))
         log.info(
@@ -253,108 +251,6 @@ class _Loader:
                     f"{self._reference.directory}: {item.name} and {other} differ, and the model has one tensor for "
                     f"both. {remedy if tied else 'Take one of them out of the files'}"
                 )
-
-    def _materialize(self, loaded: set[str]) -> list[_Home]:
-        """Give what is on the meta device memory, and leave the rest as it is; returns where it lives."""
-        fresh = []
-        for part in self._parts:
-            waiting = [home for home in _homes(part) if home.tensor.is_meta]
-            if not waiting:
-                continue
-            _check_buffers(part)
-            _check_skipped(part, self._mapped, loaded)
-            sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
-            device = "cpu" if sharded is None else sharded.device_mesh.device_type
-            tied = _tied(waiting)
-            cast(Any, part)._apply(partial(_placed, device=device))  # what Module.to_empty does
-            for first, other in tied:  # each place has got memory of its own
-                other.put(first.tensor)
-            fresh += waiting
-        return fresh
-
-    def _initialize(self, fresh: Sequence[_Home], loaded: set[str]) -> None:
-        """Let transformers initialize what was neither there before nor read: heads, and buffers in no file."""
-        left = {id(home.tensor) for home in fresh}
-        left -= {id(slot.tensor) for slot in self._mapped.slots if slot.name in loaded}
-        tensors = [home.tensor for part in self._parts for home in _homes(part)]
-        for tensor in tensors:
-            tensor._is_hf_initialized = id(tensor) not in left  # type: ignore[attr-defined]
-        for part in filter(is_transformers_model, self._parts):
-            for module in part.modules():
-                module._is_hf_initialized = False  # type: ignore[assignment]
-            cast(Any, part).initialize_weights()
-        for tensor in tensors:
-            tensor.__dict__.pop("_is_hf_initialized", None)
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a tensor lives, persistent or not: a module, and its name there."""
-
-    module: nn.Module
-    name: str
-    is_parameter: bool
-
-    @property
-    def _there(self) -> dict[str, Any]:
-        return self.module._parameters if self.is_parameter else self.module._buffers
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """What lives there now."""
-        return cast(torch.Tensor, self._there[self.name])
-
-    def put(self, tensor: torch.Tensor) -> None:
-        """Let this one live there."""
-        self._there[self.name] = tensor
-
-
-def _homes(part: nn.Module) -> list[_Home]:
-    return [
-        _Home(module, name, is_parameter)
-        for module in part.modules()
-        for is_parameter, held in ((True, module._parameters), (False, module._buffers))
-        for name, tensor in held.items()
-        if tensor is not None
-    ]
-
-
-def _tied(homes: Sequence[_Home]) -> list[tuple[_Home, _Home]]:
-    """The first place of each tensor, with every other one."""
-    first: dict[int, _Home] = {}
-    return [(first[id(home.tensor)], home) for home in homes if first.setdefault(id(home.tensor), home) is not home]
-
-
-def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    return fresh_like(tensor, device=device) if tensor.is_meta else tensor
-
-
-def _check_skipped(part: nn.Module, mapped: ModelMap, loaded: set[str]) -> None:
-    if is_transformers_model(part):
-        return
-    modules = set(part.modules())
-    lost = [
-        slot.name for slot in mapped.slots if slot.owner in modules and slot.tensor.is_meta and slot.name not in loaded
-    ]
-    if lost:
-        raise CheckpointConfigError(
-            f"the model is on the meta device, and {', '.join(lost)} are not taken from the base model: only a "
-            "transformers model knows how to initialize them. Build the model on its device"
-        )
-
-
-def _check_buffers(part: nn.Module) -> None:
-    lost = [
-        f"{place}.{name}".lstrip(".")
-        for place, module in part.named_modules()
-        for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None and module._buffers[name].is_meta
-    ]
-    if lost and not is_transformers_model(part):
-        raise CheckpointError(
-            f"the model is on the meta device, and its buffers {', '.join(lost)} are in no file: only a transformers "
-            "model knows how to fill them. Build the model on its device"
-        )
 
 
 def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -> Weights:

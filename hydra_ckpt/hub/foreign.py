@@ -1,7 +1,7 @@
 """Exports from checkpoints of other tools: `dcp.save` directories, and accelerate's under FSDP2.
 
 They say nothing of the model but its tensors' names. A reference model tells the rest: what transformers calls the
-tensors, their element types, the configuration. No pickle is run: see `storage.pickled`.
+tensors, their element types, the configuration. No pickle is run: see `storage.dcp_index`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, ambiguous, dotted, mode
 from hydra_ckpt.storage.distcp import are_same, fetch_distcp
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE, check_name
 from hydra_ckpt.storage.parts import WHOLE_TENSORS
-from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, read_dcp_tensors
+from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, read_dcp
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,12 @@ class _Model:
     """What a reference model tells.
 
     Attributes:
+        name: A directory, or a hub id.
         core: The model without data.
         mapped: Its tensors.
     """
 
+    name: str
     core: Any
     mapped: ModelMap
 
@@ -52,7 +54,7 @@ class _Model:
     def of(cls, base: str) -> _Model:
         core = skeleton(*configured(base, "--base"))
         core.tie_weights()
-        return cls(core, ModelMap.of([core]))
+        return cls(base, core, ModelMap.of([core]))
 
     @property
     def names(self) -> set[str]:
@@ -92,14 +94,14 @@ def export_foreign(
     refuse_occupied(out)
     model = None if base is None else _Model.of(base)
     place = "" if (directory / INDEX).is_file() else ACCELERATE_MODEL.format(0)
-    found = read_dcp_tensors(directory, place)
+    found = read_dcp(directory, place, values=False)
     tensors = _tensors(directory, found.tensors, part, None if model is None else model.names)
     small: Mapping[str, bytes] = {}
-    if base is None or model is None:
+    if model is None:
         naming = Naming.unchanged(item.spec for item in tensors.values())
     else:
         tensors = _matched(directory, tensors, model.mapped, found.lengths)
-        naming, small = _as_reference(model.core, base, tensors, dtype)
+        naming, small = _as_reference(model, tensors, dtype)
     source = Source(tensors, naming, "model", partial(fetch_distcp, directory, lengths=found.lengths), WHOLE_TENSORS)
     source = source if dtype is None else source.cast(dtype)
     return write_export(source, small, out, max_file_bytes=max_file_bytes, progress=progress)
@@ -208,12 +210,12 @@ def _matched(
 
 
 def _as_reference(
-    core: Any, base: str, tensors: Mapping[str, StoredTensor], dtype: str | None
+    model: _Model, tensors: Mapping[str, StoredTensor], dtype: str | None
 ) -> tuple[Naming, dict[str, bytes]]:
     """Names, element types, files and small files as a run would have exported them that began with the reference."""
     export = ModelExport(
         HubOptions(
-            repo_id=base,
+            repo_id=model.name,
             cache_dir=Path(hub_cache()),
             dequantize=None,
             original_model_root_dir=None,
@@ -229,6 +231,8 @@ def _as_reference(
     sizes: Counter[str] = Counter()
     for spec in specs:
         sizes[spec.dtype] += spec.nbytes if spec.dtype in FLOATS.values() else 0
-    core.to(TORCH_DTYPE[sizes.most_common(1)[0][0]])  # its configuration tells the element type
-    naming = export.naming(core, specs, Wanted(**export.wanted(core)))
-    return naming, export.assets(core, naming, "", has_tokenizer=False)
+    for most, _ in sizes.most_common(1):
+        if most in FLOATS.values():
+            model.core.to(TORCH_DTYPE[most])  # its configuration tells the element type
+    naming = export.naming(model.core, specs, Wanted(**export.wanted(model.core)))
+    return naming, export.assets(model.core, naming, "", has_tokenizer=False)

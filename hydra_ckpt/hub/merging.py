@@ -97,16 +97,21 @@ def merge_adapter(
     merged = _merged(_adapted(model, adapter, base, stored), adapter)
     if dtype is not None:
         merged = merged.to(getattr(torch, dtype))
+    return _write(merged, out, max_file_bytes or DEFAULT_FILE_BYTES, _beside(adapter, base, revision))
+
+
+def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, bytes]) -> list[str]:
+    """A model as transformers writes it, with further files where it has none of the name."""
     files = Files()
     with drafted(out, files) as draft:
         try:
-            merged.save_pretrained(draft, max_shard_size=max_file_bytes or DEFAULT_FILE_BYTES)
+            merged.save_pretrained(draft, max_shard_size=max_file_bytes)
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the merged model cannot be written to {out}: {error}") from error
         weights = sorted(path.name for path in draft.glob("*.safetensors"))
         for name in weights:  # safetensors keeps them from everybody else
             (draft / name).chmod((draft / "config.json").stat().st_mode)
-        for name, data in _beside(adapter, base, revision).items():
+        for name, data in beside.items():
             if not (draft / name).exists():
                 files.make_dir((draft / name).parent)
                 files.write_new(draft / name, data)

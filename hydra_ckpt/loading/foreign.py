@@ -1,6 +1,6 @@
 """Checkpoints of other tools as if they were ours: plain `dcp.save` directories, and accelerate's under FSDP2.
 
-Their index and small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
+Their small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
 brought into the form that a load of our own checkpoints compares, reads and installs.
 """
 
@@ -46,9 +46,9 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
     """
     if not allow_pickle:
         raise CheckpointConfigError(
-            f"{path} was written by torch.distributed.checkpoint or accelerate, and its index ({INDEX}) and small "
-            "values are pickled: reading them runs code they contain. If you trust where it comes from, set "
-            "checkpoint.allow_legacy_pickle_restore=true"
+            f"{path} was written by torch.distributed.checkpoint or accelerate, and its small values are pickled: "
+            "reading them runs code they contain. If you trust where it comes from, set "
+            "checkpoint.allow_legacy_pickle_restore=true. Its weights alone can be had without: hydra-ckpt export"
         )
     checkpoint = Checkpoint(path, 0, 0)
     states = len(list(path.glob("random_states_*.pkl")))
@@ -142,7 +142,7 @@ class ForeignLoad(Load):
         self._take_step(None, None)
 
     def _open(self, relative: str) -> DcpDirectory:
-        found = read_dcp(self._root, relative)
+        found = read_dcp(self._root, relative, values=True)
         self._lengths.update(found.lengths)
         return found
 

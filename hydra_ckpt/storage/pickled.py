@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
-from hydra_ckpt.storage.dcp_index import INDEX, Entry, KeyPath, read_index
+from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, read_index
 from hydra_ckpt.storage.header import read_piece, refuse_overlap
 from hydra_ckpt.store import names
 
@@ -30,7 +29,7 @@ class DcpDirectory:
 
     Attributes:
         tensors: Where each tensor lies.
-        values: All else, loaded.
+        values: All else, loaded where that was wanted.
         lengths: File and first byte of a chunk to its length in bytes.
     """
 
@@ -46,48 +45,30 @@ def is_foreign(path: Path) -> bool:
     return (path / INDEX).is_file() or (path / ACCELERATE_MODEL.format(0) / INDEX).is_file()
 
 
-def read_dcp(root: Path, relative: str) -> DcpDirectory:
-    """Read the index of a DCP directory, and its values; runs the pickles that these are.
+def read_dcp(root: Path, relative: str, *, values: bool) -> DcpDirectory:
+    """Where the tensors of a DCP directory lie, by its index.
 
     Args:
         root: The directory that file names are given from.
         relative: Where in it the DCP directory lies; empty for itself.
+        values: Whether its values are loaded too, which runs the pickles that they are. Without them nothing is run.
 
     Raises:
         CorruptCheckpointError: The index cannot be read, or lacks something it names.
     """
-    entries = read_index(root / relative)
-    found = _tensors(root, relative, entries)
-    for entry in entries:
-        if entry.spec is None:
-            [piece] = entry.pieces
-            found.values[entry.path] = _load(root, _below(relative, piece.file), piece.first, piece.length)
-    return found
-
-
-def read_dcp_tensors(root: Path, relative: str) -> DcpDirectory:
-    """Read where the tensors of a DCP directory lie, and no values; runs nothing.
-
-    Args:
-        root: The directory that file names are given from.
-        relative: Where in it the DCP directory lies; empty for itself.
-
-    Raises:
-        CorruptCheckpointError: The index cannot be read, or lacks something it names.
-    """
-    return _tensors(root, relative, read_index(root / relative))
-
-
-def _tensors(root: Path, relative: str, entries: Sequence[Entry]) -> DcpDirectory:
     found = DcpDirectory({}, {}, {})
-    for entry in entries:
+    for entry in read_index(root / relative):
+        files = [_below(relative, piece.file) for piece in entry.pieces]
         if entry.spec is None:
+            if values:
+                [piece] = entry.pieces
+                found.values[entry.path] = _load(root, files[0], piece.first, piece.length)
             continue
         chunks = []
-        for piece in entry.pieces:
+        for file, piece in zip(files, entry.pieces, strict=True):
             assert piece.box is not None  # those of tensors have one
-            chunks.append(StoredChunk(piece.box, _below(relative, piece.file), piece.first))
-            found.lengths[chunks[-1].file, piece.first] = piece.length
+            chunks.append(StoredChunk(piece.box, file, piece.first))
+            found.lengths[file, piece.first] = piece.length
         refuse_overlap(root, entry.spec.name, chunks)
         found.tensors[entry.path] = StoredTensor(entry.spec, tuple(chunks))
     return found

@@ -1,0 +1,141 @@
+"""Models on the meta device: memory for what lies there, and values for what no file holds. The rest stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.hub.conversion import is_transformers_model
+from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.storage.memory import fresh_like
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a tensor lives, persistent or not: a module, and its name there."""
+
+    module: nn.Module
+    name: str
+    is_parameter: bool
+
+    @property
+    def _there(self) -> dict[str, Any]:
+        return self.module._parameters if self.is_parameter else self.module._buffers
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What lives there now."""
+        return cast(torch.Tensor, self._there[self.name])
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let this one live there."""
+        self._there[self.name] = tensor
+
+
+def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection[str]) -> list[Home]:
+    """Give what is on the meta device memory, where the model's mesh is or else on the CPU.
+
+    Args:
+        parts: The parts of a model.
+        mapped: Their tensors.
+        loaded: Names of those that will be read.
+
+    Returns:
+        Where the new tensors live; their values are arbitrary.
+
+    Raises:
+        CheckpointConfigError: Something is neither read nor initialized by anybody.
+        CheckpointError: So is a buffer that is in no file.
+    """
+    fresh = []
+    for part in parts:
+        waiting = [home for home in _homes(part) if home.tensor.is_meta]
+        if not waiting:
+            continue
+        _check_buffers(part)
+        _check_skipped(part, mapped, loaded)
+        sharded = next((tensor for tensor in part.parameters() if isinstance(tensor, DTensor)), None)
+        device = "cpu" if sharded is None else sharded.device_mesh.device_type
+        tied = _tied(waiting)
+        cast(Any, part)._apply(partial(_placed, device=device))  # what Module.to_empty does
+        for first, other in tied:  # each place has got memory of its own
+            other.put(first.tensor)
+        fresh += waiting
+    return fresh
+
+
+def initialize(parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[Home], loaded: Collection[str]) -> None:
+    """Let transformers initialize what was neither there before nor read: heads, and buffers in no file.
+
+    Args:
+        parts: The parts of a model.
+        mapped: Their tensors.
+        fresh: What `materialize` returned.
+        loaded: Names of those that were read.
+    """
+    left = {id(home.tensor) for home in fresh}
+    left -= {id(slot.tensor) for slot in mapped.slots if slot.name in loaded}
+    tensors = [home.tensor for part in parts for home in _homes(part)]
+    for tensor in tensors:
+        tensor._is_hf_initialized = id(tensor) not in left  # type: ignore[attr-defined]
+    for part in filter(is_transformers_model, parts):
+        for module in part.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        cast(Any, part).initialize_weights()
+    for tensor in tensors:
+        tensor.__dict__.pop("_is_hf_initialized", None)
+
+
+def _homes(part: nn.Module) -> list[Home]:
+    return [
+        Home(module, name, is_parameter)
+        for module in part.modules()
+        for is_parameter, held in ((True, module._parameters), (False, module._buffers))
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _tied(homes: Sequence[Home]) -> list[tuple[Home, Home]]:
+    """The first place of each tensor, with every other one."""
+    first: dict[int, Home] = {}
+    return [(first[id(home.tensor)], home) for home in homes if first.setdefault(id(home.tensor), home) is not home]
+
+
+def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return fresh_like(tensor, device=device) if tensor.is_meta else tensor
+
+
+def _check_skipped(part: nn.Module, mapped: ModelMap, loaded: Collection[str]) -> None:
+    if is_transformers_model(part):
+        return
+    modules = set(part.modules())
+    lost = [
+        slot.name for slot in mapped.slots if slot.owner in modules and slot.tensor.is_meta and slot.name not in loaded
+    ]
+    if lost:
+        raise CheckpointConfigError(
+            f"the model is on the meta device, and {', '.join(lost)} are not taken from the base model: only a "
+            "transformers model knows how to initialize them. Build the model on its device"
+        )
+
+
+def _check_buffers(part: nn.Module) -> None:
+    lost = [
+        f"{place}.{name}".lstrip(".")
+        for place, module in part.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and module._buffers[name].is_meta
+    ]
+    if lost and not is_transformers_model(part):
+        raise CheckpointError(
+            f"the model is on the meta device, and its buffers {', '.join(lost)} are in no file: only a transformers "
+            "model knows how to fill them. Build the model on its device"
+        )
