@@ -86,7 +86,7 @@ class Checkpointer:
         )
         self.root = Path(root)
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
-        self._extractor = Extractor(config.write.is_peft, pp_rank)
+        self._extractor = Extractor(config.write.is_peft, pp_rank, config.write.unsaved)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
         # Whoever looks for a directory in vain tells the others before they give up.
         self._patience_s = min(JOIN_PATIENCE_S, config.write.timeout_s / 2)
@@ -154,6 +154,7 @@ class Checkpointer:
         if not self.enabled:
             return None
         self.refuse_closed("beginning a run")
+        self._check(state)
         self._open_run()
         self._extractor.try_dataloader(state)
         report = self.load(state)
@@ -161,6 +162,20 @@ class Checkpointer:
         if report is not None and self.group.rank == 0:
             tell(report.path, changes(report.path, dict(self.config.hydra_texts), kinds(state), self.group.world_size))
         return report
+
+    def _check(self, state: AppState) -> None:
+        """Collective: refuse at once what can never be saved, and say what is left out by configuration."""
+        error: Exception | None = None
+        try:
+            self._extractor.check(state)
+        except CheckpointError as refusal:
+            error = refusal
+        self._channel.raise_together("looking at the models", error)
+        if self.config.write.unsaved and self.group.rank == 0:
+            log.warning(
+                "checkpoint.allow_unsaved=%s: what these names match is not saved, and a resumed run begins without it",
+                list(self.config.write.unsaved),
+            )
 
     def load(
         self, state: AppState, restore_from: str | os.PathLike[str] | None = None, parts: list[str] | None = None

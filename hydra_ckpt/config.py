@@ -83,6 +83,8 @@ _CHECKS: dict[str, Check] = {
     "when_busy": choice("wait", "skip"),
     "export_dtype": optional(choice(*EXPORT_DTYPES.values(), short=EXPORT_DTYPES)),
     "model_card": switch,
+    "load_strict": switch,
+    "allow_unsaved": optional(texts()),
 }
 
 
@@ -217,6 +219,12 @@ class CheckpointingConfig:
         model_card: Exports have a `README.md`, a model card to be completed: library, base model, step, metrics known
             at the save, versions, Hydra's overrides and configuration. See that nothing in these is secret before you
             publish it.
+        load_strict: Names that a stored object lacks, names that the live one lacks, and other shapes are errors.
+            `false`: what fits is loaded, the rest stays as it was built, and `LoadReport.missing` and `skipped` list
+            it. An object that the checkpoint does not have at all is never an error.
+        allow_unsaved: State that may be left out of checkpoints, a list of dotted names and patterns such as
+            `[optimizer.slow_step, "model.cache.*"]`. It is warned about at every start, and listed in the manifest and
+            in `LoadReport.missing`. Errors about state that cannot be saved print the line to use.
     """
 
     enabled: bool = True
@@ -252,6 +260,8 @@ class CheckpointingConfig:
     when_busy: str = "wait"
     export_dtype: str | None = None
     model_card: bool = False
+    load_strict: bool = True
+    allow_unsaved: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

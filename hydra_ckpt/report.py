@@ -15,10 +15,17 @@ class LoadReport:
         epoch: The epoch to go on in; 0 where progress was not loaded.
         path: The checkpoint.
         metrics: Its metrics.
-        loaded: Parts that were installed.
-        skipped: Parts of the checkpoint that were not asked for, or for which the AppState has no object.
-        rederived: What was not continued exactly but derived or begun anew: `rng`, `buffers`, `dataloader`, and parts
-            that the AppState has and the checkpoint has not. All else that was loaded is exact.
+        loaded: Parts of which anything was installed.
+        exact: Objects that were restored and compared with what was saved, by dotted name: `model`, `optimizer`,
+            `extras.ema`. What the other fields name inside them is excepted.
+        trusted: Objects, or parts of them, that took their state over themselves and do not show that they have it,
+            such as data loaders of other libraries.
+        rederived: What was not continued exactly but derived from the step or from another rank's: `rng`, `buffers`,
+            `dataloader`.
+        skipped: What the checkpoint has and nobody took: parts that were not asked for, or for which the AppState has
+            no object, and with `load_strict=false` single names.
+        missing: What the AppState has and the checkpoint has not, so that it is as it was built: `optimizer`,
+            `extras.ema`, `model.head.weight`.
         notes: What could not be continued exactly, and why.
         passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong.
         read_bytes: Bytes of tensors this rank read.
@@ -29,6 +36,9 @@ class LoadReport:
     path: Path
     metrics: dict[str, float] = field(default_factory=dict)
     loaded: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
+    trusted: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     rederived: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -68,6 +68,7 @@ class WriteOptions:
         shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
         raise_failures: Whether a save that failed ends training; if not, it is only logged.
         skips_when_busy: Whether a save that is due while another is under way is left out.
+        unsaved: Patterns of dotted names of state that is left out.
     """
 
     enabled: bool
@@ -84,6 +85,7 @@ class WriteOptions:
     shared_writes: bool | None
     raise_failures: bool
     skips_when_busy: bool
+    unsaved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class ReadOptions:
         verify: Whether digests are compared while reading.
         allow_pickle: Whether pickled data of other tools may be read.
         on_conflict: "raise" or "set_aside", for published steps later than the one started from.
+        strict: Whether what does not fit is an error, or left as it was built.
     """
 
     restore_from: str | None
@@ -103,6 +106,7 @@ class ReadOptions:
     verify: bool
     allow_pickle: bool
     on_conflict: str
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ def resolve(config: CheckpointingConfig) -> ResolvedConfig:
             verify=config.verify_on_load,
             allow_pickle=config.allow_legacy_pickle_restore,
             on_conflict=config.on_conflict,
+            strict=config.load_strict,
         ),
         hub=_hub_options(config),
         keep=KeepOptions(
@@ -264,6 +269,7 @@ def _write_options(config: CheckpointingConfig) -> WriteOptions:
         shared_writes={"auto": None, "true": True, "false": False}[word(config.shared_writes)],
         raise_failures=config.on_save_failure == "raise",
         skips_when_busy=config.when_busy == "skip",
+        unsaved=tuple(config.allow_unsaved or ()),
     )
 
 

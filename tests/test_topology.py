@@ -258,7 +258,7 @@ def test_a_layout_that_changes_on_one_rank_is_refused_on_all_and_later_saves_wor
         # All ranks that differ are listed.
         assert "only on rank 1: extras: e:x F32 [4]" in found["every rank"][1]
         assert "only on rank 2: extras: e:x F32 [5]" in found["every rank"][1]
-        assert "e:x: a builtins.object can be stored neither" in found["unlike troubles"][1]
+        assert "extras.e.x: a builtins.object can be stored neither" in found["unlike troubles"][1]
         assert found["remembered"] <= 4
     assert [item.step for item in scan(tmp_path).checkpoints] == [1, 3, 6, *range(8, 20)]
     assert not list(tmp_path.glob(".epoch*"))
@@ -426,7 +426,7 @@ def _alone(root: Path) -> dict[str, Any]:
 def test_what_only_one_rank_meets_is_told_to_all_without_waiting(tmp_path: Path) -> None:
     for found in run_distributed(_alone, 2, tmp_path):
         assert found["export"][0] == "SaveFailedError"
-        assert "rank 1: CheckpointError: stubborn:x: a builtins.object" in found["export"][1]
+        assert "rank 1: CheckpointError: extras.stubborn.x: a builtins.object" in found["export"][1]
         assert "no room for the vocabulary" in found["tokenizer"][1]
         assert "no room for the vocabulary" in found["tokenizer at the first save"][1]
     assert [item.step for item in scan(tmp_path).checkpoints] == [1, 2]

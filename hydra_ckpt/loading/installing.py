@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.errors import counted
-from hydra_ckpt.state import optimizer as optimizer_state
+from hydra_ckpt.errors import CheckpointError, counted, some_of
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Extractor
+from hydra_ckpt.state.capture import Extractor, called, told_by
+from hydra_ckpt.state.dataloader import ResumableLoader
+from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
+from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.tree import decode
+from hydra_ckpt.storage.tree import OMITTED, OWN, decode, fill, missing_from
 from hydra_ckpt.store.catalog import Checkpoint
+
+_NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 
 
 @dataclass
 class Notes:
-    """What a load report says beside what was loaded.
+    """What a load report says beside the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
 
     Attributes:
         texts: In words.
+        exact: Objects restored and compared.
+        trusted: What took its state over itself and does not show that it has it.
         rederived: The parts that could not be taken over as they were.
+        missing: What the checkpoint does not have.
+        skipped: What nobody took.
     """
 
     texts: list[str] = field(default_factory=list)
+    exact: list[str] = field(default_factory=list)
+    trusted: list[str] = field(default_factory=list)
     rederived: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     def derived(self, what: str, why: str) -> None:
         """Note a part that is not as it was, and why."""
         self.rederived += [what] if what not in self.rederived else []
         self.texts.append(why)
+
+    def took(self, what: str, unlike: Collection[str]) -> None:
+        """Note an object that took its state over itself.
+
+        Args:
+            what: The object.
+            unlike: What its state_dict() reports otherwise afterwards than it was given.
+        """
+        if not unlike:
+            self.exact.append(what)
+            return
+        self.trusted.append(what)
+        self.texts.append(
+            f"{what} took its state over, but its state_dict() reports otherwise afterwards: {some_of(sorted(unlike))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,7 @@ class Installer:
         shared: What is the same on all ranks, encoded.
         own: What this rank, or its counterpart, had for itself; None if there is nothing.
         tensors: The tensors that encoded values refer to, read.
+        like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         notes: Takes what is to be told.
     """
@@ -55,50 +85,122 @@ class Installer:
     shared: Mapping[str, Any]
     own: Mapping[str, Any] | None
     tensors: Mapping[str, torch.Tensor]
+    like: Callable[[str], DTensor]
     same_ranks: bool
     notes: Notes
 
-    def models(self) -> None:
-        """What models have beside the tensors that were read into them."""
-        extra_states = self.shared.get("extra_state", {})
+    def models(self, absent: Collection[str]) -> None:
+        """What models have beside the tensors that were read into them.
+
+        Args:
+            absent: Objects that the checkpoint does not have, by dotted name.
+        """
         own_buffers = (self.own or {}).get("buffers", {})
         for name, mapped in self.extractor.maps(self.state).items():
-            mapped.set_extra_state(decode(extra_states.get(name, {}), self.tensors))
+            dotted, unlike = called(name), list[str]()
+            if dotted in absent:
+                continue
+            states = self.shared.get("extra_state", {}).get(name, {})
+            mapped.set_extra_state(self._decoded(states))
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
+            entries = self.shared.get("entries", {}).get(name, [])
+            if any(entries):
+                given = [
+                    {key: value for key, value in self._decoded(part).items() if value is not OMITTED}
+                    for part in entries
+                ]
+                unlike += mapped.set_own_entries(dotted, given)
+            unlike += differing(self._decoded(states), mapped.extra_state()) if states else []
+            self.notes.took(dotted, unlike)
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
 
-    def optimizers(self, held: Mapping[str, Any], options: Sequence[Sequence[Any]]) -> None:
-        """The optimizers' state and options.
+    def optimizers(self, found: Fit, empty: Collection[str]) -> None:
+        """The optimizers' state and options, and what they know beyond these.
 
         Args:
-            held: The encoded state of the parameters that this rank's optimizers hold.
-            options: For each optimizer and group its encoded options; None for a group that keeps its own.
+            found: What of the saved description fits.
+            empty: Parameters that had a state without anything in it.
         """
-        optimizer_state.install(
-            decode(held, self.tensors),
-            [[decode(group, self.tensors) for group in groups] for groups in options],
-            self.state.optimizers,
-            self.extractor.parameter_names(self.state),
+        parameters = self.extractor.parameter_names(self.state)
+        live = {name: parameter for parameter, name in self._parameters(parameters)}
+
+        def walk() -> None:
+            states = [self._decoded(state) for state in found.state]
+            options = [[self._decoded(group) for group in groups] for groups in found.options]
+            install(found, states, options, self.state.named_optimizers, parameters, empty)
+
+        walk()
+        named = list(self.state.named_optimizers.items())
+        for number, tree in found.own.items():
+            dotted, optimizer = named[number]
+            decoded = self._whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
+            unlike = give_back(dotted, optimizer, decoded, found, walk)
+            self.notes.took(dotted, unlike)
+        left = found.absent | found.own.keys()
+        for number, (dotted, _) in enumerate(named):
+            self.notes.exact += [dotted] if number not in left else []
+
+    def _parameters(self, known: Mapping[int, str]) -> Iterator[tuple[torch.Tensor, str]]:
+        """All live parameters with their names."""
+        for modules in self.state.models.values():
+            for module in modules:
+                yield from ((item, known[id(item)]) for item in module.parameters() if id(item) in known)
+
+    def _decoded(self, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS) -> Any:
+        """Saved data with tensors in place; what is this rank's alone comes from its own file."""
+        return decode(tree, self.tensors, {OWN: self._shard, **others})
+
+    def _shard(self, name: str) -> torch.Tensor:
+        """This rank's shard of a tensor subclass, as the DTensor that it was part of."""
+        local, like = (self.own or {})["shards"][name], self.like(name)
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
     def objects(self, available: Collection[str]) -> None:
         """Schedulers, extras and data loader, as far as they are wanted and there."""
         if "lr_scheduler" in available:
-            for scheduler, tree in zip(self.state.lr_schedulers, self.shared["lr_scheduler"], strict=True):
-                scheduler.load_state_dict(decode(tree, self.tensors))
+            pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
+            for (name, scheduler), tree in pairs:
+                self._give(name, scheduler, tree)
         if "extras" in available:
             for name, extra in self.state.extras.items():
                 if name in self.shared["extras"]:
-                    extra.load_state_dict(decode(self.shared["extras"][name], self.tensors))
+                    self._give(f"extras.{name}", extra, self.shared["extras"][name])
         if "dataloader" in available and self.own is not None:
             self.state.dataloader.load_state_dict(self.own["dataloader"])
+            claims = self.notes.exact if isinstance(self.state.dataloader, ResumableLoader) else self.notes.trusted
+            claims.append("dataloader")
+
+    def _whole(
+        self, dotted: str, item: Any, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS
+    ) -> Callable[[], Any]:
+        """Makes an object's saved state, each time a new one; what was left out is as the live object has it."""
+        live = told_by(dotted, item) if missing_from(tree) else None
+        if live is None:
+            return partial(self._decoded, tree, others)
+        return lambda: fill(self._decoded(tree, others), live)
+
+    def _give(self, dotted: str, item: Any, tree: Any) -> None:
+        """Let an object take its state over, and see whether it reports it afterwards."""
+        whole = self._whole(dotted, item, tree)
+        try:
+            item.load_state_dict(whole())
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}"
+            ) from error
+        self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
         """The random generators: as they were, or derived anew on other ranks."""
         if self.own is not None and self.same_ranks:
             rng.restore(self.own["rng"])
+            self.notes.exact.append("rng")
             return
         # Not from the tensor-parallel rank: peers work on the same activations and must drop the same ones.
         rng.derive(checkpoint.step, topology.place.dp, topology.place.pp)
@@ -109,17 +211,30 @@ class Installer:
             "otherwise",
         )
 
-    def note_new(self, wanted: Collection[str], available: Collection[str]) -> None:
-        """Say which objects find nothing in the checkpoint, and so begin as they were built."""
-        state = self.state
+    def note_new(self, wanted: Collection[str], available: Collection[str], absent: Collection[str]) -> None:
+        """Say which objects find nothing in the checkpoint, and so begin as they were built.
+
+        Args:
+            wanted: The parts to load.
+            available: Those that are there.
+            absent: Single objects of available parts that are not there, by dotted name.
+        """
+        state, notes = self.state, self.notes
         here = {
-            "optimizer": bool(state.optimizers),
-            "lr_scheduler": bool(state.lr_schedulers),
-            "dataloader": hasattr(state.dataloader, "load_state_dict"),
+            "optimizer": list(state.named_optimizers),
+            "lr_scheduler": list(state.named_schedulers),
+            "dataloader": ["dataloader"] if hasattr(state.dataloader, "load_state_dict") else [],
+            "extras": [f"extras.{name}" for name in state.extras],
+            "model": [called(name) for name in self.extractor.maps(state)],
         }
-        for part, is_here in here.items():
-            if is_here and part in wanted and part not in {*available, *self.notes.rederived}:
-                self.notes.derived(part, f"the checkpoint holds no {part}; the one of this run begins as it was built")
-        for name in state.extras if "extras" in wanted else ():
-            if name not in self.shared.get("extras", {}):
-                self.notes.derived("extras", f"extras[{name!r}]: not in the checkpoint, and so begins as it was built")
+        saved = {"extras": [f"extras.{name}" for name in self.shared.get("extras", {})]}
+        for part, dotted in here.items():
+            known = saved.get(part, dotted if part in available else [])
+            new = [name for name in dotted if name not in known or name in absent]
+            if part not in wanted or not new or part in notes.rederived:
+                continue
+            notes.missing += new
+            notes.derived(part, f"not in the checkpoint, and so as it was built: {', '.join(new)}")
+        notes.missing += [
+            name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
+        ]

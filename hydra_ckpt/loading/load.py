@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
@@ -20,12 +21,15 @@ from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.installing import Installer, Notes
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
-from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
+from hydra_ckpt.state.capture import Extractor, called, part_of, templates, unpack
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.optimizer import SEPARATOR
+from hydra_ckpt.state.optimizer_loading import Fit, empty_states, fit, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
+from hydra_ckpt.state.places import Places
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
@@ -33,8 +37,7 @@ from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger, Span, join
 from hydra_ckpt.storage.naming import decode_naming
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.stages import unqualified
-from hydra_ckpt.storage.tree import tensor_names
+from hydra_ckpt.storage.tree import own_names, placements, strides, tensor_names
 from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -46,11 +49,19 @@ PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "p
 
 @dataclass
 class _Mismatch:
-    """What does not fit between a checkpoint and the live objects."""
+    """What does not fit between a checkpoint and the live objects.
+
+    Attributes:
+        missing: Names that the checkpoint lacks.
+        unexpected: Names that the live objects lack.
+        different: Name to how the two differ.
+        left: What stays as it was built because of the missing and different ones, by dotted name.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +76,7 @@ class Load:
         topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
+        strict: Whether what does not fit is an error, or left as it was built.
 
     Attributes:
         touched: The parts whose live tensors may have been written to; equal on all ranks.
@@ -77,6 +89,7 @@ class Load:
     topology: Topology
     parts: Collection[str]
     verify: bool
+    strict: bool = True
     touched: frozenset[str] = frozenset()
     _shared: dict[str, Any] = field(default_factory=dict)
     _own: dict[str, Any] | None = None
@@ -86,9 +99,10 @@ class Load:
     _notes: Notes = field(default_factory=Notes)
     _ledger: Ledger | None = None
     _read_bytes: int = 0
-    _fit: optimizer_state.Fit | None = None
+    _fit: Fit | None = None
     _other_stages: bool = False
     _optimized: set[str] = field(default_factory=set)
+    _absent: set[str] = field(default_factory=set)
 
     def run(self) -> LoadReport:
         """Collective: load.
@@ -104,16 +118,21 @@ class Load:
         self._verify_rest(compared)
         self._together("installing the checkpoint", self._install)
         step, epoch = (self.checkpoint.step, self.checkpoint.epoch) if "progress" in self.parts else (0, 0)
-        loaded = tuple(part for part in PARTS if part in self._available())
+        loaded = tuple(part for part in PARTS if part in self._available() and self._took_any(part))
+        notes = self._notes
+        skipped = [part for part in PARTS if part not in self._available() and self._holds(part)]
         return LoadReport(
             step=step,
             epoch=epoch,
             path=self.checkpoint.path,
             metrics=self.checkpoint.metrics,
             loaded=loaded,
-            skipped=tuple(part for part in PARTS if part not in loaded and self._holds(part)),
-            rederived=tuple(self._notes.rederived),
-            notes=tuple(self._notes.texts),
+            exact=tuple(notes.exact),
+            trusted=tuple(notes.trusted),
+            missing=tuple(dict.fromkeys(notes.missing)),
+            skipped=(*skipped, *notes.skipped),
+            rederived=tuple(notes.rederived),
+            notes=tuple(notes.texts),
             read_bytes=self._read_bytes,
         )
 
@@ -145,6 +164,10 @@ class Load:
         if part in ("rng", "dataloader"):
             return self._own is not None and self._own.get(part) is not None
         return part in ("model", "progress") or bool(self._shared.get(part))
+
+    def _took_any(self, part: str) -> bool:
+        """Whether anything of an available part was installed."""
+        return part != "optimizer" or self._fit is None or len(self._fit.absent) < len(self.state.optimizers)
 
     def _available(self) -> set[str]:
         """The parts that are wanted, in the checkpoint, and have an object to take them."""
@@ -212,16 +235,27 @@ class Load:
             return vars(mismatch)
 
         found = self._together("comparing the checkpoint with the live objects", compare, _merge_mismatches)
-        if any(found.values()):
+        if not self.strict:
+            self._leave(found)
+        elif any(found.values()):
             self._verify_headers()
             raise KeyMismatchError(
                 f"{self._root} does not fit",
                 missing=found["missing"],
                 unexpected=found["unexpected"],
                 mismatched=found["different"],
-                remedy="Load it into the model and optimizer it was saved from, or choose another checkpoint or "
-                "fewer parts (restore_from, restore_parts).",
+                remedy="Load it into the model and optimizer it was saved from, choose another checkpoint or fewer "
+                "parts (restore_from, restore_parts), or take over what fits with checkpoint.load_strict=false.",
             )
+
+    def _leave(self, found: Mapping[str, Any]) -> None:
+        """Note what stays as it was built, and what nobody takes; equal on all ranks."""
+        self._notes.missing += found["left"]
+        self._notes.skipped += found["unexpected"]
+        if found["left"]:
+            self._notes.texts.append(f"left as built (checkpoint.load_strict=false): {', '.join(found['left'])}")
+        if found["unexpected"]:
+            self._notes.texts.append(f"not taken over: {', '.join(found['unexpected'])}")
 
     def _verify_headers(self) -> None:
         """Collective: see that it is not a damaged name that fits nothing: headers are compared with their digests."""
@@ -241,11 +275,7 @@ class Load:
             self._match_models(mismatch)
         if "optimizer" in self._available():
             self._match_optimizers(mismatch)
-        if "lr_scheduler" in self._available():
-            saved, live = len(self._shared["lr_scheduler"]), len(self.state.lr_schedulers)
-            if saved != live:
-                mismatch.different["lr_scheduler"] = f"{saved} in the checkpoint, {live} in the AppState"
-        self._match_extras()
+        self._match_extras(mismatch)
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:
         record = self.checkpoint.manifest.parts.get(part)
@@ -259,22 +289,32 @@ class Load:
     def _match_models(self, mismatch: _Mismatch) -> None:
         maps = self.extractor.maps(self.state)
         saved = self._saved_models()
-        live = {part_of(name) for name in maps}
-        mismatch.unexpected += [f"the model {part}" for part in saved - live]
+        live = {part_of(name): name for name in maps}
+        if not saved & live.keys():
+            mismatch.unexpected += [f"the model {part}" for part in saved]
+        elif saved - live.keys():
+            self._notes.skipped += sorted(part.replace("/", ".") for part in saved - live.keys())
         self._note_adapters()
         for name, mapped in maps.items():
-            part = part_of(name)
-            stored = self._stored(part)
-            prefix = f"{name}/" if name else ""
-            items = mapped.locals(self.extractor.localize)
-            held = {item.spec.name for item in items}
-            naming = self._naming(mismatch, name, stored, [item.spec for item in items])
-            if naming is not None:
-                held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
-                items = Exporter(naming)(items)
-            mismatch.unexpected += [prefix + key for key in stored.keys() - held]
-            for item in items:
-                self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+            if part_of(name) not in saved and saved & live.keys():
+                self._absent.add(called(name))  # an object that the checkpoint does not have
+                continue
+            self._match_model(mismatch, name, mapped)
+
+    def _match_model(self, mismatch: _Mismatch, name: str, mapped: ModelMap) -> None:
+        stored = self._stored(part_of(name))
+        prefix = f"{name}/" if name else ""
+        items = mapped.locals(self.extractor.localize)
+        held = {item.spec.name for item in items}
+        naming = self._naming(mismatch, name, stored, [item.spec for item in items])
+        if naming is not None:
+            held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
+            items = Exporter(naming)(items)
+        mismatch.unexpected += [prefix + key for key in stored.keys() - held - set(mapped.omitted)]
+        for item in items:
+            self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+        if len(self._shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
+            mismatch.different[prefix + "state_dict()"] = "its entries are those of other parts of the model"
 
     def _note_adapters(self) -> None:
         """Say where an adapter's weights will mean something else than they did."""
@@ -301,6 +341,7 @@ class Load:
         prefix = f"{name}/" if name else ""
         mismatch.missing += [prefix + key for key in found.missing]
         mismatch.different.update({prefix + key: text for key, text in found.different.items()})
+        mismatch.left += [f"{called(name)}.{key}" for key in [*found.missing, *found.different]]
         return found.naming
 
     def _saved_models(self) -> set[str]:
@@ -320,55 +361,78 @@ class Load:
 
     def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
         key = prefix + item.spec.name
+        left = f"model.{key.replace('/', '.', 1) if prefix else key}"
         if stored is None:
             mismatch.missing.append(key)
+            mismatch.left.append(left)
         elif (stored.spec.shape, stored.spec.dtype) != (item.spec.file_shape, item.spec.dtype):
             mismatch.different[key] = (
                 f"{stored.spec.dtype} {list(stored.spec.shape)} in the checkpoint, "
                 f"{item.spec.dtype} {list(item.spec.file_shape)} in the model"
             )
+            mismatch.left.append(left)
         else:
             stored = stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
             self._fetches.append(Fetch(stored, item.box, item.tensor))
 
     def _match_optimizers(self, mismatch: _Mismatch) -> None:
-        described = self._shared["optimizer"]
+        described, named = self._shared["optimizer"], self.state.named_optimizers
         parameters = self.extractor.parameter_names(self.state)
-        self._fit = optimizer_state.fit(described, self.state.optimizers, parameters)
-        mismatch.missing += [f"optimizer: {name}" for name in self._fit.missing]
-        mismatch.unexpected += [f"optimizer: {name}" for name in self._optimized - self._fit.held]
-        mismatch.different.update(self._fit.different)
-        if self._fit.missing or self._fit.different:
+        found = self._fit = fit(described, named, parameters)
+        found.leave({*mismatch.missing, *mismatch.different})
+        self._absent.update(name for number, name in enumerate(named) if number in found.absent)
+        mismatch.missing += [f"optimizer: {name}" for name in found.missing]
+        mismatch.left += [f"optimizer.{name}" for name in found.missing]
+        mismatch.unexpected += (
+            [f"optimizer: {name}" for name in self._optimized - found.held] if self._fit_any() else []
+        )
+        for name in self._shared.get("of_other_stages", []):
+            found.different[name] = "it is of other pipeline stages, and fits only the same ones"
+        if own_names(found.trees()) and not self._same_ranks:
+            found.different["optimizer"] = (
+                "it holds shards of a tensor subclass, which fit only the ranks that had them"
+            )
+        mismatch.different.update(found.different)
+        mismatch.left += [place.replace(", group ", ".") for place in found.different]
+        self._notes.texts += found.notes
+        if self.strict and (found.missing or found.different):
             return
         stored = self._stored(names.OPTIMIZER)
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
-        targets = optimizer_state.targets(described, shapes, self.state.optimizers, parameters)
-        needed = [self._fit.options, self._held_state()]
-        self._want(stored, set(tensor_names(needed)), targets)
+        into = targets(described, found, shapes, named, parameters)
+        self._want(stored, set(tensor_names(found.trees())), into)
 
-    def _held_state(self) -> dict[str, Any]:
-        """The saved state, encoded, of the parameters that this rank's optimizers hold."""
-        assert self._fit is not None  # made while comparing
-        return {name: state for name, state in self._shared["optimizer"]["state"].items() if name in self._fit.held}
+    def _fit_any(self) -> bool:
+        """Whether any live optimizer finds anything."""
+        return self._fit is not None and len(self._fit.absent) < len(self.state.optimizers)
 
-    def _match_extras(self) -> None:
+    def _match_extras(self, mismatch: _Mismatch) -> None:
         available = self._available()
         live: Mapping[str, torch.Tensor] = {}
-        trees = [self._shared.get("extra_state", {})] if "model" in available else []
+        shared = self._shared
+        trees = [shared.get("extra_state", {}), shared.get("entries", {})] if "model" in available else []
         if "lr_scheduler" in available:
-            trees.append(self._shared["lr_scheduler"])
+            trees.append(self._match_schedulers(mismatch))
         if "extras" in available:
             live = templates(self.state)
             self._keep_known_extras(live)
-            trees += [tree for name, tree in self._shared["extras"].items() if name in self.state.extras]
-        wanted = set(tensor_names(trees))
+            trees += [tree for name, tree in shared["extras"].items() if name in self.state.extras]
+        if own_names(trees) and not self._same_ranks:
+            mismatch.different["extras"] = (
+                "they hold shards of a tensor subclass, which fit only the ranks that had them"
+            )
+        stored, wanted = self._stored(names.EXTRAS), set(tensor_names(trees))
         # Never into the live tensors: the objects take their state over themselves.
-        fresh = {
-            name: torch.empty_like(live[place], requires_grad=False)
-            for name in wanted
-            if (place := unqualified(name)) in live
-        }
-        self._want(self._stored(names.EXTRAS), wanted, fresh)
+        places = Places(self.state, live, placements(trees), strides(trees))
+        self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
+
+    def _match_schedulers(self, mismatch: _Mismatch) -> list[Any]:
+        """The saved states that live schedulers take, in order; further live ones begin as they were built."""
+        saved, live = self._shared["lr_scheduler"], list(self.state.named_schedulers)
+        self._absent.update(live[len(saved) :])
+        if len(saved) > len(live):
+            mismatch.different["lr_scheduler"] = f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
+        return list(saved[: len(live)])
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""
@@ -427,18 +491,31 @@ class Load:
             own=self._own,
             tensors=self._tensors,
             same_ranks=self._same_ranks,
+            like=self._like,
             notes=self._notes,
         )
         available = self._available()
         if "model" in available:
-            installer.models()
+            installer.models(self._absent)
         if "optimizer" in available:
             assert self._fit is not None  # made while comparing
-            installer.optimizers(self._held_state(), self._fit.options)
+            installer.optimizers(self._fit, empty_states(self._shared["optimizer"]))
         installer.objects(available)
         if "rng" in self.parts:
             installer.rng(self.checkpoint, self.topology, self.channel.world_size)
-        installer.note_new(self.parts, available)
+        if "progress" in self.parts:
+            self._notes.exact.append("progress")
+        installer.note_new(self.parts, available, self._absent)
+
+    def _like(self, name: str) -> DTensor:
+        """The parameter whose mesh and placements a shard of a tensor subclass had."""
+        parameter = self._shared["optimizer"].get("meshes", {}).get(name, name.split(SEPARATOR, maxsplit=1)[0])
+        known = self.extractor.parameter_names(self.state)
+        for modules in self.state.models.values():
+            for item in (item for module in modules for item in module.parameters()):
+                if known.get(id(item)) == parameter and isinstance(item, DTensor):
+                    return item
+        raise CheckpointError(f"{name}: a shard of a tensor subclass, and no sharded parameter here that it belongs to")
 
 
 def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -446,4 +523,5 @@ def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:
     unexpected = set(found[0]["unexpected"]).intersection(*(item["unexpected"] for item in found[1:]))
     missing = {name for item in found for name in item["missing"]}
     different = {name: text for item in found for name, text in item["different"].items()}
-    return {"missing": sorted(missing), "unexpected": sorted(unexpected), "different": different}
+    left = {name for item in found for name in item["left"]}
+    return {"missing": sorted(missing), "unexpected": sorted(unexpected), "different": different, "left": sorted(left)}

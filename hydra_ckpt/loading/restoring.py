@@ -192,8 +192,10 @@ class Restorer:
         except CheckpointError as known:
             error = known
         self._channel.raise_together(f"opening {path}", error)
-        kind = ForeignLoad if foreign else Load
-        return kind(opened[0], state, self._extractor, self._channel, self._topology, parts, self._options.verify)
+        kind, options = ForeignLoad if foreign else Load, self._options
+        return kind(
+            opened[0], state, self._extractor, self._channel, self._topology, parts, options.verify, options.strict
+        )
 
     def _opened(self, path: Path, lease: ExitStack, *, foreign: bool, patience_s: float) -> Checkpoint:
         if foreign:
@@ -217,9 +219,9 @@ class Restorer:
         for note in report.notes if self._channel.is_coordinator else ():
             log.warning("%s: %s", load.checkpoint.name, note)
         if self._channel.is_coordinator:
-            exact = ", ".join(part for part in report.loaded if part not in report.rederived)
-            anew = ", ".join(report.rederived) or "nothing"
-            log.info("loaded %s (step %d); exact: %s; derived anew: %s", report.path, report.step, exact, anew)
+            claims = ("exact", "trusted", "rederived", "missing", "skipped")
+            said = "; ".join(f"{claim}: {', '.join(found)}" for claim in claims if (found := getattr(report, claim)))
+            log.info("loaded %s (step %d); %s", report.path, report.step, said)
         return replace(report, passed_over=dict(self.passed_over))
 
 

@@ -208,6 +208,7 @@ class Contents:
             agreed.agreement.leader,
             None if export_only else captured.shared,
             agreed.sampler.take(captured.parts, turn),
+            captured.omitted,
         )
         return content, _sources(tensors_of(parts), planned.plan.shares)
 

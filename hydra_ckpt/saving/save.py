@@ -64,6 +64,7 @@ class Content:
         leader: The first rank that holds the same tensors, whose `shared` is kept.
         alike: What should be the same there; None where only an export is written.
         samples: Of the tensors that other ranks hold too.
+        omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -77,6 +78,7 @@ class Content:
     leader: int = 0
     alike: Packed | None = None
     samples: tuple[Sample, ...] = ()
+    omitted: tuple[str, ...] = ()
 
 
 @dataclass

@@ -248,7 +248,8 @@ class Saver:
         directory, topology = self._directory, self._topology.recorded()
         step, epoch, metrics = request.step, request.epoch, request.metrics
         launch = {"launch": self._config.launch} if self._config.launch is not None else {}
-        details = {**directory.details, "optimizers": optimizers, **launch}
+        unsaved = {"unsaved": list(content.omitted)} if content.omitted else {}
+        details = {**directory.details, "optimizers": optimizers, **launch, **unsaved}
         return Save(writer, self._directory.root, step, epoch, metrics, topology, fence, directory.point_to, details)
 
     def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
-from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError
 
@@ -33,7 +32,8 @@ class AppState:
 
     Attributes:
         model: A module, a list of modules (pipeline parts of one model), or a dict of independent models.
-        optimizer: One, a list or a dict; a parameter's state belongs to the optimizer that holds it.
+        optimizer: One, a list or a dict; a parameter's state belongs to the optimizer that holds it. Wrappers that
+            are not a `torch.optim.Optimizer` but have `state_dict` and `load_state_dict` are taken by these.
         lr_scheduler: One, a list or a dict.
         dataloader: Resumable if its `state_dict()` works; see `hydra_ckpt.resumable`.
         tokenizer: Saved with the export by its `save_pretrained`.
@@ -41,7 +41,7 @@ class AppState:
     """
 
     model: nn.Module | list[nn.Module] | dict[str, nn.Module]
-    optimizer: Optimizer | list[Optimizer] | dict[str, Optimizer] | None = None
+    optimizer: Any = None
     lr_scheduler: Any = None
     dataloader: Any = None
     tokenizer: Any = None
@@ -105,14 +105,24 @@ class AppState:
         return {"": as_list(self.model)}
 
     @property
-    def optimizers(self) -> list[Optimizer]:
+    def optimizers(self) -> list[Any]:
         """The optimizers themselves, without accelerate's wrappers."""
         return [unwrap_optimizer(optimizer) for optimizer in as_list(self.optimizer)]
+
+    @property
+    def named_optimizers(self) -> dict[str, Any]:
+        """The same by the names that reports and messages use: `optimizer`, or `optimizer.0`, or `optimizer.<key>`."""
+        return dict(zip(_called("optimizer", self.optimizer), self.optimizers, strict=True))
 
     @property
     def lr_schedulers(self) -> list[Any]:
         """The schedulers in order."""
         return as_list(self.lr_scheduler)
+
+    @property
+    def named_schedulers(self) -> dict[str, Any]:
+        """The same by name, as `named_optimizers`."""
+        return dict(zip(_called("lr_scheduler", self.lr_scheduler), self.lr_schedulers, strict=True))
 
 
 def _one_or_list(items: list[T]) -> Any:
@@ -128,13 +138,22 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, nn.Module) else [value]
 
 
-def unwrap_optimizer(optimizer: Any) -> Optimizer:
+def _called(kind: str, value: Any) -> list[str]:
+    """What the members of one field are called."""
+    if isinstance(value, Mapping):
+        return [f"{kind}.{key}" for key in value]
+    count = len(as_list(value))
+    return [kind] if count == 1 else [f"{kind}.{number}" for number in range(count)]
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper, which refuses hooks."""
     accelerate = sys.modules.get("accelerate.optimizer")  # no wrapper where nobody imported it
     while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Stateful):  # a wrapper that is no Optimizer is taken by its state_dict
         raise CheckpointConfigError(
-            f"optimizer: expected a torch.optim.Optimizer, a list or a dict of them, got {type(optimizer).__name__}"
+            "optimizer: expected a torch.optim.Optimizer, or an object with state_dict() and load_state_dict(), a list "
+            f"or a dict of them, got {type(optimizer).__name__}"
         )
     return optimizer

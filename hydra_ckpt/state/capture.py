@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,18 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap
+from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap, refuse_fsdp1
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.storage.stages import qualify
-from hydra_ckpt.storage.tree import decode, encode
+from hydra_ckpt.storage.subclasses import local_part
+from hydra_ckpt.storage.tree import Sink, decode, encode, strides
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -59,12 +62,14 @@ class Captured:
         shared: What is the same on all ranks of a pipeline stage; its bytes are JSON.
         own: What belongs to this rank alone: generators and the place in the data; its bytes are a safetensors file.
         adapted: Part to what its files hold, for models that say it themselves by an adapter.
+        omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
     """
 
     parts: dict[str, list[LocalTensor]]
     shared: Packed
     own: Packed
     adapted: Mapping[str, Naming] = field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
 
 
 @dataclass
@@ -74,15 +79,25 @@ class Extractor:
     Args:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
         stage: The pipeline stage. What has no name of its own beside the model's is kept apart by it.
+        unsaved: Patterns of dotted names that are left out.
         localize: Knows where tensors lie.
     """
 
     is_peft: bool = False
     stage: int = 0
+    unsaved: tuple[str, ...] = ()
     localize: Localizer = field(default_factory=Localizer)
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
     _resumable: bool | None = None
+
+    def check(self, state: AppState) -> None:
+        """See that the models are of kinds that can be saved; nothing is asked for its state.
+
+        Raises:
+            CheckpointConfigError: One is not.
+        """
+        refuse_fsdp1(module for modules in state.models.values() for module in modules)
 
     def refresh(self, state: AppState) -> None:
         """Walk the models anew if modules were exchanged, taken away or added since the last time."""
@@ -97,6 +112,7 @@ class Extractor:
             identity += tuple(hash(key) for name, modules in wrapped for key in adapters(name, modules[0]))
             identity += tuple(key for _, modules in wrapped for module in modules for key in trained_embeddings(module))
         if identity != self._mapped:
+            self.check(state)
             self._maps = {}
             for name, modules in state.models.items():
                 self._maps.update(self._map(name, modules))
@@ -124,16 +140,18 @@ class Extractor:
         for module in modules:
             check_kind(module, self.is_peft)
         if not self.is_peft:
-            mapped = ModelMap.of(modules)
-            mapped.refuse_hidden()
-            return {name: mapped}
+            return {name: ModelMap.of(modules, partial(self._omits, name))}
         found = {}
         for key, adapter in adapters(name, modules[0]).items():
-            found[key] = ModelMap.of(modules)
+            found[key] = ModelMap.of(modules, partial(self._omits, name))
             keep_adapter(found[key], modules, adapter, buffers=key == name)
             if key != name:
                 found[key].names = {}  # the first map knows all parameters
         return found
+
+    def _omits(self, model: str, name: str) -> bool:
+        dotted = f"{called(model)}.{name}"
+        return any(fnmatchcase(dotted, pattern) for pattern in self.unsaved)
 
     def parameter_names(self, state: AppState) -> dict[int, str]:
         """Identity of every parameter to its name, with the model's name before it where there are several."""
@@ -158,42 +176,52 @@ class Extractor:
         """
         self.refresh(state)
         maps = self.maps(state)
-        stepped = {
-            id(parameter)
-            for optimizer in state.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:
             refuse_lost(maps.values(), _trained(state))
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
+        omitted = [f"{called(name)}.{tensor}" for name, mapped in maps.items() for tensor in mapped.omitted]
         shared: dict[str, Any] = {"holds": self.held(state)}
+        shards: dict[str, torch.Tensor] = {}
         if state.optimizers:
-            described, tensors = optimizer_state.describe(state.optimizers, self.parameter_names(state))
-            shared["optimizer"] = described
-            parts[names.OPTIMIZER] = optimizer_state.locals_of(tensors, self.localize)
-        extras: dict[str, torch.Tensor] = {}
+            described = optimizer_state.describe(
+                state.named_optimizers, self.parameter_names(state), unsaved=self.unsaved
+            )
+            shared["optimizer"] = described.data
+            parts[names.OPTIMIZER] = described.locals(self.localize)
+            shards.update(described.own)
+            omitted += described.omitted
+        sinks = Sinks(self.stage, self.unsaved)
         shared["lr_scheduler"] = [
-            encode(scheduler.state_dict(), qualify(f"lr_scheduler:{number}", self.stage), extras)
-            for number, scheduler in enumerate(state.lr_schedulers)
+            sinks.encode(name, f"lr_scheduler:{number}", told_by(name, scheduler))
+            for number, (name, scheduler) in enumerate(state.named_schedulers.items())
         ]
         shared["extra_state"] = {
-            name: encode(mapped.extra_state(), qualify(f"extra_state:{name}", self.stage), extras)
+            name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state())
             for name, mapped in maps.items()
         }
+        shared["entries"] = {
+            name: [sinks.encode(called(name), f"entries:{name}:{number}:", part) for number, part in enumerate(entries)]
+            for name, mapped in maps.items()
+            if any(entries := mapped.own_entries(called(name)))
+        }
         shared["extras"] = {
-            name: encode(extra.state_dict(), qualify(f"{name}:", self.stage), extras)
+            name: sinks.encode(f"extras.{name}", f"{name}:", told_by(f"extras.{name}", extra))
             for name, extra in state.extras.items()
         }
-        parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in extras.items()]
+        parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in sinks.tensors.items()]
+        shards.update(sinks.own)
+        omitted += sinks.omitted
+        shared["unsaved"] = omitted
         own = {
             "rng": rng.capture(),
             "dataloader": self._dataloader_state(state),
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "buffers": self._own_buffers(maps),
+            "shards": {name: local_part(tensor) for name, tensor in shards.items()},
         }
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
-        return Captured(parts, Packed(partial(_json, shared)), pack(own), adapted)
+        return Captured(parts, Packed(partial(_json, shared)), pack(own), adapted, tuple(omitted))
 
     def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
         """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
@@ -213,12 +241,77 @@ class Extractor:
         return take() if self._resumable and take is not None else None
 
 
+@dataclass
+class Sinks:
+    """Encodes the states of several objects; what their tensors are called says whose they are.
+
+    Args:
+        stage: The pipeline stage, which keeps the names apart.
+        unsaved: Patterns of dotted names that are left out.
+
+    Attributes:
+        tensors: Of all objects, by name.
+        own: What only this rank can store, by name.
+        omitted: Dotted names of what was left out.
+    """
+
+    stage: int
+    unsaved: tuple[str, ...]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    omitted: list[str] = field(default_factory=list)
+
+    def encode(self, dotted: str, name: str, value: Any) -> Any:
+        """An object's state as JSON data.
+
+        Args:
+            dotted: What messages call it.
+            name: What the names of its tensors begin with.
+            value: Its state.
+
+        Raises:
+            CheckpointError: A value in it can be stored neither as JSON nor as a tensor.
+        """
+        inside = qualify(name, self.stage)
+        sink = Sink(inside, dotted, unsaved=self.unsaved)
+        sink.tells_placements = True
+        encoded = encode(value, inside, sink)
+        self.tensors.update(sink)
+        self.own.update(sink.own)
+        self.omitted += sink.omitted
+        return encoded
+
+
+def told_by(dotted: str, item: Any) -> Any:
+    """What an object's state_dict() returns.
+
+    Raises:
+        CheckpointConfigError: It raises.
+    """
+    try:
+        return item.state_dict()
+    except Exception as error:
+        raise CheckpointConfigError(
+            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}"
+        ) from error
+
+
+def called(model: str) -> str:
+    """What messages and reports call a model."""
+    return f"model.{model}" if model else "model"
+
+
+def _stepped(state: AppState) -> list[torch.Tensor]:
+    """The parameters that optimizers change."""
+    groups = [group for optimizer in state.optimizers for group in getattr(optimizer, "param_groups", ())]
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 def _trained(state: AppState) -> set[int]:
     """Identities of the parameters that training changes: those of optimizers, or where there are none all."""
-    groups = [group["params"] for optimizer in state.optimizers for group in optimizer.param_groups]
-    modules = [] if groups else [module for modules in state.models.values() for module in modules]
-    groups += [module.parameters() for module in modules]
-    return {id(parameter) for group in groups for parameter in group if parameter.requires_grad}
+    modules = [] if state.optimizers else [module for modules in state.models.values() for module in modules]
+    everything = [*_stepped(state), *(parameter for module in modules for parameter in module.parameters())]
+    return {id(parameter) for parameter in everything if parameter.requires_grad}
 
 
 def part_of(model: str) -> str:
@@ -250,12 +343,15 @@ def unpack(path: Path, data: bytes) -> Any:
         tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["tree"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
+    for name, lies in strides(tree).items():
+        tensors[name] = torch.empty_strided(tensors[name].shape, lies, dtype=tensors[name].dtype).copy_(tensors[name])
     return decode(tree, tensors)
 
 
 def templates(state: AppState) -> Mapping[str, torch.Tensor]:
-    """The live tensors of extras, schedulers and extra state by their names in a checkpoint."""
+    """The live tensors of extras by their names in a checkpoint, as far as these have any yet."""
     tensors: dict[str, torch.Tensor] = {}
     for name, extra in state.extras.items():
-        encode(extra.state_dict(), f"{name}:", tensors)
+        with suppress(CheckpointError):  # what cannot be saved may well be loaded into
+            encode(extra.state_dict(), f"{name}:", tensors)
     return tensors

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hydra_ckpt.errors import CheckpointConfigError, TopologyError, some_of
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.state.module_oracle import WRAPPERS, customizes, give_back, own_entries, told_by, transparent
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
 
-# What wrappers add to names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
 
 def canonical(name: Any) -> str:
     """The name of a tensor as its model has it, without what wrappers have put into it."""
     text = str(name)
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         text = text.replace(wrapper, "")
     return text.removeprefix("module.")
 
@@ -55,7 +54,33 @@ def _inside(module: nn.Module) -> nn.Module | None:
         inner = module._checkpoint_wrapped_module
     elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
         inner = module._orig_mod
+    elif type(module).state_dict is not nn.Module.state_dict:
+        if module not in _TRANSPARENT:
+            _TRANSPARENT[module] = transparent(module)
+        inner = _TRANSPARENT[module]
     return inner
+
+
+# Wrappers of other libraries, with what they pass on as their own state.
+_TRANSPARENT: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+
+
+def refuse_fsdp1(modules: Iterable[nn.Module]) -> None:
+    """Refuse FSDP's first version, whose flat parameters tell nobody which part of which tensor a rank holds.
+
+    Raises:
+        CheckpointConfigError: A module, or one in it, is wrapped in it. Nothing was asked for its state, which would
+            gather it.
+    """
+    for outer in modules:
+        for name, module in outer.named_modules():
+            if isinstance(module, FullyShardedDataParallel):
+                raise CheckpointConfigError(
+                    f"model{'.' if name else ''}{name} is a FullyShardedDataParallel (FSDP version 1), whose flat "
+                    "parameters cannot be saved shard by shard. Use FSDP2: torch.distributed.fsdp.fully_shard(module) "
+                    "instead of FullyShardedDataParallel(module); with accelerate FullyShardedDataParallelPlugin("
+                    "fsdp_version=2), or fsdp_version: 2 in its configuration file"
+                )
 
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
@@ -120,16 +145,6 @@ def _parameters(module: nn.Module) -> Iterator[Slot]:
             yield from _parameters(child)
 
 
-def _hidden(module: nn.Module) -> list[str]:
-    """What a module saves in a way of its own that is neither a parameter nor a buffer of it."""
-    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
-        return []
-    saved: dict[str, Any] = {}
-    module._save_to_state_dict(saved, "", True)  # as the objects themselves
-    known = {id(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()]}
-    return [name for name, value in saved.items() if id(value) not in known and not name.endswith("_extra_state")]
-
-
 @dataclass(frozen=True, slots=True)
 class _Walked:
     """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
@@ -138,10 +153,11 @@ class _Walked:
     children: list[nn.Module | None]
     parameters: dict[str, int]
     buffers: list[str]
+    is_wrapper: bool
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Walked:
-        return cls(module, list(module._modules.values()), _identities(module), persistent(module))
+    def of(cls, module: nn.Module, *, is_wrapper: bool = False) -> _Walked:
+        return cls(module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
 
     def is_as_it_was(self) -> bool:
         return (
@@ -180,6 +196,7 @@ class ModelMap:
         units: The modules that FSDP2 shards.
         names: Identity of every parameter to its canonical name, whether it is stored or not.
         extra_states: Modules with state beyond tensors (`get_extra_state`), by canonical name.
+        omitted: Names of tensors that are left out, as `checkpoint.allow_unsaved` asks.
     """
 
     slots: list[Slot]
@@ -187,27 +204,37 @@ class ModelMap:
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     units: list[_Unit] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    omitted: list[str] = field(default_factory=list)
+    _unsaved: list[Slot] = field(default_factory=list)
     _adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
     _walked: list[_Walked] = field(default_factory=list)
     _adapted_specs: list[TensorSpec] | None = None
-    _hidden: list[str] = field(default_factory=list)
     _beside: list[Slot] = field(default_factory=list)
+    _cores: list[nn.Module] = field(default_factory=list)
+    _everything: list[Slot] = field(default_factory=list)
+    _ours: tuple[str, ...] | None = None
+    _omits: Callable[[str], bool] = lambda _: False
 
     @classmethod
-    def of(cls, modules: Iterable[nn.Module]) -> ModelMap:
+    def of(cls, modules: Iterable[nn.Module], omits: Callable[[str], bool] = lambda _: False) -> ModelMap:
         """Walk the parts of a model.
+
+        Args:
+            modules: The parts.
+            omits: Whether a tensor of this name is left out, as `checkpoint.allow_unsaved` asks.
 
         Raises:
             TopologyError: Two parts hold different tensors under one name.
             CheckpointConfigError: A tensor, or its name, is of a kind that files cannot hold.
         """
-        found = cls([])
+        found = cls([], _omits=omits)
         sources: dict[str, str] = {}
         places: dict[str, Slot] = {}
         adapting: list[tuple[nn.Module, set[tuple[int, str]]]] = []
         for module in modules:
             core = unwrap(module)
+            found._cores.append(core)
             sources.update(_tied_to(core))
             places_here = set()
             for slot in found._walk(module, ""):
@@ -222,30 +249,32 @@ class ModelMap:
         for core, held in adapting:
             own = frozenset(slot.name for slot in found.slots if (id(slot.owner), slot.attribute) in held)
             found._adapting.append((core, own))
+        found._everything = list(places.values())
+        found.names.update({id(slot.tensor): slot.name for slot in found._unsaved if slot.is_parameter})
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         while (inner := _inside(module)) is not None:
-            self._walked.append(_Walked.of(module))
+            self._walked.append(_Walked.of(module, is_wrapper=True))
             module = inner
         if isinstance(module, FSDPModule):
             self.units.append(_Unit.of(module))  # before its parameters are looked at, which it may have gathered
         self._walked.append(_Walked.of(module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                check_storable(prefix + name, parameter)
-                check_elements_apart("parameter", prefix + name, parameter)
-                yield Slot(prefix + name, module, name, True)
-        for name in persistent(module):
-            buffer = module._buffers[name]
-            assert buffer is not None  # those are left out
-            check_storable(prefix + name, buffer)
-            check_elements_apart("buffer", prefix + name, buffer)
-            yield Slot(prefix + name, module, name, False)
+        here: list[tuple[str, torch.Tensor | None, bool]] = [(*item, True) for item in module._parameters.items()]
+        here += [(name, module._buffers[name], False) for name in persistent(module)]
+        for name, tensor, is_parameter in here:
+            if tensor is None:
+                continue
+            if self._omits(prefix + name):
+                self.omitted.append(prefix + name)
+                self._unsaved.append(Slot(prefix + name, module, name, is_parameter))
+                continue
+            check_storable(prefix + name, tensor)
+            check_elements_apart("parameter" if is_parameter else "buffer", prefix + name, tensor)
+            yield Slot(prefix + name, module, name, is_parameter)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[prefix + "_extra_state"] = module
-        self._hidden += [prefix + name for name in _hidden(module)]
         for name, child in module._modules.items():
             if child is not None:
                 yield from self._walk(child, f"{prefix}{name}.")
@@ -280,19 +309,45 @@ class ModelMap:
             self._adapted_specs == self.specs() and all(has_adapter(core) for core, _ in self._adapting)
         )
 
-    def refuse_hidden(self) -> None:
-        """Refuse state that only a module's own way of saving knows: it would be missing from every checkpoint.
+    def own_entries(self, called: str) -> list[dict[str, Any]]:
+        """For each part of the model what its own state_dict tells beyond what was walked; all empty for most.
+
+        Args:
+            called: The model's name, for messages.
 
         Raises:
-            CheckpointConfigError: There is some.
+            CheckpointConfigError: A state_dict() raises.
         """
-        if self._hidden:
-            raise CheckpointConfigError(
-                f"{some_of(self._hidden)}: these are "
-                "neither parameters nor buffers; the module adds them in _save_to_state_dict(), which nobody asks when "
-                "tensors are saved where they lie. Register them as buffers, or give them by get_extra_state() and "
-                "set_extra_state()"
-            )
+        if not self._asks():
+            return []
+        found = [own_entries(told_by(core, called), *self._covered()) for core in self._cores]
+        return [{name: value for name, value in entries.items() if self._is_ours(name)} for entries in found]
+
+    def set_own_entries(self, called: str, saved: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Hand each part its entries; see `give_back`.
+
+        Returns:
+            Names of those that the module reports otherwise afterwards.
+        """
+        pairs = zip(self._cores, saved, strict=True)
+        return [
+            name for core, entries in pairs for name in give_back(core, called, entries, *self._covered()) if entries
+        ]
+
+    def _asks(self) -> bool:
+        """Whether anything in the model customizes what state_dict() returns."""
+        return any(customizes(walked.module) for walked in self._walked if not walked.is_wrapper)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether an entry belongs to what is stored of the model."""
+        owner = f"{name.rpartition('.')[0]}."
+        return self._ours is None or any(owner.startswith(f"{place}.") for place in self._ours)
+
+    def _covered(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """The walked tensors by each of their names, and the names of extra states."""
+        everything = {slot.name: slot.tensor for slot in [*self._everything, *self._unsaved]}
+        everything.update({name: everything[kept] for name, kept in self.aliases.items() if kept in everything})
+        return everything, list(self.extra_states)
 
     def is_current(self) -> bool:
         """Whether the model still has the modules, parameters and places of buffers that were walked."""
@@ -312,7 +367,8 @@ class ModelMap:
         self.slots = [replace(slot, name=name) for slot in self.slots for name in renamed.get(slot.name, ())]
         self.extra_states = self.extra_states if buffers else {}
         self._adapting = []
-        self._hidden = []
+        # What modules of the base model tell beside is not the adapter's.
+        self._ours = tuple({name.rpartition(".")[0] for name in renamed}) if buffers else ()
 
     @cached_property
     def adapted(self) -> Naming | None:
@@ -328,6 +384,11 @@ class ModelMap:
         dtypes = {name: dtype for naming in found for name, dtype in naming.dtypes.items()}
         shapes = {name: shape for naming in found for name, shape in naming.shapes.items()}
         return Naming.ordered([alias for naming in found for alias in naming.aliases], specs, dtypes, shapes)
+
+    @property
+    def parts(self) -> int:
+        """How many modules the model consists of."""
+        return len(self._cores)
 
     def specs(self) -> list[TensorSpec]:
         """Every stored tensor's name, element type and global shape."""

@@ -1,264 +1,195 @@
-"""Optimizers: state by parameter name, read off and put back without ever stepping or creating state.
+"""Optimizers taken apart: state by parameter name, read off without ever stepping or creating state.
 
 Going through the optimizers' own `state_dict` would number the parameters, and PyTorch's helper for names steps a
-fresh optimizer to make it have a state. Here absent state is recorded as absent.
+fresh optimizer to make it have a state. Here absent state is recorded as absent. What only the optimizer's own
+`state_dict` tells is asked for beside it; see `hydra_ckpt.state.optimizer_oracle`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor, Shard
 
 from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.storage.memory import fresh_like
-from hydra_ckpt.storage.tree import encode, tensor_names
+from hydra_ckpt.state.optimizer_oracle import PARAMETER, own_state
+from hydra_ckpt.storage.tree import OWN, Sink, encode
 
 SEPARATOR = ":"
-_OPTIONS = "options"
-# What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
-_BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
+OPTIONS = "options"
+AS_PARAMETER = "parameter"
+"""What stands for the placements of a state that is placed as its parameter is."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """Optimizers taken apart.
+
+    Attributes:
+        data: JSON data; it refers to the tensors by name: `<parameter>:<key>`.
+        tensors: The state's tensors by name, live.
+        steady: Names of those that nothing but an optimizer's step changes.
+        alone: Names of those that may differ between ranks that hold the same parameters.
+        own: What only this rank can store, by name.
+        omitted: Dotted names of what was left out, as `checkpoint.allow_unsaved` asks.
+    """
+
+    data: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    steady: set[str] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    omitted: list[str] = field(default_factory=list)
+
+    def locals(self, localize: Localizer) -> list[LocalTensor]:
+        """The state's tensors as this rank holds them."""
+        return [
+            localize(name, tensor, divisible=name not in self.alone, late=name in self.steady, lasting=True)
+            for name, tensor in self.tensors.items()
+        ]
 
 
 def describe(
-    optimizers: Sequence[Optimizer], names: Mapping[int, str]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+    *,
+    unsaved: Sequence[str] = (),
+    asks: bool = True,
+) -> Described:
     """Options and state of all optimizers.
 
     Args:
-        optimizers: In the order of the AppState.
+        optimizers: What each is called, to the object, in the order of the AppState.
         names: Identity of a parameter to its name.
-
-    Returns:
-        JSON data, and the tensors it refers to by name (`<parameter>:<key>`), live.
+        unsaved: Patterns of dotted names that are left out.
+        asks: Whether the optimizers' own `state_dict` is compared with what was found.
 
     Raises:
-        CheckpointError: A parameter belongs to no model of the AppState, or to two optimizers.
+        CheckpointError: A parameter belongs to no model of the AppState, or to two optimizers; a value cannot be
+            stored; or an optimizer's `state_dict` raises.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    groups, state = [], {}
-    for number, optimizer in enumerate(optimizers):
-        described = []
-        for index, group in enumerate(optimizer.param_groups):
-            members = [_name(parameter, names, number, index) for parameter in group["params"]]
-            options = {key: value for key, value in group.items() if key != "params"}
-            # Named after a parameter: optimizers of other pipeline stages have the same numbers.
-            place = members[0] if members else f"{number}.{index}"
-            described.append({"params": members, "options": encode(options, f"{place}{SEPARATOR}{_OPTIONS}", tensors)})
-            for name, parameter in zip(members, group["params"], strict=True):
-                if name in state:
-                    raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
-                held = optimizer.state.get(parameter)
-                state[name] = {
-                    key: encode(value, f"{name}{SEPARATOR}{key}", tensors) for key, value in (held or {}).items()
-                }
-        groups.append({"class": type(optimizer).__qualname__, "groups": described})
-    return {"optimizers": groups, "state": state, "placements": _placements(tensors)}, tensors
+    found = Described({"optimizers": [], "state": {}, "placements": {}, "plain": [], "empty": []})
+    everyone = holders(optimizers, names)
+    sinks = [Sink("", called, unsaved=unsaved) for called in optimizers]
+    taken: dict[str, set[str]] = {}
+    for holder in everyone:
+        _describe_holder(found, holder, names, sinks[holder.number], taken.setdefault(holder.path, set()))
+    for number, (optimizer, sink) in enumerate(zip(optimizers.values(), sinks, strict=True)):
+        if asks:
+            _add_own(found, number, optimizer, [item for item in everyone if item.number == number], names, sink)
+        found.tensors.update(sink)
+        found.own.update(sink.own)
+        found.omitted.extend(sink.omitted)
+    return found
 
 
-def _name(parameter: torch.Tensor, names: Mapping[int, str], number: int, index: int) -> str:
+def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, taken: set[str]) -> None:
+    section, inside = found.data, SEPARATOR
+    if holder.path:
+        section = found.data.setdefault("inner", {}).setdefault(
+            holder.path, {"optimizers": [], "state": {}, "empty": []}
+        )
+        inside = f"{SEPARATOR}~{holder.path}{SEPARATOR}"
+    groups = []
+    for index, group in enumerate(holder.groups):
+        members = [name_of(parameter, names, holder, index) for parameter in group["params"]]
+        for name in members:
+            if name in taken:
+                raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
+            taken.add(name)
+        options = {key: value for key, value in group.items() if key != "params"}
+        # Named after a parameter: optimizers of other pipeline stages have the same numbers.
+        place = members[0] if members else f"{holder.number}.{index}"
+        here = sink.another()
+        groups.append({"params": members, "options": encode(options, f"{place}{inside}{OPTIONS}", here)})
+        _take(found, sink, here, group["params"][0] if members else None, from_step=False)
+    section["optimizers"].append({"class": type(holder.optimizer).__qualname__, "groups": groups})
+    here_too = {id(parameter) for parameter in holder.parameters}
+    for parameter, held in holder.state.items():
+        known = names.get(id(parameter)) if id(parameter) in here_too else None
+        if known is not None and isinstance(held, Mapping):  # the rest is for its state_dict to tell
+            here = sink.another()
+            section["state"][known] = encode(dict(held), f"{known}{inside}", here)
+            section["empty"] += [] if held else [known]
+            _take(found, sink, here, parameter, from_step=True)
+
+
+def _take(found: Described, sink: Sink, here: Sink, parameter: torch.Tensor | None, *, from_step: bool) -> None:
+    """Note tensors that belong to a parameter (of options: to the first of their group), and how they are placed."""
+    is_sharded = isinstance(parameter, DTensor)
+    for name, tensor in here.items():
+        if isinstance(tensor, DTensor):
+            found.data["placements"][name] = _placement(tensor, parameter)
+        elif is_sharded or not from_step:
+            found.alone.add(name)
+            if is_sharded and tensor.dim():
+                found.data["plain"].append(name)
+        if from_step:
+            found.steady.add(name)
+    sink.update(here)
+    sink.own.update(here.own)
+    sink.omitted += here.omitted
+
+
+def _placement(tensor: DTensor, parameter: torch.Tensor | None) -> str | list[int | None]:
+    """How a DTensor is placed, to create such a state where none exists yet."""
+    if isinstance(parameter, DTensor) and _mesh_and_placements(tensor) == _mesh_and_placements(parameter):
+        return AS_PARAMETER
+    return [placement.dim if isinstance(placement, Shard) else None for placement in tensor.placements]
+
+
+def _mesh_and_placements(tensor: DTensor) -> tuple[Any, ...]:
+    return tensor.device_mesh, tensor.placements, tensor.dim()
+
+
+def _add_own(
+    found: Described, number: int, optimizer: Any, inside: Sequence[Holder], names: Mapping[int, str], sink: Sink
+) -> None:
+    """Add what only the optimizer's own state_dict tells, if it tells anything."""
+    parameters = {id(parameter): parameter for holder in inside for parameter in holder.parameters}
+    references = {identity: {"~": PARAMETER, "v": names[identity]} for identity in parameters}
+    references.update({id(tensor): {"~": "tensor", "v": name} for name, tensor in sink.items()})
+    references.update({id(tensor): {"~": OWN, "v": name} for name, tensor in sink.own.items()})
+    here = sink.another(references)
+    here.inside = f"optimizer {number}{SEPARATOR}"
+    tree = own_state(optimizer, inside, here)
+    if tree is None:
+        return
+    found.data.setdefault("own", {})[str(number)] = tree
+    meshes = found.data.setdefault("meshes", {})
+    for name, tensor in here.items():
+        like = _like(tensor, parameters.values()) if isinstance(tensor, DTensor) else None
+        if like is not None:
+            meshes[name] = names[id(like)]
+            found.data["placements"][name] = _placement(tensor, like)  # type: ignore[arg-type]
+    found.alone.update(name for name, tensor in here.items() if not isinstance(tensor, DTensor))
+    sink.update(here)
+    sink.own.update(here.own)
+    sink.omitted += here.omitted
+
+
+def _like(tensor: DTensor, parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """A parameter on the tensor's mesh, of its shape and placements if there is one."""
+    there = [item for item in parameters if isinstance(item, DTensor) and item.device_mesh == tensor.device_mesh]
+    exact = (item for item in there if item.shape == tensor.shape and item.placements == tensor.placements)
+    return next(exact, next(iter(there), None))
+
+
+def name_of(parameter: torch.Tensor, names: Mapping[int, str], holder: Holder, index: int) -> str:
+    """The name of a parameter in a group.
+
+    Raises:
+        CheckpointError: It is in no model.
+    """
     try:
         return names[id(parameter)]
     except KeyError:
         raise CheckpointError(
-            f"optimizer {number}, group {index} holds a parameter of shape {list(parameter.shape)} that is in no model "
-            "of the AppState. Build the optimizer after wrapping or sharding the model, and give AppState both"
+            f"{holder.called}, group {index} holds a parameter of shape {list(parameter.shape)} that is in no model of "
+            "the AppState. Build the optimizer after wrapping or sharding the model, and give AppState both"
         ) from None
-
-
-def _placements(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int | None]]:
-    """For DTensors the sharded dimension on each mesh dimension, to create such a state where none exists yet."""
-    return {
-        name: [placement.dim if isinstance(placement, Shard) else None for placement in tensor.placements]
-        for name, tensor in tensors.items()
-        if isinstance(tensor, DTensor)
-    }
-
-
-def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[LocalTensor]:
-    """The state's tensors, by name, as this rank holds them.
-
-    Only the optimizers' steps change the state of parameters; options (a learning rate that is a tensor) belong to
-    schedulers too.
-    """
-    options = f"{SEPARATOR}{_OPTIONS}"
-    return [localize(name, tensor, late=options not in name, lasting=True) for name, tensor in tensors.items()]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A saved description beside live optimizers, parameter by parameter.
-
-    Optimizers may be numbered and grouped otherwise than in the run that saved, as other pipeline stages have them.
-
-    Attributes:
-        held: Parameters of the live optimizers.
-        options: For each live optimizer and group the saved options, encoded; None for a group that stays as it is.
-        missing: Parameters of live optimizers that the description lacks.
-        different: Place of an optimizer or group to why no options fit it.
-    """
-
-    held: set[str]
-    options: list[list[dict[str, Any] | None]]
-    missing: list[str]
-    different: dict[str, str]
-
-
-def fit(described: Mapping[str, Any], optimizers: Sequence[Optimizer], names: Mapping[int, str]) -> Fit:
-    """Find the saved options of every live group.
-
-    Raises:
-        CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
-    """
-    saved = {
-        name: (index, group["options"], optimizer["class"])
-        for optimizer in described["optimizers"]
-        for index, group in enumerate(optimizer["groups"])
-        for name in group["params"]
-    }
-    found = Fit(set(), [], [], {})
-    for number, optimizer in enumerate(optimizers):
-        rows: list[dict[str, Any] | None] = []
-        for index, group in enumerate(optimizer.param_groups):
-            members = [_name(parameter, names, number, index) for parameter in group["params"]]
-            found.held.update(members)
-            found.missing.extend(name for name in members if name not in saved)
-            groups = {id(saved[name][1]): saved[name][1:] for name in members if name in saved}
-            for options, kind in groups.values():
-                if (why := _incompatible(kind, set(options), optimizer, set(group))) is not None:
-                    found.different[f"optimizer {number}"] = why
-            kinds = {_kind(*saved[name][:2]): saved[name][1] for name in members if name in saved}
-            if len(kinds) > 1:
-                first = {_kind(*saved[name][:2]): name for name in reversed(members) if name in saved}
-                found.different[f"optimizer {number}, group {index}"] = (
-                    f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
-                    "group them as in the run that saved"
-                )
-            rows.append(next(iter(kinds.values()), None))
-        found.options.append(rows)
-    return found
-
-
-def _incompatible(saved: str, options: set[str], live: Optimizer, here: set[str]) -> str | None:
-    """Why the options, and so the state, of a saved optimizer are not a live one's; None where they may be.
-
-    Args:
-        saved: Its class; empty where nothing says it.
-        options: Names of its options.
-        live: The live optimizer.
-        here: Names of the live group's options.
-    """
-    name = type(live).__qualname__
-    gone, new = options - here - _BESIDE, set(live.defaults) - options
-    # A class may gain or lose options from version to version; others may bear its name.
-    differ = bool(gone or new) if saved and saved != name else bool(gone and new)
-    if not differ:
-        return None
-    sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
-    return (
-        f"{saved or 'another optimizer'} in the checkpoint, {name} in the AppState, with other options "
-        f"({'; '.join(sides)}). To start with a new optimizer, name the other parts alone: "
-        "restore_parts=[model,dataloader,rng,extras,progress]"
-    )
-
-
-def _kind(index: int, options: Mapping[str, Any]) -> tuple[str, int | None]:
-    """Equal for groups that may become one. Tensors among the options count as equal in groups of one number."""
-    tensors = tensor_names(options)
-    text = json.dumps(options, sort_keys=True)
-    for name in tensors:
-        text = text.replace(json.dumps(name), "0")
-    return text, index if tensors else None
-
-
-def targets(
-    described: Mapping[str, Any],
-    tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    optimizers: Sequence[Optimizer],
-    names: Mapping[int, str],
-) -> dict[str, torch.Tensor]:
-    """A tensor to read each saved state tensor into: the live one where it fits, else a fresh one of its kind.
-
-    Args:
-        described: The saved description.
-        tensor_shapes: Name to global shape and element type of every saved tensor.
-        optimizers: The live optimizers.
-        names: Identity of a parameter to its name.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = names[id(parameter)]
-                held = optimizer.state.get(parameter) or {}
-                for key, value in described["state"].get(name, {}).items():
-                    full = f"{name}{SEPARATOR}{key}"
-                    if not (isinstance(value, dict) and value.get("~") == "tensor") or full not in tensor_shapes:
-                        continue
-                    shape, dtype = tensor_shapes[full]
-                    live = held.get(key)
-                    if isinstance(live, torch.Tensor) and tuple(live.shape) == shape and live.dtype == dtype:
-                        found[full] = live
-                    else:
-                        on_device = bool(group.get("capturable") or group.get("fused"))
-                        placement = described["placements"].get(full)
-                        found[full] = _fresh(full, parameter, shape, dtype, placement, on_device)
-    return found
-
-
-def _fresh(
-    name: str,
-    parameter: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    dims: list[int | None] | None,
-    on_device: bool,
-) -> torch.Tensor:
-    """A state tensor as the optimizer itself would have created it for this parameter."""
-    parameter = parameter.detach()
-    # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
-    if shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step"):
-        return fresh_like(parameter, dtype=dtype)
-    if shape == () and dims is None:
-        # A step counter: beside the parameter only where the optimizer's kernels want it there.
-        return torch.empty((), dtype=dtype, device=parameter.device if on_device else "cpu")
-    if not isinstance(parameter, DTensor):
-        return torch.empty(shape, dtype=dtype, device=parameter.device)
-    mesh = parameter.device_mesh
-    if dims is None or len(dims) != mesh.ndim:
-        # Written on another mesh. Whole on every rank is right anywhere, and what PyTorch's own optimizers begin with.
-        dims = [None] * mesh.ndim
-    placements: list[Placement] = [Replicate() if dim is None else Shard(dim) for dim in dims]
-    return torch.distributed.tensor.empty(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
-
-
-def install(
-    decoded_state: Mapping[str, dict[str, Any]],
-    decoded_options: Sequence[Sequence[dict[str, Any] | None]],
-    optimizers: Sequence[Optimizer],
-    names: Mapping[int, str],
-) -> None:
-    """Put saved state and options into live optimizers; state that was absent becomes absent.
-
-    Args:
-        decoded_state: Parameter name to its state, tensors in place.
-        decoded_options: For each optimizer and group its options; None for a group that keeps its own.
-        optimizers: The live optimizers.
-        names: Identity of a parameter to its name.
-    """
-    for optimizer, options in zip(optimizers, decoded_options, strict=True):
-        for group, saved in zip(optimizer.param_groups, options, strict=True):
-            group.update(saved or {})
-            for parameter in group["params"]:
-                state = decoded_state.get(names[id(parameter)])
-                if state:
-                    optimizer.state[parameter] = dict(state)
-                else:
-                    optimizer.state.pop(parameter, None)

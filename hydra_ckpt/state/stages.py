@@ -36,17 +36,42 @@ def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple
     combined: Document = {"lr_scheduler": _schedulers(documents, schedulers, notes)}
     optimizers = [document["optimizer"] for document in documents if "optimizer" in document]
     if optimizers:
-        combined["optimizer"] = {
-            "optimizers": [item for described in optimizers for item in described["optimizers"]],
-            "state": {name: state for described in reversed(optimizers) for name, state in described["state"].items()},
-            "placements": {name: dims for described in optimizers for name, dims in described["placements"].items()},
-        }
+        combined["optimizer"] = _optimizers(optimizers)
     for kind in ("extra_state", "extras"):
         combined[kind] = {}
         for name in dict.fromkeys(name for document in documents for name in document.get(kind, {})):
             trees = [document[kind][name] for document in documents if name in document.get(kind, {})]
             combined[kind][name] = _merge(trees, f"{kind}[{name!r}]", notes)
+    combined["unsaved"] = sorted({name for document in documents for name in document.get("unsaved", [])})
+    combined["of_other_stages"] = [
+        name
+        for document in documents
+        for name in (
+            *(f"optimizer.{number}" for number in document.get("optimizer", {}).get("own", {})),
+            *(f"model.{entry}" for parts in document.get("entries", {}).values() for part in parts for entry in part),
+        )
+    ]
     return combined, notes
+
+
+def _optimizers(described: Sequence[Document]) -> Document:
+    """The optimizers of all stages as one description; a parameter that several stages hold is the first stage's."""
+    found: Document = {
+        "optimizers": [item for one in described for item in one["optimizers"]],
+        "state": {name: state for one in reversed(described) for name, state in one["state"].items()},
+        "empty": [name for one in described for name in one.get("empty", [])],
+    }
+    placed = [one for one in described if "placements" in one]
+    if placed:
+        found["placements"] = {name: dims for one in placed for name, dims in one["placements"].items()}
+    if any("plain" in one for one in described):
+        found["plain"] = [name for one in described for name in one.get("plain", [])]
+    paths = dict.fromkeys(path for one in described for path in one.get("inner", {}))
+    if paths:
+        found["inner"] = {
+            path: _optimizers([one["inner"][path] for one in described if path in one["inner"]]) for path in paths
+        }
+    return found
 
 
 def optimized(documents: Sequence[Document]) -> set[str]:
@@ -76,7 +101,7 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
     first = trees[0]
     if len(trees) == 1:
         return first
-    if all(isinstance(tree, dict) and tree.keys() == {_TAG, "v"} for tree in trees):
+    if all(isinstance(tree, dict) and tree.keys() >= {_TAG, "v"} for tree in trees):
         tags = {tree[_TAG] for tree in trees}
         if tags == {"ordered"}:
             return {_TAG: "ordered", "v": _merge([tree["v"] for tree in trees], path, notes)}

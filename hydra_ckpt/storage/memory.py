@@ -65,6 +65,21 @@ def fresh_like(
     )
 
 
+def strided_like(tensor: DTensor, strides: tuple[int, ...]) -> DTensor:
+    """An empty DTensor of this one's kind whose dimensions lie in memory in the order of these global strides.
+
+    Example: a (4, 6) tensor with strides (1, 4) lies column by column; of two ranks that share its rows each gets a
+    (2, 6) part with strides (1, 2).
+    """
+    local = tensor.to_local()
+    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    part = torch.empty([local.shape[dim] for dim in order], dtype=local.dtype, device=local.device).permute(inverse)
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=strides
+    )
+
+
 def _mapped(nbytes: int) -> torch.Tensor:
     """Memory of its own, as uint8, which goes back to the system with the last tensor in it."""
     # Addresses for whole pages, so that the system begins them where a page can be huge; the last one stays of small

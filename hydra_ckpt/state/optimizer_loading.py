@@ -1,0 +1,436 @@
+"""Saved optimizer state beside live optimizers: what fits, where it is read into, and how it is put back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.state.holders import Holder, holders
+from hydra_ckpt.state.optimizer import AS_PARAMETER, SEPARATOR, describe, name_of
+from hydra_ckpt.state.optimizer_oracle import differing
+from hydra_ckpt.storage.memory import fresh_like, strided_like
+from hydra_ckpt.storage.tree import row_major, strides, tensor_names
+
+# What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
+_BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A saved description beside live optimizers, parameter by parameter.
+
+    Optimizers may be numbered and grouped otherwise than in the run that saved, as other pipeline stages have them.
+
+    Attributes:
+        live: The optimizers and those inside them.
+        held: Names of their parameters.
+        options: For each of these and each of its groups the saved options, encoded; None for a group that stays as
+            it is.
+        state: For each of these the saved state of its parameters, encoded.
+        own: Number of an optimizer to its own saved state_dict, encoded.
+        absent: Numbers of optimizers of whose parameters the description knows none.
+        missing: Parameters of the other live optimizers that the description lacks.
+        different: Name of an optimizer or group to why no options fit it.
+        notes: What is otherwise than it was, in words.
+    """
+
+    live: list[Holder]
+    held: set[str] = field(default_factory=set)
+    options: list[list[dict[str, Any] | None]] = field(default_factory=list)
+    state: list[dict[str, Any]] = field(default_factory=list)
+    own: dict[int, Any] = field(default_factory=dict)
+    absent: set[int] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave the state of these parameters as it is: they themselves are not loaded."""
+        for state in self.state:
+            self.missing.extend(name for name in names & state.keys() if name not in self.missing)
+            for name in names & state.keys():
+                del state[name]
+
+    def trees(self) -> list[Any]:
+        """All encoded data that will be installed."""
+        return [self.options, self.state, list(self.own.values())]
+
+
+def empty_states(described: Mapping[str, Any]) -> set[str]:
+    """Parameters that had a state without anything in it."""
+    return {name for one in (described, *described.get("inner", {}).values()) for name in one.get("empty", ())}
+
+
+def section(described: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """What a description says of the optimizers, or of those inside them under one path."""
+    nothing: Mapping[str, Any] = {"optimizers": [], "state": {}}
+    return described if not path else described.get("inner", {}).get(path, nothing)
+
+
+def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapping[int, str]) -> Fit:
+    """Find the saved options and state of every live group.
+
+    Raises:
+        CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
+    """
+    found = Fit(holders(optimizers, names))
+    for holder in found.live:
+        _fit_holder(found, section(described, holder.path), holder, names, len(optimizers))
+    for number in range(len(optimizers)):
+        tree = described.get("own", {}).get(str(number))
+        if tree is None or number in found.absent:
+            continue
+        if _same_parameters(described, found.live, number, names):
+            found.own[number] = tree
+        else:
+            found.different[_called(found.live, number)] = (
+                "it has state of its own beside that of its parameters, which fits only the same parameters in the "
+                "same groups"
+            )
+    return found
+
+
+def _called(live: Sequence[Holder], number: int) -> str:
+    return next(holder.called for holder in live if holder.number == number)
+
+
+def _same_parameters(
+    described: Mapping[str, Any], live: Sequence[Holder], number: int, names: Mapping[int, str]
+) -> bool:
+    """Whether an optimizer, and those inside it, have the groups of parameters that were saved."""
+    for holder in live:
+        saved = section(described, holder.path)["optimizers"]
+        if holder.number == number and holder.groups:
+            groups = [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
+            if groups not in [[group["params"] for group in optimizer["groups"]] for optimizer in saved]:
+                return False
+    return True
+
+
+def _fit_holder(
+    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], optimizers: int
+) -> None:
+    saved = {
+        name: (index, group["options"], optimizer["class"])
+        for optimizer in described["optimizers"]
+        for index, group in enumerate(optimizer["groups"])
+        for name in group["params"]
+    }
+    rows: list[dict[str, Any] | None] = []
+    everyone: list[str] = []
+    missing: list[str] = []
+    for index, group in enumerate(holder.groups):
+        members = [name_of(parameter, names, holder, index) for parameter in group["params"]]
+        everyone += members
+        missing += [name for name in members if name not in saved]
+        if not members:
+            rows.append(_empty_group(described, holder, index, optimizers))
+            continue
+        rows.append(_fit_group(found, holder, index, group, {name: saved[name] for name in members if name in saved}))
+    if everyone and len(missing) == len(everyone) and not holder.path:
+        found.absent.add(holder.number)
+    else:
+        found.missing.extend(missing)
+    found.options.append(rows)
+    found.held.update(everyone)
+    held = {names[id(parameter)] for parameter in holder.parameters}
+    found.state.append({name: state for name, state in described["state"].items() if name in held})
+    if any(row is not None for row in rows) and not _grouped_alike(described, holder, names):
+        found.notes.append(
+            f"{_place(holder)}: its parameters are grouped otherwise than in the checkpoint; each group takes the "
+            "options that its parameters had there"
+        )
+
+
+def _grouped_alike(described: Mapping[str, Any], holder: Holder, names: Mapping[int, str]) -> bool:
+    live = {frozenset(names[id(parameter)] for parameter in group["params"]) for group in holder.groups}
+    saved = {frozenset(group["params"]) for optimizer in described["optimizers"] for group in optimizer["groups"]}
+    return live <= saved
+
+
+def _place(holder: Holder, index: int | None = None) -> str:
+    inner = f".{holder.path}" if holder.path else ""
+    return f"{holder.called}{inner}" + ("" if index is None else f", group {index}")
+
+
+def _empty_group(described: Mapping[str, Any], holder: Holder, index: int, optimizers: int) -> dict[str, Any] | None:
+    """The options of a group without parameters, which only its number can tell."""
+    saved = described["optimizers"]
+    if len(saved) != optimizers or len(saved[holder.number]["groups"]) != len(holder.groups):
+        return None
+    group: dict[str, Any] = saved[holder.number]["groups"][index]
+    return None if group["params"] else group["options"]
+
+
+def _fit_group(
+    found: Fit, holder: Holder, index: int, group: Mapping[str, Any], saved: Mapping[str, tuple[int, Any, str]]
+) -> dict[str, Any] | None:
+    """The saved options of a group's parameters, if they are the same for all and of the same kind of optimizer."""
+    groups = {id(options): (options, kind) for _, options, kind in saved.values()}
+    for options, kind in groups.values():
+        if (why := _incompatible(kind, set(options), holder.optimizer, set(group))) is not None:
+            found.different[_place(holder)] = why
+    kinds = {_kind(number, options): options for number, options, _ in saved.values()}
+    if len(kinds) > 1:
+        first = {_kind(number, options): name for name, (number, options, _) in reversed([*saved.items()])}
+        found.different[_place(holder, index)] = (
+            f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
+            "group them as in the run that saved"
+        )
+    return next(iter(kinds.values()), None)
+
+
+def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> str | None:
+    """Why the options, and so the state, of a saved optimizer are not a live one's; None where they may be.
+
+    Args:
+        saved: Its class; empty where nothing says it.
+        options: Names of its options.
+        live: The live optimizer.
+        here: Names of the live group's options.
+    """
+    name = type(live).__qualname__
+    gone, new = options - here - _BESIDE, set(getattr(live, "defaults", None) or {}) - options
+    # A class may gain or lose options from version to version; others may bear its name.
+    differ = bool(gone or new) if saved and saved != name else bool(gone and new)
+    if not differ:
+        return None
+    sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
+    return (
+        f"{saved or 'another optimizer'} in the checkpoint, {name} in the AppState, with other options "
+        f"({'; '.join(sides)}). To start with a new optimizer, name the other parts alone: "
+        "restore_parts=[model,dataloader,rng,extras,progress]"
+    )
+
+
+def _kind(index: int, options: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Equal for groups that may become one. Tensors among the options count as equal in groups of one number."""
+    tensors = tensor_names(options)
+    text = json.dumps(options, sort_keys=True)
+    for name in tensors:
+        text = text.replace(json.dumps(name), "0")
+    return text, index if tensors else None
+
+
+def targets(
+    described: Mapping[str, Any],
+    found: Fit,
+    tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+) -> dict[str, torch.Tensor]:
+    """A tensor to read each saved state tensor into: the live one where it fits, else a fresh one of its kind.
+
+    Args:
+        described: The saved description.
+        found: What of it fits.
+        tensor_shapes: Name to global shape and element type of every saved tensor.
+        optimizers: What the live optimizers are called, to these.
+        names: Identity of a parameter to its name.
+    """
+    live = describe(optimizers, names, asks=False).tensors
+    wanted_strides = strides(found.trees())
+    into: dict[str, torch.Tensor] = {}
+    for name, parameter, on_device in _wanted(described, found, names):
+        if name not in tensor_shapes:
+            continue  # the caller says that it is missing
+        shape, dtype = tensor_shapes[name]
+        wanted = _wanted_as(described, name, shape, dtype, wanted_strides.get(name), parameter, on_device)
+        held = live.get(name)
+        into[name] = held if held is not None and wanted.is_like(held) else wanted.make()
+    return into
+
+
+def _wanted(
+    described: Mapping[str, Any], found: Fit, names: Mapping[int, str]
+) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
+    """The names of tensors to install, with the parameter that each belongs to, and whether its counters lie there."""
+    parameters: dict[str, torch.Tensor] = {}
+    counters: set[str] = set()  # of parameters whose optimizer keeps them on the device
+    for holder, options, state in zip(found.live, found.options, found.state, strict=True):
+        for group, chosen in zip(holder.groups, options, strict=True):
+            first = group["params"][0] if group["params"] else None
+            on_device = bool(group.get("capturable") or group.get("fused"))
+            yield from ((name, first, False) for name in tensor_names(chosen))
+            counters |= {names[id(parameter)] for parameter in group["params"] if on_device}
+        for parameter in holder.parameters:
+            here = names[id(parameter)]
+            parameters[here] = parameter
+            yield from ((name, parameter, here in counters) for name in tensor_names(state.get(here, {})))
+    meshes = described.get("meshes", {})
+    for tree in found.own.values():
+        # What the walk has read off comes from there.
+        yield from ((name, parameters.get(meshes.get(name, "")), False) for name in tensor_names(tree) if _is_own(name))
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("optimizer ") and SEPARATOR in name
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A state tensor as it has to be in memory.
+
+    Attributes:
+        shape: Its global shape.
+        dtype: Its element type.
+        strides: Its global strides; None where it lies row by row.
+        device: Where it is.
+        placed: The mesh and placements of a DTensor; None for a plain tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...] | None
+    device: torch.device
+    placed: tuple[Any, tuple[Placement, ...]] | None = None
+
+    def is_like(self, tensor: torch.Tensor) -> bool:
+        """Whether a live tensor can take the values as it is."""
+        here = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
+        lies = None if tensor.stride() == row_major(tensor.shape) else tuple(tensor.stride())
+        known = (torch.Tensor, torch.nn.Parameter, DTensor)
+        return type(tensor) in known and (tuple(tensor.shape), tensor.dtype, lies, here) == (
+            self.shape,
+            self.dtype,
+            self.strides,
+            self.placed,
+        )
+
+    def make(self) -> torch.Tensor:
+        """A fresh one, without values."""
+        if self.placed is None:
+            if self.strides is not None:
+                return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+            return fresh_like(torch.empty(self.shape, dtype=self.dtype, device="meta"), device=self.device)
+        mesh, placements = self.placed
+        empty = torch.distributed.tensor.empty(
+            *self.shape, dtype=self.dtype, device_mesh=mesh, placements=list(placements)
+        )
+        return empty if self.strides is None else strided_like(empty, self.strides)
+
+
+def _wanted_as(
+    described: Mapping[str, Any],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    lies: tuple[int, ...] | None,
+    parameter: torch.Tensor | None,
+    on_device: bool,
+) -> _Wanted:
+    """A state tensor as the optimizer itself would have it for this parameter."""
+    if parameter is None:
+        return _Wanted(shape, dtype, lies, torch.device("cpu"))
+    saved = described["placements"].get(name)
+    # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
+    is_alike = shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step")
+    if saved is None and shape == () and not is_alike:
+        # A counter: beside the parameter only where the optimizer's kernels want it there.
+        return _Wanted(shape, dtype, lies, parameter.device if on_device else torch.device("cpu"))
+    if not isinstance(parameter, DTensor) or (
+        saved is None and (name in described.get("plain", ()) or _is_single(shape))
+    ):
+        return _Wanted(shape, dtype, lies, parameter.device)
+    mesh = parameter.device_mesh
+    placements: tuple[Placement, ...] = (Replicate(),) * mesh.ndim
+    is_older = "plain" not in described
+    if saved == AS_PARAMETER or (is_alike and (saved is None or is_older or len(saved) != mesh.ndim)):
+        placements = tuple(parameter.placements) if len(shape) == parameter.dim() else placements
+    elif saved is not None and len(saved) == mesh.ndim:
+        placements = tuple(Replicate() if dim is None else Shard(dim) for dim in saved)
+    # Written on another mesh, it is whole on every rank: right anywhere, and what PyTorch's own optimizers begin with.
+    return _Wanted(shape, dtype, lies, parameter.device, (mesh, placements))
+
+
+def _is_single(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has one element but dimensions, as counters of many optimizers have."""
+    return bool(shape) and all(size == 1 for size in shape)
+
+
+def install(
+    found: Fit,
+    states: Sequence[Mapping[str, dict[Any, Any]]],
+    options: Sequence[Sequence[dict[str, Any] | None]],
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+    empty: Collection[str] = (),
+) -> None:
+    """Put saved state and options into live optimizers; state that was absent becomes absent.
+
+    Args:
+        found: What fits.
+        states: For each live optimizer: parameter name to its state, tensors in place.
+        options: For each live optimizer and group its options; None for a group that keeps its own.
+        optimizers: What the live optimizers are called, to these.
+        names: Identity of a parameter to its name.
+        empty: Parameters that had a state without anything in it.
+    """
+    # Looked up again: load_state_dict() of an optimizer gives it new groups and a new state.
+    live = {(holder.number, holder.path): holder for holder in holders(optimizers, names)}
+    for saved, state, groups in zip(found.live, states, options, strict=True):
+        holder = live.get((saved.number, saved.path))
+        if holder is None or saved.number in found.absent:
+            continue
+        for group, chosen in zip(holder.groups, groups, strict=False):
+            group.update(chosen or {})
+        for parameter in {id(item): item for item in holder.parameters}.values():
+            name = names[id(parameter)]
+            if name in found.missing:
+                continue
+            if state.get(name) or name in empty:
+                holder.state[parameter] = dict(state.get(name, {}))  # type: ignore[index]
+            else:
+                holder.state.pop(parameter, None)  # type: ignore[attr-defined]
+
+
+def give_back(
+    called: str, optimizer: Any, decoded: Callable[[], Any], found: Fit, walk: Callable[[], None]
+) -> list[str]:
+    """Hand an optimizer its own saved state_dict, and put the walked state back that it may have cast or copied.
+
+    PyTorch casts state to the parameter's element type when it loads: fp32 state of a bf16 parameter would lose half
+    its bits. So what was walked is installed again afterwards.
+
+    Args:
+        called: What messages call it.
+        optimizer: The optimizer.
+        decoded: Makes the state dict, each time a new one: some optimizers take theirs apart.
+        found: What fits.
+        walk: Installs what was walked.
+
+    Returns:
+        Where its state_dict() differs afterwards from what it was given, by dotted name.
+
+    Raises:
+        CheckpointError: It refuses the state dict.
+    """
+    inside = [holder.optimizer for holder in found.live if holder.called == called]
+    shared = [(one, other) for one in inside for other in inside if one is not other and _share_groups(one, other)]
+    try:
+        optimizer.load_state_dict(decoded())
+    except Exception as error:
+        raise CheckpointError(
+            f"{called} ({type(optimizer).__qualname__}): its load_state_dict() refuses what its state_dict() returned "
+            f"when it was saved: {type(error).__name__}: {error}. Build it as in the run that saved; to start with a "
+            "new one, name the other parts alone: restore_parts=[model,dataloader,rng,extras,progress]"
+        ) from error
+    for one, other in shared:
+        if not _share_groups(one, other):
+            with suppress(AttributeError):  # it shows the other's groups by itself
+                one.param_groups = other.param_groups
+    walk()
+    return list(differing(decoded(), optimizer.state_dict(), called))
+
+
+def _share_groups(one: Any, other: Any) -> bool:
+    """Whether two optimizers look at one list of groups, so that a scheduler of the outer one acts on the inner one."""
+    return getattr(one, "param_groups", None) is getattr(other, "param_groups", 0)

@@ -1,0 +1,175 @@
+"""What an optimizer knows beyond the state and options of its parameters: its own `state_dict` is the judge.
+
+Most optimizers keep everything in `.state[parameter]` and `.param_groups`, where it is read off. Some override
+`state_dict`, hook it, keep state under other keys, or wrap another optimizer. Their `state_dict` is stored as it is,
+except that a tensor that was read off already is only referred to. When it is loaded it goes back through
+`load_state_dict`. Example: a Lookahead over an AdamW whose `state[w]["exp_avg"]` is the tensor A returns
+`{"base": {"state": {0: {"exp_avg": A}}}, "slow": [S], "k": 3}`. Stored is the same, with references to the tensors
+`w:~base:exp_avg`, which the walk has found, and `optimizer 0:slow.0`, which only this tree has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.state.holders import Holder
+from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
+from hydra_ckpt.storage.tree import Sink, encode, leave_out
+
+PARAMETER = "parameter of"
+"""The tag of a reference to a live parameter of the model, by name."""
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def own_state(optimizer: Any, inside: Sequence[Holder], sink: Sink) -> Any | None:
+    """An optimizer's own state_dict, encoded; None where it tells nothing but what its holders do.
+
+    Args:
+        optimizer: The optimizer of an AppState.
+        inside: It and those that it wraps, which have been read off.
+        sink: Takes the tensors that were not.
+
+    Raises:
+        CheckpointConfigError: Its state_dict() raises.
+        CheckpointError: Its state_dict() holds something that cannot be stored.
+    """
+    if is_plain(optimizer):
+        return None
+    if sink.omits(sink.inside):
+        return None
+    try:
+        told = optimizer.state_dict()
+    except Exception as error:
+        raise CheckpointConfigError(
+            f"{sink.called} ({type(optimizer).__qualname__}): its state_dict() raises {type(error).__name__}: {error}. "
+            f"What it holds cannot be saved like this. Gather or finish its state before the save as its documentation "
+            f"says, use another optimizer, {leave_out(sink.called)}"
+        ) from error
+    if not _customizes_loading(optimizer) and any(_tells_only(told, holder) for holder in inside):
+        return None
+    return encode(told, sink.inside, sink)
+
+
+def is_plain(optimizer: Any) -> bool:
+    """Whether an optimizer's state_dict() is PyTorch's own, and so tells nothing beyond state and options."""
+    kind = type(optimizer)
+    return (
+        isinstance(optimizer, Optimizer)
+        and kind.state_dict is Optimizer.state_dict
+        and not _customizes_loading(optimizer)
+        and not any(getattr(optimizer, hooks, None) for hooks in _HOOKS[:2])
+        and hasattr(optimizer, "state")
+        and hasattr(optimizer, "param_groups")
+        and not _strange_keys(optimizer)
+    )
+
+
+def _strange_keys(optimizer: Optimizer) -> bool:
+    """Whether there is state that belongs to no parameter of a group."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    state = optimizer.state
+    return not known.issuperset(map(id, state)) or not all(isinstance(held, Mapping) for held in state.values())
+
+
+def _customizes_loading(optimizer: Any) -> bool:
+    """Whether loading does more than to take over state and options."""
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.optim."):
+        return any(getattr(optimizer, hooks, None) for hooks in _HOOKS[2:])
+    return (
+        not isinstance(optimizer, Optimizer)
+        or kind.load_state_dict is not Optimizer.load_state_dict
+        or kind.__setstate__ is not Optimizer.__setstate__
+        or any(getattr(optimizer, hooks, None) for hooks in _HOOKS[2:])
+    )
+
+
+def _tells_only(told: Any, holder: Holder) -> bool:
+    """Whether a state dict is what PyTorch's own would be for a holder, object by object."""
+    if not isinstance(told, Mapping) or told.keys() != {"state", "param_groups"}:
+        return False
+    numbers = {id(parameter): number for number, parameter in enumerate(holder.parameters)}
+    item = holder.optimizer
+    state = {numbers.get(id(key), key): held for key, held in getattr(item, "state", {}).items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in item.param_groups]
+    try:
+        told_groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in told["param_groups"]
+        ]
+    except (TypeError, AttributeError):
+        return False
+    return _is_same(told["state"], state) and _is_same(told_groups, groups)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """The same objects in the same places; plain values count by type and value."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) or type(one) is not type(other):
+        return isinstance(one, Mapping) and isinstance(other, Mapping) and _same_items(one, other)
+    if isinstance(one, Mapping):
+        return _same_items(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, np.ndarray | np.generic):
+        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    try:
+        return bool(one == other or (one != one and other != other))  # noqa: PLR0124 - only NaN differs from itself
+    except Exception:  # noqa: BLE001 - a foreign object's own comparison
+        return False
+
+
+def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+
+
+def differing(saved: Any, live: Any, place: str = "") -> Iterator[str]:
+    """Where a live object's own state is not what was put into it, by dotted names.
+
+    Args:
+        saved: What was loaded, decoded.
+        live: What state_dict() returns afterwards.
+        place: The name of both.
+    """
+    if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
+        if not same_tensor(saved, live):
+            yield place
+    elif isinstance(saved, Mapping) and isinstance(live, Mapping):
+        yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
+        for key in saved.keys() & live.keys():
+            yield from differing(saved[key], live[key], f"{place}.{key}")
+    elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
+        for index, (one, other) in enumerate(zip(saved, live, strict=True)):
+            yield from differing(one, other, f"{place}.{index}")
+    elif not _is_same(saved, live):
+        yield place
+
+
+def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one type, shape and the same bits; of DTensors this rank's shards are compared."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if is_wrapper(one):
+        return not list(differing(take_apart(one), take_apart(other)))
+    one, other = (local_part(item.detach()) for item in (one, other))
+    if is_wrapper(one):
+        return same_tensor(one, other)
+    return one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)

@@ -1,0 +1,77 @@
+"""Fresh tensors to read saved ones into, placed and laid out as the saved ones were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.memory import strided_like
+from hydra_ckpt.storage.stages import unqualified
+
+
+@dataclass(frozen=True)
+class Places:
+    """Knows where the tensors of schedulers, extras and extra state belong.
+
+    Args:
+        state: The live objects.
+        live: The tensors that live extras have now, by name; they tell device and mesh.
+        placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
+        strides: Name to strides, of those that did not lie row by row.
+    """
+
+    state: AppState
+    live: Mapping[str, torch.Tensor]
+    placed: Mapping[str, Sequence[int | None]]
+    strides: Mapping[str, tuple[int, ...]]
+
+    def fresh(self, name: str, spec: TensorSpec) -> torch.Tensor:
+        """An empty tensor for a saved one.
+
+        Args:
+            name: Its name in the checkpoint.
+            spec: Its global shape and element type.
+
+        Raises:
+            TopologyError: It was a DTensor, and there are several meshes here that it may have been on.
+        """
+        here = self.live.get(unqualified(name))
+        dtype, lies = TORCH_DTYPE[spec.dtype], self.strides.get(name)
+        if isinstance(here, DTensor) and here.shape == spec.shape:
+            like = torch.empty_like(here, dtype=dtype, requires_grad=False)
+            assert isinstance(like, DTensor)  # as `here` is
+            return self._laid(like, lies)
+        if name in self.placed and (sharded := self._sharded(name, spec, dtype)) is not None:
+            return self._laid(sharded, lies)
+        device = torch.device("cpu") if here is None else here.device
+        if lies is not None:
+            return torch.empty_strided(spec.shape, lies, dtype=dtype, device=device)
+        return torch.empty(spec.shape, dtype=dtype, device=device)
+
+    def _laid(self, tensor: DTensor, lies: tuple[int, ...] | None) -> DTensor:
+        return tensor if lies is None else strided_like(tensor, lies)
+
+    def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
+        """A DTensor on the model's mesh; None where the model is not sharded like this."""
+        dims = self.placed[name]
+        parameters = (
+            item for modules in self.state.models.values() for module in modules for item in module.parameters()
+        )
+        meshes = {item.device_mesh for item in parameters if isinstance(item, DTensor)}
+        fitting = [mesh for mesh in meshes if mesh.ndim == len(dims)]
+        if len(fitting) > 1:
+            raise TopologyError(
+                f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and nothing says "
+                "which; let the object's state_dict() return a DTensor before the load, too"
+            )
+        if not fitting:
+            return None
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=fitting[0], placements=placements)
