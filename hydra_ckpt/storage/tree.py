@@ -6,6 +6,7 @@ What JSON does not know is an object with the key "~": `{"~": "tuple", "v": [...
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -94,7 +95,12 @@ _ENCODERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
     bytes: lambda value: ("bytes", base64.b64encode(value).decode()),
     torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
     torch.device: lambda value: ("device", str(value)),
+    io.BytesIO: lambda value: ("stream", [_as_tensor(value.getvalue()), value.tell()]),
 }
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def decode(data: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -122,6 +128,13 @@ def _dtype(name: str) -> torch.dtype:
     return next(dtype for dtype in SAFETENSORS_DTYPE if str(dtype) == f"torch.{name}")
 
 
+def _stream(parts: Any) -> io.BytesIO:
+    data, position = parts
+    stream = io.BytesIO(data.numpy().tobytes())
+    stream.seek(position)
+    return stream
+
+
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "tuple": tuple,
@@ -135,6 +148,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "scalar": lambda pair: np.dtype(pair[0]).type(pair[1]),
     "dtype": _dtype,
     "device": torch.device,
+    "stream": _stream,
 }
 
 
