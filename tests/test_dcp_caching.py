@@ -67,6 +67,10 @@ def failure(path: Path, **arguments: Any) -> str:
     return str(caught.value)
 
 
+def failing(kind: str) -> FaultyFiles:
+    return FaultyFiles(lambda operation: 28 if operation.kind == kind else None)
+
+
 def _saves(root: Path) -> None:
     for number in range(3):  # a writer for each save
         dcp.save(state(number), storage_writer=SafetensorsWriter(root / f"new{number}"), planner=caching())
@@ -110,24 +114,21 @@ def test_a_plan_that_changes_on_one_rank_is_planned_anew(tmp_path: Path, world: 
 def _failures(root: Path) -> None:
     """A save fails while it is laid out, written and published, on the first rank and the last; the next is whole."""
     last = dist.get_world_size() - 1
-    number = 0
-    for kind, rank in (("allocate", 0), ("sync", 0), ("sync", last), ("rename", 0)):
+    for number, (kind, rank) in enumerate((("allocate", 0), ("sync", 0), ("sync", last), ("rename", 0))):
+        path = root / f"failed{number}"
         for _ in range(2):  # with plans of the first save in the cache, or of a save that failed
-            fails = dist.get_rank() == rank
-            files = FaultyFiles(lambda operation, fails=fails, kind=kind: 28 if fails and operation.kind == kind else None)
-            writer = SafetensorsWriter(root / f"failed{number}", files=files)
+            files = failing(kind) if dist.get_rank() == rank else None
+            writer = SafetensorsWriter(path, files=files)
             with pytest.raises(CheckpointException, match="Errno 28") as caught:
                 dcp.save(state(number), storage_writer=writer, planner=caching())
             assert list(caught.value.failures) == [rank]
-            files._fails = lambda _: None
             writer.abandon()
         dist.barrier()
-        dcp.save(state(number), storage_writer=SafetensorsWriter(root / f"failed{number}"), planner=caching())
-        assert_holds(root / f"failed{number}", number)
+        dcp.save(state(number), storage_writer=SafetensorsWriter(path), planner=caching())
+        assert_holds(path, number)
         dist.barrier()
         with pytest.raises(CheckpointException, match="exists already and is not empty"):
-            dcp.save(state(9), storage_writer=SafetensorsWriter(root / f"failed{number}"), planner=caching())
-        number += 1
+            dcp.save(state(9), storage_writer=SafetensorsWriter(path), planner=caching())
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -138,9 +139,8 @@ def test_a_save_after_a_failed_one_is_whole(tmp_path: Path, world: int) -> None:
 
 def _first_save_fails(root: Path) -> None:
     for kind in ("make_dir", "allocate"):
-        files = FaultyFiles(lambda operation, kind=kind: 28 if operation.kind == kind else None)
         with pytest.raises(CheckpointException, match="Errno 28"):
-            dcp.save(state(1), storage_writer=SafetensorsWriter(root / "a", files=files), planner=caching())
+            dcp.save(state(1), storage_writer=SafetensorsWriter(root / "a", files=failing(kind)), planner=caching())
     dcp.save(state(2), storage_writer=SafetensorsWriter(root / "a"), planner=caching())
     assert_holds(root / "a", 2)
 

@@ -349,6 +349,7 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
     """The item's data as it was planned.
 
     Raises:
+        CheckpointConfigError: It is a tensor of a kind that files cannot hold.
         CheckpointError: It is something else: DCP's plan cache does not notice another element type, for one.
     """
     data, name = planner.resolve_data(item), item.index.fqn
@@ -363,7 +364,13 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
         )
     if data.device.type == "meta":
         raise CheckpointError(f"{name}: is on the meta device and has no values; initialize it before it is saved")
-    return _on_host(data)
+    held = _on_host(data)
+    if type(held).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise CheckpointConfigError(
+            f"{name}: a {type(held).__name__} is not one block of elements and cannot be stored; save the tensors that "
+            "it consists of under keys of their own"
+        )
+    return held
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
