@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from hydra_ckpt.files import Files
 from hydra_ckpt.storage import PooledStager, SafetensorsReader, SafetensorsWriter
 from hydra_ckpt.testing import FaultyFiles, run_distributed
 
@@ -223,3 +225,56 @@ def _in_the_background(root: Path) -> None:
 
 def test_cached_plans_serve_saves_in_the_background(tmp_path: Path) -> None:
     run_distributed(_in_the_background, 2, tmp_path)
+
+
+class Gate(Files):
+    """Holds a save up until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def allocate(self, path: Path, nbytes: int) -> None:
+        if path.suffix == ".safetensors":
+            self.reached.set()
+            assert self.opened.wait(30)
+        super().allocate(path, nbytes)
+
+
+def test_two_saves_to_one_directory_at_a_time_do_not_mix(tmp_path: Path) -> None:
+    gate, path = Gate(), tmp_path / "a"
+    saving = dcp.async_save(
+        state(1), storage_writer=SafetensorsWriter(path, files=gate), async_stager=PooledStager(), planner=caching()
+    )
+    assert gate.reached.wait(30)
+    assert f"another thread saves to {path}" in failure(path, state_dict=state(2))
+    gate.opened.set()
+    saving.result(timeout=30)
+    assert_holds(path, 1)
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+class Counter:
+    """Has state, as DCP's protocol `Stateful` has it."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+def test_objects_with_state_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, counter = torch.nn.Linear(2, 3), Counter(5)
+    for number in range(2):
+        writer = SafetensorsWriter(tmp_path / str(number))
+        dcp.save({"model": model, "counter": counter}, storage_writer=writer, planner=caching())
+        with torch.no_grad():
+            model.weight.add_(1)
+        counter.value += 1
+        other, blank = torch.nn.Linear(2, 3), Counter(0)
+        dcp.load({"model": other, "counter": blank}, storage_reader=SafetensorsReader(tmp_path / str(number)))
+        assert torch.equal(other.weight + 1, model.weight)
+        assert blank.value == counter.value - 1

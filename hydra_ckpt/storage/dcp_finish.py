@@ -15,7 +15,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.storage import tree
 from hydra_ckpt.storage.dcp_draft import ASSIGNMENT
-from hydra_ckpt.storage.dcp_layout import STATE, Written
+from hydra_ckpt.storage.dcp_layout import STATE, Sidecar, Written
 from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
 from hydra_ckpt.storage.digests import hex_digest
 from hydra_ckpt.store import names
@@ -29,6 +29,7 @@ def complete(
     layouts: tuple[FileLayout, ...],
     metadata: Metadata,
     results: Sequence[Sequence[WriteResult]],
+    sidecar: Sidecar,
 ) -> None:
     """Coordinator only: write what only it can write, the manifest last; from here on the draft is whole.
 
@@ -38,6 +39,7 @@ def complete(
         layouts: The files that ranks filled together.
         metadata: DCP's.
         results: What each rank wrote.
+        sidecar: This rank's digests: those of the headers are among them, even if no item was its own.
 
     Raises:
         CheckpointError: Two values' tensors have one name.
@@ -48,15 +50,15 @@ def complete(
     small = _small_files(layouts, metadata, flat)
     for path, data in small.items():
         files.write_new(draft.path / path, data)
-    inner = tuple(sorted(f"{TENSORS}/{path.name}" for path in (draft.path / TENSORS).glob("*")))
-    sidecars = _sidecars(draft, reports)
-    records = {file.path: FileRecord(file.nbytes) for file in layouts}
-    records.update({path: FileRecord((draft.path / path).stat().st_size) for path in inner})
+    # All from the reports: what another host has created may not be listed here yet.
+    inner = {path: FileRecord(nbytes) for report in reports for path, nbytes in report.own_files}
+    found = {sidecar, *(report.sidecar for report in reports)}
+    sidecars = {path: FileRecord(nbytes, digest) for path, nbytes, digest in found}
+    records = {file.path: FileRecord(file.nbytes) for file in layouts} | inner | sidecars
     records.update({path: FileRecord(len(data), hex_digest(data)) for path, data in small.items()})
-    records.update(sidecars)
     parts = {STATE: PartRecord("safetensors", tuple(file.path for file in layouts))}
     if inner:
-        parts[TENSORS] = PartRecord("safetensors", inner)
+        parts[TENSORS] = PartRecord("safetensors", tuple(sorted(inner)))
     for path in (names.TOKEN, ASSIGNMENT):
         files.unlink(draft.path / path)
     manifest = Manifest(
@@ -92,14 +94,3 @@ def _small_files(
     if len(layouts) > 1:
         small[f"{STATE}/model.safetensors.index.json"] = index_json(layouts)
     return small
-
-
-def _sidecars(draft: Draft, reports: Sequence[Written]) -> dict[str, FileRecord]:
-    """Every rank's digests. A rank that had no item may have written headers; its report is the file itself."""
-    found = {report.sidecar[0]: FileRecord(*report.sidecar[1:]) for report in reports}
-    for path in (draft.path / names.DIGESTS).iterdir():
-        data, name = path.read_bytes(), f"{names.DIGESTS}/{path.name}"
-        known = found.setdefault(name, FileRecord(len(data), hex_digest(data)))
-        if known != FileRecord(len(data), hex_digest(data)):
-            raise CheckpointError(f"{path} is not what a rank says it wrote; nothing is published")
-    return found

@@ -25,6 +25,8 @@ _SHOWN = 5
 
 # An entry of the state dict and which part of it; None for a value that is not a tensor.
 Part = tuple[str, Box | None]
+# A file of digests, its size in bytes, and its own digest.
+Sidecar = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,15 @@ class Written:
         box: Which part of the tensor; None for a value.
         value: An encoded value; None for a tensor.
         tensors: Names of the tensors that the value refers to.
+        own_files: Files that hold such tensors of this rank, with their sizes in bytes.
     """
 
     token: str
-    sidecar: tuple[str, int, str]
+    sidecar: Sidecar
     box: Box | None = None
     value: Any = None
     tensors: tuple[str, ...] = ()
+    own_files: tuple[tuple[str, int], ...] = ()
 
 
 def share_of(item: WriteItem) -> Share | None:

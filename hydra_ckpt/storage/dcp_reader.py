@@ -122,7 +122,7 @@ class SafetensorsReader(StorageReader):
         tensors = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                self._load_value(found, item, planner)
+                self._load_value(found, item, planner, ledger)
             else:
                 tensors.append((item, planner.resolve_tensor(item).detach()))
         fetch(self._path, [_fetch(found, item, target) for item, target in tensors], ledger)
@@ -143,17 +143,19 @@ class SafetensorsReader(StorageReader):
         # Other ranks compare the rest at the same time; what is about to be used is compared here, too.
         return Ledger(everything) if turn.world_size > 1 else None
 
-    def _load_value(self, found: Contents, item: ReadItem, planner: LoadPlanner) -> None:
+    def _load_value(self, found: Contents, item: ReadItem, planner: LoadPlanner, ledger: Ledger | None) -> None:
         data = found.values[item.storage_index.fqn]
-        tensors = {}
-        for name in tensor_names(data):
-            if name not in found.inner:
-                raise CorruptCheckpointError(self._path / VALUES, f"refers to a tensor {name}, which no file has")
-            spec = found.inner[name].spec
-            tensors[name] = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
-        fetch(
-            self._path, [Fetch(found.inner[name], Box.whole(tuple(into.shape)), into) for name, into in tensors.items()]
-        )
+        try:
+            inner = {name: found.inner[name] for name in tensor_names(data)}
+        except (KeyError, TypeError) as error:
+            raise CorruptCheckpointError(
+                self._path / VALUES, f"refers to a tensor that is not there: {error}"
+            ) from None
+        tensors = {
+            name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype]) for name, stored in inner.items()
+        }
+        whole = [Fetch(inner[name], Box.whole(tuple(into.shape)), into) for name, into in tensors.items()]
+        fetch(self._path, whole, ledger)
         load_item(planner, item, self._path / VALUES, data, tensors)
 
     @classmethod

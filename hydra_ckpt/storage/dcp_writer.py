@@ -38,6 +38,7 @@ from hydra_ckpt.storage.dcp_draft import (
 from hydra_ckpt.storage.dcp_finish import complete
 from hydra_ckpt.storage.dcp_layout import (
     STATE,
+    Sidecar,
     Written,
     check_complete,
     check_planned,
@@ -66,6 +67,7 @@ class _Saving:
         world_size: Ranks that save.
         assignment: What the ranks are told, once it is known.
         headers: Digests of the files' headers.
+        sidecar: This rank's digests, once they are written.
         failure: Why there is none.
     """
 
@@ -75,6 +77,7 @@ class _Saving:
     world_size: int = 1
     assignment: Assignment | None = None
     headers: list[Digested] = field(default_factory=list)
+    sidecar: Sidecar | None = None
     failure: Exception | None = None
 
 
@@ -216,7 +219,10 @@ class SafetensorsWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         try:
             assignment = self._told(plan, planner)
-            future.set_result([] if assignment is None else self._write(assignment, plan, planner))
+            if assignment is None or not (plan.items or self._is_coordinator):
+                future.set_result([])
+            else:
+                future.set_result(self._write(assignment, plan, planner))
         except Exception:
             if self._saving is not None and self._saving.world_size == 1:
                 self.abandon()
@@ -263,23 +269,23 @@ class SafetensorsWriter(StorageWriter):
         held = {key: _host_tensor(planner, plan.items[key], share) for key, share in shares.items()}
         held.update(zip(own, map(_on_host, inner.values()), strict=True))
         sidecar = self._write_files(assignment, written, held)
+        own_files = tuple((file.path, file.nbytes) for file in written.own_files)
         results = []
         for key, item in enumerate(plan.items):
+            report = Written(assignment.token, sidecar, own_files=own_files)
             if key in shares:
-                report = Written(assignment.token, sidecar, shares[key].box)
-                results.append(WriteResult(item.index, shares[key].nbytes, report))
+                report = replace(report, box=shares[key].box)
             else:
                 value, tensors = values[key]
-                results.append(WriteResult(item.index, 0, Written(assignment.token, sidecar, None, value, tensors)))
+                report = replace(report, value=value, tensors=tensors)
+            results.append(WriteResult(item.index, shares[key].nbytes if key in shares else 0, report))
         return results
 
     def _own_files(self, shares: Mapping[int, Share]) -> tuple[FileLayout, ...]:
         specs = [share.spec for share in shares.values()]
         return tuple(lay_out([specs], TENSORS, f"rank-{self._rank:05d}")) if specs else ()
 
-    def _write_files(
-        self, assignment: Assignment, plan: WritePlan, held: Mapping[int, torch.Tensor]
-    ) -> tuple[str, int, str]:
+    def _write_files(self, assignment: Assignment, plan: WritePlan, held: Mapping[int, torch.Tensor]) -> Sidecar:
         draft = assignment.root
         records = list(self._saving.headers) if self._saving is not None else []
         if plan.own_files:
@@ -287,10 +293,13 @@ class SafetensorsWriter(StorageWriter):
         records += create_own_files(self._files, draft, plan)
         sources = {key: bytes_of(tensor) for key, tensor in held.items()}
         records += write_plan(self._files, draft, plan, sources, start_with=self._rank)
-        sidecar = f"{names.DIGESTS}/rank-{self._rank:05d}.bin"
+        path = f"{names.DIGESTS}/rank-{self._rank:05d}.bin"
         data = encode([file.path for file in plan.all_files], records)
-        self._files.write_new(draft / sidecar, data)
-        return sidecar, len(data), hex_digest(data)
+        self._files.write_new(draft / path, data)
+        sidecar = path, len(data), hex_digest(data)
+        if self._saving is not None:
+            self._saving.sidecar = sidecar
+        return sidecar
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator only, called by DCP: publish what was written, if it is all that `metadata` lists.
@@ -300,11 +309,11 @@ class SafetensorsWriter(StorageWriter):
         """
         saving = self._current()
         try:
-            if saving.assignment is None:
+            if saving.assignment is None or saving.sidecar is None:
                 raise CheckpointError("finish() was called for a save that has written nothing")
             flat = [result for rank in results for result in rank]
             check_complete(metadata, flat, saving.draft.token)
-            complete(self._files, saving.draft, saving.assignment.files, metadata, results)
+            complete(self._files, saving.draft, saving.assignment.files, metadata, results, saving.sidecar)
             publish(self._files, saving.draft, overwrite=self._overwrite)
         except BaseException:
             self.abandon()
