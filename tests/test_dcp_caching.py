@@ -184,7 +184,7 @@ def test_a_plan_cached_by_another_writer_is_refused_or_serves(tmp_path: Path) ->
 def test_an_element_type_that_the_cached_plan_does_not_know_is_refused(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(2)}, storage_writer=SafetensorsWriter(tmp_path / "a"), planner=caching())
     error = failure(tmp_path / "b", state_dict={"w": torch.ones(2, dtype=torch.bfloat16)}, planner=caching())
-    assert "w: planned as F32 [2], but the planner gave BF16 [2]" in error
+    assert "w: planned as F32, but the planner gave BF16" in error
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -297,6 +297,8 @@ def test_our_own_torch_save_checkpoints_name_the_way_to_read_them(tmp_path: Path
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path), model_save_format="torch_save")
     with config.build(0, 0, 0) as engine:
         checkpoint = engine.save(AppState(torch.nn.Linear(2, 2)), step=1).result()
+    over = SafetensorsWriter(checkpoint.path, overwrite=True)
+    assert "exists already" in message(lambda: dcp.save({"w": torch.ones(1)}, storage_writer=over))
     text = message(lambda: load({"weight": torch.zeros(2, 2)}, checkpoint.path))
     assert "load it with dcp.load(state_dict, checkpoint_id=" in text
 

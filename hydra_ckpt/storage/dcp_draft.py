@@ -19,9 +19,10 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, Checkpoint
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.layout.files import FileLayout
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.storage.dcp_layout import STATE
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, discard, publish_draft
-from hydra_ckpt.store.manifest import read_sealed, seal
+from hydra_ckpt.store.manifest import read_manifest, read_sealed, seal
 
 ASSIGNMENT = ".assignment"
 _PATIENCE_S = 60.0
@@ -82,13 +83,20 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     if target.is_mount():
         raise CheckpointConfigError(f"{target} is a mount point; save into a directory below it")
-    if any(target.iterdir()) and not (overwrite and (target / names.MANIFEST).is_file()):
+    if any(target.iterdir()) and not (overwrite and _is_ours(target)):
         remedy = (
             "overwrite=True replaces only what SafetensorsWriter wrote; move the directory away first"
             if overwrite
             else "save into a new directory, or set overwrite=True to replace a checkpoint of SafetensorsWriter"
         )
         raise CheckpointExistsError(f"{target} exists already and is not empty; {remedy}")
+
+
+def _is_ours(target: Path) -> bool:
+    try:
+        return STATE in read_manifest(target).parts
+    except CheckpointError:
+        return False
 
 
 def begin_draft(files: Files, target: Path) -> Draft:

@@ -48,8 +48,9 @@ class SafetensorsReader(StorageReader):
     Args:
         path: What `SafetensorsWriter` wrote, or any directory of `*.safetensors` files: whole tensors, or the shards
             of torch's `HuggingFaceStorageWriter(save_distributed=True)`.
-        verify: Check every byte against its digest, shared out over the ranks, before anything is loaded; files
-            without digests are taken as they are.
+        verify: Check every byte against its digest, shared out over the ranks; the load fails on all of them if one
+            finds damage. One rank alone checks everything before it loads anything. Files without digests are taken as
+            they are.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:

@@ -364,12 +364,17 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
     data, name = planner.resolve_data(item), item.index.fqn
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"{name}: the planner gave {type(data).__name__} for a tensor")
-    found = safetensors_dtype(name, data.dtype), tuple(data.shape)
-    if found != (share.spec.dtype, share.box.sizes):
+    dtype, shape = safetensors_dtype(name, data.dtype), tuple(data.shape)
+    if dtype != share.spec.dtype:
         raise CheckpointError(
-            f"{name}: planned as {share.spec.dtype} {list(share.box.sizes)}, but the planner gave {found[0]} "
-            f"{list(found[1])}. A planner that caches plans keeps the old element type; use one without plan caching, "
-            "or of another class name"
+            f"{name}: planned as {share.spec.dtype}, but the planner gave {dtype}. A planner that caches plans does "
+            "not notice another element type; use one without plan caching, or of another class name"
+        )
+    if shape != share.box.sizes:
+        raise CheckpointError(
+            f"{name}: planned as a part of shape {list(share.box.sizes)}, but this rank holds one of shape "
+            f"{list(shape)}. DCP computes wrong parts where two mesh dimensions shard one dimension of a tensor "
+            "unevenly (tensor parallelism and FSDP2); make it divisible"
         )
     if data.device.type == "meta":
         raise CheckpointError(f"{name}: is on the meta device and has no values; initialize it before it is saved")
