@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -367,6 +368,39 @@ def _sharded(root: Path) -> None:
 
 def test_shards_of_every_kind_make_whole_tensors(tmp_path: Path) -> None:
     run_distributed(_sharded, 2, tmp_path)
+
+
+def _from_one_rank(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    into = {"w": distribute_tensor(torch.zeros(5, 3), mesh, [Shard(1)]), "n": 0}
+    load(into, root / "one")
+    assert torch.equal(into["w"].full_tensor(), torch.arange(15.0).view(5, 3))
+    assert into["n"] == 3
+    save({"w": into["w"], "n": 4}, root / "two")
+
+
+def test_another_number_of_ranks_loads(tmp_path: Path) -> None:
+    save({"w": torch.arange(15.0).view(5, 3), "n": 3}, tmp_path / "one")
+    run_distributed(_from_one_rank, 2, tmp_path)
+    found = load({"w": torch.zeros(5, 3), "n": 0}, tmp_path / "two")
+    assert_same(found, {"w": torch.arange(15.0).view(5, 3), "n": 4})
+
+
+def _in_a_process(root: Path) -> None:
+    for number in range(2):
+        saving = dcp.async_save(
+            {"w": torch.full((3,), float(number)), "n": (number, "x")},
+            storage_writer=SafetensorsWriter(root / str(number)),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        saving.result()
+        found = load({"w": torch.zeros(3), "n": None}, root / str(number))
+        assert_same(found, {"w": torch.full((3,), float(number)), "n": (number, "x")})
+
+
+def test_saves_in_a_process_of_their_own(tmp_path: Path) -> None:
+    run_distributed(_in_a_process, 1, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 def _alone(root: Path) -> list[str]:
