@@ -367,8 +367,9 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
     dtype, shape = safetensors_dtype(name, data.dtype), tuple(data.shape)
     if dtype != share.spec.dtype:
         raise CheckpointError(
-            f"{name}: planned as {share.spec.dtype}, but the planner gave {dtype}. A planner that caches plans does "
-            "not notice another element type; use one without plan caching, or of another class name"
+            f"{name}: planned as {share.spec.dtype}, but the planner gave {dtype}. A planner that converts tensors "
+            "must plan them as what they become; one that caches plans does not notice another element type: use one "
+            "without plan caching, or of another class name"
         )
     if shape != share.box.sizes:
         raise CheckpointError(
