@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -22,27 +20,36 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.storage.dcp_writer import OBJECTS
+from hydra_ckpt.storage.dcp_contents import Contents, read_contents
+from hydra_ckpt.storage.dcp_values import VALUES, load_item, tensor_names
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
-from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.tree import decode
-from hydra_ckpt.storage.verify import checks, findings, read_small, share_out
+from hydra_ckpt.storage.verify import checks, findings, share_out
 from hydra_ckpt.store import names
-from hydra_ckpt.store.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Which part of the checks a rank makes, told by the coordinator: the number of ranks is known to it alone."""
+
+    rank: int
+    world_size: int
 
 
 class SafetensorsReader(StorageReader):
-    """Reads byte ranges of safetensors files into the state dict of `dcp.load`; nothing is unpickled.
+    """Reads byte ranges of safetensors files into the state dict of `dcp.load`; no file is unpickled.
 
         dcp.load(state_dict, storage_reader=SafetensorsReader("checkpoints/step_10"))
 
     Args:
-        path: What `SafetensorsWriter` wrote, or any directory of `*.safetensors` files.
-        verify: Check every byte against its digest, shared out over the ranks; files without digests are taken as
+        path: What `SafetensorsWriter` wrote, or any directory of `*.safetensors` files: whole tensors, or the shards
+            of torch's `HuggingFaceStorageWriter(save_distributed=True)`.
+        verify: Check every byte against its digest, shared out over the ranks; the load fails on all of them if one
+            finds damage. One rank alone checks everything before it loads anything. Files without digests are taken as
             they are.
     """
 
@@ -50,15 +57,19 @@ class SafetensorsReader(StorageReader):
         super().__init__()
         self._path = Path(path).absolute()
         self._verify = verify
-        self._tensors: dict[str, StoredTensor] = {}
-        self._objects: dict[str, Any] = {}
-        self._manifest: Manifest | None = None
+        self.reset()
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The directory."""
+        return self._path
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Prepare for another load, perhaps from another directory."""
         if checkpoint_id:
             self._path = Path(checkpoint_id).absolute()
-        self._tensors, self._objects, self._manifest = {}, {}, None
+        self._load_id = names.nonce()
+        self._found: Contents | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Called by DCP: what there is to load.
@@ -68,84 +79,97 @@ class SafetensorsReader(StorageReader):
             CorruptCheckpointError: A header or the manifest is damaged.
         """
         try:
-            self._open()
+            self._found = found = read_contents(self._path)
         except CheckpointError:
             if "rank" not in kwargs:
                 raise
-            # DCP has asked a second time, for metadata of this rank's own, and would now bury the error under one of
+            # DCP has asked a second time, for metadata of this rank's own, and would now hide the error under one of
             # its own; it is raised again by `set_up_storage_reader`, which comes next.
             self.reset()
             return Metadata({})
-        known: dict[str, Any] = {name: _metadata_of(stored) for name, stored in self._tensors.items()}
-        known.update(dict.fromkeys(self._objects, BytesStorageMetadata()))
-        return Metadata(known, storage_meta=StorageMeta(checkpoint_id=self._path))
-
-    def _open(self) -> None:
-        if not (self._path / names.MANIFEST).exists():
-            files = sorted(path.name for path in self._path.glob("*.safetensors"))
-            if not files:
-                raise CheckpointNotFoundError(f"{self._path} holds neither {names.MANIFEST} nor *.safetensors files")
-            self._tensors = read_tensors(self._path, files)
-            return
-        self._manifest = read_manifest(self._path)
-        listed = [file for part in self._manifest.parts.values() for file in part.files]
-        self._tensors = read_tensors(self._path, listed)
-        if OBJECTS in self._manifest.files:
-            try:
-                self._objects = dict(json.loads(read_small(self._path, OBJECTS, self._manifest.files[OBJECTS])))
-            except (ValueError, TypeError) as error:
-                raise CorruptCheckpointError(self._path / OBJECTS, f"is not JSON of ours: {error}") from None
+        known: dict[str, Any] = {name: _metadata_of(stored) for name, stored in found.tensors.items()}
+        known.update(dict.fromkeys(found.values, BytesStorageMetadata()))
+        planner_data = found.planner_data
+        if planner_data is None:  # DCP looks keys up in it, and would fail without it
+            planner_data = {name: (name,) for name in known}
+        meta = StorageMeta(checkpoint_id=self._path, load_id=self._load_id)
+        return Metadata(known, planner_data=planner_data, storage_meta=meta)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called by DCP on every rank."""
-        if not self._tensors and not self._objects:
-            self._open()
-        if self._verify and self._manifest is not None:
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            everything = checks(self._path, self._manifest.files, self._manifest.digests)
-            for error in findings(self._path, share_out(everything, rank, world)):
-                raise error
+        self._contents()
+
+    def _contents(self) -> Contents:
+        if self._found is None:
+            self._found = read_contents(self._path)
+        return self._found
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Called by DCP on every rank."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Coordinator only, called by DCP."""
-        return plans
+        """Coordinator only, called by DCP: share the checks out."""
+        return [replace(plan, storage_data=_Turn(rank, len(plans))) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Called by DCP on every rank: fill what the plan asks for."""
+        """Called by DCP on every rank: check this rank's share of the bytes, then fill what the plan asks for.
+
+        Raises:
+            CorruptCheckpointError: Bytes are not those that were written.
+        """
+        found = self._contents()
+        ledger = self._check(found, plan.storage_data)
         tensors = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                self._load_object(item, planner)
+                self._load_value(found, item, planner, ledger)
             else:
                 tensors.append((item, planner.resolve_tensor(item).detach()))
-        fetch(self._path, [self._fetch(item, target) for item, target in tensors])
+        fetch(self._path, [_fetch(found, item, target) for item, target in tensors], ledger)
         for item, target in tensors:
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _fetch(self, item: ReadItem, target: torch.Tensor) -> Fetch:
-        stored = self._tensors[item.storage_index.fqn]
-        corner = item.storage_index.offset or (0,) * len(item.lengths)
-        offsets = tuple(a + b for a, b in zip(corner, item.storage_offsets, strict=True))
-        return Fetch(stored, Box(offsets, tuple(item.lengths)), target)
+    def _check(self, found: Contents, turn: Any) -> Ledger | None:
+        if not self._verify or found.manifest is None:
+            return None
+        if not isinstance(turn, _Turn):  # a planner has made a plan of its own
+            turn = _Turn(0, 1)
+        everything = checks(self._path, found.manifest.files, found.manifest.digests)
+        for error in findings(self._path, share_out(everything, turn.rank, turn.world_size)):
+            raise error
+        # Other ranks compare the rest at the same time; what is about to be used is compared here, too.
+        return Ledger(everything) if turn.world_size > 1 else None
 
-    def _load_object(self, item: ReadItem, planner: LoadPlanner) -> None:
-        # DCP's planners take pickled bytes; these are made here, of data that came from JSON.
-        buffer = io.BytesIO()
-        torch.save(decode(self._objects[item.storage_index.fqn], {}), buffer)
-        buffer.seek(0)
-        planner.load_bytes(item, buffer)
+    def _load_value(self, found: Contents, item: ReadItem, planner: LoadPlanner, ledger: Ledger | None) -> None:
+        data = found.values[item.storage_index.fqn]
+        try:
+            inner = {name: found.inner[name] for name in tensor_names(data)}
+        except (KeyError, TypeError) as error:
+            raise CorruptCheckpointError(
+                self._path / VALUES, f"refers to a tensor that is not there: {error}"
+            ) from None
+        tensors = {
+            name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype]) for name, stored in inner.items()
+        }
+        whole = [Fetch(inner[name], Box.whole(tuple(into.shape)), into) for name, into in tensors.items()]
+        fetch(self._path, whole, ledger)
+        load_item(planner, item, self._path / VALUES, data, tensors)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this reader can read there: a local directory."""
         return "://" not in str(checkpoint_id) and Path(checkpoint_id).is_dir()
+
+
+def _fetch(found: Contents, item: ReadItem, target: torch.Tensor) -> Fetch:
+    stored = found.tensors[item.storage_index.fqn]
+    corner = item.storage_index.offset or (0,) * len(item.lengths)
+    offsets = tuple(a + b for a, b in zip(corner, item.storage_offsets, strict=True))
+    return Fetch(stored, Box(offsets, tuple(item.lengths)), target)
 
 
 def _metadata_of(stored: StoredTensor) -> TensorStorageMetadata:

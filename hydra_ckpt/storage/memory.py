@@ -97,6 +97,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().reshape(-1)
     if flat.numel() == 0:
         return memoryview(bytearray())
+    # A single element counts as contiguous whatever its stride is.
+    flat = flat.as_strided(flat.shape, (1,)) if flat.numel() == 1 else flat
     # A bool tensor is one byte an element already, and view() would refuse it under some element types.
     return memoryview(flat.view(torch.uint8).numpy().data)
 

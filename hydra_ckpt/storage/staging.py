@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from hydra_ckpt.errors import CheckpointError, counted
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, counted
 from hydra_ckpt.storage.memory import bytes_of, is_plain_memory, resident
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
@@ -271,6 +272,8 @@ class PooledStager(AsyncStager):
         """A copy of the state dict on the host; DTensors keep their mesh and placements."""
         # pytree would take a torch.Size apart, and put it together as a tuple.
         leaves, structure = tree_flatten(dict(state_dict), is_leaf=lambda value: isinstance(value, torch.Size))
+        if any(isinstance(leaf, ShardedTensor) for leaf in leaves):
+            raise _refusal(state_dict)
         local = {
             position: leaf.to_local() if isinstance(leaf, DTensor) else leaf
             for position, leaf in enumerate(leaves)
@@ -293,6 +296,15 @@ class PooledStager(AsyncStager):
     def close(self) -> None:
         """Free the buffers."""
         self._pool.clear()
+
+
+def _refusal(state_dict: dict[str, Any]) -> CheckpointConfigError:
+    rows, _ = tree_flatten_with_path(dict(state_dict))
+    place = next(keystr(path) for path, leaf in rows if isinstance(leaf, ShardedTensor))
+    return CheckpointConfigError(
+        f"state_dict{place} is a ShardedTensor, which PooledStager does not copy. Use DTensors, or leave async_stager "
+        "to torch.distributed.checkpoint"
+    )
 
 
 def _like(original: torch.Tensor, staged: torch.Tensor) -> torch.Tensor:

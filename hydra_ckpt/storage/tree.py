@@ -7,6 +7,7 @@ one that does not lie row by row says its strides: `{"~": "tensor", "v": "m", "s
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,7 +239,12 @@ _ENCODERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
     bytes: lambda value: ("bytes", base64.b64encode(value).decode()),
     torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
     torch.device: lambda value: ("device", str(value)),
+    io.BytesIO: lambda value: ("stream", [_as_tensor(value.getvalue()), value.tell()]),
 }
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
@@ -300,6 +306,13 @@ def _dtype(name: str) -> torch.dtype:
     return next(dtype for dtype in SAFETENSORS_DTYPE if str(dtype) == f"torch.{name}")
 
 
+def _stream(parts: Any) -> io.BytesIO:
+    data, position = parts
+    stream = io.BytesIO(data.numpy().tobytes())
+    stream.seek(position)
+    return stream
+
+
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "tuple": tuple,
@@ -317,6 +330,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "expanded": lambda pair: pair[0].expand(pair[1]),
     "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
     UNSAVED: lambda _: OMITTED,
+    "stream": _stream,
 }
 
 

@@ -49,9 +49,15 @@ def step_of(name: str) -> int:
     return int(match[2])
 
 
-def hidden_name(name: str, kind: str) -> str:
-    """A fresh hidden name beside a checkpoint; `kind` is draft, deleting, corrupt or aside."""
-    return f".{name}.{kind}-{nonce()}"
+def hidden_name(name: str, kind: str, ending: str | None = None) -> str:
+    """A hidden name beside a checkpoint, a fresh one by default.
+
+    Args:
+        name: The checkpoint's name.
+        kind: draft, deleting, corrupt or aside.
+        ending: Hexadecimal digits that end the name; None for random ones.
+    """
+    return f".{name}.{kind}-{ending or nonce()}"
 
 
 def parse_hidden(name: str) -> tuple[str, str] | None:
