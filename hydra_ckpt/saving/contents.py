@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,6 @@ from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.plan import WritePlan
-from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.agreement import Agreement, Parts, agree
@@ -95,11 +94,15 @@ class Sources:
         tensors: Position of the share to exactly the rows it writes, live.
         late: Positions whose copying may wait for the next optimizer step.
         casts: Element types to write, where they are not the tensors' own.
+        plan: What fixes all but the values; the same object as long as it does.
+        label: What messages call the tensor of a position.
     """
 
     tensors: Mapping[int, torch.Tensor]
     late: frozenset[int]
     casts: Mapping[int, torch.dtype]
+    plan: object = None
+    label: Callable[[int], str] = str
 
 
 class Contents:
@@ -209,7 +212,7 @@ class Contents:
             None if export_only else captured.shared,
             agreed.sampler.take(captured.parts, turn),
         )
-        return content, _sources(tensors_of(parts), planned.plan.shares)
+        return content, _sources(parts, planned.plan)
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
@@ -409,9 +412,10 @@ def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple
     return part, BESIDE + part
 
 
-def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
+def _sources(parts: Parts, plan: WritePlan) -> Sources:
+    tensors = tensors_of(parts)
     found, casts, late = {}, {}, []
-    for position, share in shares.items():
+    for position, share in plan.shares.items():
         item = tensors[position]
         sizes = item.place.box.sizes  # faster to ask than the tensor
         whole = not sizes or (share.start == 0 and share.stop == sizes[0])
@@ -421,4 +425,13 @@ def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources
             casts[position] = dtype
         if item.late:
             late.append(position)
-    return Sources(found, frozenset(late), casts)
+    return Sources(found, frozenset(late), casts, plan, partial(_label, parts))
+
+
+def _label(parts: Parts, position: int) -> str:
+    """The part and the name of the tensor at a position of `tensors_of`."""
+    for part, items in parts.items():
+        if position < len(items):
+            return f"{part.removeprefix(BESIDE)}: {items[position].spec.name}"
+        position -= len(items)
+    raise IndexError(position)
