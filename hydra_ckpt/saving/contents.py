@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -74,6 +74,11 @@ class Agreed:
     kept: frozenset[str]
     sampler: Sampler
     of_rows: bool = False
+
+    @cached_property
+    def naming_files(self) -> dict[str, bytes]:
+        """Part of a model to its naming as it is stored."""
+        return {part: encode_naming(naming) for part, naming in self.namings.items()}
 
 
 @dataclass(frozen=True)
@@ -353,7 +358,7 @@ class Contents:
                 assets.update(self._export.card(model, made))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
-                found[f"{part}/{names.NAMING}"] = encode_naming(naming)
+                found[f"{part}/{names.NAMING}"] = agreed.naming_files[part]
         return found
 
     def check(self, state: AppState) -> None:

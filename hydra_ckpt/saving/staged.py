@@ -100,7 +100,8 @@ class Staged:
 
     def _compare(self, staging: Staging) -> None:
         torn = set(staging.torn())
-        self._sealed.wait(_WATCH_S + _WATCH_COPIES * self._copy_s)
+        if staging.comes_late:
+            self._sealed.wait(_WATCH_S + _WATCH_COPIES * self._copy_s)
         self.let_change()
         torn.update(self._changed)
         if torn:

@@ -23,6 +23,8 @@ SMALL_BYTES = 32 << 10
 _ALIGNMENT = 64
 # Fewer small tensors of a kind are not worth a call of their own.
 _LEAST_PACKED = 4
+# One sample of a page, and a few at the ends of tensors.
+_BYTES_A_WORD = 2048
 # A run alternates between few layouts.
 _MAX_LAYOUTS = 4
 _NO_CASTS: Mapping[int, torch.dtype] = {}
@@ -218,8 +220,10 @@ class BufferPool:
         return layout
 
     def prewarm(self, nbytes: int) -> None:
-        """Allocate and touch a buffer of at least this size, unless one is free."""
-        self.give_back(self.take(nbytes))
+        """Allocate and touch a buffer of at least this size, unless one is free, and memory for its samples."""
+        buffer = self.take(nbytes)
+        buffer.words(nbytes // _BYTES_A_WORD)
+        self.give_back(buffer)
 
     def holds(self, nbytes: int) -> bool:
         """Whether `take` would find a buffer of this size, and allocate none."""

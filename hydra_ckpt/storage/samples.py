@@ -45,36 +45,28 @@ class Samples:
         self._dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
         self._picked: dict[int, tuple[torch.Tensor, torch.Size, list[int]]] = {}
         self.pending: list[Pair] = []
-        live: dict[torch.device, dict[int, list[torch.Tensor]]] = defaultdict(dict)
+        live: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+        sizes: dict[torch.device, dict[int, int]] = defaultdict(dict)
         for key, tensor in tensors.items():
             if _is_in_words(tensor):
-                live[tensor.device][key] = self._views(tensor)
+                places = _places(tensor.nbytes // _WORD, self._phase)
+                live[tensor.device] += _views(tensor, places)
+                sizes[tensor.device][key] = sum(map(len, places))
             else:
                 self._pick(key, tensor)
-        self._gather(live, buffer)
+        memory = buffer.words(sum(sum(found.values()) for found in sizes.values()))
+        for device, views in live.items():
+            words = memory[: sum(sizes[device].values())]
+            memory = memory[len(words) :]
+            self._gather(views, words)
+            self._words.update(zip(sizes[device], torch.split(words, list(sizes[device].values())), strict=True))
 
-    def _views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Its sampled words, int64, sharing memory."""
-        number = tensor.nbytes // _WORD
-        start = tensor.storage_offset() * tensor.element_size() // _WORD
-        words = torch.empty(0, dtype=torch.int64, device=tensor.device)
-        words.set_(tensor.untyped_storage(), start, (number,), (1,))
-        return [words[_slice(places)] for places in _places(number, self._phase)]
-
-    def _gather(self, live: Mapping[torch.device, Mapping[int, list[torch.Tensor]]], buffer: Buffer) -> None:
-        """Read the words of all tensors of a device at once."""
-        sizes = {key: sum(map(len, views)) for found in live.values() for key, views in found.items()}
-        memory = buffer.words(sum(sizes.values()))
-        self._words = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
-        begin = 0
-        for device, found in live.items():
-            end = begin + sum(sizes[key] for key in found)
-            views = [view for key in found for view in found[key]]
-            if device.type == "cpu":
-                torch.cat(views, out=memory[begin:end])
-            else:  # untested on GPU
-                self.pending.append((memory[begin:end], torch.cat(views)))
-            begin = end
+    def _gather(self, views: list[torch.Tensor], words: torch.Tensor) -> None:
+        """Read all words of one device at once."""
+        if views[0].device.type == "cpu":
+            torch.cat(views, out=words)
+        else:  # untested on GPU
+            self.pending.append((words, torch.cat(views)))
 
     def _pick(self, key: int, tensor: torch.Tensor) -> None:
         order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
@@ -128,6 +120,14 @@ def _is_in_words(tensor: torch.Tensor) -> bool:
     return aligned and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def _views(tensor: torch.Tensor, places: list[range]) -> list[torch.Tensor]:
+    """The words of a tensor at these places, int64, sharing memory."""
+    start = tensor.storage_offset() * tensor.element_size() // _WORD
+    words = torch.empty(0, dtype=torch.int64, device=tensor.device)
+    words.set_(tensor.untyped_storage(), start, (tensor.nbytes // _WORD,), (1,))
+    return [words[_slice(found)] for found in places]
+
+
 def _places(words: int, phase: int) -> list[range]:
     """One word of each page of so many words; the last page may be a part of one."""
     spread = range(phase, words, _STRIDE)
@@ -151,7 +151,11 @@ def _elements(tensor: torch.Tensor, phase: int, dtype: torch.dtype | None = None
     places = _places(number, phase)
     words = torch.cat([torch.arange(found.start, found.stop, found.step, device=device) for found in places])
     index = (words[:, None] * each + torch.arange(each, device=device)).flatten()
-    return tensor[torch.unravel_index(index, tensor.shape)]
+    coordinates = []
+    for size in reversed(tensor.shape):  # torch.unravel_index would wait for an accelerator
+        coordinates.append(index % size)
+        index = index // size
+    return tensor[tuple(reversed(coordinates))]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

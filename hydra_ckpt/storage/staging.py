@@ -104,6 +104,11 @@ class Staging:
         self._versions: dict[int, int] = {}
         self.snapshot = Snapshot(self._slots.views, pool, self._buffer)
 
+    @property
+    def comes_late(self) -> bool:
+        """Whether live tensors are left that must not change before `finish`."""
+        return bool(self._late)
+
     @torch.no_grad()
     def begin(self) -> None:
         """In the training thread: copy what does not come late, and take samples of what does.
@@ -128,6 +133,8 @@ class Staging:
         self._lanes.copy(self._rest)
         self._lanes.synchronize()
         self._rest, self._tensors = [], {}
+        if self._samples is not None:
+            self._samples.pending = []
 
     def changed(self) -> list[int]:
         """Keys of late tensors that PyTorch knows to have been changed since the beginning.
