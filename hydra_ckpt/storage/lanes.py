@@ -29,8 +29,15 @@ class Lanes:
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> Lanes:
-        """Those that copies of these tensors need; none for host memory."""
-        return cls({tensor.device for tensor in tensors if tensor.device.type != "cpu"})
+        """Those that copies of these tensors need; none for host memory, nor for devices without streams."""
+        devices = {tensor.device for tensor in tensors}
+        return cls(
+            {
+                device
+                for device in devices
+                if device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+            }
+        )
 
     def follow(self) -> None:
         """Let copies that are made from now on wait for the work queued so far. Does not wait itself."""
