@@ -434,9 +434,10 @@ def _sources(parts: Parts, plan: WritePlan) -> Sources:
 
 
 def _label(parts: Parts, position: int) -> str:
-    """The part and the name of the tensor at a position of `tensors_of`."""
+    """The part and the live name of the tensor at a position of `tensors_of`."""
     for part, items in parts.items():
         if position < len(items):
-            return f"{part.removeprefix(BESIDE)}: {items[position].spec.name}"
+            place = items[position].place
+            return f"{part.removeprefix(BESIDE)}: {place.origin or place.spec.name}"
         position -= len(items)
     raise IndexError(position)

@@ -105,7 +105,7 @@ class Staged:
         self.let_change()
         torn.update(self._changed)
         if torn:
-            raise _torn([self._label(key) for key in sorted(torn)])
+            raise _torn(list(dict.fromkeys(self._label(key) for key in sorted(torn))))
 
     def snapshot(self) -> Snapshot:
         """The bytes to write; raises what went wrong in copying them."""
