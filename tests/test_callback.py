@@ -847,7 +847,7 @@ def test_signals_that_cannot_be_caught_are_refused() -> None:
 def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_published(
     tmp_path: Path, wait: bool
 ) -> None:
-    model = nn.Linear(64, 64)
+    model = nn.Linear(128, 128)  # small tensors are copied in save()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gate = threading.Event()
     with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=True, wait_for_staging=wait).build(

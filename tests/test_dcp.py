@@ -26,7 +26,7 @@ from hydra_ckpt import AppState, CheckpointExistsError, CheckpointingConfig, Che
 from hydra_ckpt.errors import CheckpointConfigError, CorruptCheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage import PooledStager, SafetensorsReader, SafetensorsWriter
-from hydra_ckpt.storage.staging import BufferPool
+from hydra_ckpt.storage.pool import BufferPool
 from hydra_ckpt.testing import FaultyFiles, run_distributed
 
 
@@ -312,17 +312,19 @@ def test_a_pool_lends_a_buffer_to_one_at_a_time() -> None:
 
 
 def test_a_buffer_keeps_its_views_for_tensors_of_the_same_layout() -> None:
-    buffer = BufferPool().take(256)
-    tensors = [torch.arange(4), torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor(True)]
-    first = buffer.slots(tensors)
-    assert buffer.slots([tensor.clone() for tensor in tensors]) is first
-    for (target, view), tensor in zip(first, tensors, strict=True):
+    pool = BufferPool()
+    buffer = pool.take(256)
+    tensors = dict(enumerate([torch.arange(4), torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor(True)]))
+    first = buffer.slots(pool.layout(tensors))
+    assert buffer.slots(pool.layout({key: tensor.clone() for key, tensor in tensors.items()})) is first
+    for key, tensor in tensors.items():
+        target = first.targets[key]
         assert (target.dtype, target.shape) == (tensor.dtype, tensor.shape)
         target.copy_(tensor)
-        assert bytes(view) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    other = buffer.slots(tensors[:2])
+        assert bytes(first.views[key]) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    other = buffer.slots(pool.layout({key: tensors[key] for key in (0, 1)}))
     assert other is not first
-    assert [target.shape for target, _ in other] == [torch.Size([4]), torch.Size([3, 2])]
+    assert [target.shape for target in other.targets.values()] == [torch.Size([4]), torch.Size([3, 2])]
 
 
 class Gate(Files):
@@ -356,5 +358,5 @@ def test_saves_that_overlap_each_write_what_was_staged_for_them(tmp_path: Path) 
     deadline = time.monotonic() + 10
     while len(stager._pool._free) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    known = {buffer.slots([live["w"]])[0][0].data_ptr() for buffer in stager._pool._free}
+    known = {buffer._memory.data_ptr() for buffer in stager._pool._free}
     assert _address(stager.stage(live)) in known

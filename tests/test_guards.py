@@ -28,7 +28,7 @@ from hydra_ckpt import (
 )
 from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.saving.staged import Staged
-from hydra_ckpt.storage.staging import BufferPool
+from hydra_ckpt.storage.pool import SMALL_BYTES, BufferPool
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import FaultyFiles, run_distributed
 
@@ -140,7 +140,7 @@ def test_optimizers_without_hooks_are_not_overlapped(tmp_path: Path, caplog: pyt
 
 
 def test_a_change_under_way_while_copies_are_made_is_found_when_it_ends() -> None:
-    weight = torch.zeros(8)
+    weight = torch.zeros(SMALL_BYTES)
     pool = BufferPool()
 
     def staged() -> Staged:
@@ -158,7 +158,7 @@ def test_a_change_under_way_while_copies_are_made_is_found_when_it_ends() -> Non
     sound.let_change()
     weight.add_(1.0)
     sound.watch()
-    assert bytes(sound.snapshot().sources[0]) == torch.ones(8).numpy().tobytes()
+    assert bytes(sound.snapshot().sources[0]) == torch.ones(SMALL_BYTES).numpy().tobytes()
     sound.release()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from hydra_ckpt.hub.export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.plan import WritePlan
-from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.agreement import Agreement, Parts, agree
@@ -76,6 +75,11 @@ class Agreed:
     sampler: Sampler
     of_rows: bool = False
 
+    @cached_property
+    def naming_files(self) -> dict[str, bytes]:
+        """Part of a model to its naming as it is stored."""
+        return {part: encode_naming(naming) for part, naming in self.namings.items()}
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -95,11 +99,15 @@ class Sources:
         tensors: Position of the share to exactly the rows it writes, live.
         late: Positions whose copying may wait for the next optimizer step.
         casts: Element types to write, where they are not the tensors' own.
+        plan: What fixes all but the values; the same object as long as it does.
+        label: What messages call the tensor of a position.
     """
 
     tensors: Mapping[int, torch.Tensor]
     late: frozenset[int]
     casts: Mapping[int, torch.dtype]
+    plan: object = None
+    label: Callable[[int], str] = str
 
 
 class Contents:
@@ -210,7 +218,7 @@ class Contents:
             agreed.sampler.take(captured.parts, turn),
             captured.omitted,
         )
-        return content, _sources(tensors_of(parts), planned.plan.shares)
+        return content, _sources(parts, planned.plan)
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
@@ -351,7 +359,7 @@ class Contents:
                 assets.update(self._export.card(model, made))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
             if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
-                found[f"{part}/{names.NAMING}"] = encode_naming(naming)
+                found[f"{part}/{names.NAMING}"] = agreed.naming_files[part]
         return found
 
     def check(self, state: AppState) -> None:
@@ -410,9 +418,10 @@ def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple
     return part, BESIDE + part
 
 
-def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources:
+def _sources(parts: Parts, plan: WritePlan) -> Sources:
+    tensors = tensors_of(parts)
     found, casts, late = {}, {}, []
-    for position, share in shares.items():
+    for position, share in plan.shares.items():
         item = tensors[position]
         sizes = item.place.box.sizes  # faster to ask than the tensor
         whole = not sizes or (share.start == 0 and share.stop == sizes[0])
@@ -422,4 +431,14 @@ def _sources(tensors: list[LocalTensor], shares: Mapping[int, Share]) -> Sources
             casts[position] = dtype
         if item.late:
             late.append(position)
-    return Sources(found, frozenset(late), casts)
+    return Sources(found, frozenset(late), casts, plan, partial(_label, parts))
+
+
+def _label(parts: Parts, position: int) -> str:
+    """The part and the live name of the tensor at a position of `tensors_of`."""
+    for part, items in parts.items():
+        if position < len(items):
+            place = items[position].place
+            return f"{part.removeprefix(BESIDE)}: {place.origin or place.spec.name}"
+        position -= len(items)
+    raise IndexError(position)

@@ -32,7 +32,8 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.digests import Digested
-from hydra_ckpt.storage.staging import BufferPool, borrow, staged_bytes
+from hydra_ckpt.storage.pool import BufferPool
+from hydra_ckpt.storage.staging import borrow
 from hydra_ckpt.storage.write import digests_below
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -201,7 +202,7 @@ class Saver:
         if not self._config.write.is_async:
             return
         _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
-        nbytes = staged_bytes(sources.tensors, sources.casts)
+        nbytes = self._pool.layout(sources.tensors, sources.casts, sources.plan).nbytes
         self._warm.clear()
         self._worker.submit(lambda: self._prewarm(nbytes))
 

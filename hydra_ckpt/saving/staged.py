@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, counted
 from hydra_ckpt.saving.contents import Sources
+from hydra_ckpt.storage.lanes import Lanes
 from hydra_ckpt.storage.memory import available_bytes
-from hydra_ckpt.storage.staging import BufferPool, Snapshot, Staging, borrow, staged_bytes
+from hydra_ckpt.storage.pool import BufferPool
+from hydra_ckpt.storage.staging import Snapshot, Staging, borrow
 
 # How long a change that was under way may need to end: seconds, and multiples of what the copies took.
 _WATCH_S, _WATCH_COPIES = 0.02, 2
+# How many torn tensors a message names.
+_NAMED = 8
 
 
 class Staged:
@@ -27,6 +32,8 @@ class Staged:
         self._snapshot: Snapshot | None = None
         self._error: Exception | None = None
         self._copy_s = 0.0
+        self._changed: list[int] = []
+        self._label: Callable[[int], str] = str
         self._lock = threading.Lock()
         self._sealed = threading.Event()
 
@@ -35,6 +42,7 @@ class Staged:
         """For a save that training waits for: no copies of what lies in host memory and keeps its element type."""
         staged = cls()
         staged._sources, staged._pool = sources, pool
+        Lanes.of(sources.tensors.values()).meet()  # another thread will read them
         return staged
 
     @classmethod
@@ -44,13 +52,16 @@ class Staged:
         An error (no memory) is kept and raised in the background, where the other ranks hear of it.
         """
         staged = cls()
-        if not late:
-            staged._sealed.set()
+        staged._label = sources.label
         try:
-            _check_memory(staged_bytes(sources.tensors, sources.casts), pool)
-            staged._staging = Staging(sources.tensors, pool, sources.casts)
-            staged._snapshot = staged._staging.snapshot
-            staged._staging.copy(sources.tensors.keys() - late)
+            _check_memory(pool.layout(sources.tensors, sources.casts, sources.plan).nbytes, pool)
+            staging = Staging(sources.tensors, pool, sources.casts, late, sources.plan)
+            staged._snapshot = staging.snapshot
+            staging.begin()
+            if late:
+                staged._staging = staging
+            else:
+                staging.finish()
         except Exception as error:
             staged._error = error
         return staged
@@ -60,34 +71,41 @@ class Staged:
         begun = time.monotonic()
         try:
             if self._staging is not None and self._error is None:
-                self._staging.copy()
+                self._staging.finish()
         except Exception as error:
             self._error = error
         self._copy_s = time.monotonic() - begun
 
     def let_change(self) -> None:
-        """For the training thread, behind `finish`: see that nothing was changed too early; from now on it may be."""
+        """For the training thread, after `finish`: see that nothing was changed too early; from now on it may be."""
         with self._lock:
-            self._seal()
+            if self._staging is not None and not self._sealed.is_set():
+                self._changed = self._staging.changed()
+                self._staging.forget()
+            self._sealed.set()
 
     def watch(self) -> None:
-        """For the background, behind `finish`: the same, where training does not come by soon.
+        """For the background, after `finish`: see that the copies are what the tensors were at the save.
 
-        A change that was under way while the last bytes were copied shows only when it has ended, which takes about as
-        long as copying what it changes.
+        A change in place that was under way while the last bytes were copied is counted only when it has ended, which
+        takes about as long as copying what it changes.
         """
-        if self._staging is not None:
-            self._sealed.wait(_WATCH_S + _WATCH_COPIES * self._copy_s)
-            self.let_change()
-
-    def _seal(self) -> None:
-        if self._staging is not None and self._error is None and not self._sealed.is_set():
+        if self._staging is not None and self._error is None:
             try:
-                self._staging.check()
-            except CheckpointError as error:
+                self._compare(self._staging)
+            except Exception as error:
                 self._error = error
-        self._staging = None
-        self._sealed.set()
+        with self._lock:
+            self._staging = None
+
+    def _compare(self, staging: Staging) -> None:
+        torn = set(staging.torn())
+        if staging.comes_late:
+            self._sealed.wait(_WATCH_S + _WATCH_COPIES * self._copy_s)
+        self.let_change()
+        torn.update(self._changed)
+        if torn:
+            raise _torn(list(dict.fromkeys(self._label(key) for key in sorted(torn))))
 
     def snapshot(self) -> Snapshot:
         """The bytes to write; raises what went wrong in copying them."""
@@ -103,6 +121,17 @@ class Staged:
         if self._snapshot is not None:
             self._snapshot.release()
         self._sources = self._staging = None
+        self._label = str
+
+
+def _torn(names: list[str]) -> CheckpointError:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return CheckpointError(
+        f"{counted(len(names), 'tensor')} changed while being copied, between save() and the optimizer's next step "
+        f"(weights swapped for an average, or scaled): {', '.join(names[:_NAMED])}{more}. Set "
+        "checkpoint.wait_for_staging=true, which copies everything before save() returns, or make the change before "
+        "the save, or after PendingSave.wait_staged()"
+    )
 
 
 def _check_memory(needed: int, pool: BufferPool) -> None:

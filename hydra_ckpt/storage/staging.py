@@ -1,15 +1,10 @@
-"""Staging: copies of tensors in buffers that are allocated once, so that training may go on.
-
-Pages touched for the first time cost five to twenty times the copy itself; a pool that keeps its buffers pays
-once. A buffer is lent to one snapshot at a time and comes back when that snapshot is released.
-"""
+"""Staging: copies of tensors in buffers that are allocated once, so that training may go on."""
 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,84 +14,13 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, counted
-from hydra_ckpt.storage.memory import bytes_of, is_plain_memory, resident
+from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.storage.lanes import Lanes, Pair
+from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
+from hydra_ckpt.storage.pool import SMALL_BYTES, Buffer, BufferPool, Slots
+from hydra_ckpt.storage.samples import Samples
 
-# Starts of tensors in a buffer: a cache line, and a multiple of every element size.
-_ALIGNMENT = 64
 _NO_CASTS: Mapping[int, torch.dtype] = {}
-
-
-class Buffer:
-    """Host memory for the tensors of one snapshot, with the views into it that the last tensors needed.
-
-    Args:
-        nbytes: Its size.
-        pinned: Whether it is page-locked.
-    """
-
-    def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        self._memory = resident(nbytes) if not pinned else torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
-        self._layout: list[tuple[torch.dtype, torch.Size]] | None = None
-        self._slots: list[tuple[torch.Tensor, memoryview]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self._memory.numel()
-
-    def slots(self, tensors: Collection[torch.Tensor]) -> list[tuple[torch.Tensor, memoryview]]:
-        """A place for each tensor, of its type and shape, and the same place as bytes.
-
-        Kept for the next tensors of the same layout: making views takes a tenth of the time of copying.
-        """
-        layout = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        if layout != self._layout:
-            offsets, _ = _positions(tensors)
-            targets = [_slot(self._memory, offset, tensor) for offset, tensor in zip(offsets, tensors, strict=True)]
-            self._slots = [(target, bytes_of(target)) for target in targets]
-            self._layout = layout
-        return self._slots
-
-
-class BufferPool:
-    """Buffers that outlive a save. Safe to use from several threads.
-
-    Args:
-        pinned: Allocate page-locked memory, for copies from an accelerator. Untested on GPU.
-    """
-
-    def __init__(self, *, pinned: bool = False) -> None:
-        self._pinned = pinned
-        self._free: list[Buffer] = []
-        self._lock = threading.Lock()
-
-    def prewarm(self, nbytes: int) -> None:
-        """Allocate and touch a buffer of at least this size, unless one is free."""
-        self.give_back(self.take(nbytes))
-
-    def holds(self, nbytes: int) -> bool:
-        """Whether `take` would find a buffer of this size, and allocate none."""
-        with self._lock:
-            return any(buffer.nbytes >= nbytes for buffer in self._free)
-
-    def take(self, nbytes: int) -> Buffer:
-        """A buffer of at least `nbytes`; its pages are resident."""
-        with self._lock:
-            fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
-            # Only buffers that fit are worth keeping: what a larger state outgrew goes back to the system.
-            self._free = fitting[1:]
-        return fitting[0] if fitting else Buffer(nbytes, pinned=self._pinned)
-
-    def give_back(self, buffer: Buffer) -> None:
-        """Return a buffer nobody looks at any more."""
-        with self._lock:
-            self._free.append(buffer)
-
-    def clear(self) -> None:
-        """Free all buffers that are not lent."""
-        with self._lock:
-            self._free = []
 
 
 @dataclass
@@ -107,7 +31,7 @@ class Snapshot:
         sources: Key to row-major bytes.
     """
 
-    sources: dict[int, memoryview] = field(default_factory=dict)
+    sources: Mapping[int, memoryview] = field(default_factory=dict)
     _pool: BufferPool | None = None
     _buffer: Buffer | None = None
 
@@ -137,11 +61,14 @@ def borrow(
     snapshot = Snapshot()
     if casts:
         changed = Staging({key: tensors[key] for key in casts}, pool or BufferPool(), casts)
-        changed.copy()
+        changed.begin()
+        changed.finish()
         snapshot = changed.snapshot
+    found = dict(snapshot.sources)
     for key, tensor in tensors.items():
         if key not in casts:
-            snapshot.sources[key] = bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor))
+            found[key] = bytes_of(tensor if is_plain_memory(tensor) else _to_host(tensor))
+    snapshot.sources = found
     return snapshot
 
 
@@ -150,12 +77,14 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Staging:
-    """Copies of tensors in one buffer of a pool, made in as many steps as the caller likes.
+    """Copies of tensors in one buffer of a pool: some made at once, the others later and compared with samples.
 
     Args:
         tensors: Live tensors by key.
         pool: Lends the buffer.
         casts: Element types of the copies, where they are not the tensors' own.
+        late: Keys of tensors that may be copied later. Small ones are copied at once all the same.
+        plan: See `BufferPool.layout`.
     """
 
     def __init__(
@@ -163,46 +92,66 @@ class Staging:
         tensors: Mapping[int, torch.Tensor],
         pool: BufferPool,
         casts: Mapping[int, torch.dtype] = _NO_CASTS,
+        late: Collection[int] = frozenset(),
+        plan: object = None,
     ) -> None:
-        self._live = dict(tensors)
-        self._versions = {key: _version(tensor) for key, tensor in tensors.items()}
-        self._late: list[tuple[torch.Tensor, int]] = []
-        copies = _copies(tensors, casts)
-        buffer = pool.take(_positions(copies.values())[1])
-        slots = dict(zip(copies, buffer.slots(copies.values()), strict=True))
-        self._targets = {key: target for key, (target, _) in slots.items()}
-        self.snapshot = Snapshot({key: view for key, (_, view) in slots.items()}, pool, buffer)
+        layout = pool.layout(tensors, casts, plan)
+        self._buffer = pool.take(layout.nbytes)
+        self._slots = self._buffer.slots(layout)
+        self._tensors, self._casts = tensors, casts
+        self._late = {key: tensors[key] for key in layout.single if key in late and tensors[key].nbytes > SMALL_BYTES}
+        self._lanes = Lanes.of(tensors.values())
+        self._rest: list[Pair] = []
+        self._samples: Samples | None = None
+        self._versions: dict[int, int] = {}
+        self.snapshot = Snapshot(self._slots.views, pool, self._buffer)
+
+    @property
+    def comes_late(self) -> bool:
+        """Whether live tensors are left that must not change before `finish`."""
+        return bool(self._late)
 
     @torch.no_grad()
-    def copy(self, keys: Iterable[int] | None = None) -> None:
-        """Copy these tensors, or all that are left; afterwards they may change.
+    def begin(self) -> None:
+        """In the training thread: copy what does not come late, and take samples of what does.
 
-        Raises:
-            CheckpointError: One of those that were left has been changed before it was copied.
+        Never waits for an accelerator: work that is queued later on its current stream comes after these reads.
         """
-        wanted = list(self._live) if keys is None else list(keys)
-        pairs = [(self._targets[key], self._live.pop(key)) for key in wanted]
-        _copy(pairs)
-        if keys is None:
-            self._late = [(source, self._versions[key]) for key, (_, source) in zip(wanted, pairs, strict=True)]
-            self.check()
+        targets = self._slots.targets
+        packed = _pack(self._slots, self._tensors)
+        early = [(targets[key], self._tensors[key]) for key in self._slots.layout.single if key not in self._late]
+        self._lanes.follow()
+        self._lanes.copy(early)
+        self._lanes.lead()
+        self._versions = {key: _version(tensor) for key, tensor in self._late.items()}
+        self._samples = Samples(self._late, self._casts, self._buffer)
+        self._lanes.follow()
+        late = [(targets[key], tensor) for key, tensor in self._late.items()]
+        self._rest = [*packed, *self._samples.pending, *late]
 
-    def check(self) -> None:
-        """See that what was copied last is as it was when the staging was made.
+    @torch.no_grad()
+    def finish(self) -> None:
+        """In any thread: copy what is left; afterwards the live tensors may change."""
+        self._lanes.copy(self._rest)
+        self._lanes.synchronize()
+        self._rest, self._tensors = [], {}
+        if self._samples is not None:
+            self._samples.pending = []
 
-        A change counts only when it is complete, so one that is under way while a tensor is copied shows later.
+    def changed(self) -> list[int]:
+        """Keys of late tensors that PyTorch knows to have been changed since the beginning.
 
-        Raises:
-            CheckpointError: A tensor has been changed.
+        A change counts only when it is complete, so one that was under way during the copy may show later.
         """
-        changed = sum(_version(source) != version for source, version in self._late)
-        if changed:
-            raise CheckpointError(
-                f"{counted(changed, 'tensor')} changed while being copied, between save() and the optimizer's next "
-                "step (weights swapped for an average, or scaled). Set checkpoint.wait_for_staging=true, which copies "
-                "everything before save() returns, or make the change before the save, or behind "
-                "PendingSave.wait_staged()"
-            )
+        return [key for key, tensor in self._late.items() if _version(tensor) != self._versions[key]]
+
+    def torn(self) -> list[int]:
+        """Keys of late tensors whose copies do not agree with the samples taken at the beginning."""
+        return [] if self._samples is None else self._samples.unlike(self._slots.views)
+
+    def forget(self) -> None:
+        """Let go of the live tensors: from now on they may change."""
+        self._late = {}
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -210,47 +159,16 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - documented for autograd, and in no other place
 
 
-def staged_bytes(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype] = _NO_CASTS) -> int:
-    """The size of the buffer that a copy of these tensors takes."""
-    return _positions(_copies(tensors, casts).values())[1]
-
-
-def _copies(tensors: Mapping[int, torch.Tensor], casts: Mapping[int, torch.dtype]) -> dict[int, torch.Tensor]:
-    """What the copies look like: a tensor itself, or one without data where its element type changes."""
-    changed = {key: torch.empty(tensors[key].shape, dtype=dtype, device="meta") for key, dtype in casts.items()}
-    return {**tensors, **changed}
-
-
-def _positions(tensors: Iterable[torch.Tensor]) -> tuple[list[int], int]:
-    offsets, end = [], 0
-    for tensor in tensors:
-        offsets.append(end)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-def _slot(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    part = buffer[offset : offset + like.numel() * like.element_size()]
-    return part.view(like.dtype).view(like.shape)
-
-
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy sources to host targets; accelerator copies run on their own stream, behind the work queued so far."""
-    there = [(target, source) for target, source in pairs if source.is_cuda]  # untested on GPU
-    here = [(target, source) for target, source in pairs if not source.is_cuda]
-    streams = {}
-    for device in {source.device for _, source in there}:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        streams[device].wait_event(torch.cuda.current_stream(device).record_event())
-    for target, source in there:
-        with torch.cuda.stream(streams[source.device]):
-            target.copy_(source, non_blocking=True)
-            source.record_stream(streams[source.device])
-    if here:
-        # All in one call: beside a busy training thread, each return to the interpreter may wait for its lock.
-        torch._foreach_copy_([target for target, _ in here], [source for _, source in here])
-    for stream in streams.values():
-        stream.synchronize()
+def _pack(slots: Slots, tensors: Mapping[int, torch.Tensor]) -> list[Pair]:
+    """Put small tensors of a kind side by side, where they lie; returns what has to go on to host memory."""
+    pairs = []
+    for keys, target in slots.packs:
+        sources = [tensors[key] for key in keys]
+        if sources[0].device.type == "cpu":
+            torch.stack(sources, out=target)
+        else:  # untested on GPU
+            pairs.append((target, torch.stack(sources)))
+    return pairs
 
 
 class _StagedDict(dict[str, Any]):
@@ -279,9 +197,13 @@ class PooledStager(AsyncStager):
             for position, leaf in enumerate(leaves)
             if isinstance(leaf, torch.Tensor)
         }
-        buffer = self._pool.take(staged_bytes(local))
-        targets = {key: target for key, (target, _) in zip(local, buffer.slots(local.values()), strict=True)}
-        _copy([(targets[key], tensor) for key, tensor in local.items()])
+        layout = self._pool.layout(local)
+        buffer = self._pool.take(layout.nbytes)
+        targets = buffer.slots(layout).targets
+        lanes = Lanes.of(local.values())
+        lanes.follow()
+        lanes.copy([(targets[key], tensor) for key, tensor in local.items()])
+        lanes.synchronize()
         leaves = [
             _like(leaf, targets[position]) if position in targets else copy.deepcopy(leaf)
             for position, leaf in enumerate(leaves)
