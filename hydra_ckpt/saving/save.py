@@ -25,7 +25,7 @@ from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
-from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Content:
         leader: The first rank that holds the same tensors, whose `shared` is kept.
         alike: What should be the same there; None where only an export is written.
         samples: Of the tensors that other ranks hold too.
+        needs: The lowest format of the manifest that tells of everything else in it; see `Manifest.format`.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -77,6 +78,13 @@ class Content:
     leader: int = 0
     alike: Packed | None = None
     samples: tuple[Sample, ...] = ()
+    needs: int = FORMATS[0]
+
+    @property
+    def format(self) -> int:
+        """The lowest format whose readers understand what this rank writes. Walks all plain data."""
+        packed = [item for item in (self.own, self.shared) if item is not None]
+        return max([self.needs, *(item.format for item in packed)])
 
 
 @dataclass
@@ -187,6 +195,7 @@ class DraftWriter:
             "bytes": plan.nbytes,
             "files": {**small, **own},
             "rows": rows or None,
+            "format": content.format,
         }
 
     def _write_foreign(self, draft: Draft, snapshot: Snapshot) -> dict[str, list[Row]]:
@@ -394,6 +403,7 @@ class Save:
             plan=content.plan.fingerprint,
             topology=self.topology,
             details=self.details,
+            format=max(receipt["format"] for receipt in receipts),
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.storage.stages import qualify
-from hydra_ckpt.storage.tree import decode, encode
+from hydra_ckpt.storage.tree import decode, encode, format_of
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -39,15 +39,26 @@ class Packed:
     """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
 
     Attributes:
-        make: Gives the bytes.
+        tree: The data, encoded.
+        wrap: Makes the file of the JSON.
     """
 
-    make: Callable[[], bytes]
+    tree: Any
+    wrap: Callable[[bytes], bytes] = bytes
 
     @cached_property
     def data(self) -> bytes:
         """The bytes."""
-        return self.make()
+        return self.wrap(self._text)
+
+    @cached_property
+    def _text(self) -> bytes:
+        return json.dumps(self.tree, separators=(",", ":")).encode()
+
+    @property
+    def format(self) -> int:
+        """The lowest format of a checkpoint whose readers can decode it."""
+        return format_of(self._text)
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ class Extractor:
             "buffers": self._own_buffers(maps),
         }
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
-        return Captured(parts, Packed(partial(_json, shared)), pack(own), adapted)
+        return Captured(parts, Packed(shared), pack(own), adapted)
 
     def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
         """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
@@ -231,11 +242,7 @@ def pack(value: Any) -> Packed:
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(value, "", tensors)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return Packed(lambda: safetensors_bytes(plain, metadata={"tree": _json(tree).decode()}))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return Packed(tree, lambda text: safetensors_bytes(plain, metadata={"tree": text.decode()}))
 
 
 def unpack(path: Path, data: bytes) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from hydra_ckpt import __version__
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box
@@ -28,10 +29,11 @@ from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.dtypes import safetensors_dtype
 from hydra_ckpt.storage.memory import bytes_of
 from hydra_ckpt.storage.tree import encode as encode_value
+from hydra_ckpt.storage.tree import format_of
 from hydra_ckpt.storage.write import create_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
-from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import WRITER, FileRecord, Manifest, PartRecord
 
 STATE = "state"
 OBJECTS = "objects.json"
@@ -166,6 +168,8 @@ class SafetensorsWriter(StorageWriter):
             parts={STATE: PartRecord("safetensors", tuple(file.path for file in self._layouts))},
             files=files,
             digests=tuple(sorted(path for path in files if path.startswith(f"{names.DIGESTS}/"))),
+            details={WRITER: __version__},
+            format=format_of(data),
         )
         complete_draft(self._files, draft, manifest)
         self._files.unlink(draft.path / names.TOKEN)

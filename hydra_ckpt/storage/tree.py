@@ -5,22 +5,19 @@ What JSON does not know is an object with the key "~": `{"~": "tuple", "v": [...
 
 from __future__ import annotations
 
-import base64
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
+from hydra_ckpt.storage.kinds import DECODERS, TAGS_OF_FORMAT_2, NotExactError, tagged
 
 _TAG = "~"
 _AS_THEY_ARE = {int, str, bool, type(None)}
-# NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
-_ARRAY_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
 
 
 def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -42,16 +39,19 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
             return list(value)
         return [encode(item, _join(name, str(index)), tensors) for index, item in enumerate(value)]
-    encoder = _ENCODERS.get(kind)
-    if encoder is not None:
-        tag, content = encoder(value)
-        return _tagged(tag, encode(content, name, tensors))
-    if kind is np.ndarray and value.dtype in _ARRAY_DTYPES:
-        return _tagged("ndarray", encode(torch.from_numpy(np.array(value, order="C")), name, tensors))
-    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
-        return _tagged("scalar", [value.dtype.str, encode(value.item(), name, tensors)])
-    raise CheckpointError(
-        f"{name}: a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor. "
+    try:
+        found = tagged(value)
+    except NotExactError as error:
+        raise _refusal(value, name, f": {error}") from None
+    if found is None:
+        raise _refusal(value, name, "")
+    return _tagged(found[0], encode(found[1], name, tensors))
+
+
+def _refusal(value: Any, name: str, why: str) -> CheckpointError:
+    kind = type(value)
+    return CheckpointError(
+        f"{name}: a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. "
         "Let state_dict() return numbers, texts, lists, dicts and tensors only"
     )
 
@@ -85,23 +85,12 @@ def _dict(value: Mapping[Any, Any], name: str, tensors: dict[str, torch.Tensor])
     return _tagged("map", pairs)
 
 
-_ENCODERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
-    tuple: lambda value: ("tuple", list(value)),
-    torch.Size: lambda value: ("size", list(value)),
-    set: lambda value: ("set", list(value)),
-    OrderedDict: lambda value: ("ordered", dict(value)),
-    Counter: lambda value: ("counter", dict(value)),
-    bytes: lambda value: ("bytes", base64.b64encode(value).decode()),
-    torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
-    torch.device: lambda value: ("device", str(value)),
-}
-
-
 def decode(data: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The value that `encode` was given.
 
     Raises:
         CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
+        CheckpointError: It holds an enum or a named tuple whose class this program has not, or has otherwise.
     """
     if isinstance(data, list):
         return [decode(item, tensors) for item in data]
@@ -113,29 +102,20 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         tag, content = data[_TAG], data["v"]
         if tag == "tensor":
             return tensors[content]
-        return _DECODERS[tag](decode(content, tensors))
-    except (KeyError, ValueError, TypeError) as error:
+        return DECODERS[tag](decode(content, tensors))
+    except CheckpointError:
+        raise  # some of ours are ValueErrors too
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise CorruptCheckpointError("progress", f"cannot be decoded: {error!r}") from None
 
 
-def _dtype(name: str) -> torch.dtype:
-    return next(dtype for dtype in SAFETENSORS_DTYPE if str(dtype) == f"torch.{name}")
+# No tag lies within a text: there its quotes would have backslashes before them.
+_OF_FORMAT_2 = re.compile(rb'"~": ?"(?:' + "|".join(sorted(TAGS_OF_FORMAT_2)).encode() + rb')"')
 
 
-_DECODERS: dict[str, Callable[[Any], Any]] = {
-    "float": float,
-    "tuple": tuple,
-    "size": torch.Size,
-    "set": set,
-    "ordered": OrderedDict,
-    "counter": Counter,
-    "map": dict,
-    "bytes": base64.b64decode,
-    "ndarray": lambda tensor: tensor.numpy(),
-    "scalar": lambda pair: np.dtype(pair[0]).type(pair[1]),
-    "dtype": _dtype,
-    "device": torch.device,
-}
+def format_of(text: bytes) -> int:
+    """The lowest format of a checkpoint (`Manifest.format`) whose readers can decode this JSON of encoded data."""
+    return 2 if _OF_FORMAT_2.search(text) else 1
 
 
 def tensor_names(data: Any) -> list[str]:
