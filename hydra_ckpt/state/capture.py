@@ -125,7 +125,8 @@ class Extractor:
             self._resumable = False
             log.warning(
                 "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
-                "Wrap it: hydra_ckpt.resumable(loader, seed=...)",
+                "Give AppState one that can, by dataloader=: hydra_ckpt.resumable(loader, seed=...) makes one of a "
+                "plain DataLoader, in place of what accelerate prepares",
                 type(state.dataloader).__name__,
                 type(error).__name__,
                 error,
