@@ -5,6 +5,7 @@
     ├── CheckpointNotFoundError  (FileNotFoundError)  lists what there is
     ├── CheckpointExistsError    (FileExistsError)    names what is in the way
     ├── CorruptCheckpointError                        file, byte range, expected, found
+    ├── CheckpointFormatError                         file, its format, the version that wrote it
     ├── KeyMismatchError         (KeyError)           all missing, all unexpected, all shapes
     ├── SaveFailedError                               step, {rank: cause}; raised on every rank
     └── TopologyError            (ValueError)         what the mesh or the ranks disagree about
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointConfigError",
     "CheckpointError",
     "CheckpointExistsError",
+    "CheckpointFormatError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
     "KeyMismatchError",
@@ -105,6 +107,26 @@ class CorruptCheckpointError(CheckpointError):
         where = self.file if byte_range is None else f"{self.file}, bytes {byte_range[0]} to {byte_range[1]}"
         detail = "" if expected is None and found is None else f" (expected {expected}, found {found})"
         super().__init__(f"{where}: {problem}{detail}")
+
+
+class CheckpointFormatError(CheckpointError):
+    """A newer version wrote this checkpoint, in a format that this one cannot read. Nothing is wrong with it.
+
+    Attributes:
+        file: The manifest.
+        format: The number of its format.
+        writer: The version that wrote it; None where it does not say.
+    """
+
+    def __init__(self, file: str | Path, format_number: int, known: Iterable[int], writer: str | None = None) -> None:
+        self.file = str(file)
+        self.format = format_number
+        self.writer = writer
+        by = f"hydra_ckpt {writer}" if writer else "a newer hydra_ckpt"
+        super().__init__(
+            f"{self.file}: is of format {format_number}, written by {by}; this version reads formats "
+            f"{' and '.join(map(str, known))}. It is not damaged, and nothing was changed. Install a newer hydra_ckpt"
+        )
 
 
 class KeyMismatchError(CheckpointError, KeyError):

@@ -26,10 +26,10 @@ import yaml
 
 from hydra_ckpt import CheckpointCallback, CheckpointingConfig, errors
 from hydra_ckpt.layout.plan import CELL_BYTES
-from hydra_ckpt.storage import tree
 from hydra_ckpt.storage.digests import _RECORD
+from hydra_ckpt.storage.kinds import DECODERS
 from hydra_ckpt.store import lease
-from hydra_ckpt.store.manifest import FORMAT, FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = sorted([REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")])
@@ -230,7 +230,7 @@ def test_the_manifest_s_fields_are_those_of_the_code(kind: type, number: int) ->
     tables = re.split(r"\n\n(?!\|)", section("docs/format.md", "manifest.json"))
     found = [table for table in map(rows, tables) if table][number]
     assert {row[0] for row in found} == {field.name for field in dataclasses.fields(kind)}
-    assert f"`format`, which is {FORMAT}" in section("docs/format.md", "manifest.json")
+    assert f"`format` is {' or '.join(map(str, FORMATS))}" in section("docs/format.md", "manifest.json")
 
 
 def test_the_record_of_digests_is_that_of_the_code() -> None:
@@ -241,7 +241,7 @@ def test_the_record_of_digests_is_that_of_the_code() -> None:
 
 
 def test_the_tags_of_progress_are_those_of_the_code() -> None:
-    assert {row[0] for row in rows(section("docs/format.md", "progress"))} == {"tensor", *tree._DECODERS}
+    assert {row[0] for row in rows(section("docs/format.md", "progress"))} == {"tensor", *DECODERS}
 
 
 def test_the_limits_are_those_of_the_code() -> None:

@@ -548,14 +548,10 @@ def test_what_begins_anew_because_the_checkpoint_lacks_it_is_said(
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "object": ({"deep": [0, {"inner": object()}]}, r"extras\.bad\.deep\.1\.inner: a builtins\.object"),
     "function": ({"f": len}, r"extras\.bad\.f: "),
-    "array of texts": ({"names": np.array(["a", "b"])}, r"extras\.bad\.names: "),
+    "structured array": ({"names": np.zeros(2, [("a", "f4")])}, r"extras\.bad\.names: "),
     "long double": ([np.longdouble(1)], r"extras\.bad\.0: "),
-    "swapped bytes": (np.ones(2, ">f4"), r"extras\.bad: "),
     "array of objects": ([np.array([None])], r"extras\.bad\.0: "),
-    "sparse tensor": (
-        {"s": torch.eye(2).to_sparse()},
-        r"extras\.bad\.s: a tensor of torch\.float32, torch\.sparse_coo",
-    ),
+    "sparse tensor": ({"s": torch.eye(2).to_sparse()}, r"extras\.bad\.s: a tensor of torch\.float32, torch\.sparse"),
     "wide complex": ({"c": torch.zeros(1, dtype=torch.complex128)}, r"extras\.bad\.c: "),
     "same name twice": ({1: torch.ones(1), "1": torch.zeros(1)}, r"bad:1: "),
     "subclass of dict": ({"d": type("Odd", (dict,), {})()}, r"extras\.bad\.d: "),

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hydra_ckpt.cli.locating import Located, holds_checkpoints, locate
 from hydra_ckpt.cli.output import console, iso_time, parts_data, print_json, shown_size, shown_time
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
@@ -40,12 +40,19 @@ class _Entry:
         checkpoint: What its manifest says; None where that cannot be read.
         problem: What is wrong with it; empty where nothing is.
         pointers: Names that lead to it.
+        is_newer: Whether that is only that a newer version wrote it.
     """
 
     path: Path
     checkpoint: Checkpoint | None
     problem: str = ""
     pointers: tuple[str, ...] = ()
+    is_newer: bool = False
+
+    @property
+    def mark(self) -> str:
+        """What is wrong in a word; empty where nothing is."""
+        return "" if not self.problem else "newer format" if self.is_newer else "damaged"
 
     def as_data(self) -> dict[str, Any]:
         """For `--json`; what only the manifest knows is null where that cannot be read."""
@@ -64,6 +71,7 @@ class _Entry:
             "metrics": known.metrics if known else None,
             "pointers": list(self.pointers),
             "problem": self.problem or None,
+            "newer_format": self.is_newer,
         }
 
 
@@ -101,7 +109,7 @@ def list_checkpoints(
     """List the checkpoints of a directory, or the jobs of a sweep.
 
     Reads manifests and compares the files' presence and sizes with them; `verify` reads every byte.
-    Exit code 1: something is damaged.
+    Exit code 1: something is damaged, or of a newer format.
     """
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
@@ -157,7 +165,7 @@ def _entry(path: Path, pointers: tuple[str, ...]) -> _Entry:
         checkpoint = Checkpoint.open(path)
         checkpoint.check_files()
     except (CheckpointError, OSError) as error:
-        return _Entry(path, checkpoint, str(error), pointers)
+        return _Entry(path, checkpoint, str(error), pointers, isinstance(error, CheckpointFormatError))
     return _Entry(path, checkpoint, "", pointers)
 
 
@@ -199,7 +207,7 @@ def _show(listing: _Listing, out: Console) -> None:
     out.print(table)
     for entry in listing.entries:
         if entry.problem:
-            out.print(f"damaged: {entry.problem}", style="red", markup=False, soft_wrap=True)
+            out.print(f"{entry.mark}: {entry.problem}", style="red", markup=False, soft_wrap=True)
     for pointer, target in listing.dangling.items():
         text = f"{pointer} leads to {target}, which is not there; the next save moves it"
         out.print(text, style="red", markup=False, soft_wrap=True)
@@ -209,7 +217,7 @@ def _show(listing: _Listing, out: Console) -> None:
 
 
 def _row(entry: _Entry) -> list[Text]:
-    marks = [("damaged", "red")] if entry.problem else []
+    marks = [(entry.mark, "red")] if entry.problem else []
     marks += [(name, "green") for name in entry.pointers]
     shown = Text(" ").join(Text(word, style=style) for word, style in marks)
     if entry.checkpoint is None:

@@ -62,8 +62,11 @@ def prune(
     ]
     nbytes = sum(item.manifest.nbytes for item in going)
     if as_json:
-        print_json({"directory": str(root), "deleted": yes, "checkpoints": gone, "bytes": nbytes})
+        newer = sorted(catalog.newer)
+        print_json({"directory": str(root), "deleted": yes, "checkpoints": gone, "bytes": nbytes, "newer": newer})
         return
+    for name in sorted(catalog.newer):
+        print(f"kept: {name}, which is of a newer format")
     for item in going:
         print(f"{'deleted' if yes else 'would be deleted'}: {item.name}")
     tail = "" if yes or not going else "; --yes does it"

@@ -10,7 +10,7 @@ import typer
 from hydra_ckpt.cli.holding import decision, held
 from hydra_ckpt.cli.locating import locate
 from hydra_ckpt.cli.output import print_json
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointFormatError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.pointers import read_pointer
@@ -50,14 +50,21 @@ def _plan(root: Path, dry_run: bool) -> list[str]:
         hidden = names.parse_hidden(path.name)
         if hidden is None or hidden[1] not in ("draft", "deleting"):
             continue
-        publish = hidden[1] == "draft" and _is_whole(path) and not (root / hidden[0]).exists()
+        whole = hidden[1] == "draft" and _is_whole(path)
+        if whole is None:
+            found.append(f"{path.name}: left alone, a newer version wrote it")
+            continue
+        publish = whole and not (root / hidden[0]).exists()
         found.append(f"{path.name}: {'would be ' if dry_run else ''}{'published' if publish else 'removed'}")
     return found
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path) -> bool | None:
+    """Whether a draft has all its files; None where a newer version wrote it, so that it cannot be told."""
     try:
         Checkpoint.open(path).check_files()
+    except CheckpointFormatError:
+        return None
     except CheckpointError:
         return False
     return True

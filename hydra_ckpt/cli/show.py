@@ -38,7 +38,8 @@ def show(
         print(_command(checkpoint))
         return
     problem = _problem(checkpoint)
-    data = {**_content(checkpoint), "problem": problem}
+    # One of a newer format cannot be opened; the key is there because `list` has it too.
+    data = {**_content(checkpoint), "problem": problem, "newer_format": False}
     if as_json:
         print_json(data)
     else:

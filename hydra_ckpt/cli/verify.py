@@ -15,7 +15,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from hydra_ckpt.cli.locating import Located, locate
 from hydra_ckpt.cli.output import console, print_json, shown_size
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, counted
+from hydra_ckpt.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    counted,
+)
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import read_sealed
@@ -61,11 +67,13 @@ class _Verdict:
         path: The checkpoint.
         read_bytes: Bytes compared with a digest.
         findings: All that is wrong.
+        is_newer: Whether that is only that a newer version wrote it.
     """
 
     path: Path
     read_bytes: int = 0
     findings: list[_Finding] = field(default_factory=list)
+    is_newer: bool = False
 
     def note(self, error: Exception) -> None:
         """Add a finding."""
@@ -81,6 +89,7 @@ class _Verdict:
             "path": str(self.path),
             "step": names.step_of(self.path.name) if names.is_checkpoint_name(self.path.name) else None,
             "whole": not self.findings,
+            "newer_format": self.is_newer,
             "read_bytes": self.read_bytes,
             "findings": findings,
         }
@@ -94,7 +103,7 @@ def verify_checkpoints(
 ) -> None:
     """Read every byte of a checkpoint, or of all in a directory, and compare it with what was written.
 
-    Exit code 1: something is damaged.
+    Exit code 1: something is damaged, or of a newer format, which cannot be verified.
     """
     located = locate(directory)
     paths = list(_paths(located))
@@ -145,6 +154,7 @@ def _verify(path: Path, bar: Progress) -> _Verdict:
         checkpoint = Checkpoint.open(path)
     except (CheckpointError, OSError) as error:
         verdict.note(error)
+        verdict.is_newer = isinstance(error, CheckpointFormatError)
         return verdict
     _check_metrics(checkpoint, verdict)
     _check_sizes(checkpoint, verdict)
@@ -235,6 +245,10 @@ def _show(verdicts: Sequence[_Verdict], out: Console) -> None:
         name, size = verdict.path.name, shown_size(verdict.read_bytes)
         if not verdict.findings:
             out.print(f"{name}: whole, {size} compared", style="green", markup=False, soft_wrap=True)
+            continue
+        if verdict.is_newer:
+            text = f"{name}: newer format: {verdict.findings[0].problem}"
+            out.print(text, style="red", markup=False, soft_wrap=True)
             continue
         found = counted(len(verdict.findings), "finding")
         out.print(f"{name}: damaged, {found}", style="red", markup=False, soft_wrap=True)

@@ -7,12 +7,14 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
+from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.conversion import is_transformers_model, original_class
 from hydra_ckpt.hub.reference import Reference
 from hydra_ckpt.state.model import unwrap
@@ -64,7 +66,8 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     model = unwrap(model)
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(model, diffusers.ModelMixin):
-        body = json.loads(model.to_json_string())
+        with naming_unwritable("the model's config", model.config):
+            body = json.loads(model.to_json_string())
         return {"config.json": json_bytes({**body, "_class_name": original_class(model).__name__})}
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -83,7 +86,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
     if getattr(model, "hf_quantizer", None) is None and hasattr(config, "quantization_config"):
         del config.quantization_config  # of the files it began with; these weights are not
     found = _code(model, config)
-    found.update(_saved(config))
+    found.update(_saved(config, "the model's config"))
     if model.can_generate() and model.generation_config is not None:
         found.update(_generation(copy.deepcopy(model.generation_config)))
     return found
@@ -91,7 +94,9 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
 
 def _generation(config: Any) -> dict[str, bytes]:
     try:
-        return _saved(config)
+        return _saved(config, "the model's generation_config")
+    except CheckpointConfigError:
+        raise  # a ValueError too
     except ValueError as error:  # settings that contradict each other; when it opens them, transformers only warns
         log.warning("generation_config.json is written as it is, although transformers finds it invalid: %s", error)
         return {"generation_config.json": config.to_json_string().encode()}
@@ -131,7 +136,7 @@ def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
     if config.task_type is None:
         base = original_class(unwrap(model).get_base_model())  # type: ignore[operator]
         mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    return _saved(config, auto_mapping_dict=mapping)
+    return _saved(config, f"the config of the adapter {adapter!r}", auto_mapping_dict=mapping)
 
 
 def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str, bytes]:
@@ -155,13 +160,63 @@ def json_bytes(body: Mapping[str, Any]) -> bytes:
 
 def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
     """The files a tokenizer or processor saves; none where there is no tokenizer."""
-    return {} if tokenizer is None else _saved(tokenizer)
+    return {} if tokenizer is None else _saved(tokenizer, "the tokenizer")
 
 
-def _saved(thing: Any, **options: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as directory:
+def _saved(thing: Any, what: str, **options: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as directory, naming_unwritable(what, thing):
         thing.save_pretrained(directory, **options)
         return _content(Path(directory))
+
+
+@contextmanager
+def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
+    """Turn the error of a value that JSON does not know into one that says where it stands.
+
+    Args:
+        what: The object, for the message.
+        thing: The object: a configuration, or a tokenizer.
+
+    Raises:
+        CheckpointConfigError: It holds such a value.
+    """
+    try:
+        yield
+    except TypeError as error:
+        found = _unwritable(thing)
+        if found is None:
+            raise
+        key, value = found
+        raise CheckpointConfigError(
+            f"{what}: {key} is a {type(value).__module__}.{type(value).__qualname__} ({value!r}), which its "
+            f"save_pretrained() cannot write as JSON ({error}). Make it a text, a number, a list or a dict, or take "
+            "it out before the save"
+        ) from error
+
+
+def _unwritable(thing: Any) -> tuple[str, Any] | None:
+    """The first value that JSON does not know, and its key. A tokenizer saves the arguments it was made with."""
+    for held in (getattr(thing, "init_kwargs", None), vars(thing) if hasattr(thing, "__dict__") else None, thing):
+        found = _beyond_json(held, "") if isinstance(held, Mapping) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _beyond_json(value: Any, key: str) -> tuple[str, Any] | None:
+    if isinstance(value, Mapping):
+        items = [(f"{key}.{name}".lstrip("."), item) for name, item in value.items() if not str(name).startswith("_")]
+    elif isinstance(value, (list, tuple)):
+        items = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+    elif hasattr(value, "to_dict"):  # a configuration within another one
+        return _beyond_json(value.to_dict(), key)
+    else:
+        try:
+            json.dumps(value)
+        except TypeError:
+            return key, value
+        return None
+    return next((found for name, item in items if (found := _beyond_json(item, name)) is not None), None)
 
 
 def _content(directory: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 _ABSENT = "(absent)"
@@ -77,10 +78,16 @@ def differences(before: Any, now: Any) -> list[Difference]:
 
 def parse_config(text: str) -> Any:
     """A configuration's YAML as plain data, interpolations as they are written; None where it is none."""
-    from yaml import YAMLError, safe_load
+    from yaml import SafeLoader, YAMLError, load
 
+    # OmegaConf writes a path as a call of pathlib's; it is read as a text, and nothing is called.
+    loader_class: Any = type("Loader", (SafeLoader,), {})
+    loader_class.add_multi_constructor(
+        "tag:yaml.org,2002:python/object/apply:pathlib.",
+        lambda loader, _, node: str(PurePath(*map(str, loader.construct_sequence(node)))),
+    )
     try:
-        data = safe_load(text) if len(text) <= _MAX_CHARACTERS else None
+        data = load(text, loader_class) if len(text) <= _MAX_CHARACTERS else None  # noqa: S506 - a SafeLoader
     except (YAMLError, RecursionError, ValueError):
         return None
     return data if isinstance(data, dict) else None

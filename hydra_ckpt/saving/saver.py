@@ -319,7 +319,7 @@ class Saver:
         """Let every optimizer's step wait for the copies it would spoil; whether all of them will."""
         for optimizer in state.optimizers:
             if optimizer not in self._hooked and _takes_hooks(optimizer):
-                self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+                self._hooks.append(optimizer.register_step_pre_hook(_untraced(self._before_step)))
                 self._hooked.add(optimizer)
         strangers = [type(optimizer).__qualname__ for optimizer in state.optimizers if optimizer not in self._hooked]
         if strangers and not self._warned_of_strangers:
@@ -357,6 +357,15 @@ class Saver:
 def _takes_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether step() will call hooks: PyTorch wraps it, and makes the place for them, in Optimizer.__init__."""
     return "_optimizer_step_pre_hooks" in vars(optimizer) and bool(getattr(type(optimizer).step, "hooked", False))
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook as torch.compile calls it: as it is. Traced, it would break a compiled step into many graphs.
+
+    torch.compiler imports torch._dynamo, which takes seconds; to make an optimizer has done so already.
+    """
+    untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 def kinds(state: AppState) -> list[str]:

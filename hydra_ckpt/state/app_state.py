@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -21,9 +21,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take a state over."""
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -82,20 +79,36 @@ class AppState:
 
     @classmethod
     def from_accelerator(
-        cls, accelerator: Any, extras: Mapping[str, Any] | None = None, tokenizer: Any = None
+        cls,
+        accelerator: Any,
+        extras: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        *,
+        dataloader: Any = None,
+        models: Mapping[str, nn.Module] | None = None,
     ) -> AppState:
-        """The objects that `accelerator.prepare` was given, unwrapped, and its gradient scaler."""
-        extras = dict(extras or {})
-        if accelerator.scaler is not None:
-            extras.setdefault("grad_scaler", accelerator.scaler)
-        return cls(
-            model=_one_or_list(accelerator._models),
-            optimizer=_one_or_list(accelerator._optimizers),
-            lr_scheduler=_one_or_list(accelerator._schedulers),
-            dataloader=accelerator._dataloaders[0] if accelerator._dataloaders else None,
-            tokenizer=tokenizer,
-            extras=extras,
-        )
+        """Everything that `accelerator.save_state` would save. Call it after the last `prepare`.
+
+        Objects of `register_for_checkpointing` are extras under their class's name in lower case, with a number where
+        there are several (`counter_0`, `counter_1`) or the name is taken. So are the gradient scaler (`grad_scaler`)
+        and, by their index, the prepared loaders beside the training loader that can tell their place
+        (`dataloader_1`).
+
+        Args:
+            accelerator: The Accelerator.
+            extras: Further objects, under names of your own.
+            tokenizer: Saved with the export.
+            dataloader: The training loader, prepared or not. Without it, it is the only prepared loader that shuffles,
+                else the only one that can tell its place; where that leaves a doubt, a resumed run starts its data
+                anew, with a warning.
+            models: Names of the prepared models. Without it, several are `model_0`, `model_1` and so on.
+
+        Raises:
+            CheckpointConfigError: `models` does not name exactly the models that were prepared.
+        """
+        from hydra_ckpt.state.accelerated import prepared
+
+        return cls(tokenizer=tokenizer, **prepared(accelerator, extras or {}, dataloader, models))
 
     @property
     def models(self) -> dict[str, list[nn.Module]]:
@@ -123,10 +136,6 @@ class AppState:
     def named_schedulers(self) -> dict[str, Any]:
         """The same by name, as `named_optimizers`."""
         return dict(zip(_called("lr_scheduler", self.lr_scheduler), self.lr_schedulers, strict=True))
-
-
-def _one_or_list(items: list[T]) -> Any:
-    return items[0] if len(items) == 1 else (list(items) or None)
 
 
 def as_list(value: Any) -> list[Any]:

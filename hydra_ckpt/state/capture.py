@@ -31,7 +31,7 @@ from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap, refuse_fsdp1
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
-from hydra_ckpt.storage.tree import Sink, decode, encode, strides
+from hydra_ckpt.storage.tree import Sink, decode, encode, format_of, strides
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,26 @@ class Packed:
     """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
 
     Attributes:
-        make: Gives the bytes.
+        tree: The data, encoded.
+        wrap: Makes the file of the JSON.
     """
 
-    make: Callable[[], bytes]
+    tree: Any
+    wrap: Callable[[bytes], bytes] = bytes
 
     @cached_property
     def data(self) -> bytes:
         """The bytes."""
-        return self.make()
+        return self.wrap(self._text)
+
+    @cached_property
+    def _text(self) -> bytes:
+        return json.dumps(self.tree, separators=(",", ":")).encode()
+
+    @property
+    def format(self) -> int:
+        """The lowest format of a checkpoint whose readers can decode it."""
+        return format_of(self._text)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ class Extractor:
             self._resumable = False
             log.warning(
                 "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
-                "Wrap it: hydra_ckpt.resumable(loader, seed=...)",
+                "Give AppState one that can, by dataloader=: hydra_ckpt.resumable(loader, seed=...) makes one of a "
+                "plain DataLoader, in place of what accelerate prepares",
                 type(state.dataloader).__name__,
                 type(error).__name__,
                 error,
@@ -221,7 +233,7 @@ class Extractor:
             "shards": {name: local_part(tensor) for name, tensor in shards.items()},
         }
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
-        return Captured(parts, Packed(partial(_json, shared)), pack(own), adapted, tuple(omitted))
+        return Captured(parts, Packed(shared), pack(own), adapted, tuple(omitted))
 
     def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
         """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
@@ -324,11 +336,7 @@ def pack(value: Any) -> Packed:
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(value, "", tensors)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return Packed(lambda: safetensors_bytes(plain, metadata={"tree": _json(tree).decode()}))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return Packed(tree, lambda text: safetensors_bytes(plain, metadata={"tree": text.decode()}))
 
 
 def unpack(path: Path, data: bytes) -> Any:

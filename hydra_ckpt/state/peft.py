@@ -280,6 +280,10 @@ def adapter_config(model: nn.Module, adapter: str) -> Any:
     return config
 
 
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
 def changed_settings(model: nn.Module, adapter: str, saved: Mapping[str, Any]) -> list[str]:
     """What a live adapter would make of the same weights otherwise than the one that was saved, in words.
 
@@ -288,7 +292,7 @@ def changed_settings(model: nn.Module, adapter: str, saved: Mapping[str, Any]) -
         adapter: peft's name of the adapter.
         saved: Its `adapter_config.json`.
     """
-    live = json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted))
+    live = json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=_plain))
     keys = [key for key in live if key in saved and key not in _OF_NO_CONSEQUENCE]
     different = [key for key in keys if _ordered(live[key]) != _ordered(saved[key])]
     return [f"{key} was {saved[key]!r} and is {live[key]!r}" for key in different]

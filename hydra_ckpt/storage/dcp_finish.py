@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from hydra_ckpt import __version__
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.files import FileLayout, index_json
@@ -20,7 +21,7 @@ from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
 from hydra_ckpt.storage.digests import hex_digest
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft
-from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import FORMATS, WRITER, FileRecord, Manifest, PartRecord
 
 
 def complete(
@@ -69,6 +70,8 @@ def complete(
         parts=parts,
         files=records,
         digests=tuple(sorted(sidecars)),
+        details={WRITER: __version__},
+        format=FORMATS[-1],  # format 1 knows nothing of the planner's data
     )
     complete_draft(files, draft, manifest)
 

@@ -6,21 +6,20 @@ one that does not lie row by row says its strides: `{"~": "tensor", "v": "m", "s
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections import Counter, OrderedDict
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
+from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
+from hydra_ckpt.storage.kinds import TAGS_OF_FORMAT_2, NotExactError, tagged
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, put_together, take_apart
 
 _TAG, _STRIDES, _PLACEMENTS = "~", "s", "p"
@@ -28,8 +27,6 @@ _TAG, _STRIDES, _PLACEMENTS = "~", "s", "p"
 UNSAVED, OWN = "unsaved", "own"
 _AS_THEY_ARE = {int, str, bool, type(None)}
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-# NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
-_ARRAY_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
 
 
 class Sink(dict[str, torch.Tensor]):
@@ -101,23 +98,21 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
             return list(value)
         return [encode(item, _join(name, str(index)), tensors) for index, item in enumerate(value)]
-    encoder = _ENCODERS.get(kind)
-    if encoder is not None:
-        tag, content = encoder(value)
-        return _tagged(tag, encode(content, name, tensors))
-    return _encode_numpy(value, name, tensors)
+    try:
+        found = tagged(value)
+    except NotExactError as error:
+        raise _unknown(value, name, tensors, f": {error}") from None
+    if found is None:
+        raise _unknown(value, name, tensors, "")
+    return _tagged(found[0], encode(found[1], name, tensors))
 
 
-def _encode_numpy(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _unknown(value: Any, name: str, tensors: dict[str, torch.Tensor], why: str) -> CheckpointError:
     kind = type(value)
-    if kind is np.ndarray and value.dtype in _ARRAY_DTYPES:
-        return _tagged("ndarray", encode(torch.from_numpy(np.array(value, order="C")), name, tensors))
-    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
-        return _tagged("scalar", [value.dtype.str, encode(value.item(), name, tensors)])
-    raise _refused(
+    return _refused(
         name,
         tensors,
-        f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor. "
+        f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. "
         "Let state_dict() return numbers, texts, lists, dicts and tensors only",
     )
 
@@ -230,23 +225,6 @@ def _dict(value: Mapping[Any, Any], name: str, tensors: dict[str, torch.Tensor])
     return _tagged("map", pairs)
 
 
-_ENCODERS: dict[type, Callable[[Any], tuple[str, Any]]] = {
-    tuple: lambda value: ("tuple", list(value)),
-    torch.Size: lambda value: ("size", list(value)),
-    set: lambda value: ("set", list(value)),
-    OrderedDict: lambda value: ("ordered", dict(value)),
-    Counter: lambda value: ("counter", dict(value)),
-    bytes: lambda value: ("bytes", base64.b64encode(value).decode()),
-    torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
-    torch.device: lambda value: ("device", str(value)),
-    io.BytesIO: lambda value: ("stream", [_as_tensor(value.getvalue()), value.tell()]),
-}
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 OMITTED = object()
 """What takes the place of a value that was left out, until `fill` knows better."""
@@ -284,6 +262,7 @@ def decode(
 
     Raises:
         CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
+        CheckpointError: It holds an enum or a named tuple whose class this program has not, or has otherwise.
     """
     if isinstance(data, list):
         return [decode(item, tensors, others) for item in data]
@@ -297,41 +276,30 @@ def decode(
             return tensors[content]
         if tag in others:
             return others[tag](content)
-        return _DECODERS[tag](decode(content, tensors, others))
-    except (KeyError, ValueError, TypeError) as error:
+        return DECODERS[tag](decode(content, tensors, others))
+    except CheckpointError:
+        raise  # some of ours are ValueErrors too
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise CorruptCheckpointError("progress", f"cannot be decoded: {error!r}") from None
 
 
-def _dtype(name: str) -> torch.dtype:
-    return next(dtype for dtype in SAFETENSORS_DTYPE if str(dtype) == f"torch.{name}")
-
-
-def _stream(parts: Any) -> io.BytesIO:
-    data, position = parts
-    stream = io.BytesIO(data.numpy().tobytes())
-    stream.seek(position)
-    return stream
-
-
-_DECODERS: dict[str, Callable[[Any], Any]] = {
-    "float": float,
-    "tuple": tuple,
-    "size": torch.Size,
-    "set": set,
-    "ordered": OrderedDict,
-    "counter": Counter,
-    "map": dict,
-    "bytes": base64.b64decode,
-    "ndarray": lambda tensor: tensor.numpy(),
-    "scalar": lambda pair: np.dtype(pair[0]).type(pair[1]),
-    "dtype": _dtype,
-    "device": torch.device,
+DECODERS: Mapping[str, Callable[[Any], Any]] = {
+    **PLAIN_DECODERS,
     "wrapped": put_together,
     "expanded": lambda pair: pair[0].expand(pair[1]),
     "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
     UNSAVED: lambda _: OMITTED,
-    "stream": _stream,
 }
+"""From a tag to what makes the value of its decoded content."""
+
+# No tag lies within a text: there its quotes would have backslashes before them. Strides are not known to format 1.
+_TAGS_OF_FORMAT_2 = sorted({*TAGS_OF_FORMAT_2, "wrapped", "expanded", "parameter", UNSAVED, OWN})
+_OF_FORMAT_2 = re.compile(rb'"~": ?"(?:' + "|".join(_TAGS_OF_FORMAT_2).encode() + rb')"|"s": ?\[')
+
+
+def format_of(text: bytes) -> int:
+    """The lowest format of a checkpoint (`Manifest.format`) whose readers can decode this JSON of encoded data."""
+    return 2 if _OF_FORMAT_2.search(text) else 1
 
 
 def tensor_names(data: Any) -> list[str]:

@@ -6,11 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import Manifest, read_manifest, read_sealed
 from hydra_ckpt.store.pointers import read_pointer
@@ -45,6 +45,7 @@ class Checkpoint:
 
         Raises:
             CheckpointNotFoundError: The directory is no finished checkpoint.
+            CheckpointFormatError: A newer version wrote it.
             CorruptCheckpointError: The manifest is damaged.
         """
         manifest = _patiently(lambda: read_manifest(path), patience_s)
@@ -114,11 +115,14 @@ class Catalog:
         root: The directory.
         checkpoints: Those with a whole manifest, by step.
         damaged: Name to what is wrong, for directories that have a checkpoint's name.
+        newer: Name to the error that tells of it, for checkpoints of a newer format. They are left alone by all that
+            changes a directory.
     """
 
     root: Path
     checkpoints: tuple[Checkpoint, ...]
     damaged: dict[str, str]
+    newer: dict[str, CheckpointFormatError] = field(default_factory=dict)
 
     def find(self, name: str) -> Checkpoint | None:
         """The checkpoint of this name."""
@@ -128,6 +132,23 @@ class Catalog:
         """The checkpoint a pointer leads to."""
         target = read_pointer(self.root, pointer)
         return self.find(target) if target else None
+
+    def refuse_newer(self, pointer: str | None, beyond: int | None) -> None:
+        """Raise if a choice would pass over a checkpoint of a newer format.
+
+        Args:
+            pointer: The pointer that was followed, if any.
+            beyond: The step that was chosen instead; None where nothing was.
+
+        Raises:
+            CheckpointFormatError: The pointer names such a checkpoint, or one lies beyond the step.
+        """
+        target = read_pointer(self.root, pointer) if pointer else None
+        if target in self.newer:
+            raise self.newer[target]
+        for name in sorted(self.newer, key=names.step_of, reverse=True):
+            if beyond is None or names.step_of(name) > beyond:
+                raise self.newer[name]
 
     def best(self, key: str, mode: str) -> Checkpoint | None:
         """The checkpoint with the best value of a metric; the earlier one of equals."""
@@ -152,7 +173,8 @@ class Catalog:
         """One line that lists what there is, for error messages."""
         there = ", ".join(item.name for item in self.checkpoints) or "no checkpoint"
         bad = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
-        return f"{self.root} holds {there}{bad}"
+        newer = f"; of a newer format: {', '.join(sorted(self.newer))}" if self.newer else ""
+        return f"{self.root} holds {there}{bad}{newer}"
 
 
 def _rates(checkpoint: Checkpoint, key: str) -> bool:
@@ -162,15 +184,17 @@ def _rates(checkpoint: Checkpoint, key: str) -> bool:
 
 def scan(root: Path) -> Catalog:
     """Look through a directory; one that does not exist holds nothing."""
-    found, damaged = [], {}
+    found, damaged, newer = [], {}, {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if not names.is_checkpoint_name(path.name) or path.is_symlink() or not path.is_dir():
             continue
         try:
             found.append(Checkpoint.open(path))
+        except CheckpointFormatError as error:
+            newer[path.name] = error
         except CheckpointError as error:
             damaged[path.name] = str(error)
-    return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged)
+    return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged, newer)
 
 
 def _refuse_parents(path: Path, selector: str) -> None:
@@ -189,6 +213,7 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
 
     Raises:
         CheckpointNotFoundError: It is not there; the message lists what is.
+        CheckpointFormatError: A newer version wrote it.
         CorruptCheckpointError: It is there, damaged.
     """
     pointer = {"latest": names.LATEST, "best": names.BEST}.get(selector)
@@ -198,11 +223,15 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
     if selector == "latest":
         # What a crash kept from being pointed to is the latest all the same.
         candidates = catalog.candidates()
+        catalog.refuse_newer(names.LATEST, candidates[0].step if candidates else None)
         if candidates and (catalog.pointed(names.LATEST) or candidates[0].pointers_pending):
             return candidates[0]
         raise CheckpointNotFoundError(f"restore_from=latest: no LATEST leads to a checkpoint; {catalog.describe()}")
     if selector == "best":
-        best = catalog.pointed(names.BEST) or catalog.best(key, mode)
+        best = catalog.pointed(names.BEST)
+        if best is None:
+            catalog.refuse_newer(names.BEST, None)  # their metrics are not known
+            best = catalog.best(key, mode)
         if best is None:
             raise CheckpointNotFoundError(f"restore_from=best: none has a metric {key!r}; {catalog.describe()}")
         return best

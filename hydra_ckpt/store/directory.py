@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra_ckpt import __version__
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files, write_atomically
@@ -16,7 +17,7 @@ from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import lease, names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
 from hydra_ckpt.store.draft import discard
-from hydra_ckpt.store.manifest import seal
+from hydra_ckpt.store.manifest import WRITER, seal
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
@@ -54,6 +55,7 @@ class Directory:
 
         Raises:
             CheckpointNotFoundError: An explicit one is not there.
+            CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
             CorruptCheckpointError: An explicit one is damaged.
         """
         catalog = scan(self.root)
@@ -73,7 +75,9 @@ class Directory:
             except CheckpointError as error:
                 damaged[candidate.name] = str(error)
                 continue
+            catalog.refuse_newer(names.LATEST, candidate.step)
             return {"path": str(candidate.path), "passed_over": damaged}
+        catalog.refuse_newer(names.LATEST, None)
         return {"path": None, "passed_over": damaged}
 
     def _metric_in(self, catalog: Catalog) -> str:
@@ -121,6 +125,7 @@ class Directory:
 
         Raises:
             CheckpointExistsError: There are later steps, and they are not to be set aside.
+            CheckpointFormatError: A later step is of a newer format; such a one is never set aside.
         """
         self.refuse_later(start_step, corrupt, on_conflict)
         set_aside(self.files, [self.root / name for name in corrupt if (self.root / name).is_dir()], "corrupt")
@@ -133,7 +138,9 @@ class Directory:
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
-        if best is not None:
+        if read_pointer(self.root, names.BEST) in catalog.newer:
+            log.warning("BEST stays as it is: it leads to a checkpoint of a newer format, whose metrics are unknown")
+        elif best is not None:
             # A crash may have come between a publication, or metrics added later, and the moving of BEST.
             move_pointer(self.files, self.root, names.BEST, best.name)
         else:
@@ -148,10 +155,14 @@ class Directory:
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
         """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
-        later = [] if start_step is None else in_the_way(scan(self.root), start_step)
+        if start_step is None:
+            return
+        catalog = scan(self.root)
+        catalog.refuse_newer(None, start_step)
+        later = in_the_way(catalog, start_step)
         later = [path for path in later if path.name not in corrupt]
         if later and on_conflict != "set_aside":
-            raise conflict_error(later, start_step or 0)
+            raise conflict_error(later, start_step)
 
     def fence(self) -> None:
         """Raise if another incarnation has taken the directory over."""
@@ -201,7 +212,12 @@ class Directory:
         """What a manifest says of the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
         deciding = {"deciding_metric": self._configured} if known else {}
-        return {"host": self._owner.host, "best_metric_mode": self._keep.best_metric_mode, **deciding}
+        return {
+            WRITER: __version__,
+            "host": self._owner.host,
+            "best_metric_mode": self._keep.best_metric_mode,
+            **deciding,
+        }
 
     def decide_by(self, key: str) -> None:
         """Let another metric decide from now on."""

@@ -3,6 +3,9 @@
 `manifest.json` is canonical JSON (sorted keys, one space of indent) that ends with the xxh3 of itself without that
 field. A reader serializes what it read again and compares: any difference is damage. It is written last; a directory
 with a whole manifest is complete.
+
+A later format keeps this seal and the field `format`, so that an older reader tells a newer checkpoint from a damaged
+one.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from typing import Any
 
 import xxhash
 
-from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.store import names
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""The formats that this version reads."""
+WRITER = "hydra_ckpt"
+"""In `details`: the version that wrote the checkpoint."""
 _DIGEST_FIELD = "~xxh3"  # sorts last
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
 _XXH3 = re.compile(r"[0-9a-f]{16}")
@@ -72,6 +78,7 @@ class Manifest:
         plan: Fingerprint of the write plan.
         topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
+        format: The lowest format whose readers understand everything in the checkpoint.
     """
 
     step: int
@@ -86,6 +93,7 @@ class Manifest:
     plan: str = ""
     topology: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMATS[0]
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +107,7 @@ def to_bytes(manifest: Manifest) -> bytes:
     # Thousands of ranks have tens of thousands of files; `asdict` would copy each field of each of them.
     files = {name: {"bytes": record.bytes, "xxh3": record.xxh3} for name, record in manifest.files.items()}
     parts = {name: asdict(record) for name, record in manifest.parts.items()}
-    return seal({"format": FORMAT, **body, "files": files, "parts": parts})
+    return seal({**body, "files": files, "parts": parts})
 
 
 _FIELDS = tuple(item.name for item in fields(Manifest))
@@ -156,19 +164,30 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CheckpointNotFoundError: There is none: the directory is no checkpoint.
-        CorruptCheckpointError: It is damaged, names files outside, or is of a later format.
+        CheckpointFormatError: A newer version wrote it.
+        CorruptCheckpointError: It is damaged, or names files outside.
     """
     path = directory / names.MANIFEST
     try:
         body = read_sealed(path)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointNotFoundError(f"{directory} holds no {names.MANIFEST}: it is no finished checkpoint") from None
-    if body.pop("format", None) != FORMAT:
-        raise CorruptCheckpointError(path, "is of a format this version does not know; a newer hydra_ckpt wrote it")
+    _check_format(path, body)
     try:
         return _from_body(path, body)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CorruptCheckpointError(path, f"a field is missing or of the wrong kind: {error!r}") from None
+
+
+def _check_format(path: Path, body: dict[str, Any]) -> None:
+    number = body.get("format")
+    if type(number) is not int or number < FORMATS[0]:
+        raise CorruptCheckpointError(path, f"its format is {str(number)[:_MAX_NAME_BYTES]!r}, which is none")
+    if number not in FORMATS:
+        details = body.get("details")
+        writer = details.get(WRITER) if isinstance(details, dict) else None
+        known = isinstance(writer, str) and len(writer) < _MAX_NAME_BYTES
+        raise CheckpointFormatError(path, number, FORMATS, writer if known else None)
 
 
 def _from_body(path: Path, body: dict[str, Any]) -> Manifest:

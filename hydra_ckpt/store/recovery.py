@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointFormatError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
@@ -48,6 +48,9 @@ def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None
     try:
         draft = Checkpoint.open(path)
         draft.check_files()
+    except CheckpointFormatError as error:
+        log.warning("the draft of a newer version is left alone: %s", error)
+        return
     except CheckpointError:
         discard(files, path)
         return
@@ -62,10 +65,18 @@ def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None
 def _move_left_pointers(files: Files, catalog: Catalog) -> None:
     pending = [item for item in catalog.checkpoints if item.pointers_pending]
     for item in pending:
-        latest = catalog.pointed(names.LATEST)
-        if latest is None or latest.step < item.step:
+        latest = _latest_step(catalog)
+        if latest is None or latest < item.step:
             move_pointer(files, catalog.root, names.LATEST, item.name)
         files.unlink(item.path / names.TOKEN)
+
+
+def _latest_step(catalog: Catalog) -> int | None:
+    target = read_pointer(catalog.root, names.LATEST)
+    if target is not None and target in catalog.newer:
+        return names.step_of(target)
+    latest = catalog.pointed(names.LATEST)
+    return None if latest is None else latest.step
 
 
 def set_aside(files: Files, paths: Iterable[Path], kind: str) -> None:
@@ -94,7 +105,7 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
 def repoint(files: Files, catalog: Catalog, pointer: str, instead: Checkpoint | None) -> None:
     """Coordinator only: if a pointer is gone, or what it names, let it lead elsewhere, or nowhere any more."""
     target = read_pointer(catalog.root, pointer)
-    if target is not None and catalog.find(target) is not None:
+    if target is not None and (target in catalog.newer or catalog.find(target) is not None):
         return
     if instead is not None:
         move_pointer(files, catalog.root, pointer, instead.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, CheckpointFormatError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -178,6 +178,9 @@ class _Found:
 def _opened(root: Path, name: str | None) -> Checkpoint | None:
     try:
         return None if name is None else Checkpoint.open(root / name)
+    except CheckpointFormatError as error:
+        log.warning("left out of the summary: %s", error)
+        return None
     except CheckpointError as error:
         log.debug("left out of the summary: %s", error)
         return None
