@@ -57,7 +57,8 @@ class Samples:
             words = {key: next(parts) for key in found}
             self._words.update(words)
             if device.type == "cpu":
-                views = [_words(tensors[key])[_slice(span)] for key, places in found.items() for span in places]
+                whole = ((_words(tensors[key]), places) for key, places in found.items())
+                views = [memory[_slice(span)] for memory, places in whole for span in places]
                 np.concatenate(views, out=_joined(words).numpy())
             else:  # untested on GPU
                 self.pending.append((_joined(words), _gather(tensors, found)))
@@ -117,7 +118,7 @@ def _is_in_words(tensor: torch.Tensor) -> bool:
 def _joined(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The memory of parts that lie end to end."""
     first = next(iter(parts.values()))
-    return first.as_strided((sum(map(len, parts.values())),), (1,))
+    return first.as_strided((sum(part.numel() for part in parts.values()),), (1,))
 
 
 def _words(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
