@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hydra_ckpt import AppState, CheckpointCallback, Checkpointer, CheckpointingConfig, SaveFailedError
 from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.saving.staged import Staged
+from hydra_ckpt.storage import samples
 from hydra_ckpt.storage.lanes import Lanes
 from hydra_ckpt.storage.pool import SMALL_BYTES, BufferPool, Layout
 from hydra_ckpt.storage.staging import Staging
@@ -237,6 +238,16 @@ def test_every_element_type_and_stride_is_sampled(dtype: str, shape: Callable[[t
     for start in range(0, raw.numel() - 8192, 5000):
         assert not torn(tensor, pool, lambda: None)
         assert torn(tensor, pool, lambda start=start: raw[start : start + 8192].bitwise_xor_(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_accelerator_s_kernels_read_the_same_words(dtype: str) -> None:
+    tensors = {0: of_bytes(dtype, 2 * SMALL_BYTES), 1: of_bytes(dtype, SMALL_BYTES + 64)}
+    for tensor in tensors.values():
+        tensor.view(torch.uint8).random_(0, 2)
+    found = {key: samples._places(tensor.nbytes // 8, 77) for key, tensor in tensors.items()}
+    read = [samples._words(tensors[key])[samples._slice(span)] for key in found for span in found[key]]
+    assert samples._gather(tensors, found).tolist() == [word for words in read for word in words.tolist()]
 
 
 def test_a_page_anywhere_is_seen_at_every_save() -> None:
