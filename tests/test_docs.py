@@ -26,8 +26,9 @@ import yaml
 
 from hydra_ckpt import CheckpointCallback, CheckpointingConfig, errors
 from hydra_ckpt.layout.plan import CELL_BYTES
+from hydra_ckpt.state.optimizer_oracle import PARAMETER
 from hydra_ckpt.storage.digests import _RECORD
-from hydra_ckpt.storage.kinds import DECODERS
+from hydra_ckpt.storage.tree import DECODERS, OWN
 from hydra_ckpt.store import lease
 from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
 
@@ -241,7 +242,8 @@ def test_the_record_of_digests_is_that_of_the_code() -> None:
 
 
 def test_the_tags_of_progress_are_those_of_the_code() -> None:
-    assert {row[0] for row in rows(section("docs/format.md", "progress"))} == {"tensor", *DECODERS}
+    tags = {row[0] for row in rows(section("docs/format.md", "Values in progress"))}
+    assert tags == {"tensor", OWN, PARAMETER, *DECODERS}
 
 
 def test_the_limits_are_those_of_the_code() -> None:

@@ -24,7 +24,6 @@ from torch import nn
 from hydra_ckpt import AppState, CheckpointError
 from hydra_ckpt.storage.kinds import TAGS_OF_FORMAT_2
 from hydra_ckpt.storage.tree import decode, encode, format_of
-from hydra_ckpt.store.catalog import scan
 from tests.test_state import Box, load, save
 
 
@@ -274,7 +273,7 @@ class Options(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_checkpoint_says_which_format_its_readers_must_know(tmp_path: Path, plain: bool) -> None:
+def test_options_and_extras_of_any_kind_come_back_from_a_checkpoint(tmp_path: Path, plain: bool) -> None:
     def build() -> AppState:
         model = nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if plain else Options(model.parameters())
@@ -284,8 +283,6 @@ def test_a_checkpoint_says_which_format_its_readers_must_know(tmp_path: Path, pl
     state.extras["box"].value = {"a": (1, 2)} if plain else {"path": Path("a"), "state": EXAMPLES[:-2]}
     kept = [dict(state.optimizers[0].param_groups[0], params=None), state.extras["box"].value]
     save(tmp_path, state)
-    [checkpoint] = scan(tmp_path).checkpoints
-    assert checkpoint.manifest.format == (1 if plain else 2)
     state.optimizers[0].param_groups[0].update(lr=9.0)
     again = build()
     again.optimizers[0].param_groups[0].update(lr=7.0)

@@ -48,7 +48,6 @@ from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
-from hydra_ckpt.store.manifest import FORMATS
 
 # Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
 _MAX_LAYOUTS = 4
@@ -218,8 +217,6 @@ class Contents:
             None if export_only else captured.shared,
             agreed.sampler.take(captured.parts, turn),
             captured.omitted,
-            # Format 1 does not know which state was plain and which was placed as its parameter.
-            FORMATS[0] if export_only else FORMATS[-1],
         )
         return content, _sources(parts, planned.plan)
 

@@ -25,7 +25,7 @@ from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
-from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ class Content:
         alike: What should be the same there; None where only an export is written.
         samples: Of the tensors that other ranks hold too.
         omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
-        needs: The lowest format of the manifest that tells of everything else in it; see `Manifest.format`.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -80,15 +79,6 @@ class Content:
     alike: Packed | None = None
     samples: tuple[Sample, ...] = ()
     omitted: tuple[str, ...] = ()
-    needs: int = FORMATS[0]
-
-    @property
-    def format(self) -> int:
-        """The lowest format whose readers understand what this rank writes; may have to walk all plain data."""
-        if self.needs == FORMATS[-1]:
-            return self.needs
-        packed = [item for item in (self.own, self.shared) if item is not None]
-        return max([self.needs, *(item.format for item in packed)])
 
 
 @dataclass
@@ -199,7 +189,6 @@ class DraftWriter:
             "bytes": plan.nbytes,
             "files": {**small, **own},
             "rows": rows or None,
-            "format": content.format,
         }
 
     def _write_foreign(self, draft: Draft, snapshot: Snapshot) -> dict[str, list[Row]]:
@@ -407,7 +396,6 @@ class Save:
             plan=content.plan.fingerprint,
             topology=self.topology,
             details=self.details,
-            format=max(receipt["format"] for receipt in receipts),
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()

@@ -31,7 +31,7 @@ from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap, refuse_fsdp1
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
-from hydra_ckpt.storage.tree import Sink, decode, encode, format_of, strides
+from hydra_ckpt.storage.tree import Sink, decode, encode, strides
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -52,16 +52,7 @@ class Packed:
     @cached_property
     def data(self) -> bytes:
         """The bytes."""
-        return self.wrap(self._text)
-
-    @cached_property
-    def _text(self) -> bytes:
-        return json.dumps(self.tree, separators=(",", ":")).encode()
-
-    @property
-    def format(self) -> int:
-        """The lowest format of a checkpoint whose readers can decode it."""
-        return format_of(self._text)
+        return self.wrap(json.dumps(self.tree, separators=(",", ":")).encode())
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
 from hydra_ckpt.storage.digests import hex_digest
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft
-from hydra_ckpt.store.manifest import FORMATS, WRITER, FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import WRITER, FileRecord, Manifest, PartRecord
 
 
 def complete(
@@ -71,7 +71,6 @@ def complete(
         files=records,
         digests=tuple(sorted(sidecars)),
         details={WRITER: __version__},
-        format=FORMATS[-1],  # format 1 knows nothing of the planner's data
     )
     complete_draft(files, draft, manifest)
 

@@ -11,7 +11,7 @@ import datetime as dt
 import io
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum, Flag
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
@@ -248,7 +248,7 @@ _ENCODERS: dict[type, Callable[[Any], Tagged]] = {
     io.BytesIO: _from_stream,
 }
 
-_FIRST_DECODERS: dict[str, Callable[[Any], Any]] = {
+DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "tuple": tuple,
     "size": torch.Size,
@@ -261,9 +261,6 @@ _FIRST_DECODERS: dict[str, Callable[[Any], Any]] = {
     "scalar": lambda pair: np.dtype(pair[0]).type(pair[1]),
     "dtype": _dtype,
     "device": torch.device,
-}
-# What readers of format 1 do not know.
-_LATER_DECODERS: dict[str, Callable[[Any], Any]] = {
     "enum": _to_enum,
     "namedtuple": _to_named_tuple,
     "numpy_dtype": np.dtype,
@@ -284,9 +281,4 @@ _LATER_DECODERS: dict[str, Callable[[Any], Any]] = {
     "generator": _to_generator,
     "stream": _to_stream,
 }
-
-DECODERS: Mapping[str, Callable[[Any], Any]] = {**_FIRST_DECODERS, **_LATER_DECODERS}
 """From a tag to what makes the value of its decoded content."""
-
-TAGS_OF_FORMAT_2 = frozenset(_LATER_DECODERS)
-"""The tags that readers of format 1 do not know."""

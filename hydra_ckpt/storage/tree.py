@@ -7,7 +7,6 @@ one that does not lie row by row says its strides: `{"~": "tensor", "v": "m", "s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
 from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
-from hydra_ckpt.storage.kinds import TAGS_OF_FORMAT_2, NotExactError, tagged
+from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, put_together, take_apart
 
 _TAG, _STRIDES, _PLACEMENTS = "~", "s", "p"
@@ -291,15 +290,6 @@ DECODERS: Mapping[str, Callable[[Any], Any]] = {
     UNSAVED: lambda _: OMITTED,
 }
 """From a tag to what makes the value of its decoded content."""
-
-# No tag lies within a text: there its quotes would have backslashes before them. Strides are not known to format 1.
-_TAGS_OF_FORMAT_2 = sorted({*TAGS_OF_FORMAT_2, "wrapped", "expanded", "parameter", UNSAVED, OWN})
-_OF_FORMAT_2 = re.compile(rb'"~": ?"(?:' + "|".join(_TAGS_OF_FORMAT_2).encode() + rb')"|"s": ?\[')
-
-
-def format_of(text: bytes) -> int:
-    """The lowest format of a checkpoint (`Manifest.format`) whose readers can decode this JSON of encoded data."""
-    return 2 if _OF_FORMAT_2.search(text) else 1
 
 
 def tensor_names(data: Any) -> list[str]:

@@ -78,7 +78,7 @@ class Manifest:
         plan: Fingerprint of the write plan.
         topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
-        format: The lowest format whose readers understand everything in the checkpoint.
+        format: One of FORMATS; those of later ones hold what earlier readers would misread.
     """
 
     step: int
@@ -93,7 +93,7 @@ class Manifest:
     plan: str = ""
     topology: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMATS[0]
+    format: int = FORMATS[-1]
 
     @property
     def nbytes(self) -> int:
