@@ -22,8 +22,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from hydra_ckpt import AppState, CheckpointError
-from hydra_ckpt.storage.kinds import TAGS_OF_FORMAT_2
-from hydra_ckpt.storage.tree import decode, encode, format_of
+from hydra_ckpt.storage.tree import decode, encode
 from tests.test_state import Box, load, save
 
 
@@ -255,13 +254,6 @@ def test_a_class_that_has_changed_is_refused(changed: str, monkeypatch: pytest.M
 
 
 # -- formats -------------------------------------------------------------------------------------------------------
-
-
-def test_only_what_older_readers_do_not_know_needs_the_second_format() -> None:
-    assert format_of(b'{"a":{"~":"tuple","v":[1]},"b":"{\\"~\\":\\"enum\\"}"}') == 1
-    for tag in TAGS_OF_FORMAT_2:
-        assert format_of(b'[{"~":"%b","v":1}]' % tag.encode()) == 2
-        assert format_of(b'{"v": 1, "~": "%b"}' % tag.encode()) == 2
 
 
 class Options(torch.optim.SGD):
