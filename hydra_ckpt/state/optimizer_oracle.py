@@ -91,7 +91,7 @@ def _customizes_loading(optimizer: Any) -> bool:
     return (
         not isinstance(optimizer, Optimizer)
         or kind.load_state_dict is not Optimizer.load_state_dict
-        or kind.__setstate__ is not Optimizer.__setstate__
+        or not kind.__setstate__.__module__.startswith("torch.optim.")
         or any(getattr(optimizer, hooks, None) for hooks in _HOOKS[2:])
     )
 
@@ -126,9 +126,16 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray | np.generic):
         return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
     try:
-        return bool(one == other or (one != one and other != other))  # noqa: PLR0124 - only NaN differs from itself
+        return bool(one == other or (one != one and other != other)) or _encode_alike(one, other)  # noqa: PLR0124 - NaN
     except Exception:  # noqa: BLE001 - a foreign object's own comparison
         return False
+
+
+def _encode_alike(one: Any, other: Any) -> bool:
+    """Whether two values that compare by identity, such as generators, are stored in the same way."""
+    tensors: list[dict[str, torch.Tensor]] = [{}, {}]
+    trees = [encode(value, "", found) for value, found in zip((one, other), tensors, strict=True)]
+    return trees[0] == trees[1] and all(same_tensor(value, tensors[1][name]) for name, value in tensors[0].items())
 
 
 def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
