@@ -81,6 +81,7 @@ _CHECKS: dict[str, Check] = {
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
+    "on_drift": choice("warn", "raise"),
     "export_dtype": optional(choice(*EXPORT_DTYPES.values(), short=EXPORT_DTYPES)),
     "model_card": switch,
 }
@@ -217,6 +218,9 @@ class CheckpointingConfig:
         model_card: Exports have a `README.md`, a model card to be completed: library, base model, step, metrics known
             at the save, versions, Hydra's overrides and configuration. See that nothing in these is secret before you
             publish it.
+        on_drift: Ranks that should hold the same values (replicas) and do not: the first of them stores these whole
+            from then on, with one warning that names the tensors (`warn`), or the save fails on all ranks (`raise`).
+            See [replicas that differ](parallelism.md#reports).
     """
 
     enabled: bool = True
@@ -252,6 +256,7 @@ class CheckpointingConfig:
     when_busy: str = "wait"
     export_dtype: str | None = None
     model_card: bool = False
+    on_drift: str = "warn"
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

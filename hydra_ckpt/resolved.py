@@ -68,6 +68,7 @@ class WriteOptions:
         shared_writes: Whether ranks may fill one file together; None: where the file system keeps them apart.
         raise_failures: Whether a save that failed ends training; if not, it is only logged.
         skips_when_busy: Whether a save that is due while another is under way is left out.
+        raises_drift: Whether a save fails if replicas differ; if not, their first one is stored.
     """
 
     enabled: bool
@@ -84,6 +85,7 @@ class WriteOptions:
     shared_writes: bool | None
     raise_failures: bool
     skips_when_busy: bool
+    raises_drift: bool
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def _write_options(config: CheckpointingConfig) -> WriteOptions:
         shared_writes={"auto": None, "true": True, "false": False}[word(config.shared_writes)],
         raise_failures=config.on_save_failure == "raise",
         skips_when_busy=config.when_busy == "skip",
+        raises_drift=config.on_drift == "raise",
     )
 
 

@@ -25,10 +25,12 @@ class Notes:
     Attributes:
         texts: In words.
         rederived: The parts that could not be taken over as they were.
+        left: Extras that stay as they were built.
     """
 
     texts: list[str] = field(default_factory=list)
     rederived: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
     def derived(self, what: str, why: str) -> None:
         """Note a part that is not as it was, and why."""
@@ -66,6 +68,7 @@ class Installer:
             mapped.set_extra_state(decode(extra_states.get(name, {}), self.tensors))
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
+        # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
 
@@ -121,5 +124,5 @@ class Installer:
             if is_here and part in wanted and part not in {*available, *self.notes.rederived}:
                 self.notes.derived(part, f"the checkpoint holds no {part}; the one of this run begins as it was built")
         for name in state.extras if "extras" in wanted else ():
-            if name not in self.shared.get("extras", {}):
+            if name not in self.shared.get("extras", {}) and name not in self.notes.left:
                 self.notes.derived("extras", f"extras[{name!r}]: not in the checkpoint, and so begins as it was built")

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, some_of
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.installing import Installer, Notes
+from hydra_ckpt.loading.per_rank import ELSEWHERE, PerRank, owner_of
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -25,6 +26,7 @@ from hydra_ckpt.state import stages
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, part_of, templates, unpack
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp, stored_tensors
@@ -65,6 +67,8 @@ class Load:
         topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
+        strict: Whether it is an error if ranks had values of their own that cannot be given back to them; if not, the
+            objects stay as they were built.
 
     Attributes:
         touched: The parts whose live tensors may have been written to; equal on all ranks.
@@ -77,6 +81,7 @@ class Load:
     topology: Topology
     parts: Collection[str]
     verify: bool
+    strict: bool = True
     touched: frozenset[str] = frozenset()
     _shared: dict[str, Any] = field(default_factory=dict)
     _own: dict[str, Any] | None = None
@@ -89,6 +94,8 @@ class Load:
     _fit: optimizer_state.Fit | None = None
     _other_stages: bool = False
     _optimized: set[str] = field(default_factory=set)
+    _per_rank: PerRank = field(default_factory=PerRank)
+    _stateless: set[str] = field(default_factory=set)
 
     def run(self) -> LoadReport:
         """Collective: load.
@@ -178,6 +185,10 @@ class Load:
             self._own = unpack(self._root / own, read_small(self._root, own, files[own]))
             if not self._same_ranks and counterpart is None and not self._own.get("dataloader_is_global"):
                 self._leave_data(self._own)
+        is_here = self._same_ranks and not self._other_stages
+        record = self.checkpoint.manifest.parts.get(names.OWN)
+        rank_here = self.channel.rank if is_here else None
+        self._per_rank = PerRank.read(self._root, self._shared, self._own, record, rank_here)
 
     def _leave_data(self, own: dict[str, Any]) -> None:
         """Drop the state of a data loader that belongs to one rank of another division of the data."""
@@ -245,7 +256,29 @@ class Load:
             saved, live = len(self._shared["lr_scheduler"]), len(self.state.lr_schedulers)
             if saved != live:
                 mismatch.different["lr_scheduler"] = f"{saved} in the checkpoint, {live} in the AppState"
+        self._leave_own_extras(mismatch)
         self._match_extras()
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        """Say of which plain data all ranks get what rank 0 had."""
+        kinds = {"extra_state": "model"}
+        available = self._available()
+        for label in () if self._per_rank.is_here else self._per_rank.plain:
+            kind = label.partition(".")[0]
+            if kinds.get(kind, kind) in available:
+                self._derived_from_rank_0(label.rstrip("."))
+
+    def _derived_from_rank_0(self, label: str) -> None:
+        self._notes.derived(label, f"{label}: each rank had values of its own; those of rank 0 are taken on all ranks")
+
+    def _refuse_own(self, mismatch: _Mismatch, label: str) -> bool:
+        """Whether values that each rank had for itself stay as they are built; an error if that is not permitted."""
+        if self.strict:
+            mismatch.different[label] = ELSEWHERE
+        else:
+            self._notes.texts.append(f"{label}: {ELSEWHERE.partition(';')[0]}; it is left as built")
+        return not self.strict
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:
         record = self.checkpoint.manifest.parts.get(part)
@@ -273,8 +306,42 @@ class Load:
                 held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
                 items = Exporter(naming)(items)
             mismatch.unexpected += [prefix + key for key in stored.keys() - held]
+            own = self._match_own(mismatch, part, prefix, mapped)
             for item in items:
-                self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+                fits = self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+                if fits is not None and (item.place.origin or item.spec.name) not in own:
+                    self._fetches.append(Fetch(fits, item.box, item.tensor))
+
+    def _match_own(self, mismatch: _Mismatch, part: str, prefix: str, mapped: ModelMap) -> set[str]:
+        """The tensors of a model that are not taken from what the ranks share; this rank's own are fetched."""
+        wanted = self._per_rank.names_in(part)
+        if not wanted:
+            return set()
+        if not self._per_rank.is_here:
+            buffers = sorted(wanted & mapped.buffers().keys())
+            if buffers:
+                self._notes.derived(
+                    "buffers",
+                    f"buffers, which each rank had for itself, are those of rank 0 on all ranks: {some_of(buffers)}",
+                )
+            experts = wanted & {slot.name for slot in mapped.slots} - set(buffers)
+            return {name for name in sorted(experts) if self._refuse_own(mismatch, prefix + name)}
+        own = self._per_rank.overlay(part, {})
+        for item in mapped.locals(self.extractor.localize):
+            if item.spec.name in own:
+                self._fetch_own(mismatch, prefix, item, own[item.spec.name])
+        return wanted
+
+    def _fetch_own(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor) -> None:
+        fits = self._match_tensor(mismatch, prefix, item, stored)
+        if fits is None:
+            return
+        if item.box.numel and fits.chunks[0].box != item.box:
+            mismatch.different[prefix + item.spec.name] = (
+                "each rank had another part of its own values; shard it as then"
+            )
+            return
+        self._fetches.append(Fetch(fits, item.box, item.tensor))
 
     def _note_adapters(self) -> None:
         """Say where an adapter's weights will mean something else than they did."""
@@ -318,7 +385,10 @@ class Load:
         listed = self.checkpoint.manifest.files
         return decode_naming(self._root / name, read_small(self._root, name, listed[name])) if name in listed else None
 
-    def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
+    def _match_tensor(
+        self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None
+    ) -> StoredTensor | None:
+        """The stored tensor that fits a live one; None where none does."""
         key = prefix + item.spec.name
         if stored is None:
             mismatch.missing.append(key)
@@ -328,8 +398,8 @@ class Load:
                 f"{item.spec.dtype} {list(item.spec.file_shape)} in the model"
             )
         else:
-            stored = stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
-            self._fetches.append(Fetch(stored, item.box, item.tensor))
+            return stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
+        return None
 
     def _match_optimizers(self, mismatch: _Mismatch) -> None:
         described = self._shared["optimizer"]
@@ -340,16 +410,45 @@ class Load:
         mismatch.different.update(self._fit.different)
         if self._fit.missing or self._fit.different:
             return
-        stored = self._stored(names.OPTIMIZER)
+        self._leave_own_state(mismatch, described)
+        stored = self._per_rank.overlay(names.OPTIMIZER, self._stored(names.OPTIMIZER))
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
         targets = optimizer_state.targets(described, shapes, self.state.optimizers, parameters)
         needed = [self._fit.options, self._held_state()]
         self._want(stored, set(tensor_names(needed)), targets)
 
+    def _leave_own_state(self, mismatch: _Mismatch, described: Mapping[str, Any]) -> None:
+        """Refuse the optimizers' tensors that each rank had for itself, or begin without them."""
+        assert self._fit is not None  # made by the caller
+        own = set() if self._per_rank.is_here else self._per_rank.names_in(names.OPTIMIZER)
+        for name, state in described["state"].items() if own else ():
+            found = own.intersection(tensor_names(state)) if name in self._fit.held else ()
+            if [label for label in sorted(found) if self._refuse_own(mismatch, f"optimizer: {label}")]:
+                self._stateless.add(name)
+        for rows in self._fit.options if own else ():
+            for index, options in enumerate(rows):
+                found = own.intersection(tensor_names(options))
+                if [label for label in sorted(found) if self._refuse_own(mismatch, f"optimizer: {label}")]:
+                    rows[index] = None
+
     def _held_state(self) -> dict[str, Any]:
         """The saved state, encoded, of the parameters that this rank's optimizers hold."""
         assert self._fit is not None  # made while comparing
-        return {name: state for name, state in self._shared["optimizer"]["state"].items() if name in self._fit.held}
+        held = self._fit.held - self._stateless
+        return {name: state for name, state in self._shared["optimizer"]["state"].items() if name in held}
+
+    def _leave_own_extras(self, mismatch: _Mismatch) -> None:
+        """Refuse the extras' tensors that each rank had for itself, or leave these extras; others' are rank 0's."""
+        own = set() if self._per_rank.is_here else self._per_rank.names_in(names.EXTRAS)
+        available = self._available()
+        for name in sorted(own):
+            kind, label = owner_of(name)
+            if kind != "extras":
+                if ("model" if kind == "extra_state" else kind) in available:
+                    self._derived_from_rank_0(label)
+            elif kind in available and label in self.state.extras and self._refuse_own(mismatch, f"extras: {name}"):
+                self._shared["extras"].pop(label, None)
+                self._notes.left.append(label)
 
     def _match_extras(self) -> None:
         available = self._available()
@@ -368,7 +467,7 @@ class Load:
             for name in wanted
             if (place := unqualified(name)) in live
         }
-        self._want(self._stored(names.EXTRAS), wanted, fresh)
+        self._want(self._per_rank.overlay(names.EXTRAS, self._stored(names.EXTRAS)), wanted, fresh)
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""

@@ -7,7 +7,7 @@ fresh optimizer to make it have a state. Here absent state is recorded as absent
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from hydra_ckpt.storage.tree import encode, tensor_names
 
 SEPARATOR = ":"
 _OPTIONS = "options"
+GROUPS, STATE = "optimizer.param_groups.", "optimizer.state."
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
 _BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
 
@@ -82,14 +83,52 @@ def _placements(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int | Non
     }
 
 
-def locals_of(tensors: Mapping[str, torch.Tensor], localize: Localizer) -> list[LocalTensor]:
+def locals_of(
+    tensors: Mapping[str, torch.Tensor], localize: Localizer, sharded: Container[str] = ()
+) -> list[LocalTensor]:
     """The state's tensors, by name, as this rank holds them.
 
     Only the optimizers' steps change the state of parameters; options (a learning rate that is a tensor) belong to
-    schedulers too.
+    schedulers too. Plain tensors among the options, and of a sharded parameter's state, may differ between ranks.
+
+    Args:
+        tensors: By name.
+        localize: Knows where tensors lie.
+        sharded: Names of the parameters that are sharded.
     """
     options = f"{SEPARATOR}{_OPTIONS}"
-    return [localize(name, tensor, late=options not in name, lasting=True) for name, tensor in tensors.items()]
+    found = []
+    for name, tensor in tensors.items():
+        is_option = options in name
+        of_rank = not isinstance(tensor, DTensor) and (is_option or name.partition(SEPARATOR)[0] in sharded)
+        found.append(localize(name, tensor, divisible=not of_rank, late=not is_option, lasting=True))
+    return found
+
+
+def plain_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description holds beside tensors, by a dotted label: ranks may have different values of it.
+
+    `optimizer.param_groups.<optimizer>.<group>` is a group's description, `optimizer.state.<parameter>` the state of
+    a parameter that has more than tensors.
+    """
+    found: dict[str, Any] = {
+        f"{GROUPS}{number}.{index}": group
+        for number, optimizer in enumerate(described["optimizers"])
+        for index, group in enumerate(optimizer["groups"])
+    }
+    for name, state in described["state"].items():
+        if any(type(value) is not dict or value.get("~") != "tensor" for value in state.values()):
+            found[f"{STATE}{name}"] = state
+    return found
+
+
+def replace_plain(described: dict[str, Any], label: str, value: Any) -> None:
+    """Put what `plain_of` gave under a label back into a description, in place."""
+    if label.startswith(GROUPS):
+        number, index = map(int, label.removeprefix(GROUPS).split("."))
+        described["optimizers"][number]["groups"][index] = value
+    else:
+        described["state"][label.removeprefix(STATE)] = value
 
 
 @dataclass(frozen=True)
