@@ -220,7 +220,8 @@ class CheckpointingConfig:
             publish it.
         on_drift: Ranks that should hold the same values (replicas) and do not: the first of them stores these whole
             from then on, with one warning that names the tensors (`warn`), or the save fails on all ranks (`raise`).
-            See [replicas that differ](parallelism.md#reports).
+            See [replicas that
+            differ](parallelism.md#ranks-that-do-not-fit-together).
     """
 
     enabled: bool = True
