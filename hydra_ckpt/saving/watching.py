@@ -22,7 +22,7 @@ from hydra_ckpt.saving.agreement import Agreement, Parts
 from hydra_ckpt.saving.planning import replica_of, tensors_of
 from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.storage.digests import digest_of
-from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each, whole
+from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each
 
 # A save digests this part of what it copies (digesting takes two thirds of the time of copying), but at least so many
 # bytes of each group, and of so many tensors at most.
@@ -30,7 +30,7 @@ _SHARE = 12
 _LEAST_BYTES = 4 << 20
 _MOST_TENSORS = 1024
 _SAMPLED = 64
-_PLACES_A_DIMENSION = 3
+_PLACES_A_DIMENSION, _MOST_DIMENSIONS = 3, 4
 # Spreads the tensors looked at over the saves.
 _STRIDE = 2654435761
 
@@ -57,8 +57,22 @@ class Member:
     itemsize: int
 
 
-# A stretch of a member: its position, first byte, and the byte after the last.
-Cut = tuple[int, int, int]
+@dataclass(frozen=True)
+class Turn:
+    """What is digested at one save.
+
+    Attributes:
+        small: Positions of tensors that are digested together.
+        cuts: Position of a larger tensor, the first byte, and the byte after the last one.
+    """
+
+    small: list[int]
+    cuts: list[tuple[int, int, int]]
+
+    def digest(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Of these tensors, by position."""
+        stretches = [Stretch(tensors[position], start, stop) for position, start, stop in self.cuts]
+        return digest([tensors[position] for position in self.small], stretches)
 
 
 @dataclass(frozen=True)
@@ -89,20 +103,22 @@ class Watched:
         return [member for member in self.members if not self.is_own or member.nbytes >= SMALL_BYTES]
 
     @cached_property
-    def turns(self) -> list[list[Cut]]:
+    def turns(self) -> list[Turn]:
         """All other bytes, cut into what is digested at one save."""
         total = sum(member.nbytes for member in self._rest)
         size = max(total // (_SHARE * self.replica[1]), _LEAST_BYTES)
-        turns: list[list[Cut]] = [[]]
-        left = size
+        turns, left = [Turn([], [])], size
         for member in self._rest:
             start = 0
             while start < member.nbytes:
-                if left < member.itemsize or len(turns[-1]) == _MOST_TENSORS:
-                    turns.append([])
+                if left < member.itemsize or len(turns[-1].small) + len(turns[-1].cuts) == _MOST_TENSORS:
+                    turns.append(Turn([], []))
                     left = size
                 stop = min(start + left // member.itemsize * member.itemsize, member.nbytes)
-                turns[-1].append((member.position, start, stop))
+                if stop - start == member.nbytes < SMALL_BYTES:
+                    turns[-1].small.append(member.position)
+                else:
+                    turns[-1].cuts.append((member.position, start, stop))
                 left -= stop - start
                 start = stop
         return turns
@@ -168,13 +184,12 @@ class Watchlist:
         tensors = [item.tensor for item in tensors_of(parts)]
         found = {}
         for group in self.groups:
-            cuts = [cut for one in group.turns for cut in one] if full else group.turns[turn % len(group.turns)]
-            stretches = [whole(tensors[position]) for position in group.always]
-            stretches += [Stretch(tensors[position], start, stop) for position, start, stop in cuts]
-            sampled = [] if full else group.sampled(turn)
-            stretches += [whole(_elements(tensors[position])) for position in sampled]
+            turns = group.turns if full else [group.turns[turn % len(group.turns)]]
+            small = [tensors[position] for position in group.always]
+            small += [_elements(tensors[position]) for position in ([] if full else group.sampled(turn))]
+            values = [digest(small, ()), *(one.digest(tensors) for one in turns)]
             text = _text(plain, self._left_out) if group.is_own else b""
-            found[group.key] = digest_of(text + digest(stretches).to_bytes(8, "little"))
+            found[group.key] = digest_of(text + b"".join(value.to_bytes(8, "little") for value in values))
         return found
 
     @torch.no_grad()
@@ -204,4 +219,6 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """A few elements, spread evenly."""
     if not tensor.dim():
         return tensor
+    # Of a tensor of many dimensions there would be many: its elements in one row.
+    tensor = tensor if tensor.dim() <= _MOST_DIMENSIONS else tensor.flatten(_MOST_DIMENSIONS - 1)
     return tensor[tuple(slice(None, None, -(-size // _PLACES_A_DIMENSION)) for size in tensor.shape)].contiguous()

@@ -36,26 +36,23 @@ class Stretch:
     start: int
     stop: int
 
-    @property
-    def is_small_and_whole(self) -> bool:
-        """Whether it is better digested together with others."""
-        return self.stop - self.start < SMALL_BYTES and self.stop - self.start == self.tensor.nbytes
-
 
 def whole(tensor: torch.Tensor) -> Stretch:
     """All bytes of a tensor."""
     return Stretch(tensor, 0, tensor.nbytes)
 
 
-def digest(stretches: Iterable[Stretch]) -> int:
-    """One digest of all stretches; depends on their order and kinds, not on where the tensors lie in memory."""
+def digest(small: Iterable[torch.Tensor], stretches: Iterable[Stretch]) -> int:
+    """One digest of tensors and of stretches of others; it depends on their order, not on where they lie in memory.
+
+    Args:
+        small: Tensors without gradients, of fewer than `SMALL_BYTES` each: they are copied together first.
+        stretches: Of larger ones.
+    """
     packs: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    found: list[torch.Tensor | int] = []
-    for stretch in stretches:
-        if stretch.is_small_and_whole:
-            packs[stretch.tensor.dtype, stretch.tensor.device].append(stretch.tensor.detach())
-        else:
-            found.append(_digest(stretch))
+    for tensor in small:
+        packs[tensor.dtype, tensor.device].append(tensor)
+    found: list[torch.Tensor | int] = [_digest(stretch) for stretch in stretches]
     found += [_digest(whole(_joined(tensors))) for tensors in packs.values()]
     return digest_of(b"".join(number.to_bytes(8, "little", signed=True) for number in _fetched(found)))
 

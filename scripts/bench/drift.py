@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-_SAVES, _WARM = 24, 4
+_SAVES, _WARM = 16, 4
 
 
 class Average:
@@ -36,15 +36,17 @@ class Average:
         """Never called."""
 
 
-def worker(directory: str, megabytes: int, has_average: bool) -> tuple[float, float]:
+def worker(tree: str, directory: str, megabytes: int, has_average: bool) -> tuple[float, float]:
     """Seconds of `save()` alone, and with the wait before the next step: the least of many saves."""
     import time
 
     import torch
     import torch.distributed as dist
 
+    import hydra_ckpt
     from hydra_ckpt import AppState, CheckpointingConfig
 
+    assert Path(hydra_ckpt.__file__).is_relative_to(tree), hydra_ckpt.__file__
     torch.manual_seed(0)
     shapes = [(512, 1024)] * (megabytes // 2) + [(1024,)] * (megabytes // 2)
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
@@ -77,7 +79,8 @@ def measure(tree: Path, ranks: int, megabytes: int, has_average: bool) -> tuple[
     command = [sys.executable, __file__, "--worker", "--ranks", str(ranks), "--megabytes", str(megabytes)]
     command += ["--ema"] if has_average else []
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    # The processes that ranks are forked from look for modules in the working directory first.
+    result = subprocess.run(command, env=environment, cwd=tree, check=True, capture_output=True, text=True)
     found = json.loads(result.stdout.splitlines()[-1])
     return max(row[0] for row in found), max(row[1] for row in found)
 
@@ -96,7 +99,9 @@ def main() -> None:
         from hydra_ckpt.testing import run_distributed
 
         with tempfile.TemporaryDirectory() as directory:
-            found = run_distributed(worker, given.ranks, directory, given.megabytes, given.ema, timeout_s=300)
+            found = run_distributed(
+                worker, given.ranks, str(Path.cwd()), directory, given.megabytes, given.ema, timeout_s=300
+            )
         print(json.dumps(found))
         return
     here = Path(__file__).resolve().parent.parent.parent
