@@ -144,6 +144,12 @@ class Checkpointer:
         """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
         return self._channel.coordinator_step(what, step)
 
+    def spread_experts(self, moe_mesh: DeviceMesh) -> None:
+        """Take note of the mesh of expert parallelism, for who learns it only after `build`; on every rank."""
+        self.moe_mesh = moe_mesh
+        if self.enabled:
+            self._saver.spread_experts(moe_mesh)
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def start(self, state: AppState) -> LoadReport | None:

@@ -358,11 +358,13 @@ class Routed(nn.Module):
     def __init__(self, name: str, number: float) -> None:
         super().__init__()
         self.shared = nn.Linear(3, 3)
-        nn.init.ones_(self.shared.weight)
+        torch.manual_seed(0)
+        nn.init.normal_(self.shared.weight)
         nn.init.ones_(self.shared.bias)
         self.add_module(name, nn.Linear(3, 3))
-        for parameter in self.get_submodule(name).parameters():
-            nn.init.constant_(parameter, number)
+        with torch.no_grad():
+            for parameter in self.get_submodule(name).parameters():
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + number)
 
 
 def _experts(root: Path, name: str, has_mesh: bool, load: bool) -> Any:
@@ -387,7 +389,7 @@ def _experts(root: Path, name: str, has_mesh: bool, load: bool) -> Any:
     error = error_of(run)
     expert: Any = model.get_submodule(name).weight
     moment = optimizer.state[expert].get("exp_avg", torch.zeros(1)).flatten()[0].item()
-    return error, expert[0, 0].item(), round(moment, 3), model.shared.weight[0, 0].item(), messages
+    return error, expert[0, 0].item(), round(moment, 3), model.shared.bias[0].item(), messages
 
 
 @pytest.mark.parametrize("name", ["expert", "ffn"])

@@ -15,7 +15,7 @@ from hydra_ckpt.saving.drift import Judgement, Told, judge, unequal
 from hydra_ckpt.saving.watching import Watchlist, label_of
 from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.state.local import LocalTensor, Place
-from hydra_ckpt.storage.folding import digest, digest_each, whole
+from hydra_ckpt.storage.folding import digest, digest_each, is_constant, whole
 from hydra_ckpt.store import names
 
 if TYPE_CHECKING:
@@ -103,13 +103,14 @@ class Comparer:
 
     Attributes:
         known: The differences found so far.
+        expert_place: Where this rank's experts are, see the function `expert_place`; None if that is not known.
     """
 
     def __init__(self, group: Group, channel: Channel, moe_mesh: DeviceMesh | None, *, raises: bool) -> None:
         self._raises = raises
         self._vote = Vote(group, "comparing replicas", 3, adds=True)
         self._channel = channel
-        self._expert_place = expert_place(moe_mesh)
+        self.expert_place = expert_place(moe_mesh)
         self._unequal_at_start: set[str] = set()
         self._turn = 0
         self._lists: dict[int, tuple[Agreement, Watchlist]] = {}
@@ -164,17 +165,17 @@ class Comparer:
         """Collective: which tensors differ, on which ranks, and what that means."""
         keys = self._channel.agree("comparing replicas", look.digests, _differing_keys)
         each = look.watchlist.each(look.captured.parts, look.captured.plain, keys)
-        told = {
-            group.key: Told(look.leader, group.is_own, str(group.place), each[group.key]).to_data()
-            for group in look.watchlist.groups
-            if group.key in each
-        }
+        told = {}
+        for group in look.watchlist.groups:
+            if group.key in each:
+                constant = () if group.is_own else look.watchlist.constant(look.captured.parts, group.key)
+                told[group.key] = Told(look.leader, group.is_own, str(group.place), each[group.key], constant).to_data()
 
         def decide(payloads: Sequence[Any]) -> dict[str, Any]:
             rows, places = [row for row, _ in payloads], [place for _, place in payloads]
             return judge(rows, places, self._unequal_at_start).to_data()
 
-        found = self._channel.agree("finding out what differs", [told, self._expert_place], decide)
+        found = self._channel.agree("finding out what differs", [told, self.expert_place], decide)
         return Judgement.from_data(found)
 
     def begin(self, held: str, parameters: Mapping[str, Any]) -> None:
@@ -191,8 +192,9 @@ class Comparer:
         if held not in differs:
             told = None
         else:
-            values = digest_each(list(parameters.values()))
-            told = {f"{held}/{name}": value for name, value in zip(parameters, values, strict=True)}
+            varied = {name: tensor for name, tensor in parameters.items() if not is_constant(tensor)}
+            values = digest_each(list(varied.values()))
+            told = {f"{held}/{name}": value for name, value in zip(varied, values, strict=True)}
         if differs:
             found = self._channel.agree("comparing parameters by name", told, unequal)
             self._unequal_at_start = {name.partition("/")[2] for name in found}

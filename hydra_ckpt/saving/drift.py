@@ -22,12 +22,14 @@ class Told:
         is_own: Whether values may differ, and are then stored for each rank.
         mesh: Equal on ranks of one device mesh.
         digests: Of each tensor, and of all else, by label.
+        constant: Labels of the parameters whose elements are all equal, which says nothing of where they come from.
     """
 
     leader: int
     is_own: bool
     mesh: str
     digests: Mapping[str, int]
+    constant: Sequence[str] = ()
 
     def to_data(self) -> dict[str, Any]:
         """As plain data."""
@@ -144,7 +146,8 @@ def _follows(values: Mapping[int, int | None], places: Sequence[Sequence[int] | 
 def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start: Collection[str]) -> list[str]:
     """Labels that are clearly those of different experts."""
     several = len({told.mesh for told in group.told.values()}) > 1
-    equal = any(label.startswith(f"{names.MODEL}/") for label in group.labels().keys() - set(differing))
+    others = group.labels().keys() - {*differing, *group.first.constant}
+    equal = any(label.startswith(f"{names.MODEL}/") for label in others)
     return [
         label
         for label in differing

@@ -21,7 +21,7 @@ from hydra_ckpt.hub.card import Made
 from hydra_ckpt.report import Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.beginning import plain_parameters
-from hydra_ckpt.saving.comparing import Look
+from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
 from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.pending import PendingSave
@@ -177,6 +177,10 @@ class Saver:
         self.pending = pending  # only now: one that never began would be waited for for ever
         self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         return pending
+
+    def spread_experts(self, moe_mesh: DeviceMesh) -> None:
+        """Take note of the mesh of expert parallelism."""
+        self._contents.comparer.expert_place = expert_place(moe_mesh)
 
     def begin_run(self, state: AppState) -> None:
         """Collective: take note of which parameters are unequal before the first step."""

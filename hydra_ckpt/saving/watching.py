@@ -22,7 +22,8 @@ from hydra_ckpt.saving.agreement import Agreement, Parts
 from hydra_ckpt.saving.planning import replica_of, tensors_of
 from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.storage.digests import digest_of
-from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each
+from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each, is_constant
+from hydra_ckpt.store import names
 
 # A save digests this part of what it copies (digesting takes two thirds of the time of copying), but at least so many
 # bytes of each group, and of so many tensors at most.
@@ -205,6 +206,14 @@ class Watchlist:
                 if group.is_own:
                     found[group.key].update({label: digest_of(_json(tree)) for label, tree in plain.items()})
         return found
+
+    @torch.no_grad()
+    def constant(self, parts: Parts, key: str) -> list[str]:
+        """Labels of a group's parameters and buffers whose elements are all equal."""
+        tensors = tensors_of(parts)
+        members = next(group.members for group in self.groups if group.key == key)
+        models = [member for member in members if member.label.startswith(f"{names.MODEL}/")]
+        return [member.label for member in models if is_constant(tensors[member.position].tensor)]
 
 
 def _text(plain: Mapping[str, Any], left_out: Collection[str]) -> bytes:

@@ -62,6 +62,12 @@ def digest_each(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [number % (1 << 64) for number in _fetched([_digest(whole(tensor)) for tensor in tensors])]
 
 
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether all elements are equal, as before training those of norms and biases are."""
+    flat = tensor.detach().reshape(-1)
+    return not flat.numel() or bool((flat == flat[0]).all())
+
+
 def _fetched(found: Sequence[torch.Tensor | int]) -> list[int]:
     """Digests as signed numbers; those on a device are fetched in one go."""
     numbers = [item if isinstance(item, int) else 0 for item in found]
