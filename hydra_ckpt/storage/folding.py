@@ -64,8 +64,11 @@ def digest_each(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def is_constant(tensor: torch.Tensor) -> bool:
     """Whether all elements are equal, as before training those of norms and biases are."""
-    flat = tensor.detach().reshape(-1)
-    return not flat.numel() or bool((flat == flat[0]).all())
+    if not tensor.numel():
+        return True
+    # As bytes: not every element type can be compared.
+    rows = tensor.detach().contiguous().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)
+    return bool((rows == rows[0]).all())
 
 
 def _fetched(found: Sequence[torch.Tensor | int]) -> list[int]:
