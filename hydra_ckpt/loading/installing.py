@@ -77,6 +77,7 @@ class Installer:
         tensors: The tensors that encoded values refer to, read.
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
+        other_stages: Whether it was saved by other pipeline stages.
         notes: Takes what is to be told.
     """
 
@@ -87,6 +88,7 @@ class Installer:
     tensors: Mapping[str, torch.Tensor]
     like: Callable[[str], DTensor]
     same_ranks: bool
+    other_stages: bool
     notes: Notes
 
     def models(self, absent: Collection[str]) -> None:
@@ -111,11 +113,22 @@ class Installer:
                     for part in entries
                 ]
                 unlike += mapped.set_own_entries(dotted, given)
-            unlike += differing(self._decoded(states), mapped.extra_state()) if states else []
+            unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
+
+    def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+        """Extra states that modules report otherwise than they were given; those of one side only are noted."""
+        if not self.other_stages:
+            for names, found in (
+                (saved.keys() - live.keys(), self.notes.skipped),
+                (live.keys() - saved.keys(), self.notes.missing),
+            ):
+                found += [f"{dotted}.{name}" for name in sorted(names)]
+        both = {name: tree for name, tree in saved.items() if name in live}
+        return [name.removeprefix(".") for name in differing(self._decoded(both), {name: live[name] for name in both})]
 
     def optimizers(self, found: Fit, empty: Collection[str]) -> None:
         """The optimizers' state and options, and what they know beyond these.
@@ -195,6 +208,9 @@ class Installer:
             raise CheckpointError(
                 f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}"
             ) from error
+        if self.other_stages:  # it was given what all stages had, and keeps its own
+            self.notes.trusted.append(dotted)
+            return
         self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:

@@ -581,6 +581,7 @@ class Load:
             own=self._own,
             tensors=self._tensors,
             same_ranks=self._same_ranks,
+            other_stages=self._other_stages,
             like=self._like,
             notes=self._notes,
         )

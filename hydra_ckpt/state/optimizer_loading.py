@@ -165,17 +165,28 @@ def _fit_holder(
     found.held.update(everyone)
     held = {names[id(parameter)] for parameter in holder.parameters}
     found.state.append({name: state for name, state in described["state"].items() if name in held})
-    if any(row is not None for row in rows) and not _grouped_alike(described, holder, names):
+    if any(row is not None for row in rows) and _splits(described, holder, names):
         found.notes.append(
             f"{_place(holder)}: its parameters are grouped otherwise than in the checkpoint; each group takes the "
             "options that its parameters had there"
         )
 
 
-def _grouped_alike(described: Mapping[str, Any], holder: Holder, names: Mapping[int, str]) -> bool:
-    live = {frozenset(names[id(parameter)] for parameter in group["params"]) for group in holder.groups}
-    saved = {frozenset(group["params"]) for optimizer in described["optimizers"] for group in optimizer["groups"]}
-    return live <= saved
+def _splits(described: Mapping[str, Any], holder: Holder, names: Mapping[int, str]) -> bool:
+    """Whether groups that were built with different options get the options of one saved group."""
+    homes = {
+        name: (number, index)
+        for number, optimizer in enumerate(described["optimizers"])
+        for index, group in enumerate(optimizer["groups"])
+        for name in group["params"]
+    }
+    built: dict[tuple[int, int], str] = {}
+    for group in holder.groups:
+        options = repr({key: value for key, value in group.items() if key != "params"})
+        for home in {homes[name] for item in group["params"] if (name := names[id(item)]) in homes}:
+            if built.setdefault(home, options) != options:
+                return True
+    return False
 
 
 def _place(holder: Holder, index: int | None = None) -> str:
