@@ -105,12 +105,10 @@ class Installer:
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
             entries = self.shared.get("entries", {}).get(name, [])
-            if any(entries):
-                given = [
-                    {key: value for key, value in self._decoded(part).items() if value is not OMITTED}
-                    for part in entries
-                ]
-                unlike += mapped.set_own_entries(dotted, given)
+            given = [
+                {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
+            ]
+            unlike += mapped.set_own_entries(dotted, given)
             unlike += differing(self._decoded(states), mapped.extra_state()) if states else []
             self.notes.took(dotted, unlike)
         if any(own_buffers.values()) and not self.same_ranks:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
@@ -160,8 +160,10 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         raise _refused(name, tensors, f"a {type(value).__qualname__} is a tensor of a class that cannot be stored")
     if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided:
         raise _refused(name, tensors, f"a tensor of {value.dtype}, {value.layout} cannot be stored; convert it")
-    if isinstance(value, torch.nn.Parameter) and not isinstance(value, DTensor):
+    if isinstance(value, torch.nn.Parameter):
         return _tagged("parameter", [_tensor(value.detach(), name, tensors), value.requires_grad])
+    if value.requires_grad and value.is_leaf:
+        return _tagged("leaf", _tensor(value.detach(), name, tensors))
     found = _tagged("tensor", name)
     if (lies := value.stride()) != row_major(value.shape):
         if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
@@ -169,6 +171,8 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         if not _is_apart(value.shape, lies):
             raise _refused(name, tensors, "its elements share memory with each other; store a .contiguous() one")
         found[_STRIDES] = list(lies)
+    if isinstance(value, DTensor) and isinstance(tensors, Sink) and tensors.tells_placements:
+        found[_PLACEMENTS] = [placement.dim if isinstance(placement, Shard) else None for placement in value.placements]
     tensors[name] = value
     return found
 
@@ -316,6 +320,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "wrapped": put_together,
     "expanded": lambda pair: pair[0].expand(pair[1]),
     "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
+    "leaf": lambda tensor: tensor.detach().requires_grad_(),
     UNSAVED: lambda _: OMITTED,
 }
 
