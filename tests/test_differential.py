@@ -78,7 +78,7 @@ def run_one_rank(root: Path, examples: int, *, is_fixed: bool) -> None:
 
 
 def test_whatever_one_rank_hands_over_comes_back_as_it_was(tmp_path: Path) -> None:
-    run_one_rank(tmp_path, 40, is_fixed=True)
+    run_one_rank(tmp_path, 30, is_fixed=True)
 
 
 @pytest.mark.slow
