@@ -210,7 +210,7 @@ def _load(
 
 def _alike(saved: Any, live: Any) -> bool:
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
-        return same_tensor(saved, live.detach())
+        return saved is live or same_tensor(saved.detach(), live.detach())
     return not list(differing(saved, live))
 
 
