@@ -23,10 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, LoadReport
 from tests import differential_extras as extras_of
 from tests import differential_modules as modules_of
 from tests import differential_optimizers as optimizers_of
-from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, LoadReport
 
 FURTHER_STEPS = 12
 # Where True, cases may keep values that differ between ranks.
@@ -85,11 +85,11 @@ def draw(choose: Choose, parallel: str) -> Case:
         blocks=("linear", *(choose(blocks) for _ in range(choose([1, 2, 3])))),
         wrapper=choose(["none", "none", "compile", "fabric", "hooked", "override", "returning"]),
         optimizer=optimizer,
-        around="none" if alone else choose(["none", "none", *optimizers_of.AROUND]),
+        around="none" if alone else choose(["none"] * 5 + list(optimizers_of.AROUND)),
         groups="one" if alone else choose(["one", *optimizers_of.GROUPS]),
         scheduler=choose(["none", *optimizers_of.SCHEDULERS]),
         extras=tuple(extras_of.draw(choose) for _ in range(choose([0, 1, 2]))),
-        steps=choose([0, 1, 2, 3, 4, 5]),
+        steps=choose([3, 0, 1, 2, 4, 5]),
         options=tuple(
             {
                 "is_async": choose([False, True]),
@@ -138,9 +138,7 @@ class Objects:
         optimizer = optimizers_of.make(case.optimizer, case.around, case.groups, list(model.parameters()))
         scheduler = optimizers_of.schedule(case.scheduler, optimizer)
         rank = dist.get_rank() if case.per_rank else 0
-        extras = {
-            f"extra{number}": extras_of.make(what, model, seed + rank) for number, what in enumerate(case.extras)
-        }
+        extras = {f"extra{number}": extras_of.make(what, model, seed + rank) for number, what in enumerate(case.extras)}
         return cls(case, model, optimizer, scheduler, extras)
 
     def train(self, steps: int) -> None:

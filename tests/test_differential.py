@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.differential import Case, Outcome, check, draw, drawn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hydra_ckpt.testing import run_distributed
+from tests.differential import Case, Outcome, check, draw, drawn
 
 MOST_REFUSED = 0.05
 

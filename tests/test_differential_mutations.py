@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.differential import check, drawn
 
 from hydra_ckpt.loading import installing, load
 from hydra_ckpt.state import capture, holders, model, module_oracle, optimizer, optimizer_loading, optimizer_oracle
 from hydra_ckpt.storage import tree
+from tests.differential import check, drawn
 
 # So many cases are tried before a fault counts as not found.
-PATIENCE = 150
+PATIENCE = 300
 
 
 @pytest.fixture(autouse=True)
@@ -120,11 +120,6 @@ def _load_hooks_of_optimizers_are_passed_over(patch: pytest.MonkeyPatch) -> None
     _without(patch, optimizer_oracle, "is_plain", lambda item: isinstance(item, torch.optim.Optimizer))
 
 
-def _wrappers_are_part_of_names(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model, "transparent", lambda _: None)
-    _without(patch, module_oracle, "_memory", lambda tensor: (id(tensor),))
-
-
 def _differences_are_not_seen(patch: pytest.MonkeyPatch) -> None:
     """A load reports as exact what it did not install."""
     _without(patch, installing, "differing", lambda *_: [])
@@ -158,7 +153,6 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _extra_state_is_not_set,
     _options_of_empty_groups_are_not_restored,
     _load_hooks_of_optimizers_are_passed_over,
-    _wrappers_are_part_of_names,
     _differences_are_not_seen,
     _schedulers_are_saved_as_they_begin,
 ]
@@ -170,7 +164,7 @@ def _first_found(root: Path) -> int:
         try:
             if check(drawn(seed, "none"), root / str(seed)).faults:
                 return seed
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it is seen
             return seed
     return PATIENCE
 
