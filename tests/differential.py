@@ -252,7 +252,7 @@ def _round_trip(original: Objects, other: Objects, before: dict[str, Any]) -> di
         try:
             item.load_state_dict(_kept(before[name]))
             found[name] = next(iter(unlike(before[name], item.state_dict(), name)), None)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a foreign object's
             found[name] = repr(error)
     return found
 

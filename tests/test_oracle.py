@@ -130,6 +130,19 @@ class Stray(torch.optim.SGD):
         super().step(closure)
 
 
+class PlainStray(torch.optim.Optimizer):
+    """The same in a class that customizes nothing."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["seen"] = self.state.get("seen", 0) + 1  # type: ignore[index]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(parameter.grad, alpha=-0.1 * self.state["seen"])  # type: ignore[index]
+
+
 def _hooked(model: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.steps = 0  # type: ignore[attr-defined]
@@ -152,6 +165,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "wrapper": lambda model: Wrapper(model.parameters()),
     "slow weights": lambda model: Slow(torch.optim.AdamW(model.parameters(), lr=0.1)),
     "stray key": lambda model: Stray(model.parameters(), lr=0.1, momentum=0.9),
+    "plain stray key": lambda model: PlainStray(model.parameters()),
     "hooks": _hooked,
     "post local SGD": lambda model: PostLocalSGDOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Averager()

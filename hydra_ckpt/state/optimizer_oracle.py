@@ -103,7 +103,10 @@ def _tells_only(told: Any, holder: Holder) -> bool:
         return False
     numbers = {id(parameter): number for number, parameter in enumerate(holder.parameters)}
     item = holder.optimizer
-    state = {numbers.get(id(key), key): held for key, held in getattr(item, "state", {}).items()}
+    everything = getattr(item, "state", {})
+    if any(id(key) not in numbers or not isinstance(held, Mapping) for key, held in everything.items()):
+        return False  # the holder's walk passes these over
+    state = {numbers[id(key)]: held for key, held in everything.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in item.param_groups]
     try:
         told_groups = [

@@ -164,6 +164,11 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         return _tagged("parameter", [_tensor(value.detach(), name, tensors), value.requires_grad])
     if value.requires_grad and value.is_leaf:
         return _tagged("leaf", _tensor(value.detach(), name, tensors))
+    return _strided(value, name, tensors)
+
+
+def _strided(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A tensor with memory of its own, by its name, and how it lies and is placed."""
     found = _tagged("tensor", name)
     if (lies := value.stride()) != row_major(value.shape):
         if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
