@@ -75,7 +75,6 @@ class LoadingOverridden(PostLoading):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.load_again = True
         self.look()
 
 
