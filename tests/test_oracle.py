@@ -130,6 +130,19 @@ class Stray(torch.optim.SGD):
         super().step(closure)
 
 
+class PlainStray(torch.optim.Optimizer):
+    """The same in a class that customizes nothing."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["seen"] = self.state.get("seen", 0) + 1  # type: ignore[index]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(parameter.grad, alpha=-0.1 * self.state["seen"])  # type: ignore[index]
+
+
 def _hooked(model: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.steps = 0  # type: ignore[attr-defined]
@@ -152,6 +165,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "wrapper": lambda model: Wrapper(model.parameters()),
     "slow weights": lambda model: Slow(torch.optim.AdamW(model.parameters(), lr=0.1)),
     "stray key": lambda model: Stray(model.parameters(), lr=0.1, momentum=0.9),
+    "plain stray key": lambda model: PlainStray(model.parameters()),
     "hooks": _hooked,
     "post local SGD": lambda model: PostLocalSGDOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Averager()
@@ -458,6 +472,111 @@ def test_a_model_whose_state_dict_raises_is_refused_by_name(tmp_path: Path) -> N
         save(tmp_path, AppState(Raised(2, 2)))
 
 
+class LookedUp(nn.Linear):
+    """Computes with something that it makes of its weight when it is loaded."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.look()
+        self.register_load_state_dict_post_hook(lambda module, _: module.look())
+
+    def look(self) -> None:
+        self.sum = float(self.weight.detach().sum())
+
+
+class LookedUpByOverride(LookedUp):
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._load_state_dict_post_hooks.clear()
+        self.look()
+
+
+@pytest.mark.parametrize("kind", [LookedUp, LookedUpByOverride])
+def test_what_modules_do_when_they_are_loaded_is_done(tmp_path: Path, kind: type[Any]) -> None:
+    model, again = nn.Sequential(kind(4, 2)), nn.Sequential(kind(4, 2))
+    save(tmp_path, AppState(model))
+    assert "model" in load(tmp_path, AppState(again)).exact
+    assert again[0].sum == model[0].sum
+
+
+class PreHooked(nn.Linear):
+    """Writes its count into a buffer when it is asked for its state, and reads it there when it is loaded."""
+
+    seen = 0
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("told", torch.tensor(0))
+        self.register_state_dict_pre_hook(lambda module, *_: setattr(module, "told", torch.tensor(module.seen)))
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "seen", int(module.told)))
+
+
+def test_buffers_that_are_written_when_the_state_is_asked_for_are_saved_and_not_overwritten_by_a_load(
+    tmp_path: Path,
+) -> None:
+    model, again = PreHooked(4, 2), PreHooked(4, 2)
+    model.seen = 7
+    save(tmp_path, AppState(model))
+    load(tmp_path, AppState(again))
+    assert (again.seen, int(again.told)) == (7, 7)
+
+
+class Halving(nn.Linear):
+    """Saves its weight in half precision, under a name of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_state_dict_post_hook(
+            lambda _, state, prefix, __: state.update({prefix + "w": state.pop(prefix + "weight").detach().half()})
+        )
+        self.register_load_state_dict_pre_hook(
+            lambda _, state, prefix, *__: state.update({prefix + "weight": state.pop(prefix + "w")})
+        )
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_hook_that_saves_less_than_there_is_takes_nothing_from_what_was_walked(
+    tmp_path: Path, is_wrapped: bool
+) -> None:
+    model, again = Halving(4, 2), Halving(4, 2)
+    wrap = FabricLike if is_wrapped else nn.Sequential
+    save(tmp_path, AppState(wrap(model)))
+    load(tmp_path, AppState(wrap(again)))
+    assert torch.equal(model.weight, again.weight)
+
+
+class Dropping(Hooked):
+    """Keeps a table out of its state dict, and does not ask for it; beside it has entries of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("table", torch.rand(3))
+        self.register_state_dict_post_hook(lambda _, state, prefix, __: state.__delitem__(prefix + "table"))
+
+
+def test_a_tensor_that_a_module_keeps_out_of_its_state_dict_comes_back_nevertheless(tmp_path: Path) -> None:
+    model, again = Dropping(4, 2), Dropping(4, 2)
+    model.seen = 7
+    save(tmp_path, AppState(model))
+    load(tmp_path, AppState(again))
+    assert again.seen == 7
+    assert torch.equal(model.table, again.table)
+
+
+class Unloadable(nn.Linear):
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise ValueError("never")
+
+
+def test_a_module_that_refuses_its_own_state_has_its_tensors_and_is_trusted_only(tmp_path: Path) -> None:
+    model, again = Unloadable(4, 2), Unloadable(4, 2)
+    save(tmp_path, AppState(model))
+    report = load(tmp_path, AppState(again))
+    assert torch.equal(model.weight, again.weight)
+    assert "model" in report.trusted
+    assert any("never" in note for note in report.notes)
+
+
 class FabricLike(nn.Module):
     """A wrapper with two ways to the same module, whose state is the inner one's."""
 
@@ -620,6 +739,48 @@ def _kinds(root: Path) -> list[str]:
 
 def test_plain_state_of_sharded_parameters_stays_plain_and_dtensors_anywhere_stay_dtensors(tmp_path: Path) -> None:
     assert run_distributed(_kinds, 2, tmp_path) == [[], []]
+
+
+def test_tensors_that_need_gradients_do_so_after_a_load(tmp_path: Path) -> None:
+    save(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Box({"scale": torch.ones(2, requires_grad=True)})}))
+    box = Box({})
+    report = load(tmp_path, AppState(nn.Linear(2, 2), extras={"box": box}))
+    assert box.value["scale"].requires_grad
+    assert "extras.box" in report.exact
+
+
+class Flattening(Box):
+    """Copies what it loads into a tensor that lies otherwise."""
+
+    def load_state_dict(self, state: Any) -> None:
+        self.value = {"m": state["m"].contiguous()}
+
+
+def test_an_object_that_changes_strides_when_it_loads_is_not_exact(tmp_path: Path) -> None:
+    save(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Flattening({"m": torch.rand(4, 3).T})}))
+    report = load(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Flattening({})}))
+    assert "extras.box" in report.trusted
+
+
+def _sharded_extra(root: Path) -> bool:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return fully_shard(nn.Sequential(Halving(4, 6)), mesh=init_device_mesh("cpu", (2,)))
+
+    model, box = make(), Box(None)
+    one = model[0].weight
+    whole = one.detach().redistribute(placements=[torch.distributed.tensor.Replicate()])
+    save(root, AppState(model, extras={"box": Box([one.detach().clone(), {"whole": whole}, one])}))
+    report = load(root, AppState(make(), extras={"box": box}))
+    found, whole_again, parameter = box.value[0], box.value[1]["whole"], box.value[2]
+    assert {"model", "extras.box"} <= set(report.exact)
+    assert isinstance(parameter, nn.Parameter)
+    assert (found.placements, whole_again.placements) == (one.placements, whole.placements)
+    return torch.equal(found.to_local(), one.to_local()) and torch.equal(parameter.to_local(), one.to_local())
+
+
+def test_dtensors_of_an_extra_and_of_a_hook_come_back_where_the_live_objects_have_none(tmp_path: Path) -> None:
+    assert run_distributed(_sharded_extra, 2, tmp_path) == [True, True]
 
 
 # -- groups and strictness -----------------------------------------------------------------------------------------

@@ -107,12 +107,10 @@ class Installer:
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
             entries = self.shared.get("entries", {}).get(name, [])
-            if any(entries):
-                given = [
-                    {key: value for key, value in self._decoded(part).items() if value is not OMITTED}
-                    for part in entries
-                ]
-                unlike += mapped.set_own_entries(dotted, given)
+            given = [
+                {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
+            ]
+            unlike += mapped.set_own_entries(dotted, given)
             unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.

@@ -178,6 +178,8 @@ class Extractor:
         """
         self.refresh(state)
         maps = self.maps(state)
+        # Hooks that run when a module is asked for its state may write to its buffers.
+        own_entries = {name: mapped.own_entries(called(name)) for name, mapped in maps.items()}
         stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:
             refuse_lost(maps.values(), _trained(state))
@@ -204,8 +206,8 @@ class Extractor:
         }
         shared["entries"] = {
             name: [sinks.encode(called(name), f"entries:{name}:{number}:", part) for number, part in enumerate(entries)]
-            for name, mapped in maps.items()
-            if any(entries := mapped.own_entries(called(name)))
+            for name, entries in own_entries.items()
+            if any(entries)
         }
         shared["extras"] = {
             name: sinks.encode(f"extras.{name}", f"{name}:", told_by(f"extras.{name}", extra))

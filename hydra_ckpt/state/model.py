@@ -22,7 +22,15 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.module_oracle import WRAPPERS, customizes, give_back, own_entries, told_by, transparent
+from hydra_ckpt.state.module_oracle import (
+    WRAPPERS,
+    customizes,
+    customizes_loading,
+    give_back,
+    own_entries,
+    told_by,
+    transparent,
+)
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
@@ -324,19 +332,30 @@ class ModelMap:
         return [{name: value for name, value in entries.items() if self._is_ours(name)} for entries in found]
 
     def set_own_entries(self, called: str, saved: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Hand each part its entries; see `give_back`.
+        """Hand each part its entries, or let it do what it does beside when it loads; see `give_back`.
 
         Returns:
             Names of those that the module reports otherwise afterwards.
         """
-        pairs = zip(self._cores, saved, strict=True)
+        # PyTorch calls load_state_dict() of the outermost module only.
+        is_asked = self._ours is None and (
+            any(map(customizes_loading, self._inner_modules()))
+            or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self._cores)
+        )
+        if not any(saved) and not is_asked:
+            return []
         return [
-            name for core, entries in pairs for name in give_back(core, called, entries, *self._covered()) if entries
+            name
+            for core, entries in zip(self._cores, saved or [{} for _ in self._cores], strict=True)
+            for name in give_back(core, called, entries, *self._covered(), self._is_ours)
         ]
+
+    def _inner_modules(self) -> Iterator[nn.Module]:
+        return (walked.module for walked in self._walked if not walked.is_wrapper)
 
     def _asks(self) -> bool:
         """Whether anything in the model customizes what state_dict() returns."""
-        return any(customizes(walked.module) for walked in self._walked if not walked.is_wrapper)
+        return any(map(customizes, self._inner_modules()))
 
     def _is_ours(self, name: str) -> bool:
         """Whether an entry belongs to what is stored of the model."""

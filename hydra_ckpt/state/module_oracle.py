@@ -9,7 +9,7 @@ its name. All others are stored as they are and go back through `load_state_dict
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,24 @@ def customizes(module: nn.Module) -> bool:
     kind = type(module)
     if kind.state_dict is not nn.Module.state_dict or kind._save_to_state_dict is not nn.Module._save_to_state_dict:
         return True
-    hooks = (*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values())
-    # PyTorch's own only gather, reshard or rename.
-    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed") for hook in hooks)
+    return _any_foreign((*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()))
+
+
+def customizes_loading(module: nn.Module) -> bool:
+    """Whether a module itself, not its children, does more when it is loaded than to take tensors over."""
+    kind = type(module)
+    if not kind._load_from_state_dict.__module__.startswith("torch.nn."):  # PyTorch's own read older versions
+        return True
+    hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
+    return _any_foreign(hooks)
+
+
+# Hooks from here only gather, reshard, rename, or read older versions.
+_KNOWN_HOOKS = ("torch.distributed", "torch.nn.utils")
+
+
+def _any_foreign(hooks: Iterable[Any]) -> bool:
+    return any(not str(getattr(hook, "__module__", "")).startswith(_KNOWN_HOOKS) for hook in hooks)
 
 
 def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
@@ -96,18 +111,23 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (local.data_ptr(), local.dtype, local.shape, local.stride(), local.device)
 
 
-@torch.no_grad()
 def give_back(
-    module: nn.Module, called: str, saved: Mapping[str, Any], walked: Mapping[str, torch.Tensor], apart: Iterable[str]
+    module: nn.Module,
+    called: str,
+    saved: Mapping[str, Any],
+    walked: Mapping[str, torch.Tensor],
+    apart: Collection[str],
+    is_ours: Callable[[str], bool] = lambda _: True,
 ) -> Iterator[str]:
     """Hand a module its own entries through its `load_state_dict`, whose tensors have been loaded already.
 
     Args:
         module: The module.
         called: Its name, for messages.
-        saved: Its entries.
+        saved: Its entries; there may be none for one that only customizes how it loads.
         walked: The tensors found by the walk, by each of their names.
         apart: Names of the modules' extra states.
+        is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
 
     Yields:
         Names of the entries that the module reports otherwise afterwards.
@@ -115,31 +135,82 @@ def give_back(
     Raises:
         CheckpointError: It refuses them.
     """
+    put_back = _remember(walked.values())
     live = told_by(module, called)
-    replaced = {id(walked[name]): walked[name] for name in map(_plain, saved) if name in walked}
-    kept = [(tensor, tensor.detach().clone()) for tensor in replaced.values()]
-    beside = own_entries(live, walked, apart)
-    given: OrderedDict[str, Any] = OrderedDict((name, value) for name, value in live.items() if name not in beside)
-    for name, value in given.items():
-        given[name] = value.detach() if isinstance(value, torch.Tensor) else value
-    given.update(saved)
-    given._metadata = getattr(live, "_metadata", None)  # type: ignore[attr-defined]
-    try:
-        module.load_state_dict(given)
-    except Exception as error:
-        raise CheckpointError(
-            f"{called} ({type(module).__qualname__}): its load_state_dict() refuses the entries {sorted(saved)} that "
-            f"its state_dict() had when it was saved: {type(error).__name__}: {error}"
-        ) from error
-    for tensor, value in kept:
-        tensor.copy_(value)
+    put_back()  # what hooks write when the state is asked for is not what was loaded
+    beside = {name for name in own_entries(live, walked, apart) if is_ours(name)}
+    given: OrderedDict[str, Any] = OrderedDict()
+    for name, value in live.items():
+        if name in saved:
+            given[name] = saved[name]
+        elif name not in beside:
+            given[name] = value
+        elif _plain(name) in walked:  # it was the tensor itself when it was saved
+            given[name] = walked[_plain(name)]
+    given.update({name: value for name, value in saved.items() if name not in given})
+    refused = _load(module, called, given, getattr(live, "_metadata", None), walked, saved)
+    put_back()
+    if refused is not None:
+        yield f"load_state_dict() ({refused})"
     again = own_entries(told_by(module, called), walked, apart)
     yield from (name for name in saved if name not in again or not _alike(saved[name], again[name]))
 
 
+@torch.no_grad()
+def _remember(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Copies of tensors, in host memory; the function that is returned writes them back."""
+    parts = [local_part(tensor.detach()) for tensor in {id(tensor): tensor for tensor in tensors}.values()]
+    copies = [part.to("cpu", copy=True) for part in parts]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for part, value in zip(parts, copies, strict=True):
+            part.copy_(value)
+
+    return put_back
+
+
+def _load(
+    module: nn.Module,
+    called: str,
+    given: Mapping[str, Any],
+    metadata: Any,
+    walked: Mapping[str, torch.Tensor],
+    saved: Mapping[str, Any],
+) -> str | None:
+    """Call load_state_dict with what the module tells; where it refuses that, with the names of its tensors' places.
+
+    A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless.
+
+    Returns:
+        Why it refuses everything, where it had no entries of its own, and so has all its tensors; None if it does not.
+    """
+    absent = {name: item for name, item in walked.items() if name not in set(map(_plain, given))}
+    placed = {name: item for name, item in given.items() if name in saved or not isinstance(item, torch.Tensor)}
+    placed.update({name: item for name, item in given.items() if _plain(name) in walked})
+    errors: list[Exception] = []
+    for state in (given, {**given, **absent}, {**placed, **absent}):
+        # A copy, because hooks take state dicts apart.
+        pairs = ((name, item.detach() if isinstance(item, torch.Tensor) else item) for name, item in state.items())
+        copy = OrderedDict(pairs)
+        copy._metadata = metadata  # type: ignore[attr-defined]
+        try:
+            module.load_state_dict(copy)
+            return None
+        except Exception as error:  # noqa: BLE001 - a foreign object's; told below
+            errors.append(error)
+    why = f"{type(errors[0]).__name__}: {errors[0]}"
+    if not saved:
+        return why
+    raise CheckpointError(
+        f"{called} ({type(module).__qualname__}): its load_state_dict() refuses the entries {sorted(saved)} that its "
+        f"state_dict() had when it was saved: {why}"
+    ) from errors[0]
+
+
 def _alike(saved: Any, live: Any) -> bool:
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
-        return same_tensor(saved, live.detach())
+        return saved is live or same_tensor(saved.detach(), live.detach())
     return not list(differing(saved, live))
 
 
@@ -150,6 +221,6 @@ def transparent(module: nn.Module) -> nn.Module | None:
     told = told_by(module, type(module).__qualname__)
     for child in module._modules.values():
         inner = None if child is None else told_by(child, type(child).__qualname__)
-        if inner and inner.keys() == told.keys() and all(value is told[name] for name, value in inner.items()):
+        if inner and inner.keys() == told.keys() and all(_alike(value, told[name]) for name, value in inner.items()):
             return child
     return None

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError
@@ -102,8 +103,10 @@ def _tells_only(told: Any, holder: Holder) -> bool:
         return False
     numbers = {id(parameter): number for number, parameter in enumerate(holder.parameters)}
     item = holder.optimizer
-    held = getattr(item, "state", {})
-    state = {numbers[id(key)]: value for key, value in held.items() if id(key) in numbers}
+    everything = getattr(item, "state", {})
+    if any(id(key) not in numbers or not isinstance(held, Mapping) for key, held in everything.items()):
+        return False  # the holder's walk passes these over
+    state = {numbers[id(key)]: held for key, held in everything.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in item.param_groups]
     try:
         told_groups = [
@@ -152,7 +155,7 @@ def differing(saved: Any, live: Any, place: str = "") -> Iterator[str]:
         place: The name of both.
     """
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
-        if not same_tensor(saved, live):
+        if not same_tensor(saved, live) or _facts(saved) != _facts(live):
             yield place
     elif isinstance(saved, Mapping) and isinstance(live, Mapping):
         yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
@@ -177,6 +180,13 @@ def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
     if is_wrapper(one):
         return same_tensor(one, other)
     return one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+
+
+def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What belongs to a tensor beside its type, shape and bits."""
+    placed = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
+    lies = tensor.stride() if tensor.numel() else None
+    return lies, placed, tensor.requires_grad and tensor.is_leaf
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, some_of
 from hydra_ckpt.state.model import ModelMap, canonical, persistent, unwrap
+from hydra_ckpt.state.module_oracle import customizes, told_by
 
 log = logging.getLogger(__name__)
 
@@ -118,17 +119,32 @@ def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *
     mapped.keep(kept, buffers=buffers)
 
 
+# Stands for entries that hooks of an adapter's modules add. They are no tensors of it; see `module_oracle`.
+_NO_TENSOR = torch.empty(0)
+
+
+def _added_names(core: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The names that an adapter's modules tell by themselves, each with the tensor that stands for none."""
+    own = [
+        (place, module)
+        for place, module in core.named_modules(remove_duplicate=False)
+        if place.endswith(f".{adapter}") and any(map(customizes, module.modules()))
+    ]
+    return {f"{place}.{name}": _NO_TENSOR for place, module in own for name in told_by(module, place)}
+
+
 def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """An adapter's tensors, live, by the names that peft gives them; one of several names under each."""
     from peft import get_peft_model_state_dict
 
     core = _core(model)
     # peft asks modules for their names, and so needs to find tensors under these, whatever wrappers add to them.
-    live = {
-        f"{place}.{name}".lstrip("."): tensor
+    live = _added_names(core, adapter)
+    live.update(
+        (f"{place}.{name}".lstrip("."), tensor)
         for place, module in core.named_modules(remove_duplicate=False)
         for name, tensor in _held(module)
-    }
+    )
     # It only filters and renames then, so that the tensors tell which name became which.
     select = partial(get_peft_model_state_dict, core, state_dict=live, adapter_name=adapter)
     try:
@@ -141,6 +157,7 @@ def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
             f"peft cannot tell what belongs to the adapter {adapter!r} "
             f"({core.peft_config[adapter].peft_type}): {type(error).__name__}: {error}"
         ) from error
+    found = {name: tensor for name, tensor in found.items() if tensor is not _NO_TENSOR}
     known = {id(tensor) for tensor in live.values()}
     computed = [name for name, tensor in found.items() if id(tensor) not in known]
     if computed:

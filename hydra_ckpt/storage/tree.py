@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
@@ -155,8 +155,15 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         raise _refused(name, tensors, f"a {type(value).__qualname__} is a tensor of a class that cannot be stored")
     if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided:
         raise _refused(name, tensors, f"a tensor of {value.dtype}, {value.layout} cannot be stored; convert it")
-    if isinstance(value, torch.nn.Parameter) and not isinstance(value, DTensor):
+    if isinstance(value, torch.nn.Parameter):
         return _tagged("parameter", [_tensor(value.detach(), name, tensors), value.requires_grad])
+    if value.requires_grad and value.is_leaf:
+        return _tagged("leaf", _tensor(value.detach(), name, tensors))
+    return _strided(value, name, tensors)
+
+
+def _strided(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A tensor with memory of its own, by its name, and how it lies and is placed."""
     found = _tagged("tensor", name)
     if (lies := value.stride()) != row_major(value.shape):
         if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
@@ -164,6 +171,8 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         if not _is_apart(value.shape, lies):
             raise _refused(name, tensors, "its elements share memory with each other; store a .contiguous() one")
         found[_STRIDES] = list(lies)
+    if isinstance(value, DTensor) and isinstance(tensors, Sink) and tensors.tells_placements:
+        found[_PLACEMENTS] = [placement.dim if isinstance(placement, Shard) else None for placement in value.placements]
     tensors[name] = value
     return found
 
@@ -287,6 +296,7 @@ DECODERS: Mapping[str, Callable[[Any], Any]] = {
     "wrapped": put_together,
     "expanded": lambda pair: pair[0].expand(pair[1]),
     "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
+    "leaf": lambda tensor: tensor.detach().requires_grad_(),
     UNSAVED: lambda _: OMITTED,
 }
 """From a tag to what makes the value of its decoded content."""

@@ -1,0 +1,113 @@
+"""Random training runs go on after a load as if nothing had happened, or are refused by name."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from hydra_ckpt.testing import run_distributed
+from tests.differential import Case, Outcome, check, draw, drawn
+
+MOST_REFUSED = 0.05
+
+
+@st.composite
+def cases(choose: Any, parallel: str = "none") -> Case:
+    return draw(lambda options: choose(st.sampled_from(list(options))), parallel)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Wrappers of torch.compile compile nothing, and warnings of hundreds of runs are not told."""
+    torch.compiler.set_stance("force_eager")
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.compiler.set_stance("default")
+
+
+class Tally:
+    """Counts the kinds of refusals."""
+
+    def __init__(self) -> None:
+        self.cases, self.refused = 0, Counter[str]()
+
+    def add(self, outcome: Outcome) -> None:
+        self.cases += 1
+        if outcome.refused is not None:
+            kind = re.sub(r"extras\.\S+|'[^']*'|\[.*?\]|blocks\.\S+", "*", outcome.refused.splitlines()[0])
+            self.refused[kind[:120]] += 1
+
+    def check(self) -> None:
+        print(f"{sum(self.refused.values())} of {self.cases} cases were refused")
+        for kind, count in self.refused.most_common():
+            print(f"{count:4} {kind}")
+        # A single one of few cases says nothing.
+        assert sum(self.refused.values()) <= max(2, MOST_REFUSED * self.cases)
+
+
+def run_one_rank(root: Path, examples: int, *, is_fixed: bool) -> None:
+    tally = Tally()
+    phases = (Phase.explicit, Phase.generate) if is_fixed else tuple(Phase)
+
+    @settings(
+        max_examples=examples,
+        derandomize=is_fixed,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def run(case: Case) -> None:
+        outcome = check(case, root / "run")
+        assert outcome.faults == [], case
+        tally.add(outcome)
+
+    run()
+    tally.check()
+
+
+def test_whatever_one_rank_hands_over_comes_back_as_it_was(tmp_path: Path) -> None:
+    run_one_rank(tmp_path, 30, is_fixed=True)
+
+
+@pytest.mark.slow
+def test_whatever_one_rank_hands_over_comes_back_in_many_cases(tmp_path: Path) -> None:
+    run_one_rank(tmp_path, 600, is_fixed=False)
+
+
+def _on_this_rank(root: Path, parallel: str, seeds: range) -> list[tuple[Case, Outcome]]:
+    logging.disable(logging.WARNING)
+    torch.compiler.set_stance("force_eager")
+    return [(case, check(case, root / str(seed))) for seed in seeds for case in [drawn(seed, parallel)]]
+
+
+def run_two_ranks(root: Path, parallel: str, seeds: range) -> None:
+    tally = Tally()
+    for rank, results in enumerate(run_distributed(_on_this_rank, 2, root, parallel, seeds, timeout_s=500)):
+        for case, outcome in results:
+            assert outcome.faults == [], (rank, case)
+            if rank == 0:
+                tally.add(outcome)
+    tally.check()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_whatever_two_ranks_hand_over_comes_back_as_it_was(tmp_path: Path, parallel: str) -> None:
+    run_two_ranks(tmp_path, parallel, range(7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_whatever_two_ranks_hand_over_comes_back_in_many_cases(tmp_path: Path, parallel: str) -> None:
+    run_two_ranks(tmp_path, parallel, range(7, 150))
