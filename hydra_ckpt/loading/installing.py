@@ -116,12 +116,12 @@ class Installer:
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
 
-    def optimizers(self, found: Fit, empty: Collection[str]) -> None:
+    def optimizers(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """The optimizers' state and options, and what they know beyond these.
 
         Args:
             found: What of the saved description fits.
-            empty: Parameters that had a state without anything in it.
+            empty: Parameters that had a state without anything in it, by the path of the optimizer that held it.
         """
         parameters = self.extractor.parameter_names(self.state)
         live = {name: parameter for parameter, name in self._parameters(parameters)}

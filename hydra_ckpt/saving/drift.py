@@ -94,7 +94,8 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.dim():
         tensor = tensor[tuple(slice(None, None, -(-size // _PLACES_A_DIMENSION)) for size in tensor.shape)]
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # A copy: a view of a single element may keep a stride that view() does not take.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _as_bytes(values: Sequence[torch.Tensor]) -> list[bytes]:

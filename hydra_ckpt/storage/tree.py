@@ -25,6 +25,7 @@ _TAG, _STRIDES, _PLACEMENTS = "~", "s", "p"
 # What is not in the tree but beside it: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
 _AS_THEY_ARE = {int, str, bool, type(None)}
+_STRIDED = torch.strided
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -85,6 +86,9 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     kind = type(value)
     if _omits(tensors, name):
         return _tagged(UNSAVED, None)
+    if kind is torch.Tensor and name not in tensors and is_ordinary(value) and not getattr(tensors, "known", None):
+        tensors[name] = value
+        return _tagged("tensor", name)
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
@@ -166,6 +170,16 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         found[_STRIDES] = list(lies)
     tensors[name] = value
     return found
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a plain tensor that lies row by row, as nearly all are: its name says everything."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype in SAFETENSORS_DTYPE
+        and value.layout is _STRIDED
+        and value.stride() == row_major(value.shape)
+    )
 
 
 @lru_cache(maxsize=4096)
