@@ -146,7 +146,9 @@ class CheckpointCallback:
             state: The live objects; the callback keeps them.
             mesh: The training's device mesh; the dimensions named tp and pp are taken for these, all others for
                 data-parallel ones. Where that is not so, build the Checkpointer with the ranks' places and pass it.
-            moe_mesh: The mesh of expert parallelism.
+            moe_mesh: The mesh of expert parallelism. Tensors of one name that differ between ranks with different
+                coordinates along its dimensions called `ep` or with `expert` in their names (else along all) are
+                different experts, and stored for each rank.
 
         Returns:
             What was loaded, or None for a fresh start.
@@ -157,6 +159,8 @@ class CheckpointCallback:
                 warn_of_unused_mesh(module for modules in state.models.values() for module in modules)
             ranks = Ranks.of(mesh)
             self.checkpointer = self.config.build(ranks.dp, ranks.tp, ranks.pp, moe_mesh)
+        elif moe_mesh is not None:
+            self.checkpointer.spread_experts(moe_mesh)
         report = self.checkpointer.start(state)
         if report is not None:
             self._step, self._epoch = report.step, report.epoch

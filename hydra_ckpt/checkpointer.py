@@ -102,6 +102,7 @@ class Checkpointer:
             self._topology,
             self.stats,
             self._patience_s,
+            moe_mesh,
         )
         self._start_step: int | None = None
         self._opened = self._settled = False
@@ -143,6 +144,12 @@ class Checkpointer:
         """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
         return self._channel.coordinator_step(what, step)
 
+    def spread_experts(self, moe_mesh: DeviceMesh) -> None:
+        """Take note of the mesh of expert parallelism, for who learns it only after `build`; on every rank."""
+        self.moe_mesh = moe_mesh
+        if self.enabled:
+            self._saver.spread_experts(moe_mesh)
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def start(self, state: AppState) -> LoadReport | None:
@@ -159,6 +166,7 @@ class Checkpointer:
         self._extractor.try_dataloader(state)
         report = self.load(state)
         self._settle()
+        self._saver.begin_run(state)
         if report is not None and self.group.rank == 0:
             tell(report.path, changes(report.path, dict(self.config.hydra_texts), kinds(state), self.group.world_size))
         return report
@@ -293,7 +301,8 @@ class Checkpointer:
             epoch: The epoch they were done in.
             metrics: Known so far; more may come (`add_metrics`).
             is_final: Whether this is the end of training.
-            skippable: Whether `when_busy=skip` may leave it out; a final save never is.
+            skippable: Whether `when_busy=skip` may leave it out; a final save never is. What may not be left out may
+                be the last one, so every byte that several ranks hold is compared.
 
         Returns:
             The save; where it was left out, one that is done and `skipped`.
@@ -315,7 +324,8 @@ class Checkpointer:
         self.report_failure()
         self._open_run()
         self._settle()
-        pending = self._saver.begin(state, self._saver.request(step, epoch, metrics, is_final), self._deciding)
+        request = self._saver.request(step, epoch, metrics, is_final, is_last=not skippable)
+        pending = self._saver.begin(state, request, self._deciding)
         try:
             if not self.config.write.is_async:
                 pending.wait()

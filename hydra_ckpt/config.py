@@ -81,6 +81,7 @@ _CHECKS: dict[str, Check] = {
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
+    "on_drift": choice("warn", "raise"),
     "export_dtype": optional(choice(*EXPORT_DTYPES.values(), short=EXPORT_DTYPES)),
     "model_card": switch,
     "load_strict": switch,
@@ -225,6 +226,10 @@ class CheckpointingConfig:
         allow_unsaved: State that may be left out of checkpoints, a list of dotted names and patterns such as
             `[optimizer.slow_step, "model.cache.*"]`. It is warned about at every start, and listed in the manifest and
             in `LoadReport.missing`. Errors about state that cannot be saved print the line to use.
+        on_drift: Ranks that should hold the same values (replicas) and do not: the first of them stores these whole
+            from then on, with one warning that names the tensors (`warn`), or the save fails on all ranks (`raise`).
+            See [replicas that
+            differ](parallelism.md#ranks-that-do-not-fit-together).
     """
 
     enabled: bool = True
@@ -262,6 +267,7 @@ class CheckpointingConfig:
     model_card: bool = False
     load_strict: bool = True
     allow_unsaved: list[str] | None = None
+    on_drift: str = "warn"
 
     def __post_init__(self) -> None:
         """Check every value and settle what excludes each other.

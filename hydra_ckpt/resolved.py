@@ -69,6 +69,7 @@ class WriteOptions:
         raise_failures: Whether a save that failed ends training; if not, it is only logged.
         skips_when_busy: Whether a save that is due while another is under way is left out.
         unsaved: Patterns of dotted names of state that is left out.
+        raises_drift: Whether a save fails if replicas differ; if not, their first one is stored.
     """
 
     enabled: bool
@@ -85,6 +86,7 @@ class WriteOptions:
     shared_writes: bool | None
     raise_failures: bool
     skips_when_busy: bool
+    raises_drift: bool
     unsaved: tuple[str, ...] = ()
 
 
@@ -270,6 +272,7 @@ def _write_options(config: CheckpointingConfig) -> WriteOptions:
         raise_failures=config.on_save_failure == "raise",
         skips_when_busy=config.when_busy == "skip",
         unsaved=tuple(config.allow_unsaved or ()),
+        raises_drift=config.on_drift == "raise",
     )
 
 

@@ -1,15 +1,19 @@
 """Kill training at random moments, again and again, and see whether anything published is ever lost.
 
-    scripts/torture [--kills 200] [--seed 0] [--ranks 1,2,4]
+    scripts/torture [--kills 200] [--seed 0] [--ranks 1,2,4] [--drifts 6]
 
 Each life of the run is a set of real processes that get SIGKILL (one of them, or all) at a random moment: while it
 starts, loads, stages, writes, publishes or prunes. After each death the directory is examined from outside, and the
 next life resumes from it. At the end an uninterrupted run must have reached the same bits.
+
+Then runs drift on purpose: at a random step one replica gets other values in a random tensor, in one element or in all.
+The very next save must tell, and every checkpoint must hold the first replica's values and no others.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -21,9 +25,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from hydra_ckpt import CheckpointCallback
+from hydra_ckpt.layout.boxes import Box
+from hydra_ckpt.state.model import canonical
+from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import RankFailedError, run_distributed
@@ -97,12 +107,71 @@ def torture(root: Path, world: int, kills: int, chance: random.Random) -> Counte
     return seen
 
 
+def drifting(directory: Path, until: int, at: int, who: int, seed: int) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """A run of which rank `who` drifts after step `at`: rank 0's tensors by step, and the steps of the warnings."""
+    run = Run(directory, "ddp", {**OPTIONS, "max_recent_checkpoints": None}, every_n_steps=1, workers=0)
+    held: dict[int, dict[str, Any]] = {}
+    told: list[int] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(max(held, default=0) + 1) if "replicas" in record.getMessage() else None
+    logging.getLogger("hydra_ckpt").addHandler(handler)
+
+    def after_step(step: int, callback: CheckpointCallback) -> None:
+        pending = callback.checkpointer.pending if callback.checkpointer is not None else None
+        if pending is not None:
+            pending.result()  # nothing is being copied any more
+        held[step] = {name: value.clone() for name, value in tensors_of(run).items()}
+        if step == at and dist.get_rank() == who:
+            chance = random.Random(seed)  # noqa: S311 - no secrets
+            tensor = chance.choice([value for value in tensors_of(run).values() if value.is_floating_point()])
+            flat = tensor.detach().view(-1)
+            place = chance.choice([slice(None), chance.randrange(flat.numel())])
+            with torch.no_grad():
+                flat[place] += 1
+
+    run.train(until, after_step=after_step)
+    return (held, told) if dist.get_rank() == 0 else ({}, [])
+
+
+def tensors_of(run: Run) -> dict[str, torch.Tensor]:
+    """Parameters and moments that replicas hold, by their names in a checkpoint."""
+    names = {parameter: canonical(name) for name, parameter in run.model.named_parameters()}
+    found: dict[str, torch.Tensor] = {f"model/{name}": parameter.detach() for parameter, name in names.items()}
+    for parameter, state in run.optimizer.state.items():
+        found.update({f"optim/{names[parameter]}:{key}": value for key, value in state.items()})
+    return found
+
+
+def drift(root: Path, world: int, number: int, chance: random.Random) -> Counter[str]:
+    """One run that drifts; what went wrong."""
+    directory, at, until = root / f"drift{world}-{number}", chance.randrange(1, 6), 8
+    who, seed = chance.randrange(1, world), chance.randrange(1 << 30)
+    held, told = run_distributed(drifting, world, directory, until, at, who, seed, timeout_s=120)[0]
+    seen: Counter[str] = Counter()
+    seen["told late or never"] += told[:1] != [at + 1]
+    for checkpoint in scan(directory).checkpoints:
+        stored = {
+            f"{part}/{name}": item
+            for part, record in checkpoint.manifest.parts.items()
+            for name, item in read_tensors(checkpoint.path, list(record.files)).items()
+        }
+        wanted = {name: value for name, value in held[checkpoint.step].items() if name in stored}
+        got = {name: torch.empty_like(value) for name, value in wanted.items()}
+        fetch(
+            checkpoint.path, [Fetch(stored[name], Box.whole(stored[name].spec.shape), got[name]) for name in got], None
+        )
+        seen["compared"] += len(got)
+        seen["mixed"] += any(not torch.equal(got[name], value) for name, value in wanted.items())
+    return seen
+
+
 def main() -> int:
     """Parse, torture, print a table; exit code 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--drifts", type=int, default=6, help="runs whose replicas drift on purpose")
     arguments = parser.parse_args()
     worlds = [int(text) for text in arguments.ranks.split(",")]
     chance = random.Random(arguments.seed)  # noqa: S311 - moments to kill at, no secrets
@@ -118,6 +187,17 @@ def main() -> int:
                 f"{world:5d} {share:6d} {seen['all ranks killed']:5d} {seen['one rank killed']:5d} "
                 f"{seen['advanced']:9d} {seen['steps reached']:6d} {seen['lost or damaged']:5d} {seen['hung']:5d} "
                 f"{'differ' if seen['bits differ at the end'] else 'equal':>7}",
+                flush=True,
+            )
+        for world in [world for world in worlds if world > 1]:
+            seen = Counter[str]()
+            for number in range(arguments.drifts):
+                seen += drift(Path(root), world, number, chance)
+            late, mixed = seen["told late or never"], seen["mixed"]
+            losses += late + mixed + (not seen["compared"])
+            print(
+                f"{world} ranks, {arguments.drifts} runs that drift: {late} told late or never, "
+                f"{mixed} checkpoints mix replicas, {seen['compared']} tensors compared",
                 flush=True,
             )
     return 1 if losses else 0

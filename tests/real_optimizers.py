@@ -251,15 +251,15 @@ def _special_of_pytorch_optimizer(library: Any) -> dict[str, tuple[Callable[[nn.
         "WSAM": (lambda model: library.WSAM(model, model.parameters(), adamw, lr=0.01), closed),
     }
     for name in ("MuonClip", "AdaMuon", "AdaGO", "NorMuon", "DistributedMuon"):
-        found[name] = (lambda model, cls=getattr(library, name): cls(_muon_groups(model)), plain)
+        found[name] = (lambda model, name=name: getattr(library, name)(_muon_groups(model)), plain)
     for name in ("ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD"):
         found[name] = (_build(getattr(library, name), {}), switched)
     for name in ("SAM", "FriendlySAM"):
-        found[name] = (lambda model, cls=getattr(library, name): cls(model.parameters(), adamw, lr=0.01), closed)
+        found[name] = (lambda model, name=name: getattr(library, name)(model.parameters(), adamw, lr=0.01), closed)
     found["LookSAM"] = (lambda model: library.LookSAM(model.parameters(), adamw, k=3, lr=0.01), closed)
     found["ScheduleFreeWrapper"] = (lambda model: library.ScheduleFreeWrapper(_adamw(model)), switched)
     for name in ("Lookahead", "OrthoGrad", "TRAC", "Magma"):
-        found[name] = (lambda model, cls=getattr(library, name): cls(_adamw(model)), plain)
+        found[name] = (lambda model, name=name: getattr(library, name)(_adamw(model)), plain)
     found["Lookahead, momentum pulled back"] = (
         lambda model: library.Lookahead(_adamw(model), k=3, pullback_momentum="pullback"),
         plain,

@@ -202,6 +202,7 @@ RESOLVED = {
     "max_recent_checkpoints": "max_recent",
     "on_save_failure": "raise_failures",
     "when_busy": "skips_when_busy",
+    "on_drift": "raises_drift",
 }
 
 

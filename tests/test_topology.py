@@ -329,28 +329,6 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_pa
     assert [item.step for item in scan(tmp_path).checkpoints] == [1]
 
 
-def _unlike_values(root: Path) -> list[str]:
-    rank, messages = dist.get_rank(), []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hydra_ckpt").addHandler(handler)
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with CheckpointingConfig(checkpoint_dir=str(root)).build(rank, 0, 0) as engine:
-        engine.save(AppState(model, optimizer), step=1).result()
-        optimizer.param_groups[0]["lr"] = 0.5 + (rank == 2)
-        for step in (2, 3):
-            engine.save(AppState(model, optimizer), step=step).result()
-    return messages
-
-
-def test_values_beyond_tensors_that_differ_between_ranks_are_warned_about_once(tmp_path: Path) -> None:
-    first, *others = run_distributed(_unlike_values, 3, tmp_path)
-    [message] = [text for text in first if "differ on rank" in text]
-    assert "differ on rank 2 from those on the first rank" in message
-    assert not [text for messages in others for text in messages if "differ on rank" in text]
-
-
 def _drift(root: Path, name: str, step: int) -> list[str]:
     """Replicas of which the last one has other values in one tensor; what is logged."""
     messages: list[str] = []

@@ -20,3 +20,13 @@ def test_random_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not seen["lost or damaged"]
     assert not seen["hung"]
     assert not seen["bits differ at the end"]
+
+
+def test_replicas_that_drift_are_told_at_that_save_and_no_checkpoint_mixes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    seen = importlib.import_module("torture").drift(tmp_path, 2, 0, random.Random(2))
+    assert seen["compared"] > 100
+    assert not seen["told late or never"]
+    assert not seen["mixed"]

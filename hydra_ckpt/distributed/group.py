@@ -52,8 +52,9 @@ class Group:
         self._store = store
         self._incarnation = incarnation
         self._votes = votes
-        self._largest = dist.AllreduceOptions()
+        self._largest, self._sum = dist.AllreduceOptions(), dist.AllreduceOptions()
         self._largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        self._sum.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
 
     @classmethod
     def create(cls, process_group: dist.ProcessGroup | None, limit_s: float) -> Group:
@@ -85,15 +86,20 @@ class Group:
         votes = ProcessGroupGloo(PrefixStore("votes", store), rank, len(ranks), timedelta(seconds=limit_s))
         return cls(rank, len(ranks), limit_s, store, where["incarnation"], votes)
 
-    def start_largest(self, numbers: torch.Tensor) -> dist.Work | None:
-        """Collective: begin to replace each number by the largest that any rank gives; None if that is done already.
+    def start_reduction(self, numbers: torch.Tensor, *, adds: bool) -> dist.Work | None:
+        """Collective: begin to replace each number by the largest that any rank gives, or by the sum of all.
 
         Args:
             numbers: Shape (n,), integers on the CPU; in place. The same n at every call: see `Vote`.
+            adds: Whether the sum is wanted.
+
+        Returns:
+            What to wait for; None if it is done already.
         """
         if self._votes is None:
             return None
-        work: dist.Work = self._votes.allreduce([numbers], self._largest)  # type: ignore[attr-defined]
+        how = self._sum if adds else self._largest
+        work: dist.Work = self._votes.allreduce([numbers], how)  # type: ignore[attr-defined]
         return work
 
     def channel(self, lane: str) -> Channel:

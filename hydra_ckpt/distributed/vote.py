@@ -17,7 +17,7 @@ _NUMBERS = 16
 
 
 class Vote:
-    """Numbers that ranks say, and of which all ranks hear the largest.
+    """Numbers that ranks say, and of which all ranks hear the largest, or the sum.
 
     The reduction runs beside what a rank does until it hears. At a training step that makes agreement free: what was
     said at one step is heard at the next, and every rank acts at the same one.
@@ -28,12 +28,14 @@ class Vote:
         group: The ranks.
         what: What it is about, equal on all ranks. Ranks that meet in votes about different things hear of that.
         size: How many numbers, at most 14.
+        adds: Whether ranks hear the sum.
     """
 
-    def __init__(self, group: Group, what: str, size: int) -> None:
-        self._group, self._what, self._size = group, what, size
+    def __init__(self, group: Group, what: str, size: int, *, adds: bool = False) -> None:
+        self._group, self._what, self._size, self._adds = group, what, size, adds
         topic = zlib.crc32(what.encode())
         self._topic = [topic, -topic]
+        self._all_topics = [topic * group.world_size, -topic * group.world_size] if adds else self._topic
         self._said = torch.zeros(_NUMBERS, dtype=torch.int64)
         self._into = self._said.numpy()  # writing through it is the cheapest way into the tensor
         self._is_open = False
@@ -44,10 +46,10 @@ class Vote:
         self._into[: self._size] = numbers
         self._into[-2:] = self._topic
         self._is_open = True
-        self._work = self._group.start_largest(self._said)
+        self._work = self._group.start_reduction(self._said, adds=self._adds)
 
     def hear(self) -> list[int] | None:
-        """Collective: the largest of the numbers said; None if nothing was said since the last time.
+        """Collective: the largest of the numbers said, or their sums; None if nothing was said since the last time.
 
         Raises:
             CheckpointError: A rank did not say anything within the limit, has died, or is in another vote.
@@ -67,7 +69,7 @@ class Vote:
                 f"{time.monotonic() - started:.0f} s); every rank must make the same calls, as often ({error})"
             ) from error
         heard: list[int] = self._into.tolist()
-        if heard[-2:] != self._topic:
+        if heard[-2:] != self._all_topics:
             raise CheckpointError(
                 f"{self._what}: another rank does something else meanwhile, such as saving where this one takes a step "
                 "or the reverse; every rank must make the same calls, as often"

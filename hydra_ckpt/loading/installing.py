@@ -113,6 +113,7 @@ class Installer:
                 unlike += mapped.set_own_entries(dotted, given)
             unlike += differing(self._decoded(states), mapped.extra_state()) if states else []
             self.notes.took(dotted, unlike)
+        # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
 

@@ -13,12 +13,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError, KeyMismatchError, some_of
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.installing import Installer, Notes
+from hydra_ckpt.loading.per_rank import ELSEWHERE, PerRank, owner_of
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state import stages
@@ -103,6 +104,7 @@ class Load:
     _other_stages: bool = False
     _optimized: set[str] = field(default_factory=set)
     _absent: set[str] = field(default_factory=set)
+    _per_rank: PerRank = field(default_factory=PerRank)
 
     def run(self) -> LoadReport:
         """Collective: load.
@@ -201,6 +203,10 @@ class Load:
             self._own = unpack(self._root / own, read_small(self._root, own, files[own]))
             if not self._same_ranks and counterpart is None and not self._own.get("dataloader_is_global"):
                 self._leave_data(self._own)
+        is_here = self._same_ranks and not self._other_stages
+        record = self.checkpoint.manifest.parts.get(names.OWN)
+        rank_here = self.channel.rank if is_here else None
+        self._per_rank = PerRank.read(self._root, self._shared, self._own, record, rank_here)
 
     def _leave_data(self, own: dict[str, Any]) -> None:
         """Drop the state of a data loader that belongs to one rank of another division of the data."""
@@ -275,7 +281,26 @@ class Load:
             self._match_models(mismatch)
         if "optimizer" in self._available():
             self._match_optimizers(mismatch)
+        self._leave_own_extras(mismatch)
         self._match_extras(mismatch)
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        """Say of which plain data all ranks get what rank 0 had."""
+        kinds = {"extra_state": "model"}
+        available = self._available()
+        for label in () if self._per_rank.is_here else self._per_rank.plain:
+            kind = label.partition(".")[0]
+            if kinds.get(kind, kind) in available:
+                self._derived_from_rank_0(label.rstrip("."))
+
+    def _derived_from_rank_0(self, label: str) -> None:
+        self._notes.derived(label, f"{label}: each rank had values of its own; those of rank 0 are taken on all ranks")
+
+    def _leave_own(self, mismatch: _Mismatch, label: str, dotted: str) -> None:
+        """Note values that each rank had for itself and that nobody gets here: an error, or left as built."""
+        mismatch.different[label] = ELSEWHERE
+        mismatch.left.append(dotted)
 
     def _stored(self, part: str) -> dict[str, StoredTensor]:
         record = self.checkpoint.manifest.parts.get(part)
@@ -311,10 +336,47 @@ class Load:
             held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
             items = Exporter(naming)(items)
         mismatch.unexpected += [prefix + key for key in stored.keys() - held - set(mapped.omitted)]
+        own = self._match_own(mismatch, name, prefix, mapped)
         for item in items:
-            self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+            fits = self._match_tensor(mismatch, prefix, item, stored.get(item.spec.name))
+            if fits is not None and (item.place.origin or item.spec.name) not in own:
+                self._fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self._shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
             mismatch.different[prefix + "state_dict()"] = "its entries are those of other parts of the model"
+
+    def _match_own(self, mismatch: _Mismatch, model: str, prefix: str, mapped: ModelMap) -> set[str]:
+        """The tensors of a model that are not taken from what the ranks share; this rank's own are fetched."""
+        part = part_of(model)
+        wanted = self._per_rank.names_in(part)
+        if not wanted:
+            return set()
+        if not self._per_rank.is_here:
+            buffers = sorted(wanted & mapped.buffers().keys())
+            if buffers:
+                self._notes.derived(
+                    "buffers",
+                    f"buffers, which each rank had for itself, are those of rank 0 on all ranks: {some_of(buffers)}",
+                )
+            experts = wanted & {slot.name for slot in mapped.slots} - set(buffers)
+            for name in sorted(experts):
+                self._leave_own(mismatch, prefix + name, f"{called(model)}.{name}")
+            return experts
+        own = self._per_rank.overlay(part, {})
+        for item in mapped.locals(self.extractor.localize):
+            if item.spec.name in own:
+                self._fetch_own(mismatch, prefix, item, own[item.spec.name])
+        return wanted
+
+    def _fetch_own(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor) -> None:
+        fits = self._match_tensor(mismatch, prefix, item, stored)
+        if fits is None:
+            return
+        if item.box.numel and fits.chunks[0].box != item.box:
+            mismatch.different[prefix + item.spec.name] = (
+                "each rank had another part of its own values; shard it as then"
+            )
+            return
+        self._fetches.append(Fetch(fits, item.box, item.tensor))
 
     def _note_adapters(self) -> None:
         """Say where an adapter's weights will mean something else than they did."""
@@ -359,7 +421,10 @@ class Load:
         listed = self.checkpoint.manifest.files
         return decode_naming(self._root / name, read_small(self._root, name, listed[name])) if name in listed else None
 
-    def _match_tensor(self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> None:
+    def _match_tensor(
+        self, mismatch: _Mismatch, prefix: str, item: LocalTensor, stored: StoredTensor | None
+    ) -> StoredTensor | None:
+        """The stored tensor that fits a live one; None where none does."""
         key = prefix + item.spec.name
         left = f"model.{key.replace('/', '.', 1) if prefix else key}"
         if stored is None:
@@ -372,13 +437,14 @@ class Load:
             )
             mismatch.left.append(left)
         else:
-            stored = stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
-            self._fetches.append(Fetch(stored, item.box, item.tensor))
+            return stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
+        return None
 
     def _match_optimizers(self, mismatch: _Mismatch) -> None:
         described, named = self._shared["optimizer"], self.state.named_optimizers
         parameters = self.extractor.parameter_names(self.state)
         found = self._fit = fit(described, named, parameters)
+        self._leave_own_state(mismatch, found)
         found.leave({*mismatch.missing, *mismatch.different})
         self._absent.update(name for number, name in enumerate(named) if number in found.absent)
         mismatch.missing += [f"optimizer: {name}" for name in found.missing]
@@ -397,7 +463,7 @@ class Load:
         self._notes.texts += found.notes
         if self.strict and (found.missing or found.different):
             return
-        stored = self._stored(names.OPTIMIZER)
+        stored = self._per_rank.overlay(names.OPTIMIZER, self._stored(names.OPTIMIZER))
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
         into = targets(described, found, shapes, named, parameters)
         self._want(stored, set(tensor_names(found.trees())), into)
@@ -405,6 +471,29 @@ class Load:
     def _fit_any(self) -> bool:
         """Whether any live optimizer finds anything."""
         return self._fit is not None and len(self._fit.absent) < len(self.state.optimizers)
+
+    def _leave_own_state(self, mismatch: _Mismatch, found: Fit) -> None:
+        """Refuse the optimizers' tensors that each rank had for itself, or begin without them."""
+        own = set() if self._per_rank.is_here else self._per_rank.names_in(names.OPTIMIZER)
+        if not own:
+            return
+        lost = found.drop(own)
+        for label in sorted(lost):
+            self._leave_own(mismatch, f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
+
+    def _leave_own_extras(self, mismatch: _Mismatch) -> None:
+        """Refuse the extras' tensors that each rank had for itself, or leave these extras; others' are rank 0's."""
+        own = set() if self._per_rank.is_here else self._per_rank.names_in(names.EXTRAS)
+        available = self._available()
+        for name in sorted(own):
+            kind, label = owner_of(name)
+            if kind != "extras":
+                if ("model" if kind == "extra_state" else kind) in available:
+                    self._derived_from_rank_0(label)
+            elif kind in available and label in self.state.extras:
+                self._leave_own(mismatch, f"extras: {name}", f"extras.{label}")
+                self._shared["extras"].pop(label, None)
+                self._absent.add(f"extras.{label}")
 
     def _match_extras(self, mismatch: _Mismatch) -> None:
         available = self._available()
@@ -421,7 +510,8 @@ class Load:
             mismatch.different["extras"] = (
                 "they hold shards of a tensor subclass, which fit only the ranks that had them"
             )
-        stored, wanted = self._stored(names.EXTRAS), set(tensor_names(trees))
+        stored = self._per_rank.overlay(names.EXTRAS, self._stored(names.EXTRAS))
+        wanted = set(tensor_names(trees))
         # Never into the live tensors: the objects take their state over themselves.
         places = Places(self.state, live, placements(trees), strides(trees))
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})

@@ -38,6 +38,7 @@ class Agreement:
             two pipeline stages share.
         one_host: Whether all ranks run on one host.
         leader: The first of the ranks that hold the same tensors as this one.
+        peer: This rank's index among these, and their number.
         adapted: Part to what the adapters of all ranks say that its files hold.
         crowds: Part and name of tensors to how many ranks would meet in a file of the whole one.
     """
@@ -49,6 +50,7 @@ class Agreement:
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     one_host: bool = True
     leader: int = 0
+    peer: tuple[int, int] = (0, 1)
     adapted: Mapping[str, Naming] = field(default_factory=dict)
     crowds: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
@@ -99,13 +101,23 @@ def agree(
             (part, spec.name)
             for part, items in local.items()
             for spec in items
-            if writers[part][spec] != positions["leader"]
+            if part != names.OWN and writers[part][spec] != positions["leader"]
         )
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
-    leader, one_host = positions["leader"], positions["one_host"]
-    return Agreement(ordered, copies, leads, fingerprint(texts), elsewhere, one_host, leader, adapted, crowds)
+    return Agreement(
+        ordered,
+        copies,
+        leads,
+        fingerprint(texts),
+        elsewhere,
+        positions["one_host"],
+        positions["leader"],
+        tuple(positions["peer"]),
+        adapted,
+        crowds,
+    )
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,14 +133,19 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             table = seen[kind, position]
             places.append(((kind, position), table.setdefault(identity, len(table))))
         own.append(places)
-    leaders = {kind: rank for rank, kind in reversed(list(enumerate(kinds)))}
-    several = len(leaders) > 1
+    peers: dict[Any, list[int]] = defaultdict(list)
+    indices = []
+    for rank, kind in enumerate(kinds):
+        indices.append(len(peers[kind]))
+        peers[kind].append(rank)
+    several = len(peers) > 1
     one_host = len({note["host"] for note in notes}) == 1
     return [
         {
             "several": several,
             "one_host": one_host,
-            "leader": leaders[kinds[rank]],
+            "leader": peers[kinds[rank]][0],
+            "peer": (indices[rank], len(peers[kinds[rank]])),
             "copies": [(copy, len(seen[key])) for key, copy in places],
         }
         for rank, places in enumerate(own)

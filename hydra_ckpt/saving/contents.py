@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,11 +25,13 @@ from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.agreement import Agreement, Parts, agree
-from hydra_ckpt.saving.drift import Sampler
+from hydra_ckpt.saving.comparing import Comparer, Look
+from hydra_ckpt.saving.drift import Judgement
 from hydra_ckpt.saving.planning import (
     BESIDE,
     PartLayout,
     adapter_layout,
+    apart_layout,
     consolidated_layout,
     distcp_layout,
     is_of_rows,
@@ -41,13 +44,17 @@ from hydra_ckpt.saving.planning import (
     tensors_of,
 )
 from hydra_ckpt.saving.save import Content, Merged
+from hydra_ckpt.saving.watching import label_of
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Captured, part_of
+from hydra_ckpt.state.capture import Captured, Packed, pack_json, part_of
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
 _MAX_LAYOUTS = 4
@@ -64,7 +71,6 @@ class Agreed:
         namings: Part of a model to how its export calls and stores the tensors.
         exporters: The same, at work.
         kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
-        sampler: Compares replicas.
         of_rows: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
     """
 
@@ -72,7 +78,6 @@ class Agreed:
     namings: Mapping[str, Naming]
     exporters: Mapping[str, Exporter]
     kept: frozenset[str]
-    sampler: Sampler
     of_rows: bool = False
 
     @cached_property
@@ -119,17 +124,27 @@ class Contents:
         channel: To them.
         stage: The pipeline rank.
         keeps_ranges: Whether the file system keeps byte ranges written by different hosts apart.
+        moe_mesh: The mesh of expert parallelism, or None.
 
     Attributes:
+        comparer: Knows which values differ between ranks.
         block_shards: Neighbours that fill the files of state beyond models together, where there are more of them.
     """
 
     def __init__(
-        self, config: ResolvedConfig, group: Group, channel: Channel, stage: int, *, keeps_ranges: bool
+        self,
+        config: ResolvedConfig,
+        group: Group,
+        channel: Channel,
+        stage: int,
+        *,
+        keeps_ranges: bool,
+        moe_mesh: DeviceMesh | None = None,
     ) -> None:
         self._config = config
         self._vote = Vote(group, "comparing layouts", 3)
         self._channel = channel
+        self.comparer = Comparer(group, channel, moe_mesh, raises=config.write.raises_drift)
         self._stage = stage
         self._keeps_ranges = keeps_ranges
         self.block_shards = BLOCK_SHARDS
@@ -154,7 +169,8 @@ class Contents:
             TopologyError: The ranks do not fit together. Nothing was written.
             CheckpointError: Ranks have to agree anew, and one of them could not take its state apart.
         """
-        self._held = signature(captured.parts) if captured is not None else ""
+        parts = {} if captured is None else self.comparer.known.arranged(captured.parts)
+        self._held = signature(parts) if captured is not None else ""
         known = self._settled.get(self._held)
         opinion = int(known.agreement.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
@@ -164,7 +180,40 @@ class Contents:
             return
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._remember(self._settle(state, captured))
+        self._remember(self._settle(state, replace(captured, parts=parts)))
+
+    def look(self, captured: Captured, *, full: bool) -> Look | None:
+        """Digest what other ranks hold too, for `compare`; None on a single rank.
+
+        Args:
+            captured: The state, taken apart; the ranks have agreed on it.
+            full: Whether every byte counts.
+        """
+        if self._channel.world_size == 1:
+            return None
+        return self.comparer.look(captured, self._settled[self._held].agreement, full=full)
+
+    def compare(self, state: AppState, look: Look | None) -> Judgement | None:
+        """Collective: see whether the ranks hold the same, and arrange for what they do not.
+
+        Args:
+            state: The live objects.
+            look: What `look` gave; None where it failed on this rank, and nothing is compared.
+
+        Returns:
+            What was found; None where that is nothing new.
+
+        Raises:
+            TopologyError: Tensors of one name are different experts, and nothing says on which ranks.
+        """
+        if self._channel.world_size == 1:
+            return None
+        found = self.comparer.compare(look)
+        if found is not None:
+            assert look is not None  # else nothing would have been compared
+            self._plans = {}
+            self.agree(state, look.captured)
+        return found
 
     def _remember(self, found: Agreed) -> None:
         self._settled.pop(self._held, None)
@@ -181,7 +230,6 @@ class Contents:
         consolidated: bool,
         export_only: bool,
         from_shards: bool = False,
-        turn: int = 0,
         made: Made | None = None,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
@@ -192,12 +240,12 @@ class Contents:
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those are written.
             from_shards: Whether those are made of published shards instead of the live tensors.
-            turn: Equal on all ranks; chooses the tensors whose replicas are compared.
             made: The save, for model cards; None where nothing will be written.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
-        parts = self._arrange(captured.parts, agreed, consolidated and not merging, export_only)
+        known = self.comparer.known
+        parts = self._arrange(known.arranged(captured.parts), agreed, consolidated and not merging, export_only)
         key = (self._held, consolidated, export_only, from_shards)
         if key not in self._plans:
             self._plans[key] = self._make_plan(parts, agreed, consolidated, merging, export_only)
@@ -207,18 +255,26 @@ class Contents:
         content = Content(
             planned.layouts,
             planned.plan,
-            captured.shared if leads else None,
-            None if export_only else captured.own,
+            self._shared(captured) if leads else None,
+            None if export_only else captured.own.packed(plain=known.plain_of(captured)),
             self._assets(state, agreed, consolidated, export_only, made) if self._channel.is_coordinator else {},
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
-            agreed.agreement.leader,
-            None if export_only else captured.shared,
-            agreed.sampler.take(captured.parts, turn),
             captured.omitted,
         )
         return content, _sources(parts, planned.plan)
+
+    def _shared(self, captured: Captured) -> Packed:
+        """What the ranks that hold the same tensors share, with the names of what each has for itself."""
+        labels = [label for label in captured.plain if label in self.comparer.known.own]
+        tensors = [
+            label_of(part, item.spec.name)
+            for part, items in captured.parts.items()
+            for item in items
+            if label_of(part, item.spec.name) in self.comparer.known.own
+        ]
+        return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}})
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
@@ -238,7 +294,7 @@ class Contents:
                 namings[part] = self._export.naming(models[part][0], found, Wanted(**said), adapted)
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         exporters = {part: Exporter(naming) for part, naming in namings.items()}
-        agreed = Agreed(agreement, namings, exporters, kept, Sampler(captured.parts, agreement))
+        agreed = Agreed(agreement, namings, exporters, kept)
         # What cannot be had at all is found here, where all ranks hear of it.
         self._channel.coordinator_step(
             "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
@@ -332,6 +388,8 @@ class Contents:
         return replace(layout, grouped=naming.files or None)
 
     def _state_layout(self, part: str, agreement: Agreement) -> PartLayout:
+        if part == names.OWN:
+            return apart_layout(part)
         if self._config.write.format == "torch_save" and part != names.EXTRAS:
             return distcp_layout(part)
         nbytes = sum(spec.nbytes for spec in agreement.specs[part])

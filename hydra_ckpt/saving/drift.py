@@ -1,148 +1,186 @@
-"""Whether replicas still hold the same: a few elements of some tensors, compared at each save.
-
-Replicas share the writing, each writes a stretch. A checkpoint of replicas that have drifted apart would hold a part
-of each, and nobody would notice. Comparing all bytes costs what saving costs; drift shows in nearly every tensor, so a
-few elements of some, other ones at each save, are enough to find it. The digests travel in the receipts.
-"""
+"""What it means that ranks hold different values, and what is said about it. Plain data; the coordinator decides."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
+from hydra_ckpt.errors import TopologyError, some_of
+from hydra_ckpt.store import names
 
-from hydra_ckpt.layout.plan import fingerprint
-from hydra_ckpt.saving.agreement import Agreement, Parts
-from hydra_ckpt.saving.planning import replica_of, tensors_of
-from hydra_ckpt.storage.digests import digest_of, hex_digest
-
-_TENSORS_A_SAVE = 64
-_PLACES_A_DIMENSION = 3
-# Of hexadecimal keys and digests: 48 bits each.
-_DIGITS = 12
-# Spreads the tensors looked at over the saves, whatever the distance of their steps.
-_STRIDE = 2654435761
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Some elements of tensors that this rank holds together with others.
+class Told:
+    """What a rank tells of a group that differs.
 
     Attributes:
-        key: Equal on the ranks that hold the same parts of the same tensors.
-        elements: Name of a tensor to the bytes of its elements.
+        leader: The first rank that holds the same tensors.
+        is_own: Whether values may differ, and are then stored for each rank.
+        mesh: Equal on ranks of one device mesh.
+        digests: Of each tensor, and of all else, by label.
+        constant: Labels of the parameters whose elements are all equal, which says nothing of where they come from.
     """
+
+    leader: int
+    is_own: bool
+    mesh: str
+    digests: Mapping[str, int]
+    constant: Sequence[str] = ()
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass
+class Judgement:
+    """What the ranks do about the differences found; equal on all of them.
+
+    Attributes:
+        own: Leader to the labels of what is stored for each rank from now on.
+        apart: Keys of the groups of replicas that are stored by their first replica from now on.
+        drift: What to say about them; empty where there are none.
+    """
+
+    own: dict[int, list[str]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+    drift: str = ""
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {"own": list(self.own.items()), "apart": self.apart, "drift": self.drift}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Judgement:
+        """The reverse of `to_data`."""
+        return cls(dict(data["own"]), data["apart"], data["drift"])
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A group that differs, with what each of its ranks tells."""
 
     key: str
-    elements: Mapping[str, bytes]
+    told: Mapping[int, Told]
 
     @property
-    def digest(self) -> str:
-        """Of all elements."""
-        return hex_digest(b"".join(self.elements.values()))[:_DIGITS]
+    def first(self) -> Told:
+        return next(iter(self.told.values()))
 
-    def digests(self) -> dict[str, int]:
-        """Of each tensor's elements."""
-        return {name: digest_of(data) for name, data in self.elements.items()}
+    def values(self, label: str) -> dict[int, int | None]:
+        return {rank: told.digests.get(label) for rank, told in self.told.items()}
+
+    def labels(self) -> dict[str, None]:
+        return dict.fromkeys(label for told in self.told.values() for label in told.digests)
+
+    def differing(self) -> list[str]:
+        return [label for label in self.labels() if len(set(self.values(label).values())) > 1]
 
 
-class Sampler:
-    """Takes samples of one state, as long as its tensors lie where they lie.
+def judge(
+    rows: Sequence[Mapping[str, Any] | None],
+    places: Sequence[Sequence[int] | None],
+    unequal_at_start: Collection[str],
+) -> Judgement:
+    """Coordinator only: tell drift from values that belong to each rank.
 
     Args:
-        parts: The tensors.
-        agreement: How many ranks hold each.
+        rows: For each rank the groups that it tells of: key to `Told` as plain data.
+        places: For each rank its coordinate along the expert dimensions of `moe_mesh`, or None.
+        unequal_at_start: Parameters that were not equal when the run began.
+
+    Raises:
+        TopologyError: Tensors of one name are different experts, and nothing says on which ranks.
     """
-
-    def __init__(self, parts: Parts, agreement: Agreement) -> None:
-        labels = [f"{part}: {item.spec.name}" for part, items in parts.items() for item in items]
-        groups: dict[Hashable, list[tuple[int, str]]] = defaultdict(list)
-        for position, (label, item) in enumerate(zip(labels, tensors_of(parts), strict=True)):
-            if item.divisible and item.box.numel and replica_of(item.place, agreement)[1] > 1:
-                groups[item.place.mesh, item.place.group].append((position, label))
-        tensors = tensors_of(parts)
-        self._groups = {
-            fingerprint([str(agreement.leader), *(f"{label} {tensors[at].box}" for at, label in members)])[
-                :_DIGITS
-            ]: members
-            for members in groups.values()
-        }
-
-    @torch.no_grad()
-    def take(self, parts: Parts, turn: int) -> tuple[Sample, ...]:
-        """A sample of each group of replicas.
-
-        Args:
-            parts: The tensors, as they are now.
-            turn: Equal on all ranks; another one chooses other tensors.
-        """
-        tensors = tensors_of(parts)
-        found = []
-        for key, members in self._groups.items():
-            first = turn * _STRIDE % len(members)
-            chosen = (members[first:] + members[:first])[:_TENSORS_A_SAVE]
-            values = [_elements(tensors[position].tensor) for position, _ in chosen]
-            found.append(Sample(key, dict(zip((label for _, label in chosen), _as_bytes(values), strict=True))))
-        return tuple(found)
-
-
-def _elements(tensor: torch.Tensor) -> torch.Tensor:
-    """A few elements, spread evenly, as bytes on the tensor's device."""
-    tensor = tensor.detach()
-    if tensor.dim():
-        tensor = tensor[tuple(slice(None, None, -(-size // _PLACES_A_DIMENSION)) for size in tensor.shape)]
-    # A copy: a view of a single element may keep a stride that view() does not take.
-    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-
-
-def _as_bytes(values: Sequence[torch.Tensor]) -> list[bytes]:
-    """Each tensor's bytes, fetched from each device in one go."""
-    devices: dict[torch.device, list[int]] = defaultdict(list)
-    for number, value in enumerate(values):
-        devices[value.device].append(number)
-    found = [b""] * len(values)
-    for numbers in devices.values():
-        fetched = torch.cat([values[number] for number in numbers]).cpu().numpy().tobytes()
-        for number in numbers:
-            size = values[number].numel()
-            found[number], fetched = fetched[:size], fetched[size:]
+    found, refused, drifted = Judgement(), [], []
+    for group in _groups(rows):
+        differing = group.differing()
+        if not group.first.is_own:
+            experts = [label for label in differing if _follows(group.values(label), places)]
+            rest = [label for label in differing if label not in set(experts)]
+            refused += _unplaced_experts(group, rest, unequal_at_start)
+            if rest:
+                found.apart.append(group.key)
+                drifted.append(_describe(group, rest))
+            differing = experts
+        if differing:
+            known = found.own.setdefault(group.first.leader, [])
+            known += [label for label in differing if label not in known]
+    if refused:
+        raise TopologyError(
+            f"{some_of(refused, _SHOWN)}: ranks hold different values under one name, and these look like different "
+            "experts. Pass moe_mesh= to build() or on_train_begin(), and each rank gets its own back; or give the "
+            "experts names or DTensors of one mesh (model.state_dict_adapter). If they should be equal, broadcast "
+            "them when the run begins"
+        )
+    if drifted:
+        more = f" (and so in {len(drifted) - 1} more groups of ranks)" if len(drifted) > 1 else ""
+        found.drift = drifted[0] + more
     return found
 
 
-def summary(samples: Sequence[Sample]) -> str:
-    """Keys and digests in one text; there may be many receipts, and each is taken apart by one rank."""
-    return "".join(sample.key + sample.digest for sample in samples)
+def _groups(rows: Sequence[Mapping[str, Any] | None]) -> Iterator[_Group]:
+    found: dict[str, dict[int, Told]] = defaultdict(dict)
+    for rank, row in enumerate(rows):
+        for key, data in (row or {}).items():
+            found[key][rank] = Told(**data)
+    for key, told in found.items():
+        yield _Group(key, told)
 
 
-def drifted(receipts: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Coordinator only: two ranks that should hold the same and do not; empty if there are none."""
-    first: dict[str, tuple[int, str]] = {}
-    for rank, receipt in enumerate(receipts):
-        text = receipt["copies"]
-        for start in range(0, len(text), 2 * _DIGITS):
-            digest = text[start + _DIGITS : start + 2 * _DIGITS]
-            known, expected = first.setdefault(text[start : start + _DIGITS], (rank, digest))
-            if expected != digest:
-                return [known, rank]
-    return []
+def _follows(values: Mapping[int, int | None], places: Sequence[Sequence[int] | None]) -> bool:
+    """Whether ranks of one place hold one value, so that the place explains the difference."""
+    by_place: dict[tuple[int, ...], set[int | None]] = defaultdict(set)
+    for rank, value in values.items():
+        place = places[rank]
+        if place is None:
+            return False
+        by_place[tuple(place)].add(value)
+    return len(by_place) > 1 and all(len(found) == 1 for found in by_place.values())
 
 
-def describe_drift(ranks: Sequence[int], told: Sequence[Mapping[str, int]]) -> str:
-    """What to say about two ranks that have drifted apart.
+def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start: Collection[str]) -> list[str]:
+    """Labels that are clearly those of different experts."""
+    several = len({told.mesh for told in group.told.values()}) > 1
+    others = group.labels().keys() - {*differing, *group.first.constant}
+    equal = any(label.startswith(f"{names.MODEL}/") for label in others)
+    return [
+        label
+        for label in differing
+        if several
+        or parameter_of(label) in unequal_at_start
+        or (equal and any("expert" in part for part in parameter_of(label).split(".")))
+    ]
 
-    Args:
-        ranks: The two.
-        told: What each has told of its samples: name of a tensor to a digest.
-    """
-    one, other = told
-    differing = [name for name, digest in one.items() if other.get(name, digest) != digest]
-    shown = ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "")
+
+def parameter_of(label: str) -> str:
+    """The parameter that a label of a model's or an optimizer's tensor speaks of."""
+    _, _, name = label.partition("/")
+    return name.partition(":")[0]
+
+
+def _describe(group: _Group, differing: Sequence[str]) -> str:
+    values = group.values(differing[0])
+    one = next(iter(values))
+    other = next(rank for rank, value in values.items() if value != values[one])
+    shown = ", ".join(label.replace("/", ": ", 1) for label in differing[:_SHOWN])
+    shown += ", ..." if len(differing) > _SHOWN else ""
     return (
-        f"ranks {ranks[0]} and {ranks[1]} are replicas and hold different values in {len(differing)} of the {len(one)} "
-        f"tensors compared ({shown}). Replicas share the writing, so the checkpoint holds a part of each. Start them "
-        "from equal weights (DistributedDataParallel broadcasts them unless init_sync=False), and let every gradient "
-        "be reduced over all replicas"
+        f"ranks {one} and {other} are replicas and hold different values in {len(differing)} of the "
+        f"{len(group.labels())} tensors compared ({shown}). Start them from equal weights (DistributedDataParallel "
+        "broadcasts them unless init_sync=False), and let every gradient be reduced over all replicas"
     )
+
+
+def unequal(rows: Sequence[Mapping[str, int] | None]) -> list[str]:
+    """Coordinator only: names that do not have one digest on all ranks that tell one; none if all of them differ."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        for name, value in (row or {}).items():
+            found[name].add(value)
+    differing = [name for name, values in found.items() if len(values) > 1]
+    return differing if len(differing) < len(found) else []

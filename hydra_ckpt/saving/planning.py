@@ -16,6 +16,7 @@ from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement, Parts
 from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
+from hydra_ckpt.storage.stages import on_rank
 from hydra_ckpt.store import names
 
 # Fewer bytes than this are not worth a file of their own.
@@ -40,6 +41,7 @@ class PartLayout:
         stem: How they are called.
         max_bytes: Size at which a new file begins.
         own: Whether each rank writes a file of its own instead of all filling the same.
+        apart: Whether each rank writes all that it holds, under names of its own: see `on_rank`.
         distcp: Whether the files are PyTorch's own.
         grouped: Name of a tensor to a text that is equal for those of one file; by size where there is none.
         beside: Whether it is an export that stands beside the part's own files, instead of being these.
@@ -56,6 +58,7 @@ class PartLayout:
     grouped: Mapping[str, str] | None = None
     beside: bool = False
     block: int = 0
+    apart: bool = False
 
 
 def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
@@ -77,6 +80,11 @@ def shard_layout(part: str) -> PartLayout:
 def distcp_layout(part: str) -> PartLayout:
     """PyTorch's own files, one a rank."""
     return PartLayout(part, part, "__", distcp=True)
+
+
+def apart_layout(part: str) -> PartLayout:
+    """Values of each rank's own in a file of each rank."""
+    return PartLayout(part, part, part, own=True, apart=True)
 
 
 def own_layout(part: str) -> PartLayout:
@@ -132,8 +140,9 @@ def make_plan(
         pieces += fill_files(laid, mine, len(files))
         files += laid
     for layout, mine in pending_own:
-        file = _own_file(layout, mine, rank, world_size)
-        local = {position: _as_whole(share) for position, share in mine.items()}
+        called = {place: _renamed(share, rank) if layout.apart else share for place, share in mine.items()}
+        file = _own_file(layout, called, rank, world_size)
+        local = {position: _as_whole(share) for position, share in called.items()}
         pieces += fill_files([file], local, len(files) + len(own_files))
         own_files.append(file)
     for layout in layouts:
@@ -210,7 +219,9 @@ def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> 
         place = item.place
         replica = replica_of(place, agreement)
         divisible = item.divisible
-        if (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
+        if part == names.OWN:
+            replica = (0, 1)
+        elif (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
             # Its writers are the replicas before these, and write all of it.
             replica, divisible = (replica[1] + replica[0], 2 * replica[1]), False
         holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
@@ -264,6 +275,11 @@ def _own_file(layout: PartLayout, mine: Mapping[int, Share], rank: int, world_si
     specs = sorted((_as_whole(share).spec for share in mine.values()), key=lambda spec: -spec.itemsize)
     path = f"{layout.directory}/{layout.stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
     return _with_boxes(FileLayout(path, tuple(specs)), boxes)
+
+
+def _renamed(share: Share, rank: int) -> Share:
+    """A share of values that other ranks have others of."""
+    return replace(share, spec=replace(share.spec, name=on_rank(rank, share.spec.name)))
 
 
 def _as_whole(share: Share) -> Share:

@@ -45,6 +45,7 @@ class SaveRequest:
         metrics: Known so far; floats once `check_metrics` has run.
         consolidated: Whether models are written as Hugging Face directories.
         adds_export: Whether the step is published and only lacks these.
+        compares_fully: Whether every byte that several ranks hold is compared.
     """
 
     step: int
@@ -52,6 +53,7 @@ class SaveRequest:
     metrics: dict[str, Any]
     consolidated: bool
     adds_export: bool
+    compares_fully: bool = False
 
     @property
     def name(self) -> str:

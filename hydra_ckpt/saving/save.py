@@ -15,7 +15,6 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
-from hydra_ckpt.saving.drift import Sample, drifted, summary
 from hydra_ckpt.saving.planning import PartLayout
 from hydra_ckpt.state.capture import Packed
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
@@ -61,9 +60,6 @@ class Content:
         exports: Part to its Hugging Face directory.
         total_bytes: Tensor values that all ranks write together.
         merged: Whole files that the coordinator merges from shards.
-        leader: The first rank that holds the same tensors, whose `shared` is kept.
-        alike: What should be the same there; None where only an export is written.
-        samples: Of the tensors that other ranks hold too.
         omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
     """
 
@@ -75,9 +71,6 @@ class Content:
     exports: Mapping[str, str]
     total_bytes: int
     merged: tuple[Merged, ...] = ()
-    leader: int = 0
-    alike: Packed | None = None
-    samples: tuple[Sample, ...] = ()
     omitted: tuple[str, ...] = ()
 
 
@@ -183,9 +176,6 @@ class DraftWriter:
             "token": draft.token,
             "plan": plan.fingerprint,
             "coverage": plan.coverage,
-            # The leader, and a digest of what should be the same as there.
-            "alike": f"{content.leader}:{'' if content.alike is None else hex_digest(content.alike.data)}",
-            "copies": summary(content.samples),
             "bytes": plan.nbytes,
             "files": {**small, **own},
             "rows": rows or None,
@@ -294,12 +284,6 @@ def check_space(root: Path, needed: int) -> None:
         )
 
 
-def unlike_ranks(receipts: Sequence[dict[str, Any]]) -> list[int]:
-    """Ranks whose values beyond tensors are not those of the first rank with the same tensors, which are kept."""
-    found = [receipt["alike"] for receipt in receipts]
-    return [rank for rank, text in enumerate(found) if text != found[int(text.partition(":")[0])]]
-
-
 @dataclass(frozen=True)
 class FailedSave:
     """The transaction of a save that failed before it began on this rank; tells all the others.
@@ -401,8 +385,7 @@ class Save:
         self.fence()
         publish_draft(self.writer.files, draft)
         self.published(self.name)
-        differing = {"unlike": unlike_ranks(receipts), "drifted": drifted(receipts)}
-        return {"name": self.name, "bytes": manifest.nbytes, **differing}
+        return {"name": self.name, "bytes": manifest.nbytes}
 
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,9 @@ from hydra_ckpt.files import keeps_ranges_apart
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.report import Stats
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.beginning import plain_parameters
+from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
-from hydra_ckpt.saving.drift import Sample, describe_drift
 from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
@@ -40,6 +41,9 @@ from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.worker import Worker
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +59,7 @@ class Saver:
         topology: How the ranks are arranged.
         stats: What saving has cost; kept up to date.
         patience_s: How long to look for the coordinator's draft, in seconds.
+        moe_mesh: The mesh of expert parallelism, or None.
 
     Attributes:
         pending: The last save begun.
@@ -71,6 +76,7 @@ class Saver:
         topology: Topology,
         stats: Stats,
         patience_s: float,
+        moe_mesh: DeviceMesh | None = None,
     ) -> None:
         self._config, self._group, self._directory = config, group, directory
         self._extractor, self._topology, self._stats = extractor, topology, stats
@@ -78,7 +84,12 @@ class Saver:
         self._channel = channel
         self._save_channel = group.channel("save")
         self._contents = Contents(
-            config, group, self._channel, topology.place.pp, keeps_ranges=keeps_ranges_apart(directory.root)
+            config,
+            group,
+            self._channel,
+            topology.place.pp,
+            keeps_ranges=keeps_ranges_apart(directory.root),
+            moe_mesh=moe_mesh,
         )
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
@@ -89,7 +100,7 @@ class Saver:
         self._published: set[str] = set()
         self._exported: set[str] = set()
         self._weights: dict[str, frozenset[Digested]] = {}
-        self._warned_of_unlike = self._warned_of_drift = self._warned_of_strangers = False
+        self._warned_of_strangers = False
         self.pending: PendingSave | None = None
         self.longest_save_s = 0.0
 
@@ -101,8 +112,10 @@ class Saver:
         """Whether a checkpoint of this name is published, or will be if nothing fails."""
         return name in self._published
 
-    def request(self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool) -> SaveRequest:
-        """What a save with these arguments is to do."""
+    def request(
+        self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool, *, is_last: bool = False
+    ) -> SaveRequest:
+        """What a save with these arguments is to do; `is_last`: no other may follow it."""
         mode = self._config.write.consolidated
         consolidated = (
             mode is SaveConsolidatedMode.EVERY
@@ -111,7 +124,7 @@ class Saver:
         )
         name = names.checkpoint_name(epoch, step)
         adds = is_final and consolidated and name in self._published and name not in self._exported
-        return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds)
+        return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds, is_final or is_last)
 
     def wants(self, step: int, epoch: int) -> bool:
         """Whether a final save of this step would add anything to what is published."""
@@ -135,19 +148,22 @@ class Saver:
         pending = PendingSave(request.step)
         captured, error = self._capture(state, request, deciding_metric)
         self._contents.agree(state, captured, error)
+        look, error = self._look(captured, error, full=request.compares_fully or not self._config.write.is_async)
+        drift = self._compare(state, look)
         from_shards = request.adds_export and self._has_changed(state, captured, request)
         transaction: Transaction
         staged = Staged()
         try:
-            if captured is None:
+            if error is not None or captured is None:
                 raise error or CheckpointError("the state could not be taken apart")
+            if drift and self._config.write.raises_drift:
+                raise CheckpointError(drift)
             content, sources = self._contents.make(
                 state,
                 captured,
                 consolidated=request.consolidated,
                 export_only=request.adds_export,
                 from_shards=from_shards,
-                turn=request.step,
                 made=Made(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
             )
             staged = self._stage(state, sources)
@@ -162,6 +178,38 @@ class Saver:
         self.pending = pending  # only now: one that never began would be waited for for ever
         self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         return pending
+
+    def spread_experts(self, moe_mesh: DeviceMesh) -> None:
+        """Take note of the mesh of expert parallelism."""
+        self._contents.comparer.expert_place = expert_place(moe_mesh)
+
+    def begin_run(self, state: AppState) -> None:
+        """Collective: take note of which parameters are unequal before the first step."""
+        self._contents.comparer.begin(*plain_parameters(self._extractor, state))
+
+    def _look(
+        self, captured: Captured | None, error: Exception | None, *, full: bool
+    ) -> tuple[Look | None, Exception | None]:
+        """Digest what is compared; an error is handed on, because the other ranks have to hear of it."""
+        if captured is None:
+            return None, error
+        try:
+            return self._contents.look(captured, full=full), error
+        except Exception as failure:
+            return None, failure
+
+    def _compare(self, state: AppState, look: Look | None) -> str:
+        """Collective: see whether the ranks hold the same; what to say of replicas that do not, else nothing."""
+        found = self._contents.compare(state, look)
+        if found is None or not found.drift:
+            return ""
+        if self._group.rank == 0 and not self._config.write.raises_drift:
+            log.warning(
+                "%s. From now on the first of these ranks stores them whole; what the others hold is not saved. "
+                "checkpoint.on_drift=raise makes such a save fail",
+                found.drift,
+            )
+        return found.drift
 
     def _has_changed(self, state: AppState, captured: Captured | None, request: SaveRequest) -> bool:
         """Collective: whether the weights differ from those published under the step, or it is not known.
@@ -198,6 +246,9 @@ class Saver:
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
         self._contents.agree(state, captured)
+        look, error = self._look(captured, None, full=True)
+        self._compare(state, look)
+        self._channel.raise_together("comparing replicas", error)
         self._channel.coordinator_step("looking at what exports need", lambda: self._contents.check(state))
         if not self._config.write.is_async:
             return
@@ -260,7 +311,7 @@ class Saver:
             staged.finish()
             pending.staged()
             staged.watch()
-            outcome = perform(transaction, self._save_channel)
+            perform(transaction, self._save_channel)
         except Exception as error:
             if self._config.write.is_async:
                 # Raised at the next hook; said here as well, because a program may end before there is one.
@@ -272,42 +323,14 @@ class Saver:
             pending.fail(error)
             return
         staged.release()
-        content = None
         if isinstance(transaction, Save | AddExport):
-            content = transaction.writer.content
-            self._stats.written_bytes += content.plan.nbytes
+            self._stats.written_bytes += transaction.writer.content.plan.nbytes
         if isinstance(transaction, Save) and not request.consolidated:
             self._weights = {request.name: transaction.writer.weights}
-        self._warn_of_unlike(outcome.get("unlike", []))
         self.longest_save_s = max(self.longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))
-        self._warn_of_drift(outcome.get("drifted", []), content.samples if content is not None else ())
         if self._group.rank == 0:
             self._prune()
-
-    def _warn_of_unlike(self, ranks: list[int]) -> None:
-        if ranks and self._group.rank == 0 and not self._warned_of_unlike:
-            self._warned_of_unlike = True
-            log.warning(
-                "options of optimizers, learning rate schedules, extra state or extras differ on rank %s from those on "
-                "the first rank that holds the same tensors, whose values all of them get on resuming. Keep them "
-                "equal, or put what belongs to one rank into tensors of its own",
-                ", ".join(map(str, ranks)),
-            )
-
-    def _warn_of_drift(self, ranks: list[int], samples: Sequence[Sample]) -> None:
-        """Collective, once: have two replicas that have drifted apart tell in which tensors."""
-        if not ranks or self._warned_of_drift:
-            return
-        self._warned_of_drift = True
-        digests = {name: digest for sample in samples for name, digest in sample.digests().items()}
-        try:
-            told = self._save_channel.gather("comparing replicas", digests if self._group.rank in ranks else None)
-        except CheckpointError as error:  # the save itself is published
-            log.warning("ranks %d and %d hold different values, but did not tell in which tensors: %s", *ranks, error)
-            return
-        if told is not None:
-            log.warning("%s", describe_drift(ranks, [told[rank] for rank in ranks]))
 
     def _prune(self) -> None:
         try:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
 from hydra_ckpt.layout.aliases import Naming
@@ -27,8 +25,9 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.model import MAX_OWN_BUFFER_BYTES, ModelMap, refuse_fsdp1
+from hydra_ckpt.state.model import ModelMap, refuse_fsdp1
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
+from hydra_ckpt.state.plain import plain_of
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
 from hydra_ckpt.storage.tree import Sink, decode, encode, strides
@@ -42,17 +41,15 @@ class Packed:
     """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
 
     Attributes:
-        tree: The data, encoded.
-        wrap: Makes the file of the JSON.
+        make: Gives the bytes.
     """
 
-    tree: Any
-    wrap: Callable[[bytes], bytes] = bytes
+    make: Callable[[], bytes]
 
     @cached_property
     def data(self) -> bytes:
         """The bytes."""
-        return self.wrap(json.dumps(self.tree, separators=(",", ":")).encode())
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,17 @@ class Captured:
 
     Attributes:
         parts: Name of a part (`model`, `model/<name>`, `optim`, `extras`) to its tensors, live.
-        shared: What is the same on all ranks of a pipeline stage; its bytes are JSON.
-        own: What belongs to this rank alone: generators and the place in the data; its bytes are a safetensors file.
+        shared: What should be the same on all ranks of a pipeline stage, as JSON data.
+        plain: Of this, what ranks may have different values of, by a dotted label; see `put_plain`.
+        own: What belongs to this rank alone: generators and the place in the data.
         adapted: Part to what its files hold, for models that say it themselves by an adapter.
         omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
     """
 
     parts: dict[str, list[LocalTensor]]
-    shared: Packed
-    own: Packed
+    shared: dict[str, Any]
+    plain: dict[str, Any]
+    own: Taken
     adapted: Mapping[str, Naming] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
 
@@ -127,7 +126,7 @@ class Extractor:
         if state.dataloader is None:
             return
         try:
-            pack(state.dataloader.state_dict())
+            take({"dataloader": state.dataloader.state_dict()})
         except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
             self._resumable = False
             log.warning(
@@ -220,22 +219,10 @@ class Extractor:
             "rng": rng.capture(),
             "dataloader": self._dataloader_state(state),
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
-            "buffers": self._own_buffers(maps),
             "shards": {name: local_part(tensor) for name, tensor in shards.items()},
         }
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
-        return Captured(parts, Packed(shared), pack(own), adapted, tuple(omitted))
-
-    def _own_buffers(self, maps: Mapping[str, ModelMap]) -> dict[str, dict[str, torch.Tensor]]:
-        """Buffers as this rank has them: batch statistics differ between ranks, and the model's files hold rank 0's."""
-        found = {model: mapped.buffers() for model, mapped in maps.items()}
-        plain = {
-            model: {name: buffer for name, buffer in buffers.items() if not isinstance(buffer, DTensor)}
-            for model, buffers in found.items()
-        }
-        nbytes = sum(buffer.nbytes for buffers in plain.values() for buffer in buffers.values())
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        return {} if alone or nbytes > MAX_OWN_BUFFER_BYTES else plain
+        return Captured(parts, shared, plain_of(shared), take(own), adapted, tuple(omitted))
 
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:
@@ -322,19 +309,49 @@ def part_of(model: str) -> str:
     return f"{names.MODEL}/{model}" if model else names.MODEL
 
 
-def pack(value: Any) -> Packed:
-    """A nested value as one safetensors file: its tensors, and the rest as JSON in the metadata."""
+@dataclass(frozen=True)
+class Taken:
+    """A nested dict as it was at one moment.
+
+    Attributes:
+        tree: The dict as JSON data.
+        tensors: Copies of its tensors.
+    """
+
+    tree: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def packed(self, **more: Any) -> Packed:
+        """As one safetensors file: the tensors, and the rest as JSON in the metadata.
+
+        Args:
+            **more: Further entries, without tensors.
+        """
+        tree = {**self.tree, **{key: encode(value, key, {}) for key, value in more.items()}}
+        return Packed(lambda: safetensors_bytes(self.tensors, metadata={"tree": _json(tree).decode()}))
+
+
+def take(value: dict[str, Any]) -> Taken:
+    """Fix a nested dict: its tensors are copied."""
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(value, "", tensors)
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return Packed(tree, lambda text: safetensors_bytes(plain, metadata={"tree": text.decode()}))
+    return Taken(tree, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def pack_json(value: Any) -> Packed:
+    """JSON data as bytes, made in the background; it must not be changed any more."""
+    return Packed(partial(_json, value))
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def unpack(path: Path, data: bytes) -> Any:
-    """The value that `pack` was given.
+    """The dict that `take` was given, from the bytes that `Taken.packed` made.
 
     Raises:
-        CorruptCheckpointError: The data was not made by `pack`.
+        CorruptCheckpointError: The data was not made so.
     """
     try:
         tensors = safetensors_load(data)

@@ -38,6 +38,7 @@ class Fit:
         own: Number of an optimizer to its own saved state_dict, encoded.
         absent: Numbers of optimizers of whose parameters the description knows none.
         missing: Parameters of the other live optimizers that the description lacks.
+        left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
         notes: What is otherwise than it was, in words.
     """
@@ -49,15 +50,36 @@ class Fit:
     own: dict[int, Any] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
+    left: set[str] = field(default_factory=set)
     different: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def leave(self, names: Collection[str]) -> None:
         """Leave the state of these parameters as it is: they themselves are not loaded."""
         for state in self.state:
-            self.missing.extend(name for name in names & state.keys() if name not in self.missing)
-            for name in names & state.keys():
+            for name in set(names) & state.keys():
+                self.left.add(name)
                 del state[name]
+
+    def drop(self, tensors: Collection[str]) -> set[str]:
+        """Leave states and options as they are that hold one of these tensors; returns the tensors found."""
+        lost: set[str] = set()
+        for state in self.state:
+            for name, tree in list(state.items()):
+                if here := set(tensors).intersection(tensor_names(tree)):
+                    lost |= here
+                    self.left.add(name)
+                    del state[name]
+        for rows in self.options:
+            for index, options in enumerate(rows):
+                if here := set(tensors).intersection(tensor_names(options)):
+                    lost |= here
+                    rows[index] = None
+        for number, tree in list(self.own.items()):
+            if here := set(tensors).intersection(tensor_names(tree)):
+                lost |= here
+                del self.own[number]
+        return lost
 
     def trees(self) -> list[Any]:
         """All encoded data that will be installed."""
@@ -385,7 +407,7 @@ def install(
             group.update(chosen or {})
         for parameter in {id(item): item for item in holder.parameters}.values():
             name = names[id(parameter)]
-            if name in found.missing:
+            if name in found.missing or name in found.left:
                 continue
             if state.get(name) or name in empty.get(holder.path, ()):
                 holder.state[parameter] = dict(state.get(name, {}))  # type: ignore[index]

@@ -104,7 +104,8 @@ def _tells_only(told: Any, holder: Holder) -> bool:
         return False
     numbers = {id(parameter): number for number, parameter in enumerate(holder.parameters)}
     item = holder.optimizer
-    state = {numbers.get(id(key), key): held for key, held in getattr(item, "state", {}).items()}
+    held = getattr(item, "state", {})
+    state = {numbers[id(key)]: value for key, value in held.items() if id(key) in numbers}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in item.param_groups]
     try:
         told_groups = [

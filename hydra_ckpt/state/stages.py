@@ -34,6 +34,11 @@ def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple
         return own, []
     notes: list[str] = []
     combined: Document = {"lr_scheduler": _schedulers(documents, schedulers, notes)}
+    each = [document.get("per_rank", {}) for document in documents]
+    combined["per_rank"] = {
+        kind: list(dict.fromkeys(label for labels in each for label in labels.get(kind, ())))
+        for kind in ("plain", "tensors")
+    }
     optimizers = [document["optimizer"] for document in documents if "optimizer" in document]
     if optimizers:
         combined["optimizer"] = _optimizers(optimizers)

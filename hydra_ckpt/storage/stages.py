@@ -1,4 +1,4 @@
-"""Names of tensors that belong to one pipeline stage and have no name of their own beside the model's."""
+"""Names of tensors that belong to one pipeline stage, or to one rank, and have no name of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ T = TypeVar("T")
 def qualify(name: str, stage: int) -> str:
     """A tensor's name that no other stage gives; the first stage's names stay as they are."""
     return f"{stage}/{name}" if stage else name
+
+
+def on_rank(rank: int, name: str) -> str:
+    """A tensor's name in the file of one rank's own values."""
+    return f"rank-{rank}/{name}"
 
 
 def unqualified(name: str) -> str:

@@ -86,9 +86,6 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     kind = type(value)
     if _omits(tensors, name):
         return _tagged(UNSAVED, None)
-    if kind is torch.Tensor and name not in tensors and is_ordinary(value) and not getattr(tensors, "known", None):
-        tensors[name] = value
-        return _tagged("tensor", name)
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:

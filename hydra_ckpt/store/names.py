@@ -23,6 +23,8 @@ ASSETS = "assets"
 ADAPTER = "adapter_model"
 OPTIMIZER = "optim"
 EXTRAS = "extras"
+# Tensors of which ranks hold different values under one name, in a file of each rank.
+OWN = "own"
 PROGRESS = "progress"
 CONFIG = "config"
 DIGESTS = "digests"

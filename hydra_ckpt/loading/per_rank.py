@@ -1,0 +1,97 @@
+"""What a checkpoint holds for each rank, because the ranks that saved it had different values under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.state.plain import put_plain
+from hydra_ckpt.storage.header import read_tensors
+from hydra_ckpt.storage.stages import on_rank, unqualified
+from hydra_ckpt.store import names
+from hydra_ckpt.store.manifest import PartRecord
+
+ELSEWHERE = (
+    "the ranks that saved it had different values of it, and this run's ranks are arranged otherwise; with "
+    "checkpoint.load_strict=false it is left as built"
+)
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """The names of what each rank had for itself, and this rank's values where it has its place again.
+
+    Attributes:
+        plain: Labels of plain data.
+        tensors: Labels of tensors: `<part>/<name>`.
+        is_here: Whether this rank finds what it saved.
+        stored: Its tensors by label.
+    """
+
+    plain: tuple[str, ...] = ()
+    tensors: frozenset[str] = frozenset()
+    is_here: bool = True
+    stored: Mapping[str, StoredTensor] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        root: Path,
+        shared: dict[str, Any],
+        own: Mapping[str, Any] | None,
+        record: PartRecord | None,
+        rank: int | None,
+    ) -> PerRank:
+        """From a checkpoint; this rank's plain data takes its place in the shared document.
+
+        Args:
+            root: The checkpoint.
+            shared: What the ranks share, encoded.
+            own: What this rank had for itself.
+            record: Where the ranks' own tensors lie; None if there are none.
+            rank: This rank; None where the ranks are arranged otherwise.
+
+        Raises:
+            CorruptCheckpointError: Something is missing.
+        """
+        listed = shared.get("per_rank", {"plain": [], "tensors": []})
+        plain, tensors = tuple(listed["plain"]), frozenset(listed["tensors"])
+        if rank is None:
+            return cls(plain, tensors, is_here=False)
+        for label in plain:
+            if label not in (own or {}).get("plain", {}):
+                raise CorruptCheckpointError(root, f"rank {rank}'s own {label} is missing")
+            put_plain(shared, label, (own or {})["plain"][label])
+        stored: dict[str, StoredTensor] = {}
+        if tensors:
+            start = f"{names.OWN}/{names.OWN}-{rank + 1:05d}-of-"
+            files = [file for file in (record.files if record is not None else ()) if file.startswith(start)]
+            prefix = on_rank(rank, "")
+            found = read_tensors(root, files)
+            stored = {name.removeprefix(prefix): item for name, item in found.items() if name.startswith(prefix)}
+        if missing := sorted(tensors - stored.keys()):
+            raise CorruptCheckpointError(root, f"rank {rank}'s own {missing[0]} is missing")
+        return cls(plain, tensors, stored=stored)
+
+    def names_in(self, part: str) -> set[str]:
+        """Names of the tensors of a part that each rank had for itself."""
+        return {label.removeprefix(f"{part}/") for label in self.tensors if label.startswith(f"{part}/")}
+
+    def overlay(self, part: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """The stored tensors of a part, with this rank's own in place of what the ranks share."""
+        if not self.stored:
+            return stored
+        own = {name: self.stored[f"{part}/{name}"] for name in self.names_in(part)}
+        return {**stored, **{name: replace(item, spec=replace(item.spec, name=name)) for name, item in own.items()}}
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """Whose a tensor of the part `extras` is: `extras`, `lr_scheduler` or `extra_state`, and its label or name."""
+    owner = unqualified(name).partition(":")[0]
+    if owner in ("lr_scheduler", "extra_state"):
+        return owner, owner
+    return "extras", owner
