@@ -138,6 +138,9 @@ def attempt(step: Callable[[], Any]) -> tuple[Any, str]:
 def trial(kind: Kind, steps: int, root: Path, mesh: Any = None) -> Outcome:
     """Collective: train, save, load into a fresh pair, compare, train on, compare."""
     found = Outcome(kind.name, steps, dist.get_world_size() if dist.is_initialized() else 1)
+    if mesh is not None and not kind.shards:
+        found.cannot = "its own collectives do not end on DTensors"
+        return found
     pair, unused = _trained(found, kind, steps, mesh)
     if pair is None:
         return found

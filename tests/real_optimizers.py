@@ -143,11 +143,13 @@ class Kind:
         name: Library and class, and what is special.
         make: Builds it for a model.
         drive: Makes one step.
+        shards: Whether it may be tried over shards; a few wait for each other for ever in collectives of their own.
     """
 
     name: str
     make: Callable[[nn.Module], Any]
     drive: Drive = plain
+    shards: bool = True
 
 
 @lru_cache
@@ -212,7 +214,7 @@ def _of_pytorch_optimizer() -> Iterator[Kind]:
         if name not in special:
             yield Kind(f"pytorch_optimizer {name}", _build(cls, {}))
     for name, (make, drive) in special.items():
-        yield Kind(f"pytorch_optimizer {name}", make, drive)
+        yield Kind(f"pytorch_optimizer {name}", make, drive, shards=name != "DistributedMuon")
 
 
 def _special_of_pytorch_optimizer(library: Any) -> dict[str, tuple[Callable[[nn.Module], Any], Drive]]:
