@@ -75,6 +75,7 @@ def test_a_tenth_of_all_optimizers_goes_on_as_if_nothing_had_happened(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_optimizer_goes_on_as_if_nothing_had_happened(tmp_path: Path, library: str, world: int) -> None:
@@ -82,8 +83,8 @@ def test_every_optimizer_goes_on_as_if_nothing_had_happened(tmp_path: Path, libr
         pytest.skip(f"{library} is not installed")
     names = list(of_library(library))
     outcomes: list[Outcome] = []
-    for begin in range(0, len(names), 40):
-        part = names[begin : begin + 40]
+    for begin in range(0, len(names), 20):
+        part = names[begin : begin + 20]
         outcomes += run_distributed(_try, world, part, (3, 7), str(tmp_path), world > 1, timeout_s=500)[0]
     worse = [outcome for outcome in outcomes if outcome.verdict == "worse"]
     assert not worse, worse
