@@ -128,12 +128,12 @@ class Installer:
         both = {name: tree for name, tree in saved.items() if name in live}
         return [name.removeprefix(".") for name in differing(self._decoded(both), {name: live[name] for name in both})]
 
-    def optimizers(self, found: Fit, empty: Collection[str]) -> None:
+    def optimizers(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """The optimizers' state and options, and what they know beyond these.
 
         Args:
             found: What of the saved description fits.
-            empty: Parameters that had a state without anything in it.
+            empty: Parameters that had a state without anything in it, by the path of the optimizer that held it.
         """
         parameters = self.extractor.parameter_names(self.state)
         live = {name: parameter for parameter, name in self._parameters(parameters)}

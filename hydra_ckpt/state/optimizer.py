@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.optimizer_oracle import PARAMETER, own_state
-from hydra_ckpt.storage.tree import OWN, Sink, encode
+from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
+from hydra_ckpt.storage.tree import OWN, Sink, encode, is_ordinary
 
 SEPARATOR = ":"
 OPTIONS = "options"
@@ -33,7 +33,7 @@ class Described:
     Attributes:
         data: JSON data; it refers to the tensors by name: `<parameter>:<key>`.
         tensors: The state's tensors by name, live.
-        steady: Names of those that nothing but an optimizer's step changes.
+        unsteady: Names of those that others change besides the optimizer's step.
         alone: Names of those that may differ between ranks that hold the same parameters.
         own: What only this rank can store, by name.
         omitted: Dotted names of what was left out, as `checkpoint.allow_unsaved` asks.
@@ -41,7 +41,7 @@ class Described:
 
     data: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    steady: set[str] = field(default_factory=set)
+    unsteady: set[str] = field(default_factory=set)
     alone: set[str] = field(default_factory=set)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Described:
     def locals(self, localize: Localizer) -> list[LocalTensor]:
         """The state's tensors as this rank holds them."""
         return [
-            localize(name, tensor, divisible=name not in self.alone, late=name in self.steady, lasting=True)
+            localize(name, tensor, divisible=name not in self.alone, late=name not in self.unsteady, lasting=True)
             for name, tensor in self.tensors.items()
         ]
 
@@ -98,10 +98,10 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
     groups = []
     for index, group in enumerate(holder.groups):
         members = [name_of(parameter, names, holder, index) for parameter in group["params"]]
-        for name in members:
-            if name in taken:
-                raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
-            taken.add(name)
+        if not taken.isdisjoint(members) or len(set(members)) < len(members):
+            name = next(name for number, name in enumerate(members) if name in taken or name in members[:number])
+            raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
+        taken.update(members)
         options = {key: value for key, value in group.items() if key != "params"}
         # Named after a parameter: optimizers of other pipeline stages have the same numbers.
         place = members[0] if members else f"{holder.number}.{index}"
@@ -109,14 +109,38 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
         groups.append({"params": members, "options": encode(options, f"{place}{inside}{OPTIONS}", here)})
         _take(found, sink, here, group["params"][0] if members else None, from_step=False)
     section["optimizers"].append({"class": type(holder.optimizer).__qualname__, "groups": groups})
+    _describe_state(found, holder, names, sink, section, inside)
+
+
+def _describe_state(
+    found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, section: dict[str, Any], inside: str
+) -> None:
     here_too = {id(parameter) for parameter in holder.parameters}
+    takes_short_cut = not sink.unsaved
     for parameter, held in holder.state.items():
         known = names.get(id(parameter)) if id(parameter) in here_too else None
-        if known is not None and isinstance(held, Mapping):  # the rest is for its state_dict to tell
-            here = sink.another()
-            section["state"][known] = encode(dict(held), f"{known}{inside}", here)
-            section["empty"] += [] if held else [known]
-            _take(found, sink, here, parameter, from_step=True)
+        if known is None or not (type(held) is dict or isinstance(held, Mapping)):
+            continue  # for its state_dict to tell
+        if takes_short_cut and not isinstance(parameter, DTensor):
+            section["state"][known] = encoded = _ordinary(held, f"{known}{inside}", sink)
+            if encoded:
+                continue
+        here = sink.another()
+        section["state"][known] = encode(dict(held), f"{known}{inside}", here)
+        section["empty"] += [] if held else [known]
+        _take(found, sink, here, parameter, from_step=True)
+
+
+def _ordinary(held: Mapping[Any, Any], inside: str, sink: Sink) -> dict[str, Any]:
+    """Encode a state that is ordinary tensors alone, as nearly every state is; nothing if it is not: a short cut."""
+    found = {}
+    for key, value in held.items():
+        if type(key) is not str or key == "~" or not is_ordinary(value):
+            return {}
+        name = inside + key
+        found[key] = {"~": "tensor", "v": name}
+        sink[name] = value  # the long way may find it again, under the same name
+    return found
 
 
 def _take(found: Described, sink: Sink, here: Sink, parameter: torch.Tensor | None, *, from_step: bool) -> None:
@@ -129,8 +153,8 @@ def _take(found: Described, sink: Sink, here: Sink, parameter: torch.Tensor | No
             found.alone.add(name)
             if is_sharded and tensor.dim():
                 found.data["plain"].append(name)
-        if from_step:
-            found.steady.add(name)
+        if not from_step:
+            found.unsteady.add(name)
     sink.update(here)
     sink.own.update(here.own)
     sink.omitted += here.omitted
@@ -151,6 +175,8 @@ def _add_own(
     found: Described, number: int, optimizer: Any, inside: Sequence[Holder], names: Mapping[int, str], sink: Sink
 ) -> None:
     """Add what only the optimizer's own state_dict tells, if it tells anything."""
+    if is_plain(optimizer):
+        return
     parameters = {id(parameter): parameter for holder in inside for parameter in holder.parameters}
     references = {identity: {"~": PARAMETER, "v": names[identity]} for identity in parameters}
     references.update({id(tensor): {"~": "tensor", "v": name} for name, tensor in sink.items()})
@@ -167,6 +193,7 @@ def _add_own(
         if like is not None:
             meshes[name] = names[id(like)]
             found.data["placements"][name] = _placement(tensor, like)  # type: ignore[arg-type]
+    found.unsteady.update(here)
     found.alone.update(name for name, tensor in here.items() if not isinstance(tensor, DTensor))
     sink.update(here)
     sink.own.update(here.own)

@@ -86,9 +86,9 @@ class Fit:
         return [self.options, self.state, list(self.own.values())]
 
 
-def empty_states(described: Mapping[str, Any]) -> set[str]:
-    """Parameters that had a state without anything in it."""
-    return {name for one in (described, *described.get("inner", {}).values()) for name in one.get("empty", ())}
+def empty_states(described: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Parameters that had a state without anything in it, by the path of the optimizer that held it."""
+    return {path: set(one.get("empty", ())) for path, one in {"": described, **described.get("inner", {})}.items()}
 
 
 def section(described: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -231,7 +231,8 @@ def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> s
         here: Names of the live group's options.
     """
     name = type(live).__qualname__
-    gone, new = options - here - _BESIDE, set(getattr(live, "defaults", None) or {}) - options
+    # A wrapper's defaults may be its own affair, which no group has.
+    gone, new = options - here - _BESIDE, (set(getattr(live, "defaults", None) or {}) & here) - options
     # A class may gain or lose options from version to version; others may bear its name.
     differ = bool(gone or new) if saved and saved != name else bool(gone and new)
     if not differ:
@@ -395,7 +396,7 @@ def install(
     options: Sequence[Sequence[dict[str, Any] | None]],
     optimizers: Mapping[str, Any],
     names: Mapping[int, str],
-    empty: Collection[str] = (),
+    empty: Mapping[str, Collection[str]],
 ) -> None:
     """Put saved state and options into live optimizers; state that was absent becomes absent.
 
@@ -405,7 +406,7 @@ def install(
         options: For each live optimizer and group its options; None for a group that keeps its own.
         optimizers: What the live optimizers are called, to these.
         names: Identity of a parameter to its name.
-        empty: Parameters that had a state without anything in it.
+        empty: What `empty_states` gives.
     """
     # Looked up again: load_state_dict() of an optimizer gives it new groups and a new state.
     live = {(holder.number, holder.path): holder for holder in holders(optimizers, names)}
@@ -419,7 +420,7 @@ def install(
             name = names[id(parameter)]
             if name in found.missing or name in found.left:
                 continue
-            if state.get(name) or name in empty:
+            if state.get(name) or name in empty.get(holder.path, ()):
                 holder.state[parameter] = dict(state.get(name, {}))  # type: ignore[index]
             else:
                 holder.state.pop(parameter, None)  # type: ignore[attr-defined]

@@ -81,7 +81,9 @@ def _strange_keys(optimizer: Optimizer) -> bool:
     """Whether there is state that belongs to no parameter of a group."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     state = optimizer.state
-    return not known.issuperset(map(id, state)) or not all(isinstance(held, Mapping) for held in state.values())
+    return not known.issuperset(map(id, state)) or not all(
+        issubclass(kind, Mapping) for kind in set(map(type, state.values()))
+    )
 
 
 def _customizes_loading(optimizer: Any) -> bool:
@@ -190,4 +192,5 @@ def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
+    # A single element counts as contiguous whatever its stride is, and is no bytes to view() then.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -25,6 +25,7 @@ _TAG, _STRIDES, _PLACEMENTS = "~", "s", "p"
 # What is not in the tree but beside it: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
 _AS_THEY_ARE = {int, str, bool, type(None)}
+_STRIDED = torch.strided
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -175,6 +176,16 @@ def _strided(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -
         found[_PLACEMENTS] = [placement.dim if isinstance(placement, Shard) else None for placement in value.placements]
     tensors[name] = value
     return found
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a plain tensor that lies row by row, as nearly all are: its name says everything."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype in SAFETENSORS_DTYPE
+        and value.layout is _STRIDED
+        and value.stride() == row_major(value.shape)
+    )
 
 
 @lru_cache(maxsize=4096)
