@@ -19,7 +19,9 @@ from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, read_index
 from hydra_ckpt.storage.header import read_piece, refuse_overlap
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import read_small_file
 
+_MAX_BYTES = 4 << 30
 ACCELERATE_MODEL = "pytorch_model_fsdp_{}"
 
 
@@ -88,7 +90,7 @@ def read_pickle(path: Path) -> Any:
     Raises:
         CorruptCheckpointError: It cannot be read.
     """
-    return _unpickled(path, io.BytesIO(path.read_bytes()))
+    return _unpickled(path, io.BytesIO(read_small_file(path, _MAX_BYTES, follow=True)))
 
 
 def _unpickled(path: Path, data: io.BytesIO) -> Any:

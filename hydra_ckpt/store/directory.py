@@ -11,11 +11,16 @@ from typing import Any
 
 from hydra_ckpt import __version__
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import lease, names
-from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, listing, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.manifest import WRITER, seal
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
@@ -24,6 +29,9 @@ from hydra_ckpt.store.retention import Context, policies, retire, superfluous
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
+
+# At a directory that changes while it is looked at.
+_LOOKS = 5
 
 
 class Directory:
@@ -53,11 +61,25 @@ class Directory:
     def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
         """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
 
+        Looks again where the directory has changed meanwhile: a live run may be pruning it.
+
         Raises:
             CheckpointNotFoundError: An explicit one is not there.
             CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
             CorruptCheckpointError: An explicit one is damaged.
         """
+        for _ in range(_LOOKS - 1):
+            before = listing(self.root)
+            try:
+                found = self._choose(selector, passed_over)
+                if not found["passed_over"] or listing(self.root) == before:
+                    return found
+            except (CheckpointNotFoundError, CorruptCheckpointError):
+                if listing(self.root) == before:
+                    raise
+        return self._choose(selector, passed_over)
+
+    def _choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
         catalog = scan(self.root)
         if selector != "auto":
             chosen = select(catalog, selector, self._metric_in(catalog), self._keep.best_metric_mode)

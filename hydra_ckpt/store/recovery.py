@@ -39,8 +39,8 @@ def recover(files: Files, root: Path, *, not_beyond: int | None = None) -> None:
 
 
 def _sweep_remnant(files: Files, path: Path) -> None:
-    """Remove what an interrupted replacement of a pointer or small file left beside it."""
-    if path.name.startswith((f".{names.LATEST}", f".{names.BEST}", f".{names.OWNER}.")):
+    """Remove what an interrupted replacement of a pointer or small file left beside it, and nothing of a user's."""
+    if names.is_remnant(path.name) and (path.is_symlink() or not path.is_dir()):
         files.unlink(path)
 
 
