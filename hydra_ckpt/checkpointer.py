@@ -28,6 +28,7 @@ from hydra_ckpt.state.ranks import Ranks, Topology
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
+from hydra_ckpt.values import refuse_url
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -200,6 +201,7 @@ class Checkpointer:
             if restore_from is not None:
                 log.warning("checkpoint.enabled=false: restore_from=%s is not followed", restore_from)
             return None
+        refuse_url("restore_from", restore_from)
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
         selector = self._restorer.selector(restore_from)

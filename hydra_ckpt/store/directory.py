@@ -26,6 +26,7 @@ from hydra_ckpt.store.manifest import WRITER, seal
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
+from hydra_ckpt.store.strangers import refuse_strangers
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Directory:
             catalog.refuse_newer(names.LATEST, candidate.step)
             return {"path": str(candidate.path), "passed_over": damaged}
         catalog.refuse_newer(names.LATEST, None)
+        refuse_strangers(self.root)
         return {"path": None, "passed_over": damaged}
 
     def _metric_in(self, catalog: Catalog) -> str:
@@ -123,9 +125,10 @@ class Directory:
 
         Raises:
             CheckpointExistsError: Another live run writes here.
-            CheckpointConfigError: The directory cannot be written.
+            CheckpointConfigError: The directory cannot be written, or another system keeps its checkpoints there.
         """
         try:
+            refuse_strangers(self.root)
             self.files.make_dir(self.root)
             lease.acquire(self.files, self.root, self._owner)
             recover(self.files, self.root, not_beyond=not_beyond)

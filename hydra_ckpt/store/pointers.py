@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +133,18 @@ def _name_in(root: Path, target: str) -> str | None:
     except (ValueError, RuntimeError, OSError):  # elsewhere; a NUL; links in a circle; a name too long
         return None
     return inside.parts[0] if inside.parts and names.is_checkpoint_name(inside.parts[0]) else None
+
+
+def pointed_path(root: Path, pointer: str) -> Path | None:
+    """The directory that a pointer leads to, wherever that lies; None where it leads to none."""
+    try:
+        place = root / pointer
+        if not os.path.lexists(place):
+            place = root / _text_of(root, pointer)
+        found = place.resolve()
+    except (OSError, CorruptCheckpointError, ValueError, RuntimeError):
+        return None
+    return found if os.path.isdir(found) and found != root.resolve() else None  # noqa: PTH112 - pathlib raises
 
 
 def read_pointer(root: Path, pointer: str) -> str | None:
