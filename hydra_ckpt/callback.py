@@ -196,6 +196,7 @@ class CheckpointCallback:
             )
         if step == self._step:
             return None
+        self._warn_of_absent_metric()
         self._step, self._epoch, self._epoch_ended = step, epoch, False
         # Rank 0's count; those of the other ranks are not looked at.
         self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
@@ -276,6 +277,7 @@ class CheckpointCallback:
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
             self._saved_step, self._saved_epoch = self._step, epoch
+        self._warn_of_absent_metric()
         self._live.drain()
         self._live.raise_failure()
 
@@ -296,6 +298,7 @@ class CheckpointCallback:
         A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
         """
         self._watch.end()
+        self._warn_of_absent_metric()
         # An error on its way says more than the signal, which may be a launcher's answer to it.
         obeyed = self._should_stop or sys.exc_info()[0] is not None
         try:
@@ -360,6 +363,11 @@ class CheckpointCallback:
     def _settle_best(self, live: Checkpointer) -> None:
         """Collective: hear rank 0's best metric, or raise what it could not make sense of."""
         self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
+
+    def _warn_of_absent_metric(self) -> None:
+        """Rank 0: the step that was saved last gets no further metrics; see that the one that decides has come."""
+        if self._live is not None and self._live.group.rank == 0 and 0 < self._saved_step == self._step:
+            self._best.warn_if_absent()
 
     def _raise_failure(self, live: Checkpointer) -> None:
         """Collective: raise or report the last save's error."""

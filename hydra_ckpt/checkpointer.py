@@ -368,7 +368,7 @@ class Checkpointer:
         if self.enabled:
             self.refuse_closed(f"adding metrics to step {step}")
         values = metric.as_floats(metrics)
-        metric.deciding_key(values, self._deciding, required=False)
+        metric.deciding_key(values, self._deciding)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and self._saver.has_saved(name):
             self._saver.afterwards(lambda: self._directory.add_metrics(name, values))

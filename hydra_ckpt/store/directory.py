@@ -221,7 +221,7 @@ class Directory:
 
     def _consider(self, checkpoint: Checkpoint) -> None:
         metrics = checkpoint.metrics
-        key = metric.deciding_key(metrics, self._configured, required=False)
+        key = metric.deciding_key(metrics, self._configured)
         if key is None:
             return
         if key != self._metric:
