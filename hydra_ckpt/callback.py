@@ -256,6 +256,7 @@ class CheckpointCallback:
         self._best.key, self._agreed_best = found["key"], found["best"]
         self._overtaken = live.group.world_size > 1
         live.decide_by(self._best.key)
+        live.note_best(self._best.value)
         if self._saved_step == self._step and self._step > 0:
             live.add_metrics(self._step, self._saved_epoch, found["values"])
         elif self._schedule.on_improvement and found["improved"]:
@@ -274,6 +275,7 @@ class CheckpointCallback:
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
             self._live.wait()
+            self._live.note_best(self._best.value)
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
             self._saved_step, self._saved_epoch = self._step, epoch
@@ -386,6 +388,7 @@ class CheckpointCallback:
         if self._live is None or self._state is None or self._saved_step == self._step:
             return None
         epoch = self._next_epoch(self._state)
+        self._live.note_best(self._best.value)
         pending = self._live.save(
             self._state,
             step=self._step,

@@ -53,7 +53,7 @@ def deciding_key(metrics: Mapping[str, float], key: str) -> str | None:
 
 def absence(key: str, seen: Collection[str]) -> str:
     """What to say where the configured metric has not come, and others have."""
-    near = difflib.get_close_matches(key, seen, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(key, seen, n=3, cutoff=0.68)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return (
         f"checkpoint.best_metric_key={key}: no metric of this name has come so far, so that no checkpoint is the best; "

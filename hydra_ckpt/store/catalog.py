@@ -69,11 +69,11 @@ class Checkpoint:
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics known at the save, and those added since."""
-        return {**self.manifest.metrics, **self._added.get("metrics", {})}
+        return {**self.manifest.metrics, **self.added.get("metrics", {})}
 
     @property
-    def _added(self) -> dict[str, Any]:
-        """What came after the save."""
+    def added(self) -> dict[str, Any]:
+        """What came after the save: `metrics`, and the best value then."""
         try:
             return read_metrics(self.path)
         except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hydra_ckpt.errors import (
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import lease, names
+from hydra_ckpt.store.best_so_far import KEY, BestSoFar, best_until, opened
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, listing, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.manifest import WRITER, seal
@@ -35,6 +37,14 @@ log = logging.getLogger(__name__)
 _LOOKS = 5
 
 
+@dataclass
+class _Owed:
+    """Metrics of a checkpoint that are not on disk yet, and the best value of the run when they came."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: BestSoFar | None = None
+
+
 class Directory:
     """The checkpoint directory of this run.
 
@@ -43,6 +53,10 @@ class Directory:
         files: The file layer.
         keep: What decides about best and superfluous checkpoints.
         run: The sweep and job number it belongs to, if any.
+
+    Attributes:
+        best_so_far: The best value of the run, which may be of a step that is not saved; it stands in what is saved
+            from then on. None where nobody tells it.
     """
 
     def __init__(self, root: Path, files: Files, keep: KeepOptions, run: str | None) -> None:
@@ -55,7 +69,8 @@ class Directory:
         self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = self._configured = keep.best_metric_key
-        self._owed: dict[str, dict[str, float]] = {}  # metrics by checkpoint that are not on disk yet
+        self._owed: dict[str, _Owed] = {}  # by checkpoint
+        self.best_so_far: BestSoFar | None = None
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -112,10 +127,11 @@ class Directory:
             return key
         return next(iter(found)) if len(found) == 1 else key
 
-    def _recall(self, catalog: Catalog) -> None:
+    def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
         """Under the default key, go on with the metric that has decided before."""
         if self._configured == metric.DEFAULT_KEY:
-            decided = (item.manifest.details.get("deciding_metric") for item in reversed(catalog.checkpoints))
+            known = [*([before] if before is not None else []), *reversed(catalog.checkpoints)]
+            decided = (item.manifest.details.get("deciding_metric") for item in known)
             self._configured = next((name for name in decided if isinstance(name, str)), self._configured)
 
     # -- a run begins --------------------------------------------------------------------------------------------
@@ -141,12 +157,20 @@ class Directory:
             ) from error
         self._heart = Heart(lease.HEARTBEAT_S, lambda: lease.beat(self.root, self._owner))
 
-    def settle(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> dict[str, Any]:
+    def settle(
+        self, start_step: int | None, corrupt: Collection[str], on_conflict: str, resumed: Path | None = None
+    ) -> dict[str, Any]:
         """Move out of the way what is damaged, or lies beyond the step the run starts from.
 
+        Args:
+            start_step: The step the run starts from; None where it starts nowhere.
+            corrupt: Names of damaged checkpoints.
+            on_conflict: What happens to later steps: see `refuse_later`.
+            resumed: The checkpoint the run goes on from.
+
         Returns:
-            Names of the published checkpoints that stay, those with an export, the best metric among them, and
-            the key that decides.
+            Names of the published checkpoints that stay, those with an export, the best metric so far, and the key
+            that decides.
 
         Raises:
             CheckpointExistsError: There are later steps, and they are not to be set aside.
@@ -158,8 +182,9 @@ class Directory:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
         catalog = scan(self.root)
         kept = {item.name for item in catalog.checkpoints}
-        self._owed = {name: metrics for name, metrics in self._owed.items() if name in kept}
-        self._recall(catalog)
+        self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
+        before = opened(resumed)
+        self._recall(catalog, before)
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
@@ -174,9 +199,15 @@ class Directory:
         return {
             "published": [item.name for item in catalog.checkpoints],
             "exported": [item.name for item in catalog.checkpoints if item.manifest.exports],
-            "best": self._best,
+            "best": self._best_until(before),
             "deciding": self._configured,
         }
+
+    def _best_until(self, before: Checkpoint | None) -> float | None:
+        """The best value so far, that of steps which were not saved included."""
+        mode = self._keep.best_metric_mode
+        value = best_until(before, self._configured, mode)
+        return value if value is not None and metric.is_better(value, self._best, mode) else self._best
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
         """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
@@ -200,7 +231,10 @@ class Directory:
         try:
             self.write_metrics()
             if self._owed:
-                log.error("these metrics could not be written and are lost with this run: %s", self._owed)
+                log.error(
+                    "these metrics could not be written and are lost with this run: %s",
+                    {name: owed.metrics for name, owed in self._owed.items()},
+                )
         finally:
             if self._heart is not None:
                 self._heart.stop()
@@ -233,7 +267,7 @@ class Directory:
             self._best = metrics[key]
 
     @property
-    def details(self) -> dict[str, str]:
+    def details(self) -> dict[str, Any]:
         """What a manifest says of the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
         deciding = {"deciding_metric": self._configured} if known else {}
@@ -242,25 +276,33 @@ class Directory:
             "host": self._owner.host,
             "best_metric_mode": self._keep.best_metric_mode,
             **deciding,
+            **({KEY: self.best_so_far.as_data()} if self.best_so_far is not None else {}),
         }
 
     def decide_by(self, key: str) -> None:
         """Let another metric decide from now on."""
         self._configured = key
 
-    def add_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+    def add_metrics(self, name: str, metrics: Mapping[str, float], best: BestSoFar | None = None) -> None:
         """Add metrics that arrived after the save, atomically, and move BEST if they are better.
 
         What cannot be written now is kept, and tried again with the next metrics, the next save and at the end.
+
+        Args:
+            name: The checkpoint.
+            metrics: What arrived.
+            best: The best value of the run when it did.
         """
-        self._owed.setdefault(name, {}).update(metrics)
+        owed = self._owed.setdefault(name, _Owed())
+        owed.metrics.update(metrics)
+        owed.best = best or owed.best
         self.write_metrics()
 
     def write_metrics(self) -> None:
         """Write the metrics that are not on disk yet."""
-        for name, metrics in list(self._owed.items()):
+        for name, owed in list(self._owed.items()):
             try:
-                self._write_metrics(name, metrics)
+                self._write_metrics(name, owed)
             except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
@@ -268,10 +310,11 @@ class Directory:
                 continue
             del self._owed[name]
 
-    def _write_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+    def _write_metrics(self, name: str, owed: _Owed) -> None:
         self.fence()
         checkpoint = Checkpoint.open(self.root / name)
-        body = seal({"metrics": {**checkpoint.metrics, **metrics}})
+        best = {KEY: owed.best.as_data()} if owed.best is not None else {}
+        body = seal({**checkpoint.added, "metrics": {**checkpoint.metrics, **owed.metrics}, **best})
         # One name for all attempts: the next one removes what a full disk left of the last.
         write_atomically(self.files, checkpoint.path / names.METRICS, body, self._owner.incarnation)
         self._consider(checkpoint)
