@@ -25,11 +25,14 @@ from hydra_ckpt.errors import printable
 from hydra_ckpt.hub.reference import find_reference
 from hydra_ckpt.jobs.yaml_text import parse_config, parse_yaml
 from hydra_ckpt.loading.changes import saved_config
+from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.storage.torch_file import read_tensor
 from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.store.manifest import seal
 from hydra_ckpt.store.small_files import read_small_file
 from hydra_ckpt.sweeps.record import RECORD, read_record
+from hydra_ckpt.testing import FaultyFiles
 
 pytestmark = pytest.mark.timeout(120)
 NEWEST = "epoch_0_step_3"
@@ -148,6 +151,62 @@ def test_numbers_that_are_none_are_damage(root: Path, key: str, value: object) -
     (root / NEWEST / "manifest.json").write_bytes(seal({**body, key: value}))
     assert NEWEST in scan(root).damaged
     the_tool_answers(root)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["details", "topology"])
+def test_what_is_nested_too_deeply_to_be_printed_is_damage(root: Path, key: str) -> None:
+    body = json.loads((root / NEWEST / "manifest.json").read_text())
+    del body["~xxh3"]
+    body[key] = {**body[key], "deep": nested(300)}
+    (root / NEWEST / "manifest.json").write_bytes(seal(body))
+    assert NEWEST in scan(root).damaged
+    the_tool_answers(root)
+
+
+def stuck(kind: str, name: str) -> FaultyFiles:
+    return FaultyFiles(lambda operation: 13 if operation.kind == kind and name in str(operation.path) else None)
+
+
+def test_leftovers_that_cannot_be_removed_do_not_keep_a_run_from_starting(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / ".epoch_0_step_7.draft-0123456789ab").mkdir()
+    directory = Directory(root, stuck("remove_tree", "draft"), KeepOptions("loss", "min", None, None), None)
+    directory.open(None)
+    directory.close()
+    assert "cannot be removed" in caplog.text
+
+
+def test_one_checkpoint_that_cannot_be_renamed_does_not_keep_the_others(root: Path) -> None:
+    files = FaultyFiles(
+        lambda operation: 13 if operation.kind == "rename" and "step_1" in str(operation.path) else None
+    )
+    directory = Directory(root, files, KeepOptions("loss", "min", max_recent=1, retention=None), None)
+    directory.open(None)
+    try:
+        with pytest.raises(OSError, match="Permission denied"):
+            directory.prune()
+    finally:
+        directory.close()
+    assert [item.step for item in scan(root).checkpoints] == [1, 3]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_checkpoint_that_may_not_be_opened_is_kept_and_the_others_go(root: Path) -> None:
+    (root / "epoch_0_step_1" / "manifest.json").chmod(0)
+    a_run_goes_on(root, 3, [3, 9])
+
+
+def test_a_checkpoint_that_is_read_only_is_pruned_like_others(root: Path) -> None:
+    (root / "epoch_0_step_1" / "manifest.json").chmod(0o444)
+    a_run_goes_on(root, 3, [3, 9])
 
 
 @pytest.mark.parametrize("name", ["owner.json", "LATEST.txt", "BEST.txt", "notes.txt", "PAPER.txt"])

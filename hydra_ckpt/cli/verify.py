@@ -25,6 +25,7 @@ from hydra_ckpt.errors import (
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import read_metrics
+from hydra_ckpt.store.small_files import size_of
 
 if TYPE_CHECKING:
     from hydra_ckpt.storage.digests import Check
@@ -176,11 +177,10 @@ def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
     for name, record in checkpoint.manifest.files.items():
         path = checkpoint.path / name
-        if not path.is_file():
-            verdict.note(CorruptCheckpointError(path, "the file is missing"))
-        elif (size := path.stat().st_size) != record.bytes:
-            problem = "the file has another size"
-            verdict.note(CorruptCheckpointError(path, problem, expected=record.bytes, found=size))
+        with _noting(verdict):
+            size = size_of(path)
+            if size != record.bytes:
+                raise CorruptCheckpointError(path, "the file has another size", expected=record.bytes, found=size)
 
 
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:

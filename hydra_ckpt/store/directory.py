@@ -327,9 +327,20 @@ class Directory:
             self.retire(superfluous(catalog, self._policies, context))
 
     def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Unpublish these at once; they are deleted in a thread of its own."""
+        """Unpublish these at once; they are deleted in a thread of its own.
+
+        Raises:
+            OSError: One cannot be renamed; the others are gone all the same.
+        """
         if self._janitor is None:
             self._janitor = Worker("hydra_ckpt-delete")
+        failure: OSError | None = None
         for item in checkpoints:
-            hidden = retire(self.files, item)
+            try:
+                hidden = retire(self.files, item)
+            except OSError as error:
+                failure = failure or error
+                continue
             self._janitor.submit(partial(discard, self.files, hidden))
+        if failure is not None:
+            raise failure

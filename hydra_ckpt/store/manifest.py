@@ -35,6 +35,7 @@ _SEAL_BYTES = 40
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 30
 _MAX_METRICS_BYTES = 16 << 20
+_MAX_DEPTH = 64
 _MOST = 1 << 62  # of every size and number
 _LAST_TIME = 1e11  # Unix time in seconds; what is later has no date
 
@@ -237,7 +238,8 @@ def _check_kinds(path: Path, manifest: Manifest) -> None:
         "world_size": type(manifest.world_size) is int and 0 < manifest.world_size < _MOST,
         "plan": isinstance(manifest.plan, str),
         "topology": _is_topology(manifest.topology),
-        "details": type(manifest.details) is dict,
+        "details": type(manifest.details) is dict and _is_shallow(manifest.details, _MAX_DEPTH),
+        "parts": all(isinstance(part.format, str) for part in manifest.parts.values()),
     }
     wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong:
@@ -263,7 +265,15 @@ def _is_topology(value: object) -> bool:
     if type(value) is not dict:
         return False
     leaders = value.get("leaders", [])
+    if not _is_shallow(value, _MAX_DEPTH):
+        return False
     return type(leaders) is list and all(type(rank) is int and 0 <= rank < _MOST for rank in leaders)
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    """Whether plain data is nested no deeper than this; whoever prints it takes a step on the stack for each level."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in below)
 
 
 def _is_digest(value: object) -> bool:
