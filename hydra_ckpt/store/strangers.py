@@ -12,6 +12,8 @@ from hydra_ckpt.store.pointers import pointed_path
 
 # What a checkpoint of ours has, however damaged or unfinished it is, and those of other systems have not.
 _MARKS = (names.MANIFEST, names.TOKEN, names.DIGESTS, names.PROGRESS)
+# Of files that weights and states lie in; directories count too, notes and the like do not.
+_SUFFIXES = frozenset({".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz"})
 
 
 def refuse_strangers(root: Path) -> None:
@@ -49,9 +51,10 @@ def _strange_pointer(root: Path, pointer: str) -> str | None:
 
 
 def _is_strange(directory: Path) -> bool:
-    """Whether a directory has content, and nothing of it is ours."""
+    """Whether a directory holds what a checkpoint may consist of, and nothing of it is ours."""
     try:
-        below = {path.name for path in directory.iterdir()}
+        below = list(directory.iterdir())
     except OSError:
         return False
-    return bool(below) and below.isdisjoint(_MARKS)
+    content = any(path.suffix in _SUFFIXES or path.name in _SUFFIXES or path.is_dir() for path in below)
+    return content and {path.name for path in below}.isdisjoint(_MARKS)
