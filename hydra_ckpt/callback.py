@@ -200,6 +200,7 @@ class CheckpointCallback:
             )
         if step == self._step:
             return None
+        self._warn_of_absent_metric()
         self._step, self._epoch, self._epoch_ended = step, epoch, False
         # Rank 0's count; those of the other ranks are not looked at.
         self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
@@ -259,6 +260,7 @@ class CheckpointCallback:
         self._best.key, self._agreed_best = found["key"], found["best"]
         self._overtaken = live.group.world_size > 1
         live.decide_by(self._best.key)
+        live.note_best(self._best.value)
         if self._saved_step == self._step and self._step > 0:
             live.add_metrics(self._step, self._saved_epoch, found["values"])
         elif self._schedule.on_improvement and found["improved"]:
@@ -277,9 +279,11 @@ class CheckpointCallback:
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
             self._live.wait()
+            self._live.note_best(self._best.value)
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
             self._saved_step, self._saved_epoch = self._step, epoch
+        self._warn_of_absent_metric()
         self._live.drain()
         self._live.raise_failure()
 
@@ -300,6 +304,7 @@ class CheckpointCallback:
         A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
         """
         self._watch.end()
+        self._warn_of_absent_metric()
         # An error on its way says more than the signal, which may be a launcher's answer to it.
         obeyed = self._should_stop or sys.exc_info()[0] is not None
         try:
@@ -365,6 +370,11 @@ class CheckpointCallback:
         """Collective: hear rank 0's best metric, or raise what it could not make sense of."""
         self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
 
+    def _warn_of_absent_metric(self) -> None:
+        """Rank 0: the step that was saved last gets no further metrics; see that the one that decides has come."""
+        if self._live is not None and self._live.group.rank == 0 and 0 < self._saved_step == self._step:
+            self._best.warn_if_absent()
+
     def _raise_failure(self, live: Checkpointer) -> None:
         """Collective: raise or report the last save's error."""
         live.wait()
@@ -382,6 +392,7 @@ class CheckpointCallback:
         if self._live is None or self._state is None or self._saved_step == self._step:
             return None
         epoch = self._next_epoch(self._state)
+        self._live.note_best(self._best.value)
         pending = self._live.save(
             self._state,
             step=self._step,

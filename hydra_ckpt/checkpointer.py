@@ -26,8 +26,10 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.state.ranks import Ranks, Topology
 from hydra_ckpt.store import names
+from hydra_ckpt.store.best_so_far import BestSoFar
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
+from hydra_ckpt.values import refuse_url
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -105,6 +107,7 @@ class Checkpointer:
             moe_mesh,
         )
         self._start_step: int | None = None
+        self._resumed: Path | None = None
         self._opened = self._settled = False
 
     @property
@@ -119,7 +122,7 @@ class Checkpointer:
 
     @property
     def best_value(self) -> float | None:
-        """The best metric among the published checkpoints when the run began."""
+        """The best metric when the run began: among the published checkpoints, and up to the one it goes on from."""
         return self._best_value
 
     @property
@@ -208,6 +211,7 @@ class Checkpointer:
             if restore_from is not None:
                 log.warning("checkpoint.enabled=false: restore_from=%s is not followed", restore_from)
             return None
+        refuse_url("restore_from", restore_from)
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
         selector = self._restorer.selector(restore_from)
@@ -223,6 +227,7 @@ class Checkpointer:
 
         report = self._restorer.restore(state, selector, wanted, begin_at)
         if moves:
+            self._resumed = report.path if report is not None and "progress" in wanted else None
             self._settled = False  # a run that goes back clears its way anew
         return report
 
@@ -270,7 +275,7 @@ class Checkpointer:
             found = self._channel.coordinator_step(
                 "clearing the way for new steps",
                 lambda: self._directory.settle(
-                    self._start_step, self._restorer.passed_over, self.config.read.on_conflict
+                    self._start_step, self._restorer.passed_over, self.config.read.on_conflict, self._resumed
                 ),
             )
             self._saver.knows(found["published"], found["exported"])
@@ -364,6 +369,15 @@ class Checkpointer:
         if self.enabled and self.group.rank == 0:
             self._directory.decide_by(key)
 
+    def note_best(self, value: float | None) -> None:
+        """The best value so far of the metric that decides; rank 0's word counts. What is saved from now on carries it.
+
+        It may be of a step that is not saved: a run that goes on from a later checkpoint knows it then.
+        """
+        if self.enabled and self.group.rank == 0:
+            mode = self.config.keep.best_metric_mode
+            self._directory.best_so_far = None if value is None else BestSoFar(self._deciding, mode, value)
+
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, when it is published; rank 0's count.
 
@@ -376,10 +390,11 @@ class Checkpointer:
         if self.enabled:
             self.refuse_closed(f"adding metrics to step {step}")
         values = metric.as_floats(metrics)
-        metric.deciding_key(values, self._deciding, required=False)
+        metric.deciding_key(values, self._deciding)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and self._saver.has_saved(name):
-            self._saver.afterwards(lambda: self._directory.add_metrics(name, values))
+            best = self._directory.best_so_far  # now, not when the background comes to it
+            self._saver.afterwards(lambda: self._directory.add_metrics(name, values, best))
 
     # -- the end -------------------------------------------------------------------------------------------------
 

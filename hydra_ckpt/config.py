@@ -24,6 +24,7 @@ from hydra_ckpt.values import (
     count,
     minutes,
     optional,
+    place,
     positive,
     refuse,
     rules,
@@ -52,22 +53,22 @@ _PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "
 
 _CHECKS: dict[str, Check] = {
     "enabled": switch,
-    "checkpoint_dir": text,
+    "checkpoint_dir": place,
     "model_save_format": choice(_SAFETENSORS, _TORCH_SAVE),
-    "model_cache_dir": text,
-    "model_repo_id": optional(text),
+    "model_cache_dir": place,
+    "model_repo_id": optional(place),
     "is_peft": switch,
     "model_state_dict_keys": optional(texts()),
     "is_async": switch,
     "dequantize_base_checkpoint": optional(switch),
-    "original_model_root_dir": optional(text),
+    "original_model_root_dir": optional(place),
     "skip_task_head_prefixes_for_base_model": optional(texts()),
     "single_rank_consolidation": switch,
-    "staging_dir": optional(text),
+    "staging_dir": optional(place),
     "v4_compatible": switch,
     "diffusers_compatible": switch,
     "best_metric_key": text,
-    "restore_from": optional(text),
+    "restore_from": optional(place),
     "restore_parts": optional(texts(*_PARTS)),
     "on_conflict": choice("raise", "set_aside"),
     "best_metric_mode": choice("min", "max"),
@@ -152,7 +153,8 @@ class CheckpointingConfig:
         enabled: `false`: nothing is written, nothing is resumed, no directory appears, every hook returns at once. A
             `restore_from` other than `auto` is then warned about.
         checkpoint_dir: Where checkpoints lie. Relative: below Hydra's run directory when Hydra runs, else below the
-            working directory. `~` is expanded, parents are created. Rank 0 decides, the others follow.
+            working directory. `~` is expanded, parents are created. Rank 0 decides, the others follow. A URL (`s3://…`)
+            is refused: object stores are not supported yet.
         model_save_format: `safetensors`, or `torch_save`: PyTorch's own `.distcp` files for model and optimizer.
         model_cache_dir: Where the reference model is looked for; null becomes the Hugging Face hub cache.
         model_repo_id: The reference model: a local directory, or a hub id found in the cache (its `main` revision;

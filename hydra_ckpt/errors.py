@@ -39,6 +39,23 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (" and more" if len(names) > most else "")
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may be given it: what would steer it, or cannot be encoded, is shown as an escape.
+
+    Lines stay lines.
+    """
+    return "".join(letter if letter == "\n" or not _steers(letter) else _escape(letter) for letter in text)
+
+
+def _steers(letter: str) -> bool:
+    # Controls, marks that turn the direction of writing, lone surrogates, private use, line separators.
+    return not letter.isprintable() and letter != " "
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
 def counted(number: int, noun: str) -> str:
     """A number and what it counts, for messages: 1 rank, 2 ranks."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -49,7 +66,8 @@ class CheckpointError(Exception):
 
     # OSError would rebuild the text from errno and file name, KeyError would show its repr.
     def __str__(self) -> str:
-        return Exception.__str__(self)
+        # A message may quote what a hostile file says.
+        return printable(Exception.__str__(self))
 
     # Errors travel between ranks and processes; the default would call __init__ with the text alone.
     def __reduce__(self) -> tuple[Any, ...]:

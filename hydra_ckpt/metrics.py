@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, some_of
 
 DEFAULT_KEY = "default"
 
@@ -28,27 +29,36 @@ def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
-def deciding_key(metrics: Mapping[str, float], key: str, *, required: bool) -> str | None:
-    """The metric that decides: the configured one, or under the default key the only one given.
+def deciding_key(metrics: Mapping[str, float], key: str) -> str | None:
+    """The metric that decides: the configured one, or under the default key the only one given; None: none of them.
 
     Args:
         metrics: What was given.
         key: `checkpoint.best_metric_key`.
-        required: Whether a configured key must be among them.
 
     Raises:
-        CheckpointConfigError: It cannot be told; lists the keys.
+        CheckpointConfigError: Under the default key it cannot be told; lists the keys.
     """
     if not metrics or key in metrics:
         return key if metrics else None
     if key == DEFAULT_KEY and len(metrics) == 1:
         return next(iter(metrics))
-    if key == DEFAULT_KEY or required:
+    if key == DEFAULT_KEY:
         raise CheckpointConfigError(
             f"checkpoint.best_metric_key={key}: the metrics given are {', '.join(sorted(metrics))}; "
             "set best_metric_key to the one that decides which checkpoint is best"
         )
     return None
+
+
+def absence(key: str, seen: Collection[str]) -> str:
+    """What to say where the configured metric has not come, and others have."""
+    near = difflib.get_close_matches(key, seen, n=3, cutoff=0.68)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"checkpoint.best_metric_key={key}: no metric of this name has come so far, so that no checkpoint is the best; "
+        f"there are {some_of(sorted(seen), 10)}{meant}"
+    )
 
 
 def is_better(value: float, than: float | None, mode: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -21,8 +22,10 @@ __all__ = [
     "count",
     "minutes",
     "optional",
+    "place",
     "positive",
     "refuse",
+    "refuse_url",
     "rules",
     "switch",
     "switch_or",
@@ -104,6 +107,36 @@ def text(name: str, value: object) -> str:
     if not isinstance(given, str) or not given.strip():
         refuse(name, value, "a text that is not empty")
     return given
+
+
+# Names of stores, as they begin a URL. A path made of one has lost one of its two slashes.
+_STORES = "s3|s3a|s3n|gs|gcs|az|azure|abfs|abfss|adl|wasb|wasbs|hf|msc|memory|file|https?|ftp|sftp|ssh|hdfs|oss|r2|dbfs"
+_URL = re.compile(rf"\s*([A-Za-z][A-Za-z0-9+.-]*(::|://)|({_STORES}):/)", re.IGNORECASE)
+
+
+def refuse_url(name: str, value: object) -> None:
+    """Refuse a URL where a local path is meant: it would be taken for a relative directory called `s3:`.
+
+    Args:
+        name: What it was given for, as the user calls it.
+        value: What was given.
+
+    Raises:
+        CheckpointConfigError: It is a URL.
+    """
+    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(given, str) and _URL.match(given):
+        raise CheckpointConfigError(
+            f"{name}={given}: object stores and other URLs are not supported, only directories of this host or of a "
+            "file system that it has mounted. Give a path such as /data/run, and copy from there"
+        )
+
+
+def place(name: str, value: object) -> str:
+    """Takes a text that names a local file or directory, and no URL."""
+    found = text(name, value)
+    refuse_url(f"checkpoint.{name}", found)
+    return found
 
 
 def texts(*among: str) -> Check:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
-from hydra_ckpt.jobs.differences import differences, kind_of, parse_config
+from hydra_ckpt.jobs.differences import differences, kind_of
+from hydra_ckpt.jobs.yaml_text import parse_config
 from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.store import names
 

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from hydra_ckpt import AppState, CheckpointConfigError, CheckpointingConfig
-from hydra_ckpt.jobs.differences import differences, parse_config
+from hydra_ckpt.jobs.differences import differences
+from hydra_ckpt.jobs.yaml_text import parse_config
 from tests.hub_models import llama
 
 

@@ -25,6 +25,7 @@ from hydra_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    printable,
 )
 
 __all__ = ["app", "main"]
@@ -71,5 +72,5 @@ def main() -> None:
         misuse = (CheckpointConfigError, CheckpointExistsError, CheckpointNotFoundError)
         sys.exit(2 if isinstance(error, misuse) else 1)
     except OSError as error:
-        print(f"hydra-ckpt: {error}", file=sys.stderr)
+        print(f"hydra-ckpt: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from hydra_ckpt.cli.locating import open_one
-from hydra_ckpt.cli.output import console, print_json
+from hydra_ckpt.cli.output import cell, console, print_json
 
 if TYPE_CHECKING:
     from hydra_ckpt.storage.compare import TensorDifference
@@ -51,5 +50,5 @@ def _show(found: list[TensorDifference]) -> None:
         second = "same" if item.elements is not None else item.second or "-"
         elements = "" if item.elements is None else str(item.elements)
         largest = "" if item.largest is None else f"{item.largest:.3g}"
-        table.add_row(*(Text(cell) for cell in (item.part, item.name, item.first or "-", second, elements, largest)))
+        table.add_row(*map(cell, (item.part, item.name, item.first or "-", second, elements, largest)))
     console().print(table)

@@ -16,7 +16,7 @@ from hydra_ckpt.cli.locating import open_one
 from hydra_ckpt.cli.output import print_json, shown_size
 from hydra_ckpt.errors import CheckpointConfigError, counted
 from hydra_ckpt.store import names
-from hydra_ckpt.values import EXPORT_DTYPES
+from hydra_ckpt.values import EXPORT_DTYPES, refuse_url
 
 if TYPE_CHECKING:
     from hydra_ckpt.hub.writing import Exported
@@ -66,6 +66,7 @@ def export(
     from hydra_ckpt.hub.offline import export_checkpoint
     from hydra_ckpt.storage.pickled import is_foreign
 
+    refuse_url("OUT", out)
     kind = None if dtype is None else _dtype(dtype)
     limit = None if max_shard_size is None else _size(max_shard_size)
     if is_foreign(checkpoint):

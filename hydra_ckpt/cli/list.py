@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ckpt.cli.locating import Located, holds_checkpoints, locate
-from hydra_ckpt.cli.output import console, iso_time, parts_data, print_json, shown_size, shown_time
+from hydra_ckpt.cli.output import cell, console, iso_time, parts_data, print_json, print_line, shown_size, shown_time
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from hydra_ckpt.store import names
-from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.catalog import Checkpoint, is_checkpoint_directory
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
 from hydra_ckpt.sweeps.summary import is_sweep, summarize
 from hydra_ckpt.sweeps.table import summary_table
@@ -132,7 +132,8 @@ def _list_jobs(sweep_dir: Path, as_json: bool) -> None:
 
 
 def _read(located: Located) -> _Listing:
-    paths = [path for path in sorted(located.root.iterdir()) if _is_checkpoint(path) and located.wants(path.name)]
+    below = [path for path in sorted(located.root.iterdir()) if is_checkpoint_directory(path)]
+    paths = [path for path in below if located.wants(path.name)]
     if located.only is not None and not paths:
         paths = [located.root / located.only]  # a checkpoint under a name of the user's own
     targets = {name: read_pointer(located.root, name) for name in sorted(pointers_in(located.root))}
@@ -153,10 +154,6 @@ def _read(located: Located) -> _Listing:
             f"{located.root} holds no checkpoints yet" + (f", only hidden directories ({left})" if left else "")
         )
     return listing
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return names.is_checkpoint_name(path.name) and path.is_dir() and not path.is_symlink()
 
 
 def _entry(path: Path, pointers: tuple[str, ...]) -> _Entry:
@@ -203,23 +200,23 @@ def _show(listing: _Listing, out: Console) -> None:
         table.add_column(title, justify="right" if title in {"step", "epoch", "size"} else "left", overflow="fold")
     for entry in listing.entries:
         table.add_row(*_row(entry))
-    out.print(str(listing.root), markup=False, soft_wrap=True)
+    print_line(out, str(listing.root))
     out.print(table)
     for entry in listing.entries:
         if entry.problem:
-            out.print(f"{entry.mark}: {entry.problem}", style="red", markup=False, soft_wrap=True)
+            print_line(out, f"{entry.mark}: {entry.problem}", "red")
     for pointer, target in listing.dangling.items():
         text = f"{pointer} leads to {target}, which is not there; the next save moves it"
-        out.print(text, style="red", markup=False, soft_wrap=True)
+        print_line(out, text, "red")
     for kind, found in listing.hidden.items():
         for name in found:
-            out.print(f"{name}: {_HIDDEN_KINDS[kind]}", style="dim", markup=False, soft_wrap=True)
+            print_line(out, f"{name}: {_HIDDEN_KINDS[kind]}", "dim")
 
 
 def _row(entry: _Entry) -> list[Text]:
     marks = [(entry.mark, "red")] if entry.problem else []
     marks += [(name, "green") for name in entry.pointers]
-    shown = Text(" ").join(Text(word, style=style) for word, style in marks)
+    shown = Text(" ").join(cell(word, style) for word, style in marks)
     if entry.checkpoint is None:
         cells = [entry.path.name, str(_step_of(entry.path.name) or ""), "", "", "", "", "", ""]
     else:
@@ -234,7 +231,7 @@ def _row(entry: _Entry) -> list[Text]:
             _export(entry.checkpoint),
             ", ".join(f"{name} {value:.6g}" for name, value in sorted(entry.checkpoint.metrics.items())),
         ]
-    return [*(Text(cell) for cell in cells), shown]
+    return [*map(cell, cells), shown]
 
 
 def _part(name: str, form: str) -> str:

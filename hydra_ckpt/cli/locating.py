@@ -9,6 +9,7 @@ from hydra_ckpt.errors import CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.pointers import read_pointer
+from hydra_ckpt.values import refuse_url
 
 __all__ = ["Located", "holds_checkpoints", "locate", "open_one"]
 
@@ -43,6 +44,7 @@ def locate(given: Path, *, or_else: str = "") -> Located:
     Raises:
         CheckpointNotFoundError: There is no such directory, or it holds nothing of ours.
     """
+    refuse_url("DIR", given)
     path = given.resolve()
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"

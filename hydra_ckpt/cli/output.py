@@ -8,11 +8,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from hydra_ckpt.errors import printable
 from hydra_ckpt.store.manifest import Manifest
 from hydra_ckpt.sweeps.summary import finite
 
-__all__ = ["console", "iso_time", "parts_data", "print_json", "shown_size", "shown_time"]
+__all__ = ["cell", "console", "iso_time", "parts_data", "print_json", "print_line", "shown_size", "shown_time"]
 
 # Of the keys that JSON has; docs/format.md lists them.
 _VERSION = 1
@@ -26,9 +28,19 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
 
 
+def cell(text: str, style: str = "") -> Text:
+    """A text for a table, one line, in which nothing steers the terminal."""
+    return Text(printable(text).replace("\n", "\\n"), style=style)
+
+
+def print_line(out: Console, text: str, style: str | None = None) -> None:
+    """Print a line that nothing breaks, and in which nothing steers the terminal."""
+    out.print(printable(text), style=style, markup=False, soft_wrap=True)
+
+
 def print_json(data: dict[str, Any]) -> None:
-    """Print data as JSON that every reader takes: NaN and infinities, which it does not know, become null."""
-    print(json.dumps(finite({"version": _VERSION, **data}), indent=2, ensure_ascii=False))
+    """Print data as JSON that every reader takes, in ASCII; NaN and infinities, which it does not know, become null."""
+    print(json.dumps(finite({"version": _VERSION, **data}), indent=2))
 
 
 def parts_data(manifest: Manifest) -> dict[str, Any]:

@@ -9,17 +9,18 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from hydra_ckpt.cli.locating import open_one
-from hydra_ckpt.cli.output import console, iso_time, parts_data, print_json, shown_size, shown_time
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, counted
+from hydra_ckpt.cli.output import cell, console, iso_time, parts_data, print_json, print_line, shown_size, shown_time
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, counted, printable
 from hydra_ckpt.jobs.command import resume_command
-from hydra_ckpt.jobs.differences import differences, parse_config
+from hydra_ckpt.jobs.differences import differences
+from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.loading.changes import saved_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
+from hydra_ckpt.store.small_files import read_small_file
 
 __all__ = ["show"]
 
@@ -27,7 +28,12 @@ __all__ = ["show"]
 def show(
     directory: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    command: Annotated[bool, typer.Option("--command", help="Print the command that continues the run.")] = False,
+    command: Annotated[
+        bool,
+        typer.Option(
+            "--command", help="Print the command that continues the run; run it only if you trust the checkpoint."
+        ),
+    ] = False,
 ) -> None:
     """Show what one checkpoint holds: parts, files, sizes, metrics, configuration.
 
@@ -79,7 +85,8 @@ def _content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _overrides(checkpoint: Checkpoint) -> list[str]:
     typed = (_hydra(checkpoint) or {}).get("overrides")
-    return [str(item) for item in (typed or {}).get("task") or []]
+    task = typed.get("task") if isinstance(typed, dict) else None
+    return [str(item) for item in task] if isinstance(task, list) else []
 
 
 def _changed(checkpoint: Checkpoint) -> list[str]:
@@ -93,8 +100,8 @@ def _changed(checkpoint: Checkpoint) -> list[str]:
 def _hydra(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.path / names.CONFIG / "hydra.yaml"
     try:
-        text = "" if path.is_symlink() else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_small_file(path, MAX_BYTES).decode()
+    except (OSError, CorruptCheckpointError, UnicodeDecodeError):
         return None
     found = (parse_config(text) or {}).get("hydra")
     return found if isinstance(found, dict) else None
@@ -107,7 +114,10 @@ def _command(checkpoint: Checkpoint) -> str:
             f"{checkpoint.path} says nothing of how its run was started: it was not a Hydra application's"
         )
     try:
-        return resume_command(launch, hydra, _run_dir(checkpoint, hydra))
+        command = resume_command(launch, hydra, _run_dir(checkpoint, hydra))
+        if printable(command).replace("\t", "") != command.replace("\t", ""):
+            raise ValueError("control characters")
+        return command
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointNotFoundError(f"{checkpoint.path}: what it says of its run makes no sense: {error!r}") from None
 
@@ -125,11 +135,11 @@ def _print(data: dict[str, Any], created: float, out: Console) -> None:
     table.add_column(overflow="fold")
     for title, text in _rows(data, created):
         if text:
-            table.add_row(Text(title, style="dim"), Text(text))
-    out.print(data["path"], markup=False, soft_wrap=True)
+            table.add_row(cell(title, "dim"), cell(text))
+    print_line(out, data["path"])
     out.print(table)
     if data["problem"]:
-        out.print(f"damaged: {data['problem']}", style="red", markup=False, soft_wrap=True)
+        print_line(out, f"damaged: {data['problem']}", "red")
 
 
 def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from hydra_ckpt.cli.locating import Located, locate
-from hydra_ckpt.cli.output import console, print_json, shown_size
+from hydra_ckpt.cli.output import console, print_json, print_line, shown_size
 from hydra_ckpt.errors import (
     CheckpointError,
     CheckpointFormatError,
@@ -24,7 +24,8 @@ from hydra_ckpt.errors import (
 )
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.manifest import read_sealed
+from hydra_ckpt.store.manifest import read_metrics
+from hydra_ckpt.store.small_files import size_of
 
 if TYPE_CHECKING:
     from hydra_ckpt.storage.digests import Check
@@ -166,7 +167,7 @@ def _verify(path: Path, bar: Progress) -> _Verdict:
 def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
     """Metrics that were added later stand beside the manifest, in a file that carries its own digest."""
     try:
-        read_sealed(checkpoint.path / names.METRICS)
+        read_metrics(checkpoint.path)
     except FileNotFoundError:
         return
     except (CheckpointError, OSError) as error:
@@ -176,11 +177,10 @@ def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
     for name, record in checkpoint.manifest.files.items():
         path = checkpoint.path / name
-        if not path.is_file():
-            verdict.note(CorruptCheckpointError(path, "the file is missing"))
-        elif (size := path.stat().st_size) != record.bytes:
-            problem = "the file has another size"
-            verdict.note(CorruptCheckpointError(path, problem, expected=record.bytes, found=size))
+        with _noting(verdict):
+            size = size_of(path)
+            if size != record.bytes:
+                raise CorruptCheckpointError(path, "the file has another size", expected=record.bytes, found=size)
 
 
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
@@ -244,17 +244,17 @@ def _show(verdicts: Sequence[_Verdict], out: Console) -> None:
     for verdict in verdicts:
         name, size = verdict.path.name, shown_size(verdict.read_bytes)
         if not verdict.findings:
-            out.print(f"{name}: whole, {size} compared", style="green", markup=False, soft_wrap=True)
+            print_line(out, f"{name}: whole, {size} compared", "green")
             continue
         if verdict.is_newer:
             text = f"{name}: newer format: {verdict.findings[0].problem}"
-            out.print(text, style="red", markup=False, soft_wrap=True)
+            print_line(out, text, "red")
             continue
         found = counted(len(verdict.findings), "finding")
-        out.print(f"{name}: damaged, {found}", style="red", markup=False, soft_wrap=True)
+        print_line(out, f"{name}: damaged, {found}", "red")
         for finding in verdict.findings:
-            out.print(f"  {finding.problem}", markup=False, soft_wrap=True)
-        out.print(f"  {_remedy(verdict, verdicts)}", style="bold", markup=False, soft_wrap=True)
+            print_line(out, f"  {finding.problem}")
+        print_line(out, f"  {_remedy(verdict, verdicts)}", "bold")
 
 
 def _remedy(verdict: _Verdict, verdicts: Sequence[_Verdict]) -> str:

@@ -33,9 +33,11 @@ from hydra_ckpt.storage.header import read_header
 from hydra_ckpt.storage.verify import checks, findings
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.small_files import read_small_file
 
 # What peft puts before the names of the base model's own tensors.
 _PREFIX = "base_model.model."
+_MAX_SETTINGS_BYTES = 16 << 20
 # The class that an adapter of a task was trained over, where the base model's files may hold another one: those of
 # language models serve these tasks with a head of their own. As peft's Auto classes have it.
 _MAPPINGS = {
@@ -140,9 +142,9 @@ def _settings(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     kinds = {"base_model_name_or_path": str, "task_type": str, "revision": str, "auto_mapping": dict}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_small_file(path, _MAX_SETTINGS_BYTES))
         wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind | None)]
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is no configuration of an adapter: {error}") from None
     if wrong:
         raise CorruptCheckpointError(path, f"is no configuration of an adapter: {wrong[0]} is {found[wrong[0]]!r}")

@@ -12,11 +12,13 @@ from typing import Any
 from hydra_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.header import read_header
+from hydra_ckpt.store.small_files import read_small_file
 
 _INDICES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-_MAX_JSON_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
+_MAX_REVISION_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Reference:
         """A small file.
 
         Raises:
-            CorruptCheckpointError: It is a link that leads out of the directory.
+            CorruptCheckpointError: It is a link that leads out of the directory, no regular file, or far too large.
         """
-        return (self.root / self.inside(name)).read_bytes()
+        return read_small_file(self.root / self.inside(name), _MAX_BYTES)
 
     def json(self, name: str) -> dict[str, Any]:
         """A small JSON file; empty if there is none.
@@ -57,11 +59,9 @@ class Reference:
         if not self.has(name):
             return {}
         path = self.directory / name
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CorruptCheckpointError(path, f"is larger than {_MAX_JSON_BYTES} bytes")
         try:
             return dict(json.loads(self.read(name)))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
             raise CorruptCheckpointError(path, f"is no JSON object: {error}") from None
 
     def inside(self, name: str) -> str:
@@ -149,7 +149,7 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
     repository = cache_dir / f"models--{repo_id.replace('/', '--')}"
     reference = repository / "refs" / "main"
     if ".." not in repo_id.split("/") and reference.is_file():
-        snapshot = repository / "snapshots" / reference.read_text().strip()
+        snapshot = repository / "snapshots" / _revision(reference)
         if snapshot.is_dir():
             return Reference(snapshot, repository.resolve())
     raise CheckpointNotFoundError(
@@ -157,6 +157,14 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
         f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, "
         "or give a directory"
     )
+
+
+def _revision(reference: Path) -> str:
+    """The snapshot that a file of refs/ names; a name that leads elsewhere is none."""
+    name = read_small_file(reference, _MAX_REVISION_BYTES, follow=True).decode(errors="replace").strip()
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
+        raise CorruptCheckpointError(reference, "does not name a snapshot")
+    return name
 
 
 def at(directory: Path) -> Reference:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePath
 from typing import Any
+
+from hydra_ckpt.errors import printable
 
 _ABSENT = "(absent)"
 _SHOWN_CHARACTERS = 60
 # Configurations come out of directories that anybody may have written: no more of them is looked at.
-_MAX_CHARACTERS = 1 << 20
 _MAX_KEYS = 20_000
 _MAX_DEPTH = 50
 
@@ -56,7 +56,7 @@ class Difference:
     kind: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before} -> {self.now}"
+        return printable(f"{self.key}: {self.before} -> {self.now}")
 
 
 def differences(before: Any, now: Any) -> list[Difference]:
@@ -74,23 +74,6 @@ def differences(before: Any, now: Any) -> list[Difference]:
         old, new = (_text(side[key]) if key in side else _ABSENT for side in (then, later))
         found.append(Difference(key, old, new, kind_of(key)))
     return found
-
-
-def parse_config(text: str) -> Any:
-    """A configuration's YAML as plain data, interpolations as they are written; None where it is none."""
-    from yaml import SafeLoader, YAMLError, load
-
-    # OmegaConf writes a path as a call of pathlib's; it is read as a text, and nothing is called.
-    loader_class: Any = type("Loader", (SafeLoader,), {})
-    loader_class.add_multi_constructor(
-        "tag:yaml.org,2002:python/object/apply:pathlib.",
-        lambda loader, _, node: str(PurePath(*map(str, loader.construct_sequence(node)))),
-    )
-    try:
-        data = load(text, loader_class) if len(text) <= _MAX_CHARACTERS else None  # noqa: S506 - a SafeLoader
-    except (YAMLError, RecursionError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def kind_of(key: str) -> str:

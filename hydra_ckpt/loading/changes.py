@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointError
-from hydra_ckpt.jobs.differences import Difference, differences, parse_config
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
+from hydra_ckpt.jobs.differences import Difference, differences
+from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.small_files import read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,8 @@ def saved_config(checkpoint: Path) -> Any:
     """Hydra's configuration of the run that saved a checkpoint, as plain data; None where there is none."""
     path = checkpoint / names.CONFIG / CONFIG_TEXT
     try:
-        return None if path.is_symlink() else parse_config(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        return parse_config(read_small_file(path, MAX_BYTES).decode())
+    except (OSError, CorruptCheckpointError, UnicodeDecodeError):
         return None
 
 

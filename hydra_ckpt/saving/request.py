@@ -63,4 +63,4 @@ class SaveRequest:
     def check_metrics(self, key: str) -> None:
         """Make the metrics floats, and see that it can be told which of them decides."""
         self.metrics = metric.as_floats(self.metrics)
-        metric.deciding_key(self.metrics, key, required=False)
+        metric.deciding_key(self.metrics, key)

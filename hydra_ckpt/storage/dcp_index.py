@@ -1,15 +1,12 @@
 """The index of a DCP directory (`.metadata`), which is a pickle, read without making any object that it asks for.
 
-A pickle is a program for a small machine. This one knows the instructions that DCP's indices consist of, builds
-nothing but plain data, and writes down what is to be called instead of calling it; so there is nothing to be trusted.
-Source: `pickletools`, and `torch/distributed/checkpoint/metadata.py`.
+See `pickle_machine`. Source: `torch/distributed/checkpoint/metadata.py`.
 """
 
 from __future__ import annotations
 
-import pickletools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,12 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, check_name
 from hydra_ckpt.storage.header import LIMIT, MAX_DIMENSIONS
+from hydra_ckpt.storage.pickle_machine import Noted, run
+from hydra_ckpt.store.small_files import read_small_file
 
 INDEX = ".metadata"
 _MAX_BYTES = 1 << 30
 _DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in SAFETENSORS_DTYPE.items()}
-_MARK = object()
 # What copies of a model are called that are not what is trained.
 _AVERAGES = ("ema", "averag", "shadow", "teacher", "swa")
 
@@ -71,10 +69,8 @@ def read_index(directory: Path) -> list[Entry]:
     """
     path = directory / INDEX
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CorruptCheckpointError(path, f"is larger than {_MAX_BYTES} bytes")
-        found = _run(path.read_bytes())
-        if not isinstance(found, _Noted) or found.what != "Metadata":
+        found = run(read_small_file(path, _MAX_BYTES, follow=True))
+        if not isinstance(found, Noted) or found.what != "Metadata":
             raise ValueError("it is no index of torch.distributed.checkpoint")
         return list(_entries(directory, found.state))
     except CheckpointError:
@@ -118,135 +114,6 @@ def ambiguous(directory: Path, prefixes: Collection[KeyPath], remedy: str) -> Ch
     return CheckpointConfigError(
         f"{directory} holds a model's tensors under each of {found}, and nothing tells which is meant. {remedy}"
     )
-
-
-# -- the machine -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Noted:
-    """What a pickle refers to by name, or an object that it wants made of that.
-
-    Attributes:
-        what: The name, without the module's.
-        arguments: What it is to be called with; None where it is not called.
-        state: What it is to be given then.
-    """
-
-    what: str
-    arguments: tuple[Any, ...] | None = None
-    state: Any = field(default=None)
-
-
-class _Machine:
-    """A stack, a memory, and the instructions of indices."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self._memory: dict[int, Any] = {}
-
-    def step(self, name: str, argument: Any) -> None:
-        """Carry out one instruction."""
-        if name in _PUSHED:
-            self.stack.append(_PUSHED[name]())
-        elif name in _CONSTANTS:
-            self.stack.append(argument)
-        elif name in _COLLECTED:
-            self._collect(name)
-        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            self._memory[len(self._memory) if argument is None else argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            self.stack.append(self._memory[argument])
-        elif name in ("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"):
-            self._note(name, argument)
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"it has the instruction {name}, which no index needs")
-
-    def _collect(self, name: str) -> None:
-        """Make a tuple, or fill a list or dictionary."""
-        count = _COLLECTED[name]
-        items = self._since_mark() if count is None else self._popped(count)
-        if name.startswith("TUPLE"):
-            self.stack.append(tuple(items))
-        elif name.startswith("APPEND"):
-            self._top(list).extend(items)
-        else:
-            self._top(dict).update(_pairs(items))
-
-    def _note(self, name: str, argument: Any) -> None:
-        """Write down a name, or what is to be done with it."""
-        if name == "GLOBAL":
-            self.stack.append(_Noted(argument.split(" ")[-1]))
-        elif name == "STACK_GLOBAL":
-            _, what = self._popped(2)
-            self.stack.append(_Noted(str(what)))
-        elif name == "BUILD":
-            [state] = self._popped(1)
-            self._top(_Noted).state = state
-        else:
-            called, arguments = self._popped(2)
-            if not isinstance(called, _Noted) or called.arguments is not None or not isinstance(arguments, tuple):
-                raise ValueError("it calls what is no class")
-            self.stack.append(arguments[0] if called.what == "Size" else _Noted(called.what, arguments))
-
-    def _popped(self, count: int) -> list[Any]:
-        items = self.stack[-count:]
-        if len(items) < count:
-            raise ValueError("it takes more than there is")
-        del self.stack[-count:]
-        return items
-
-    def _top(self, kind: type[Any]) -> Any:
-        if not self.stack or type(self.stack[-1]) is not kind:
-            raise TypeError(f"it takes something else for a {kind.__name__}")
-        return self.stack[-1]
-
-    def _since_mark(self) -> list[Any]:
-        position = max(place for place, item in enumerate(self.stack) if item is _MARK)
-        items = self.stack[position + 1 :]
-        del self.stack[position:]
-        return items
-
-
-_PUSHED: dict[str, Any] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-}
-# How many items these take; None for all since the mark.
-_COLLECTED: dict[str, int | None] = {
-    "TUPLE": None,
-    "TUPLE1": 1,
-    "TUPLE2": 2,
-    "TUPLE3": 3,
-    "APPEND": 1,
-    "APPENDS": None,
-    "SETITEM": 2,
-    "SETITEMS": None,
-}
-_CONSTANTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"} | {
-    f"{size}BINUNICODE{bits}" for size, bits in (("SHORT_", ""), ("", ""), ("", "8"))
-}
-
-
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) not in (str, int, _Noted):  # a nest of tuples would take for ever to be hashed
-            raise TypeError(f"it has a {type(key).__name__} for a key")
-        yield key, value
-
-
-def _run(data: bytes) -> Any:
-    machine = _Machine()
-    for instruction, argument, _ in pickletools.genops(data):
-        machine.step(instruction.name, argument)
-    if len(machine.stack) != 1:
-        raise ValueError("it ends in the middle")
-    return machine.stack[0]
 
 
 # -- what it says ----------------------------------------------------------------------------------------------------

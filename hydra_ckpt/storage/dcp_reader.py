@@ -30,6 +30,7 @@ from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, share_out
 from hydra_ckpt.store import names
+from hydra_ckpt.values import refuse_url
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class SafetensorsReader(StorageReader):
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
         super().__init__()
+        refuse_url("SafetensorsReader(path)", path)
         self._path = Path(path).absolute()
         self._verify = verify
         self.reset()
@@ -67,6 +69,7 @@ class SafetensorsReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Prepare for another load, perhaps from another directory."""
         if checkpoint_id:
+            refuse_url("checkpoint_id", checkpoint_id)
             self._path = Path(checkpoint_id).absolute()
         self._load_id = names.nonce()
         self._found: Contents | None = None

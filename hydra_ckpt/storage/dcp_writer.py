@@ -54,6 +54,7 @@ from hydra_ckpt.storage.memory import bytes_of
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, discard
+from hydra_ckpt.values import refuse_url
 
 
 @dataclass
@@ -114,6 +115,7 @@ class SafetensorsWriter(StorageWriter):
         files: Files | None = None,
     ) -> None:
         super().__init__()
+        refuse_url("SafetensorsWriter(path)", path)
         self._target = Path(path).absolute()
         self._max_file_bytes = max_file_bytes
         self._overwrite = overwrite
@@ -133,6 +135,7 @@ class SafetensorsWriter(StorageWriter):
         self.abandon()
         self._save_id = names.nonce()
         if checkpoint_id:
+            refuse_url("checkpoint_id", checkpoint_id)
             self._target = Path(checkpoint_id).absolute()
 
     # DCP passes rank and use_collectives only to a signature with the word "kwargs".

@@ -2,12 +2,11 @@
 
 The ranks do not plan through DCP's collectives: each writes its shares and tells the coordinator where they came to
 lie. Beside the pickled `.metadata`, which plain DCP needs, the same index stands as JSON in the manifest; that is the
-one we read. Tensors are unpickled with `weights_only=True`.
+one we read. Tensors are read without unpickling them.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import read_piece, refuse_overlap
 from hydra_ckpt.storage.memory import bytes_of, narrow
 from hydra_ckpt.storage.read import Fetch
+from hydra_ckpt.storage.torch_file import read_tensor
 
 # One written chunk: tensor, element type, global shape, offsets, sizes, file, first byte, bytes.
 Row = list[Any]
@@ -221,9 +221,9 @@ def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> to
     data = read_piece(root, chunk.file, chunk.offset, length)
     where = (chunk.offset, chunk.offset + length)
     try:
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damage leads to
+        tensor = read_tensor(data)
+    except Exception as error:  # noqa: BLE001 - whatever the damage leads to
         raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
-    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
+    if tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
         raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)
     return tensor

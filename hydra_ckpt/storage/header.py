@@ -14,6 +14,7 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
+from hydra_ckpt.store.small_files import open_regular, unreadable
 
 # The limit of the safetensors reference implementation.
 MAX_HEADER_BYTES = 100_000_000
@@ -35,18 +36,16 @@ def open_inside(root: Path, relative: str) -> int:
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
         raise CorruptCheckpointError(root, f"the file name {relative!r} leads out of the checkpoint")
     for depth in range(1, len(parts) + 1):
-        if root.joinpath(*parts[:depth]).is_symlink():
+        if os.path.islink(root.joinpath(*parts[:depth])):  # noqa: PTH114 - pathlib raises where the disk fails
             raise CorruptCheckpointError(root / relative, "is, or lies behind, a symbolic link, which is not followed")
     path = root / relative
-    if path.exists() and not path.is_file():
-        raise CorruptCheckpointError(path, "is not a regular file")
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        return open_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise CorruptCheckpointError(path, "the file is missing") from None
 
 
-def read_piece(root: Path, relative: str, first: int, length: int) -> bytes:
+def read_piece(root: Path, relative: str, first: int, length: int) -> bytearray:
     """A range of a file below `root`, which an index has promised.
 
     Raises:
@@ -59,9 +58,15 @@ def read_piece(root: Path, relative: str, first: int, length: int) -> bytes:
             raise CorruptCheckpointError(
                 root / relative, "ends before what its index names", expected=first + length, found=size
             )
-        starts = range(first, first + length, READ_BYTES)
-        parts = [os.pread(descriptor, min(READ_BYTES, first + length - start), start) for start in starts]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        data, position = bytearray(length), 0
+        while position < length:
+            count = os.preadv(descriptor, [memoryview(data)[position : position + READ_BYTES]], first + position)
+            if not count:
+                raise CorruptCheckpointError(root / relative, "ends early", byte_range=(first, first + length))
+            position += count
+        return data
+    except (OSError, MemoryError) as error:
+        raise unreadable(root / relative, error) from error
     finally:
         os.close(descriptor)
 
@@ -88,6 +93,8 @@ def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str
                 found=length,
             )
         text = os.pread(descriptor, length, 8)
+    except OSError as error:
+        raise unreadable(path, error) from error
     finally:
         os.close(descriptor)
     return _parse(path, relative, text, 8 + length, size)
@@ -99,7 +106,7 @@ def _parse(
     fail = _failure(path, (8, data_start))
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise fail(f"the header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise fail("the header is not a JSON object")
@@ -162,7 +169,7 @@ def _boxes(metadata: dict[str, str], fail: Callable[[str], CorruptCheckpointErro
         return None
     try:
         body = json.loads(metadata[BOXES_KEY], object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise fail(f"{BOXES_KEY}: {error}") from None
     if not isinstance(body, dict):
         raise fail(f"{BOXES_KEY}: not a JSON object")

@@ -7,6 +7,7 @@ Reading a pickle runs code from it. This is the one module that does, and its ca
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from hydra_ckpt.layout.plan import StoredChunk, StoredTensor
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, read_index
 from hydra_ckpt.storage.header import read_piece, refuse_overlap
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import read_small_file
 
+_MAX_BYTES = 4 << 30
 ACCELERATE_MODEL = "pytorch_model_fsdp_{}"
 
 
@@ -40,9 +43,11 @@ class DcpDirectory:
 
 def is_foreign(path: Path) -> bool:
     """Whether a directory is a checkpoint of DCP's or accelerate's, and none of ours."""
-    if (path / names.MANIFEST).exists():
+    # os.path, because pathlib raises where the disk fails or a name is too long
+    if os.path.lexists(path / names.MANIFEST):
         return False
-    return (path / INDEX).is_file() or (path / ACCELERATE_MODEL.format(0) / INDEX).is_file()
+    indices = (path / INDEX, path / ACCELERATE_MODEL.format(0) / INDEX)
+    return any(os.path.isfile(index) for index in indices)  # noqa: PTH113
 
 
 def read_dcp(root: Path, relative: str, *, values: bool) -> DcpDirectory:
@@ -88,7 +93,7 @@ def read_pickle(path: Path) -> Any:
     Raises:
         CorruptCheckpointError: It cannot be read.
     """
-    return _unpickled(path, io.BytesIO(path.read_bytes()))
+    return _unpickled(path, io.BytesIO(read_small_file(path, _MAX_BYTES, follow=True)))
 
 
 def _unpickled(path: Path, data: io.BytesIO) -> Any:

@@ -18,6 +18,7 @@ from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import open_inside
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.memory import bytes_of, is_plain_memory
+from hydra_ckpt.store.small_files import unreadable
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,19 @@ class OpenFiles:
         """Fill `target` with the region's bytes.
 
         Raises:
-            CorruptCheckpointError: The file ends before the region does.
+            CorruptCheckpointError: The file ends before the region does, or the disk fails.
         """
         descriptor, size = self._opened(file)
         if region.end > size:
             raise CorruptCheckpointError(
                 self.root / file, "the file is too short", byte_range=(region.offset, region.end)
             )
+        try:
+            self._read(file, descriptor, region, target)
+        except OSError as error:
+            raise unreadable(self.root / file, error) from error
+
+    def _read(self, file: str, descriptor: int, region: Region, target: memoryview) -> None:
         if region.count > 1:
             _gather(descriptor, region, target)
             return

@@ -26,7 +26,10 @@ def read_small(root: Path, file: str, record: FileRecord) -> bytes:
         size = files.size(file)
         if size != record.bytes:
             raise CorruptCheckpointError(root / file, "the file has another size", expected=record.bytes, found=size)
-        data = bytearray(size)
+        try:
+            data = bytearray(size)
+        except MemoryError:
+            raise CorruptCheckpointError(root / file, f"has {size} bytes, more than there is memory for") from None
         if size:
             files.read_into(file, Region(0, size), memoryview(data))
     found = hex_digest(bytes(data))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.store import names
-from hydra_ckpt.store.manifest import Manifest, read_manifest, read_sealed
+from hydra_ckpt.store.manifest import Manifest, read_manifest, read_metrics
 from hydra_ckpt.store.pointers import read_pointer
+from hydra_ckpt.store.small_files import size_of
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +69,23 @@ class Checkpoint:
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics known at the save, and those added since."""
-        metrics = dict(self.manifest.metrics)
+        return {**self.manifest.metrics, **self.added.get("metrics", {})}
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """What came after the save: `metrics`, and the best value then."""
         try:
-            metrics.update(read_sealed(self.path / names.METRICS)["metrics"])
+            return read_metrics(self.path)
         except FileNotFoundError:
-            pass
-        except (CorruptCheckpointError, KeyError, TypeError, ValueError) as error:
+            return {}
+        except CorruptCheckpointError as error:
             log.warning("metrics of %s are left out: %s", self.path, error)
-        return metrics
+            return {}
 
     @property
     def pointers_pending(self) -> bool:
         """Whether a crash came between its publication and the moving of its pointers."""
-        return (self.path / names.TOKEN).exists()
+        return os.path.isfile(self.path / names.TOKEN)  # noqa: PTH113 - pathlib raises where the disk fails
 
     def check_files(self) -> None:
         """Compare presence and size of every file with the manifest; contents are not read.
@@ -87,12 +94,10 @@ class Checkpoint:
             CorruptCheckpointError: A file is missing, no plain file, or of another size.
         """
         for name, record in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise CorruptCheckpointError(path, "the file is missing")
-            if path.stat().st_size != record.bytes:
+            size = size_of(self.path / name)
+            if size != record.bytes:
                 raise CorruptCheckpointError(
-                    path, "the file has another size", expected=record.bytes, found=path.stat().st_size
+                    self.path / name, "the file has another size", expected=record.bytes, found=size
                 )
 
 
@@ -101,8 +106,10 @@ def _patiently(read: Callable[[], Manifest], patience_s: float) -> Manifest:
     while True:
         try:
             return read()
-        except (CheckpointNotFoundError, OSError):
-            if time.monotonic() >= deadline:
+        except (CheckpointNotFoundError, CorruptCheckpointError, OSError) as error:
+            # A file system's own error may pass, damage does not.
+            passes = not isinstance(error, CorruptCheckpointError) or isinstance(error.__cause__, OSError)
+            if not passes or time.monotonic() >= deadline:
                 raise
         time.sleep(_RETRY_S)
 
@@ -182,19 +189,33 @@ def _rates(checkpoint: Checkpoint, key: str) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
+def is_checkpoint_directory(path: Path) -> bool:
+    """Whether this is a directory with a checkpoint's name, and no link to one."""
+    if not names.is_checkpoint_name(path.name):
+        return False
+    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114 - pathlib raises where the disk fails
+
+
 def scan(root: Path) -> Catalog:
     """Look through a directory; one that does not exist holds nothing."""
     found, damaged, newer = [], {}, {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if not names.is_checkpoint_name(path.name) or path.is_symlink() or not path.is_dir():
+        if not is_checkpoint_directory(path):
             continue
         try:
             found.append(Checkpoint.open(path))
         except CheckpointFormatError as error:
             newer[path.name] = error
         except CheckpointError as error:
-            damaged[path.name] = str(error)
+            if os.path.lexists(path):  # a run may be pruning; what is gone by now was never damaged
+                damaged[path.name] = str(error)
     return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged, newer)
+
+
+def listing(root: Path) -> tuple[object, ...]:
+    """What is seen of a directory without opening a checkpoint; whether it changes is told by comparing two."""
+    below = sorted(path.name for path in root.iterdir() if names.is_checkpoint_name(path.name)) if root.is_dir() else []
+    return (*below, read_pointer(root, names.LATEST), read_pointer(root, names.BEST))
 
 
 def _refuse_parents(path: Path, selector: str) -> None:

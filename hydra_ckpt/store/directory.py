@@ -5,25 +5,44 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import __version__
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import lease, names
-from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
+from hydra_ckpt.store.best_so_far import KEY, BestSoFar, best_until, opened
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, listing, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.manifest import WRITER, seal
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
+from hydra_ckpt.store.strangers import refuse_strangers
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
+
+# At a directory that changes while it is looked at.
+_LOOKS = 5
+
+
+@dataclass
+class _Owed:
+    """Metrics of a checkpoint that are not on disk yet, and the best value of the run when they came."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: BestSoFar | None = None
 
 
 class Directory:
@@ -34,6 +53,10 @@ class Directory:
         files: The file layer.
         keep: What decides about best and superfluous checkpoints.
         run: The sweep and job number it belongs to, if any.
+
+    Attributes:
+        best_so_far: The best value of the run, which may be of a step that is not saved; it stands in what is saved
+            from then on. None where nobody tells it.
     """
 
     def __init__(self, root: Path, files: Files, keep: KeepOptions, run: str | None) -> None:
@@ -46,18 +69,33 @@ class Directory:
         self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = self._configured = keep.best_metric_key
-        self._owed: dict[str, dict[str, float]] = {}  # metrics by checkpoint that are not on disk yet
+        self._owed: dict[str, _Owed] = {}  # by checkpoint
+        self.best_so_far: BestSoFar | None = None
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
         """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
 
+        Looks again where the directory has changed meanwhile: a live run may be pruning it.
+
         Raises:
             CheckpointNotFoundError: An explicit one is not there.
             CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
             CorruptCheckpointError: An explicit one is damaged.
         """
+        for _ in range(_LOOKS - 1):
+            before = listing(self.root)
+            try:
+                found = self._choose(selector, passed_over)
+                if not found["passed_over"] or listing(self.root) == before:
+                    return found
+            except (CheckpointNotFoundError, CorruptCheckpointError):
+                if listing(self.root) == before:
+                    raise
+        return self._choose(selector, passed_over)
+
+    def _choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
         catalog = scan(self.root)
         if selector != "auto":
             chosen = select(catalog, selector, self._metric_in(catalog), self._keep.best_metric_mode)
@@ -78,6 +116,7 @@ class Directory:
             catalog.refuse_newer(names.LATEST, candidate.step)
             return {"path": str(candidate.path), "passed_over": damaged}
         catalog.refuse_newer(names.LATEST, None)
+        refuse_strangers(self.root)
         return {"path": None, "passed_over": damaged}
 
     def _metric_in(self, catalog: Catalog) -> str:
@@ -88,10 +127,11 @@ class Directory:
             return key
         return next(iter(found)) if len(found) == 1 else key
 
-    def _recall(self, catalog: Catalog) -> None:
+    def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
         """Under the default key, go on with the metric that has decided before."""
         if self._configured == metric.DEFAULT_KEY:
-            decided = (item.manifest.details.get("deciding_metric") for item in reversed(catalog.checkpoints))
+            known = [*([before] if before is not None else []), *reversed(catalog.checkpoints)]
+            decided = (item.manifest.details.get("deciding_metric") for item in known)
             self._configured = next((name for name in decided if isinstance(name, str)), self._configured)
 
     # -- a run begins --------------------------------------------------------------------------------------------
@@ -101,9 +141,10 @@ class Directory:
 
         Raises:
             CheckpointExistsError: Another live run writes here.
-            CheckpointConfigError: The directory cannot be written.
+            CheckpointConfigError: The directory cannot be written, or another system keeps its checkpoints there.
         """
         try:
+            refuse_strangers(self.root)
             self.files.make_dir(self.root)
             lease.acquire(self.files, self.root, self._owner)
             recover(self.files, self.root, not_beyond=not_beyond)
@@ -116,12 +157,20 @@ class Directory:
             ) from error
         self._heart = Heart(lease.HEARTBEAT_S, lambda: lease.beat(self.root, self._owner))
 
-    def settle(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> dict[str, Any]:
+    def settle(
+        self, start_step: int | None, corrupt: Collection[str], on_conflict: str, resumed: Path | None = None
+    ) -> dict[str, Any]:
         """Move out of the way what is damaged, or lies beyond the step the run starts from.
 
+        Args:
+            start_step: The step the run starts from; None where it starts nowhere.
+            corrupt: Names of damaged checkpoints.
+            on_conflict: What happens to later steps: see `refuse_later`.
+            resumed: The checkpoint the run goes on from.
+
         Returns:
-            Names of the published checkpoints that stay, those with an export, the best metric among them, and
-            the key that decides.
+            Names of the published checkpoints that stay, those with an export, the best metric so far, and the key
+            that decides.
 
         Raises:
             CheckpointExistsError: There are later steps, and they are not to be set aside.
@@ -133,8 +182,9 @@ class Directory:
             set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
         catalog = scan(self.root)
         kept = {item.name for item in catalog.checkpoints}
-        self._owed = {name: metrics for name, metrics in self._owed.items() if name in kept}
-        self._recall(catalog)
+        self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
+        before = opened(resumed)
+        self._recall(catalog, before)
         self._metric = self._metric_in(catalog)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
@@ -149,9 +199,15 @@ class Directory:
         return {
             "published": [item.name for item in catalog.checkpoints],
             "exported": [item.name for item in catalog.checkpoints if item.manifest.exports],
-            "best": self._best,
+            "best": self._best_until(before),
             "deciding": self._configured,
         }
+
+    def _best_until(self, before: Checkpoint | None) -> float | None:
+        """The best value so far, that of steps which were not saved included."""
+        mode = self._keep.best_metric_mode
+        value = best_until(before, self._configured, mode)
+        return value if value is not None and metric.is_better(value, self._best, mode) else self._best
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
         """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
@@ -175,7 +231,10 @@ class Directory:
         try:
             self.write_metrics()
             if self._owed:
-                log.error("these metrics could not be written and are lost with this run: %s", self._owed)
+                log.error(
+                    "these metrics could not be written and are lost with this run: %s",
+                    {name: owed.metrics for name, owed in self._owed.items()},
+                )
         finally:
             if self._heart is not None:
                 self._heart.stop()
@@ -196,7 +255,7 @@ class Directory:
 
     def _consider(self, checkpoint: Checkpoint) -> None:
         metrics = checkpoint.metrics
-        key = metric.deciding_key(metrics, self._configured, required=False)
+        key = metric.deciding_key(metrics, self._configured)
         if key is None:
             return
         if key != self._metric:
@@ -208,7 +267,7 @@ class Directory:
             self._best = metrics[key]
 
     @property
-    def details(self) -> dict[str, str]:
+    def details(self) -> dict[str, Any]:
         """What a manifest says of the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
         deciding = {"deciding_metric": self._configured} if known else {}
@@ -217,25 +276,33 @@ class Directory:
             "host": self._owner.host,
             "best_metric_mode": self._keep.best_metric_mode,
             **deciding,
+            **({KEY: self.best_so_far.as_data()} if self.best_so_far is not None else {}),
         }
 
     def decide_by(self, key: str) -> None:
         """Let another metric decide from now on."""
         self._configured = key
 
-    def add_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+    def add_metrics(self, name: str, metrics: Mapping[str, float], best: BestSoFar | None = None) -> None:
         """Add metrics that arrived after the save, atomically, and move BEST if they are better.
 
         What cannot be written now is kept, and tried again with the next metrics, the next save and at the end.
+
+        Args:
+            name: The checkpoint.
+            metrics: What arrived.
+            best: The best value of the run when it did.
         """
-        self._owed.setdefault(name, {}).update(metrics)
+        owed = self._owed.setdefault(name, _Owed())
+        owed.metrics.update(metrics)
+        owed.best = best or owed.best
         self.write_metrics()
 
     def write_metrics(self) -> None:
         """Write the metrics that are not on disk yet."""
-        for name, metrics in list(self._owed.items()):
+        for name, owed in list(self._owed.items()):
             try:
-                self._write_metrics(name, metrics)
+                self._write_metrics(name, owed)
             except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
@@ -243,10 +310,11 @@ class Directory:
                 continue
             del self._owed[name]
 
-    def _write_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+    def _write_metrics(self, name: str, owed: _Owed) -> None:
         self.fence()
         checkpoint = Checkpoint.open(self.root / name)
-        body = seal({"metrics": {**checkpoint.metrics, **metrics}})
+        best = {KEY: owed.best.as_data()} if owed.best is not None else {}
+        body = seal({**checkpoint.added, "metrics": {**checkpoint.metrics, **owed.metrics}, **best})
         # One name for all attempts: the next one removes what a full disk left of the last.
         write_atomically(self.files, checkpoint.path / names.METRICS, body, self._owner.incarnation)
         self._consider(checkpoint)
@@ -259,9 +327,20 @@ class Directory:
             self.retire(superfluous(catalog, self._policies, context))
 
     def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Unpublish these at once; they are deleted in a thread of its own."""
+        """Unpublish these at once; they are deleted in a thread of its own.
+
+        Raises:
+            OSError: One cannot be renamed; the others are gone all the same.
+        """
         if self._janitor is None:
             self._janitor = Worker("hydra_ckpt-delete")
+        failure: OSError | None = None
         for item in checkpoints:
-            hidden = retire(self.files, item)
+            try:
+                hidden = retire(self.files, item)
+            except OSError as error:
+                failure = failure or error
+                continue
             self._janitor.submit(partial(discard, self.files, hidden))
+        if failure is not None:
+            raise failure

@@ -13,12 +13,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import Manifest, to_bytes
+from hydra_ckpt.store.small_files import read_small_file
 
 _RETRY_S = 0.05
+_MAX_TOKEN_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,8 @@ def join_draft(path: Path, name: str, token: str, *, patience_s: float) -> Draft
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            found = (path / names.TOKEN).read_bytes().decode(errors="replace")
-        except OSError as error:
+            found = read_small_file(path / names.TOKEN, _MAX_TOKEN_BYTES).decode(errors="replace")
+        except (OSError, CorruptCheckpointError) as error:
             found = str(error)
         if found == token:
             return Draft(path, name, token)

@@ -18,14 +18,16 @@ from pathlib import Path
 
 import psutil
 
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import read_small_file
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 STALE_S = 120.0
+_MAX_BYTES = 1 << 20
 # Seconds between two looks at a heartbeat that is watched.
 _LOOK_S = 1.0
 # Identity of a job that schedulers keep when they start it again.
@@ -67,12 +69,12 @@ def read_owner(root: Path) -> tuple[Owner, float] | None:
     path = root / names.OWNER
     try:
         age = time.time() - path.stat().st_mtime
-        owner = Owner(**json.loads(path.read_text()))
+        owner = Owner(**json.loads(read_small_file(path, _MAX_BYTES)))
         texts = (owner.incarnation, owner.host, owner.job, owner.run)
         if not all(isinstance(text, str) for text in texts) or type(owner.pid) is not int or owner.pid < 0:
             return None
         return replace(owner, started=float(owner.started)), age
-    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):
+    except (OSError, CorruptCheckpointError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 

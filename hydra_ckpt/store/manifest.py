@@ -11,6 +11,7 @@ one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,7 @@ import xxhash
 
 from hydra_ckpt.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import read_small_file
 
 FORMATS = (1, 2)
 """The formats that this version reads."""
@@ -28,8 +30,13 @@ WRITER = "hydra_ckpt"
 """In `details`: the version that wrote the checkpoint."""
 _DIGEST_FIELD = "~xxh3"  # sorts last
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
+_SEAL = re.compile(rb',\n "~xxh3": "[0-9a-f]{16}"\n\}\n\Z')
+_SEAL_BYTES = 40
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 30
+_MAX_METRICS_BYTES = 16 << 20
+_MAX_DEPTH = 64
+_MOST = 1 << 62  # of every size and number
 _LAST_TIME = 1e11  # Unix time in seconds; what is later has no date
 
 
@@ -132,31 +139,42 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
         CorruptCheckpointError: Any byte differs from what `seal` wrote.
     """
     try:
+        if _SEAL.search(data, max(0, len(data) - _SEAL_BYTES)) is None:
+            raise ValueError("no seal at its end")  # found without parsing what may be far too much
         body = json.loads(data.decode())
         digest = body.pop(_DIGEST_FIELD)
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        resealed = seal(body)  # a lone surrogate cannot be written
+    except (ValueError, RecursionError, MemoryError, KeyError, AttributeError, TypeError):
         raise CorruptCheckpointError(path, "it is torn or not JSON of ours") from None
-    if seal(body) != data:
+    if resealed != data:
         raise CorruptCheckpointError(
             path, "its digest does not match", expected=digest, found=xxhash.xxh3_64_hexdigest(_dump(body))
         )
     return dict(body)
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read and check a sealed file.
+def read_sealed(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any]:
+    """Read and check a sealed file of at most so many bytes.
 
     Raises:
         FileNotFoundError: It is not there.
         CorruptCheckpointError: It is damaged, a link, or far too large.
     """
-    if path.is_symlink():
-        raise CorruptCheckpointError(path, "is a symbolic link, which is not followed")
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a directory cannot be read
-        raise CorruptCheckpointError(path, "is not a regular file")
-    if path.stat().st_size > _MAX_BYTES:
-        raise CorruptCheckpointError(path, f"is larger than {_MAX_BYTES} bytes")
-    return unseal(path, path.read_bytes())
+    return unseal(path, read_small_file(path, limit))
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """What was added to a checkpoint after its save: `metrics`, and perhaps more.
+
+    Raises:
+        FileNotFoundError: Nothing was.
+        CorruptCheckpointError: It is damaged, or holds something else.
+    """
+    path = directory / names.METRICS
+    body = read_sealed(path, _MAX_METRICS_BYTES)
+    if not _are_metrics(body.get("metrics")):
+        raise CorruptCheckpointError(path, "its metrics are not numbers by name")
+    return body
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -170,7 +188,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / names.MANIFEST
     try:
         body = read_sealed(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise CheckpointNotFoundError(f"{directory} holds no {names.MANIFEST}: it is no finished checkpoint") from None
     _check_format(path, body)
     try:
@@ -206,7 +224,7 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     _check_kinds(path, manifest)
     listed = [*manifest.digests, *(name for part in parts.values() for name in part.files)]
     unknown = sorted(set(listed) - set(files))
-    if unknown or any(type(value) is not int or value < 0 for value in (manifest.step, manifest.epoch)):
+    if unknown or not all(type(value) is int and 0 <= value < _MOST for value in (manifest.step, manifest.epoch)):
         raise CorruptCheckpointError(path, f"it contradicts itself: {unknown or 'step and epoch'}")
     return manifest
 
@@ -214,24 +232,48 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
 def _check_kinds(path: Path, manifest: Manifest) -> None:
     """Whoever made the digest may have lied in a field that a later reader takes for granted."""
     sound = {
-        "files": all(file.bytes >= 0 and _is_digest(file.xxh3) for file in manifest.files.values()),
-        "metrics": all(type(value) in (int, float) for value in manifest.metrics.values()),
+        "files": all(0 <= file.bytes < _MOST and _is_digest(file.xxh3) for file in manifest.files.values()),
+        "metrics": _are_metrics(manifest.metrics),
         "created": type(manifest.created) in (int, float) and 0 <= manifest.created < _LAST_TIME,
-        "world_size": type(manifest.world_size) is int and manifest.world_size > 0,
+        "world_size": type(manifest.world_size) is int and 0 < manifest.world_size < _MOST,
         "plan": isinstance(manifest.plan, str),
         "topology": _is_topology(manifest.topology),
-        "details": type(manifest.details) is dict,
+        "details": type(manifest.details) is dict and _is_shallow(manifest.details, _MAX_DEPTH),
+        "parts": all(isinstance(part.format, str) for part in manifest.parts.values()),
     }
     wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong:
         raise CorruptCheckpointError(path, f"a field is of the wrong kind: {', '.join(wrong)}")
 
 
+def _are_metrics(value: object) -> bool:
+    """Whether this maps names to numbers that a float holds; NaN and infinities are some."""
+    return type(value) is dict and all(_is_number(item) for item in value.values())
+
+
+def _is_number(value: object) -> bool:
+    if type(value) is not int and type(value) is not float:
+        return False
+    try:
+        math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+    return True
+
+
 def _is_topology(value: object) -> bool:
     if type(value) is not dict:
         return False
     leaders = value.get("leaders", [])
-    return type(leaders) is list and all(type(rank) is int and rank >= 0 for rank in leaders)
+    if not _is_shallow(value, _MAX_DEPTH):
+        return False
+    return type(leaders) is list and all(type(rank) is int and 0 <= rank < _MOST for rank in leaders)
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    """Whether plain data is nested no deeper than this; whoever prints it takes a step on the stack for each level."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in below)
 
 
 def _is_digest(value: object) -> bool:

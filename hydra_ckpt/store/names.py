@@ -30,7 +30,12 @@ CONFIG = "config"
 DIGESTS = "digests"
 
 _CHECKPOINT = re.compile(r"epoch_(\d{1,18})_step_(\d{1,18})")
-_HIDDEN = re.compile(r"\.(?P<name>[^/]+)\.(?P<kind>draft|deleting|corrupt|aside)-(?P<nonce>[0-9a-f]+)")
+# Beside a pointer or small file that is being replaced; see `files.write_atomically` and `pointers.point`.
+_REMNANT = re.compile(rf"\.({LATEST}|{BEST}|{LATEST}\.txt|{BEST}\.txt|{re.escape(OWNER)})\.[0-9a-f]{{12,}}")
+_HIDDEN = re.compile(
+    r"\.(?P<name>epoch_\d{1,18}_step_\d{1,18}(\.export)?)"
+    r"\.(?P<kind>draft|deleting|corrupt|aside)-(?P<nonce>[0-9a-f]+)"
+)
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -66,6 +71,11 @@ def parse_hidden(name: str) -> tuple[str, str] | None:
     """The checkpoint's name and the kind of a hidden name, or None for any other name."""
     match = _HIDDEN.fullmatch(name)
     return (match["name"], match["kind"]) if match else None
+
+
+def is_remnant(name: str) -> bool:
+    """Whether an interrupted replacement of a pointer or of the lease leaves a file of this name."""
+    return _REMNANT.fullmatch(name) is not None
 
 
 def nonce() -> str:

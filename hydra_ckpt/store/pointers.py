@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -73,25 +76,37 @@ def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def protected(root: Path) -> set[str]:
-    """The checkpoints that pointers in a directory lead to, or into: LATEST, BEST, and any a user has made.
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """What pointers keep.
 
-    Raises:
-        CorruptCheckpointError: LATEST or BEST says something that cannot be read, or a pointer cannot be opened; what
-            it protects is then unknown.
+    Attributes:
+        names: The checkpoints that they lead to, or into.
+        lost: Those of LATEST and BEST that are there, but say nothing that can be followed.
     """
-    found = set()
+
+    names: frozenset[str]
+    lost: frozenset[str]
+
+
+def protected(root: Path) -> Protected:
+    """The checkpoints that pointers in a directory lead to: LATEST, BEST, and any a user has made."""
+    found, lost = set(), set()
     for pointer in sorted(pointers_in(root)):
+        name = error = None
         try:
-            target = _text_of(root, pointer)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptCheckpointError(root / pointer, f"the pointer cannot be read ({error})") from None
-        name = _name_in(root, target)
+            name = _name_in(root, target := _text_of(root, pointer))
+        except (OSError, CorruptCheckpointError) as unreadable:
+            error = unreadable
         if name is not None:
             found.add(name)
         elif pointer in (names.LATEST, names.BEST):
-            raise CorruptCheckpointError(root / pointer, f"the pointer leads to no checkpoint but to {target!r}")
-    return found
+            lost.add(pointer)
+            why = f"cannot be read: {error}" if error else f"leads to no checkpoint but to {target!r}"
+            log.warning("the pointer %s %s", root / pointer, why)
+        elif error is not None:
+            log.warning("%s is taken for no pointer: %s", root / pointer, error)
+    return Protected(frozenset(found), frozenset(lost))
 
 
 def pointers_in(root: Path) -> set[str]:
@@ -100,33 +115,47 @@ def pointers_in(root: Path) -> set[str]:
 
 
 def _text_of(root: Path, pointer: str) -> str:
-    """What a pointer says, whatever it is."""
+    """What a pointer says, whatever it is; a text too long for one says nothing."""
     link, text = root / pointer, root / f"{pointer}.txt"
     if link.is_symlink():
         return str(link.readlink())
     if text.is_symlink():
         return str(text.readlink())
-    with text.open(encoding="utf-8", errors="replace") as file:
-        return file.read(_MAX_TEXT).strip()
+    if text.is_file() and text.stat().st_size > _MAX_TEXT:
+        return ""
+    return read_small_file(text, _MAX_TEXT).decode(errors="replace").strip()
 
 
 def _name_in(root: Path, target: str) -> str | None:
     """The checkpoint in `root` that a path leads to or into, over links."""
     try:
         inside = (root / target).resolve().relative_to(root.resolve())
-    except (ValueError, RuntimeError):  # elsewhere; a NUL; links in a circle
+    except (ValueError, RuntimeError, OSError):  # elsewhere; a NUL; links in a circle; a name too long
         return None
     return inside.parts[0] if inside.parts and names.is_checkpoint_name(inside.parts[0]) else None
 
 
+def pointed_path(root: Path, pointer: str) -> Path | None:
+    """The directory that a pointer leads to, wherever that lies; None where it leads to none."""
+    try:
+        place = root / pointer
+        if not os.path.lexists(place):
+            place = root / _text_of(root, pointer)
+        found = place.resolve()
+    except (OSError, CorruptCheckpointError, ValueError, RuntimeError):
+        return None
+    return found if os.path.isdir(found) and found != root.resolve() else None  # noqa: PTH112 - pathlib raises
+
+
 def read_pointer(root: Path, pointer: str) -> str | None:
     """The name a pointer leads to, whether or not that exists; None where there is no usable pointer."""
-    link, text = root / pointer, root / f"{pointer}.txt"
-    if link.is_symlink():
-        target = str(link.readlink())
-    elif text.is_file() and not text.is_symlink() and text.stat().st_size <= _MAX_TEXT:
-        target = text.read_text(errors="replace").strip()
-    else:
+    link = root / pointer
+    try:
+        if link.is_symlink():
+            target = str(link.readlink())
+        else:
+            target = read_small_file(root / f"{pointer}.txt", _MAX_TEXT).decode(errors="replace").strip()
+    except (OSError, CorruptCheckpointError):
         return None
     # A pointer leads to a sibling, nowhere else.
     return target if names.is_checkpoint_name(target) else None

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import open_regular
+
+log = logging.getLogger(__name__)
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 
@@ -24,8 +29,9 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: It is gone already.
+        CorruptCheckpointError: Its manifest cannot be opened.
     """
-    descriptor = os.open(checkpoint / names.MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(checkpoint / names.MANIFEST)
     try:
         _lock(descriptor, fcntl.LOCK_SH)
         # Retired between the opening and the lock: what the name leads to now is not what is locked.
@@ -36,8 +42,12 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 def is_read(checkpoint: Path) -> bool:
-    """Whether anybody holds a lease on a checkpoint at this moment."""
-    descriptor = os.open(checkpoint / names.MANIFEST, os.O_RDWR | os.O_CLOEXEC)
+    """Whether anybody holds a lease on a checkpoint at this moment, or may do so for all that can be told."""
+    try:
+        descriptor = open_regular(checkpoint / names.MANIFEST, write=True)
+    except (OSError, CorruptCheckpointError) as error:
+        log.warning("%s is kept: whether anybody reads it cannot be told (%s)", checkpoint, error)
+        return True
     try:
         return not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointFormatError
@@ -34,14 +35,29 @@ def recover(files: Files, root: Path, *, not_beyond: int | None = None) -> None:
         if kind == "draft":
             _finish_or_sweep(files, path, name, not_beyond)
         elif kind == "deleting":
-            discard(files, path)
+            _sweep(files, path)
     _move_left_pointers(files, scan(root))
 
 
 def _sweep_remnant(files: Files, path: Path) -> None:
-    """Remove what an interrupted replacement of a pointer or small file left beside it."""
-    if path.name.startswith((f".{names.LATEST}", f".{names.BEST}", f".{names.OWNER}.")):
-        files.unlink(path)
+    """Remove what an interrupted replacement of a pointer or small file left beside it, and nothing of a user's."""
+    if names.is_remnant(path.name) and (path.is_symlink() or not path.is_dir()):
+        with _left_if_stuck(path):
+            files.unlink(path)
+
+
+def _sweep(files: Files, path: Path) -> None:
+    with _left_if_stuck(path):
+        discard(files, path)
+
+
+@contextmanager
+def _left_if_stuck(path: Path) -> Iterator[None]:
+    """What cannot be removed is in nobody's way, and no reason not to begin."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s, which a run that died has left, cannot be removed: %s", path, error)
 
 
 def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None) -> None:
@@ -51,15 +67,18 @@ def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None
     except CheckpointFormatError as error:
         log.warning("the draft of a newer version is left alone: %s", error)
         return
-    except CheckpointError:
-        discard(files, path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):  # it may be whole, and the disk may answer the next time
+            log.warning("a draft is left alone: %s", error)
+        else:
+            _sweep(files, path)
         return
     wanted = not_beyond is None or draft.step <= not_beyond
     if wanted and names.is_checkpoint_name(name) and not (path.parent / name).exists():
         publish_draft(files, Draft(path, name, ""))
         log.info("%s was complete when its run ended; it is published now", path.parent / name)
     else:
-        discard(files, path)
+        _sweep(files, path)
 
 
 def _move_left_pointers(files: Files, catalog: Catalog) -> None:

@@ -7,7 +7,7 @@ the directory leads to stays in any case, and so does what somebody reads at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,25 @@ def _any_of(further: Any) -> list[Policy]:
 def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
     """The checkpoints that may go: neither kept by a policy, nor led to by a pointer, nor being read.
 
-    Where no policy can tell which stay, such as `best` alone while none has the metric, all do.
-
-    Raises:
-        CorruptCheckpointError: A pointer cannot be read, so that it is unknown what it protects.
+    Where no policy can tell which stay, such as `best` alone while none has the metric, all do. Where LATEST or BEST
+    is damaged, what it ought to lead to stays.
     """
     told = [found for policy in keeping if (found := policy(catalog.checkpoints, context)) is not None]
     if not told:
         return []
-    kept = protected(catalog.root).union(*told)
+    pointed = protected(catalog.root)
+    kept = pointed.names.union(*told, _due(catalog, context, pointed.lost))
     return [item for item in catalog.checkpoints if item.name not in kept and not is_read(item.path)]
+
+
+def _due(catalog: Catalog, context: Context, lost: Collection[str]) -> set[str]:
+    """The checkpoints that lost pointers ought to lead to."""
+    found: set[str] = set()
+    if names.LATEST in lost:
+        found.update(item.name for item in catalog.candidates()[:1])
+    if names.BEST in lost and (best := catalog.best(context.metric, context.mode)) is not None:
+        found.add(best.name)
+    return found
 
 
 def retire(files: Files, checkpoint: Checkpoint) -> Path:

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.lease import Owner, is_alive
+from hydra_ckpt.store.small_files import read_small_file
 
 RECORD = "hydra_ckpt_job.json"
+_MAX_BYTES = 64 << 20
 
 RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped", "failed", "interrupted"
 
@@ -102,11 +105,19 @@ def read_record(directory: Path) -> JobRecord | None:
     """The record of a run directory; None where there is none, or none that can be read."""
     path = directory / RECORD
     try:
-        if path.is_symlink():
-            return None
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_small_file(path, _MAX_BYTES))
         record = JobRecord(**{**data, "overrides": tuple(map(str, data["overrides"]))})
         Owner(**record.owner)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return None
-    return record
+    return record if _is_sound(record) else None
+
+
+def _is_sound(record: JobRecord) -> bool:
+    """Whether the fields have the kinds that a reader takes for granted."""
+    texts = (record.error, record.checkpoint_dir)
+    return (
+        record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED)
+        and all(value is None or isinstance(value, str) for value in texts)
+        and all(value is None or type(value) in (int, float) for value in (record.started, record.ended))
+    )

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import CheckpointError, CheckpointFormatError
+from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_yaml
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.lease import is_held
 from hydra_ckpt.store.pointers import point, read_pointer
+from hydra_ckpt.store.small_files import read_small_file
 from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, read_record
 
 log = logging.getLogger(__name__)
@@ -196,13 +198,12 @@ def _state(record: JobRecord | None, root: Path) -> str:
 
 def _overrides(path: Path) -> list[str]:
     """What Hydra noted of a job that has no record."""
-    from omegaconf import OmegaConf
-
     try:
-        return [str(item) for item in OmegaConf.load(path / _HYDRA / "overrides.yaml")]
-    except Exception as error:  # noqa: BLE001 - whatever may be wrong with somebody's YAML, the rest is worth showing
+        found = parse_yaml(read_small_file(path / _HYDRA / "overrides.yaml", MAX_BYTES).decode())
+    except (OSError, CorruptCheckpointError, UnicodeDecodeError) as error:
         log.debug("no overrides in %s: %s", path, error)
         return []
+    return [str(item) for item in found] if isinstance(found, list) else []
 
 
 def _best(jobs: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,0 +1,69 @@
+"""The best metric so far, as it travels in checkpoints: it may have been measured at a step that was not saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt import metrics as metric
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.store.catalog import Checkpoint
+
+KEY = "best_so_far"
+"""In a manifest's `details`, and in `metrics.json`, which is written later."""
+
+
+@dataclass(frozen=True, slots=True)
+class BestSoFar:
+    """The best value of a run.
+
+    Attributes:
+        metric: The metric that decided.
+        mode: "min" or "max".
+        value: Its best value.
+    """
+
+    metric: str
+    mode: str
+    value: float
+
+    def as_data(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"metric": self.metric, "mode": self.mode, "value": self.value}
+
+
+def opened(path: Path | None) -> Checkpoint | None:
+    """The checkpoint a run goes on from; None for a fresh start, and for some other tool's."""
+    try:
+        return None if path is None else Checkpoint.open(path)
+    except (CheckpointError, OSError):
+        return None
+
+
+def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | None:
+    """The best value that was known when a checkpoint got its last metrics.
+
+    Args:
+        checkpoint: The one a run goes on from, if any.
+        key: The metric that decides now; another one's value says nothing.
+        mode: "min" or "max".
+    """
+    if checkpoint is None:
+        return None
+    best: float | None = None
+    for record in (checkpoint.manifest.details.get(KEY), checkpoint.added.get(KEY)):
+        value = _value(record, key, mode)
+        if value is not None and metric.is_better(value, best, mode):
+            best = value
+    return best
+
+
+def _value(record: object, key: str, mode: str) -> float | None:
+    if not isinstance(record, dict) or (record.get("metric"), record.get("mode")) != (key, mode):
+        return None
+    value = record.get("value")
+    try:
+        return float(value) if type(value) in (int, float) else None  # type: ignore[arg-type]
+    except OverflowError:
+        return None

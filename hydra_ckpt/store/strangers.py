@@ -1,0 +1,60 @@
+"""Directories that another system writes its checkpoints to: told from ours, and refused. Reads only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hydra_ckpt.errors import CheckpointConfigError, some_of
+from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import is_checkpoint_directory
+from hydra_ckpt.store.pointers import pointed_path
+
+# What a checkpoint of ours has, however damaged or unfinished it is, and those of other systems have not.
+_MARKS = (names.MANIFEST, names.TOKEN, names.DIGESTS, names.PROGRESS)
+# Of files that weights and states lie in; directories count too, notes and the like do not.
+_SUFFIXES = frozenset({".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz"})
+
+
+def refuse_strangers(root: Path) -> None:
+    """Raise if another system keeps its checkpoints in a directory.
+
+    Args:
+        root: A checkpoint directory; one that does not exist is nobody's.
+
+    Raises:
+        CheckpointConfigError: It holds directories or pointers of another system; names them.
+    """
+    found = strangers(root)
+    if found:
+        raise CheckpointConfigError(
+            f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they have the "
+            f"place or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
+            "checkpoint.checkpoint_dir; to begin with one of these checkpoints, name it by checkpoint.restore_from=PATH"
+        )
+
+
+def strangers(root: Path) -> list[str]:
+    """What lies in a directory that another system must have written: its steps, and pointers to them."""
+    if not root.is_dir():
+        return []
+    steps = [path.name for path in sorted(root.iterdir()) if is_checkpoint_directory(path) and _is_strange(path)]
+    return [*steps, *(text for pointer in (names.LATEST, names.BEST) if (text := _strange_pointer(root, pointer)))]
+
+
+def _strange_pointer(root: Path, pointer: str) -> str | None:
+    """A pointer that leads to a checkpoint of another system, and where to."""
+    target = pointed_path(root, pointer)
+    if target is None or not _is_strange(target) or is_checkpoint_directory(target):
+        return None
+    return f"{pointer} -> {os.path.relpath(target, root)}"
+
+
+def _is_strange(directory: Path) -> bool:
+    """Whether a directory holds what a checkpoint may consist of, and nothing of it is ours."""
+    try:
+        below = list(directory.iterdir())
+    except OSError:
+        return False
+    content = any(path.suffix in _SUFFIXES or path.name in _SUFFIXES or path.is_dir() for path in below)
+    return content and {path.name for path in below}.isdisjoint(_MARKS)
