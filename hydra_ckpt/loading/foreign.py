@@ -7,7 +7,7 @@ brought into the form that a load of our own checkpoints compares, reads and ins
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.loading.load import Load
+from hydra_ckpt.loading.source import Source
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
 from hydra_ckpt.state.model import canonical
@@ -57,27 +57,27 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
 
 
 @dataclass
-class ForeignLoad(Load):
-    """Loads such a directory; its bytes have no digests and are taken as they are."""
+class ForeignSource(Source):
+    """Such a directory, opened for one load; its bytes have no digests and are taken as they are."""
 
     _pools: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
-    _given: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def _same_ranks(self) -> bool:
+    def same_ranks(self) -> bool:
         """Nothing is known of the places its ranks had; as many count as the same."""
         return self.checkpoint.manifest.world_size == self.channel.world_size
 
-    def _read_progress(self) -> None:
-        self._shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
+    def read(self) -> None:
+        """Read what is no tensor, as far as pickles may be read."""
+        self.shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
         self._pools = {names.OPTIMIZER: {}, names.EXTRAS: {}}
-        self._own = {}
-        if (self._root / INDEX).is_file():
+        self.own = {}
+        if (self.root / INDEX).is_file():
             self._read_plain()
         else:
             self._read_accelerate()
-        self._optimized = stages.optimized([self._shared])
-        self._notes.texts.append(
+        self.optimized = stages.optimized([self.shared])
+        self.notes.texts.append(
             "it was not written by hydra_ckpt: it has no digests, and its bytes are taken as they are"
         )
 
@@ -101,7 +101,7 @@ class ForeignLoad(Load):
             tree = _subtree(found, (*beside, name))
             if tree is not None:
                 used.add((*beside, name))
-                self._shared["extras"][name] = self._encode(tree, f"{name}:", self._pools[names.EXTRAS])
+                self.shared["extras"][name] = self._encode(tree, f"{name}:", self._pools[names.EXTRAS])
         step, epoch = found.values.get((*beside, "step")), found.values.get((*beside, "epoch"))
         used |= {(*beside, "step"), (*beside, "epoch")}
         self._take_step(step, epoch)
@@ -111,23 +111,23 @@ class ForeignLoad(Load):
         """`Accelerator.save_state` with FSDP2 and sharded state dicts."""
         for number, name in enumerate(self.extractor.maps(self.state)):
             place = ACCELERATE_MODEL.format(number)
-            if (self._root / place / INDEX).is_file():
+            if (self.root / place / INDEX).is_file():
                 self._take_model(name, self._open(place), ("model",))
         trees = []
         for number in range(len(self.state.optimizers)):
             place = _ACCELERATE_OPTIMIZER.format(number)
-            if (self._root / place / INDEX).is_file():
+            if (self.root / place / INDEX).is_file():
                 trees.append(_subtree(self._open(place), ("optimizer",)))
         self._take_optimizers(trees)
-        self._take_schedulers([read_pickle(path) for path in _numbered(self._root, "scheduler", ".bin")])
-        scaler = self._root / "scaler.pt"
+        self._take_schedulers([read_pickle(path) for path in _numbered(self.root, "scheduler", ".bin")])
+        scaler = self.root / "scaler.pt"
         if scaler.is_file() and "grad_scaler" in self.state.extras:
             tree = self._encode(read_pickle(scaler), "grad_scaler:", self._pools[names.EXTRAS])
-            self._shared["extras"]["grad_scaler"] = tree
-        states = self._root / f"random_states_{self.channel.rank}.pkl"
+            self.shared["extras"]["grad_scaler"] = tree
+        states = self.root / f"random_states_{self.channel.rank}.pkl"
         if states.is_file():
             saved = read_pickle(states)
-            self._own = {
+            self.own = {
                 "rng": {
                     "python": saved["random_state"],
                     "numpy": saved["numpy_random_seed"],
@@ -135,15 +135,15 @@ class ForeignLoad(Load):
                 }
             }
             if saved.get("torch_cuda_manual_seed") and torch.cuda.is_available():  # untested on GPU
-                self._own["rng"]["cuda"] = saved["torch_cuda_manual_seed"][torch.cuda.current_device()]
-        rest = [*_numbered(self._root, "sampler", ".bin"), *_numbered(self._root, "dl_state_dict", ".bin")]
-        rest += sorted(self._root.glob("custom_checkpoint_*.pkl"))
-        self._notes.texts += [f"{path.name} has no place in the AppState and is skipped" for path in rest]
+                self.own["rng"]["cuda"] = saved["torch_cuda_manual_seed"][torch.cuda.current_device()]
+        rest = [*_numbered(self.root, "sampler", ".bin"), *_numbered(self.root, "dl_state_dict", ".bin")]
+        rest += sorted(self.root.glob("custom_checkpoint_*.pkl"))
+        self.notes.texts += [f"{path.name} has no place in the AppState and is skipped" for path in rest]
         self._take_step(None, None)
 
     def _open(self, relative: str) -> DcpDirectory:
-        found = read_dcp(self._root, relative, values=True)
-        self._lengths.update(found.lengths)
+        found = read_dcp(self.root, relative, values=True)
+        self.lengths.update(found.lengths)
         return found
 
     def _model_prefix(self, found: DcpDirectory) -> KeyPath:
@@ -151,7 +151,7 @@ class ForeignLoad(Load):
         known = self._live_names()
         votes = Counter(path[:-1] for path in found.tensors if canonical(path[-1]) in known)
         remedy = "Save it again with the model's state dict under the key `model`"
-        return model_prefix(self._root, votes, remedy) if votes else ("model",)
+        return model_prefix(self.root, votes, remedy) if votes else ("model",)
 
     def _live_names(self) -> set[str]:
         return {
@@ -174,14 +174,14 @@ class ForeignLoad(Load):
             if (
                 own in pool
                 and self.channel.is_coordinator
-                and not are_same(self._root, pool[own], stored, found.lengths)
+                and not are_same(self.root, pool[own], stored, found.lengths)
             ):
                 raise CheckpointConfigError(
-                    f"{self._root}: {own} and {name} differ, and the model has one tensor for both: untie it, or save "
+                    f"{self.root}: {own} and {name} differ, and the model has one tensor for both: untie it, or save "
                     "the checkpoint again from a model that ties them"
                 )
             pool.setdefault(own, _renamed(stored, own))
-        self._shared["extra_state"][name] = {
+        self.shared["extra_state"][name] = {
             canonical(path[-1]): self._encode(value, f"extra_state:{path[-1]}", self._pools[names.EXTRAS])
             for path, value in found.values.items()
             if path[:-1] == prefix and str(path[-1]).endswith("_extra_state")
@@ -216,10 +216,10 @@ class ForeignLoad(Load):
                 # Each on its own: groups of equal options may be one group here.
                 described["optimizers"].append({"class": "", "groups": [{"params": members, "options": encoded}]})
         if described["optimizers"]:
-            self._shared["optimizer"] = described
+            self.shared["optimizer"] = described
 
     def _take_schedulers(self, trees: list[Any]) -> None:
-        self._shared["lr_scheduler"] += [
+        self.shared["lr_scheduler"] += [
             self._encode(tree, f"lr_scheduler:{number}", self._pools[names.EXTRAS]) for number, tree in enumerate(trees)
         ]
 
@@ -227,7 +227,7 @@ class ForeignLoad(Load):
         known = {key: value for key, value in (("step", step), ("epoch", epoch)) if type(value) is int and value >= 0}
         self.checkpoint = replace_progress(self.checkpoint, **known)
         if "step" not in known:
-            self._notes.texts.append("it does not say after how many steps it was written: the step starts at 0")
+            self.notes.texts.append("it does not say after how many steps it was written: the step starts at 0")
 
     def _note_rest(self, found: DcpDirectory, used: Collection[KeyPath]) -> None:
         rest = [
@@ -236,7 +236,7 @@ class ForeignLoad(Load):
             if not any(path[: len(prefix)] == prefix for prefix in used if prefix) and path[:-1] not in used
         ]
         for key in sorted({str(path[0]) for path in rest}):
-            self._notes.texts.append(f"{key} has no place in the AppState and is skipped")
+            self.notes.texts.append(f"{key} has no place in the AppState and is skipped")
 
     def _encode(self, value: Any, name: str, pool: dict[str, StoredTensor]) -> Any:
         """A nested value as our JSON; stored tensors are referred to by name and noted in the pool."""
@@ -247,24 +247,17 @@ class ForeignLoad(Load):
             return {key: self._encode(item, _join(name, key), pool) for key, item in value.items()}
         if isinstance(value, list) and _has_stored(value):
             return [self._encode(item, _join(name, str(index)), pool) for index, item in enumerate(value)]
-        return encode(value, name, self._given)
+        return encode(value, name, self.given)
 
-    # -- what a load of ours asks --------------------------------------------------------------------------------
+    # -- what a load asks ----------------------------------------------------------------------------------------
 
-    def _saved_models(self) -> set[str]:
+    def models(self) -> set[str]:
+        """The parts that hold models."""
         return {part for part in self._pools if part.split("/")[0] == names.MODEL}
 
-    def _stored(self, part: str) -> dict[str, StoredTensor]:
+    def stored(self, part: str) -> dict[str, StoredTensor]:
+        """The tensors of a part, by name."""
         return self._pools.get(part, {})
-
-    def _want(
-        self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
-    ) -> None:
-        self._tensors.update({name: self._given[name] for name in wanted if name in self._given})
-        super()._want(stored, [name for name in wanted if name not in self._given], targets)
-
-    def _verify(self) -> None:
-        """There is nothing to compare with."""
 
 
 def replace_progress(checkpoint: Checkpoint, step: int = 0, epoch: int = 0) -> Checkpoint:

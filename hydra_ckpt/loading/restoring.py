@@ -18,8 +18,9 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
-from hydra_ckpt.loading.foreign import ForeignLoad, open_foreign
+from hydra_ckpt.loading.foreign import ForeignSource, open_foreign
 from hydra_ckpt.loading.load import PARTS, Load
+from hydra_ckpt.loading.source import Source
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
 from hydra_ckpt.state.app_state import AppState
@@ -192,9 +193,17 @@ class Restorer:
         except CheckpointError as known:
             error = known
         self._channel.raise_together(f"opening {path}", error)
-        kind, options = ForeignLoad if foreign else Load, self._options
-        return kind(
-            opened[0], state, self._extractor, self._channel, self._topology, parts, options.verify, options.strict
+        options = self._options
+        return Load(
+            opened[0],
+            state,
+            self._extractor,
+            self._channel,
+            self._topology,
+            parts,
+            options.verify,
+            options.strict,
+            ForeignSource if foreign else Source,
         )
 
     def _opened(self, path: Path, lease: ExitStack, *, foreign: bool, patience_s: float) -> Checkpoint:

@@ -1,0 +1,335 @@
+"""Live objects beside a checkpoint: what is read into which tensor, and everything that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hydra_ckpt.errors import CorruptCheckpointError, some_of
+from hydra_ckpt.hub.conversion import naming_of
+from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.loading.per_rank import ELSEWHERE, owner_of
+from hydra_ckpt.loading.source import Source
+from hydra_ckpt.loading.translation import Saved, translate
+from hydra_ckpt.state import stages
+from hydra_ckpt.state.capture import called, part_of, templates
+from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.optimizer import SEPARATOR
+from hydra_ckpt.state.optimizer_loading import Fit, fit, targets
+from hydra_ckpt.state.peft import adapters, changed_settings
+from hydra_ckpt.state.places import Places
+from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
+from hydra_ckpt.storage.read import Fetch
+from hydra_ckpt.storage.tree import own_names, placements, strides, tensor_names
+from hydra_ckpt.store import names
+
+
+@dataclass
+class Mismatch:
+    """What does not fit between a checkpoint and the live objects.
+
+    Attributes:
+        missing: Names that the checkpoint lacks.
+        unexpected: Names that the live objects lack.
+        different: Name to how the two differ.
+        left: What stays as it was built because of the missing and different ones, by dotted name.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoadPlan:
+    """What one rank reads, and into what.
+
+    Attributes:
+        fetches: Boxes of stored tensors, with the tensors that receive them.
+        tensors: The tensors that encoded values refer to, by name; to be filled.
+        fit: What of the optimizers' state fits; None where none is loaded.
+        absent: Single objects that the checkpoint does not have, by dotted name.
+        mismatch: Everything that does not fit.
+    """
+
+    fetches: list[Fetch] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    fit: Fit | None = None
+    absent: set[str] = field(default_factory=set)
+    mismatch: Mismatch = field(default_factory=Mismatch)
+
+    def takes_any(self, part: str, optimizers: int) -> bool:
+        """Whether anything of an available part is installed."""
+        return part != "optimizer" or self.fit is None or len(self.fit.absent) < optimizers
+
+
+def plan_load(source: Source, *, strict: bool) -> LoadPlan:
+    """Compare a checkpoint with the live objects; local, and nothing is changed.
+
+    Args:
+        source: The checkpoint, read.
+        strict: Whether what does not fit will be an error; then no targets are made for what surrounds it.
+    """
+    matcher = _Matcher(source, strict)
+    matcher.match()
+    return matcher.plan
+
+
+@dataclass
+class _Matcher:
+    """Fills a plan part by part."""
+
+    source: Source
+    strict: bool
+    plan: LoadPlan = field(default_factory=LoadPlan)
+
+    def match(self) -> None:
+        """Match every wanted part."""
+        available = self.source.available()
+        if "model" in available:
+            self._match_models()
+        if "optimizer" in available:
+            self._match_optimizers()
+        self._leave_own_extras()
+        self._match_extras()
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        """Say of which plain data all ranks get what rank 0 had."""
+        kinds = {"extra_state": "model"}
+        available = self.source.available()
+        for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
+            kind = label.partition(".")[0]
+            if kinds.get(kind, kind) in available:
+                self._derived_from_rank_0(label.rstrip("."))
+
+    def _derived_from_rank_0(self, label: str) -> None:
+        self.source.notes.derived(
+            label, f"{label}: each rank had values of its own; those of rank 0 are taken on all ranks"
+        )
+
+    def _leave_own(self, label: str, dotted: str) -> None:
+        """Note values that each rank had for itself and that nobody gets here: an error, or left as built."""
+        self.plan.mismatch.different[label] = ELSEWHERE
+        self.plan.mismatch.left.append(dotted)
+
+    def _match_models(self) -> None:
+        maps = self.source.extractor.maps(self.source.state)
+        saved = self.source.models()
+        live = {part_of(name): name for name in maps}
+        if not saved & live.keys():
+            self.plan.mismatch.unexpected += [f"the model {part}" for part in saved]
+        elif saved - live.keys():
+            self.source.notes.skipped += sorted(part.replace("/", ".") for part in saved - live.keys())
+        self._note_adapters()
+        for name, mapped in maps.items():
+            if part_of(name) not in saved and saved & live.keys():
+                self.plan.absent.add(called(name))  # an object that the checkpoint does not have
+                continue
+            self._match_model(name, mapped)
+
+    def _match_model(self, name: str, mapped: ModelMap) -> None:
+        stored = self.source.stored(part_of(name))
+        prefix = f"{name}/" if name else ""
+        items = mapped.locals(self.source.extractor.localize)
+        held = {item.spec.name for item in items}
+        naming = self._naming(name, stored, [item.spec for item in items])
+        if naming is not None:
+            held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
+            items = Exporter(naming)(items)
+        self.plan.mismatch.unexpected += [prefix + key for key in stored.keys() - held - set(mapped.omitted)]
+        own = self._match_own(name, prefix, mapped)
+        for item in items:
+            fits = self._match_tensor(prefix, item, stored.get(item.spec.name))
+            if fits is not None and (item.place.origin or item.spec.name) not in own:
+                self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
+        if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
+            self.plan.mismatch.different[prefix + "state_dict()"] = "its entries are those of other parts of the model"
+
+    def _match_own(self, model: str, prefix: str, mapped: ModelMap) -> set[str]:
+        """The tensors of a model that are not taken from what the ranks share; this rank's own are fetched."""
+        part = part_of(model)
+        wanted = self.source.per_rank.names_in(part)
+        if not wanted:
+            return set()
+        if not self.source.per_rank.is_here:
+            buffers = sorted(wanted & mapped.buffers().keys())
+            if buffers:
+                self.source.notes.derived(
+                    "buffers",
+                    f"buffers, which each rank had for itself, are those of rank 0 on all ranks: {some_of(buffers)}",
+                )
+            experts = wanted & {slot.name for slot in mapped.slots} - set(buffers)
+            for name in sorted(experts):
+                self._leave_own(prefix + name, f"{called(model)}.{name}")
+            return experts
+        own = self.source.per_rank.overlay(part, {})
+        for item in mapped.locals(self.source.extractor.localize):
+            if item.spec.name in own:
+                self._fetch_own(prefix, item, own[item.spec.name])
+        return wanted
+
+    def _fetch_own(self, prefix: str, item: LocalTensor, stored: StoredTensor) -> None:
+        fits = self._match_tensor(prefix, item, stored)
+        if fits is None:
+            return
+        if item.box.numel and fits.chunks[0].box != item.box:
+            self.plan.mismatch.different[prefix + item.spec.name] = (
+                "each rank had another part of its own values; shard it as then"
+            )
+            return
+        self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
+
+    def _note_adapters(self) -> None:
+        """Say where an adapter's weights will mean something else than they did."""
+        for name, [model, *_] in self.source.state.models.items() if self.source.extractor.is_peft else ():
+            for key, adapter in adapters(name, model).items():
+                file = f"{part_of(key)}/{names.CONSOLIDATED}/adapter_config.json"
+                if file in self.source.checkpoint.manifest.files:
+                    changed = changed_settings(model, adapter, self.source.document(file))
+                    self.source.notes.texts += [
+                        f"the adapter {adapter!r} was trained with other settings: {text}" for text in changed
+                    ]
+
+    def _naming(self, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]) -> Naming | None:
+        """From a model's live tensors to the stored ones; None where the names are the same."""
+        mapped, part = self.source.extractor.maps(self.source.state)[name], part_of(name)
+        saved = Saved(stored, self.source.naming(part), self.source.is_export(part))
+        if self.source.extractor.is_peft:
+            return saved.naming if saved.is_export else None
+        found = translate(
+            [spec.name for spec in specs], saved, lambda: naming_of(mapped, self.source.state.models[name][0], specs)
+        )
+        prefix = f"{name}/" if name else ""
+        self.plan.mismatch.missing += [prefix + key for key in found.missing]
+        self.plan.mismatch.different.update({prefix + key: text for key, text in found.different.items()})
+        self.plan.mismatch.left += [f"{called(name)}.{key}" for key in [*found.missing, *found.different]]
+        return found.naming
+
+    def _match_tensor(self, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> StoredTensor | None:
+        """The stored tensor that fits a live one; None where none does."""
+        key = prefix + item.spec.name
+        left = f"model.{key.replace('/', '.', 1) if prefix else key}"
+        if stored is None:
+            self.plan.mismatch.missing.append(key)
+            self.plan.mismatch.left.append(left)
+        elif (stored.spec.shape, stored.spec.dtype) != (item.spec.file_shape, item.spec.dtype):
+            self.plan.mismatch.different[key] = (
+                f"{stored.spec.dtype} {list(stored.spec.shape)} in the checkpoint, "
+                f"{item.spec.dtype} {list(item.spec.file_shape)} in the model"
+            )
+            self.plan.mismatch.left.append(left)
+        else:
+            return stored if item.spec.flat is None else stored.on_grid(item.spec.shape)
+        return None
+
+    def _match_optimizers(self) -> None:
+        described, named = self.source.shared["optimizer"], self.source.state.named_optimizers
+        parameters = self.source.extractor.parameter_names(self.source.state)
+        found = self.plan.fit = fit(described, named, parameters)
+        self._leave_own_state(found)
+        found.leave({*self.plan.mismatch.missing, *self.plan.mismatch.different})
+        self.plan.absent.update(name for number, name in enumerate(named) if number in found.absent)
+        self.plan.mismatch.missing += [f"optimizer: {name}" for name in found.missing]
+        self.plan.mismatch.left += [f"optimizer.{name}" for name in found.missing]
+        if len(found.absent) < len(named):
+            self.plan.mismatch.unexpected += [f"optimizer: {name}" for name in self.source.optimized - found.held]
+        for name in self.source.shared.get("of_other_stages", []):
+            found.different[name] = "it is of other pipeline stages, and fits only the same ones"
+        if own_names(found.trees()) and not self.source.same_ranks:
+            found.different["optimizer"] = (
+                "it holds shards of a tensor subclass, which fit only the ranks that had them"
+            )
+        self.plan.mismatch.different.update(found.different)
+        self.plan.mismatch.left += [place.replace(", group ", ".") for place in found.different]
+        self.source.notes.texts += found.notes
+        if self.strict and (found.missing or found.different):
+            return
+        stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
+        shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
+        into = targets(described, found, shapes, named, parameters)
+        self._want(stored, set(tensor_names(found.trees())), into)
+
+    def _leave_own_state(self, found: Fit) -> None:
+        """Refuse the optimizers' tensors that each rank had for itself, or begin without them."""
+        own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
+        if not own:
+            return
+        lost = found.drop(own)
+        for label in sorted(lost):
+            self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
+
+    def _leave_own_extras(self) -> None:
+        """Refuse the extras' tensors that each rank had for itself, or leave these extras; others' are rank 0's."""
+        own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.EXTRAS)
+        available = self.source.available()
+        for name in sorted(own):
+            kind, label = owner_of(name)
+            if kind != "extras":
+                if ("model" if kind == "extra_state" else kind) in available:
+                    self._derived_from_rank_0(label)
+            elif kind in available and label in self.source.state.extras:
+                self._leave_own(f"extras: {name}", f"extras.{label}")
+                self.source.shared["extras"].pop(label, None)
+                self.plan.absent.add(f"extras.{label}")
+
+    def _match_extras(self) -> None:
+        available = self.source.available()
+        live: Mapping[str, torch.Tensor] = {}
+        shared = self.source.shared
+        trees = [shared.get("extra_state", {}), shared.get("entries", {})] if "model" in available else []
+        if "lr_scheduler" in available:
+            trees.append(self._match_schedulers())
+        if "extras" in available:
+            live = templates(self.source.state)
+            self._keep_known_extras(live)
+            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        if own_names(trees) and not self.source.same_ranks:
+            self.plan.mismatch.different["extras"] = (
+                "they hold shards of a tensor subclass, which fit only the ranks that had them"
+            )
+        stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
+        wanted = set(tensor_names(trees))
+        # Never into the live tensors: the objects take their state over themselves.
+        places = Places(self.source.state, live, placements(trees), strides(trees))
+        self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
+
+    def _match_schedulers(self) -> list[Any]:
+        """The saved states that live schedulers take, in order; further live ones begin as they were built."""
+        saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
+        self.plan.absent.update(live[len(saved) :])
+        if len(saved) > len(live):
+            self.plan.mismatch.different["lr_scheduler"] = (
+                f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
+            )
+        return list(saved[: len(live)])
+
+    def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""
+        for name, tree in self.source.shared["extras"].items() if self.source.other_stages else ():
+            if any(place.startswith(f"{name}:") for place in live):
+                self.source.shared["extras"][name] = stages.keep_known(tree, live)
+
+    def _want(
+        self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Read stored tensors into the targets that fit; into whole ones of their own where none does."""
+        given = self.source.given
+        self.plan.tensors.update({name: given[name] for name in wanted if name in given})
+        for name in sorted(set(wanted) - given.keys()):
+            if name not in stored:
+                raise CorruptCheckpointError(self.source.root, f"the tensor {name} is missing from its files")
+            spec = stored[name].spec
+            target = targets.get(name)
+            if target is None or (tuple(target.shape), SAFETENSORS_DTYPE[target.dtype]) != (spec.shape, spec.dtype):
+                target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
+            self.plan.tensors[name] = target
+            item = self.source.extractor.localize(name, target)
+            self.plan.fetches.append(Fetch(stored[name], item.box, item.tensor))
