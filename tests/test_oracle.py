@@ -907,3 +907,207 @@ def test_state_may_be_left_out_by_name(tmp_path: Path, caplog: pytest.LogCapture
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
         manifest = checkpointer.pointed("LATEST").manifest
     assert set(manifest.details["unsaved"]) == {"optimizer.n", "model.cache.table", "extras.box.bad"}
+
+
+# -- what users and breakers have tried ----------------------------------------------------------------------------
+
+
+def test_methods_replaced_on_the_object_itself_count_as_overrides(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, torch.optim.SGD]:
+        model = nn.Sequential(nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.seen = model.seen = 0
+        plain, load, module_plain, module_load = (
+            optimizer.state_dict,
+            optimizer.load_state_dict,
+            model.state_dict,
+            model.load_state_dict,
+        )
+        optimizer.state_dict = lambda: {**plain(), "seen": optimizer.seen}
+        optimizer.load_state_dict = lambda state: (
+            setattr(optimizer, "seen", state["seen"]),
+            load({key: value for key, value in state.items() if key != "seen"}),
+        )
+        model.state_dict = lambda *args, **options: {**module_plain(*args, **options), "seen": model.seen}
+
+        def take(state: dict[str, Any], **options: Any) -> Any:
+            model.seen = state["seen"]
+            return module_load({key: value for key, value in state.items() if key != "seen"}, **options)
+
+        model.load_state_dict = take
+        return model, optimizer
+
+    model, optimizer = make()
+    optimizer.seen, model.seen = 3, 4
+    save(tmp_path, AppState(model, optimizer))
+    again, restored = make()
+    load(tmp_path, AppState(again, restored))
+    assert (restored.seen, again.seen) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["optimizer.*", "optimizer.0.weight", "extras.box", "extras.*", "lr_scheduler", "*.bias"]
+)
+def test_whatever_a_pattern_leaves_out_the_rest_can_be_loaded_and_trains_on(tmp_path: Path, pattern: str) -> None:
+    def make() -> AppState:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 2))
+        optimizer = Counting(model.parameters(), lr=0.1, momentum=0.9)
+        return AppState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2), extras={"box": Box({"a": 1})})
+
+    state = make()
+    train(state.model, state.optimizer, 2)
+    save(tmp_path, state, allow_unsaved=[pattern])
+    for options in ({}, {"allow_unsaved": [pattern]}):
+        again = make()
+        again.extras["box"].value = {"a": 5}
+        report = load(tmp_path, again, **options)
+        assert any(name.startswith(pattern.split("*", maxsplit=1)[0].rstrip(".")) for name in report.missing)
+        assert again.extras["box"].value["a"] in (1, 5)
+        train(again.model, again.optimizer, 2)
+        again.lr_scheduler.step()
+
+
+class Captured(torch.optim.Optimizer):
+    """Took the state of the optimizer inside when it was built."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.state, self.param_groups, self.defaults = inner, inner.state, inner.param_groups, {}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
+def test_a_wrapper_that_captured_the_inner_state_gets_the_moments_back(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Module, Captured]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        return model, Captured(torch.optim.AdamW(model.parameters(), lr=0.1))
+
+    model, optimizer = make()
+    train(model, optimizer, 3)
+    save(tmp_path, AppState(model, optimizer))
+    again, restored = make()
+    load(tmp_path, AppState(again, restored))
+    train(model, optimizer, 2)
+    train(again, restored, 2)
+    assert torch.equal(model.weight, again.weight)
+
+
+class Bare(torch.optim.Optimizer):
+    """Its state of a parameter is a tensor, not a dict."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = torch.ones(2) * 3  # type: ignore[assignment]
+
+
+def test_state_that_is_no_dict_comes_back(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer, restored = Bare(model.parameters()), Bare(model.parameters())
+    optimizer.step()
+    save(tmp_path, AppState(model, optimizer))
+    load(tmp_path, AppState(model, restored))
+    assert torch.equal(restored.state[model.weight], torch.ones(2) * 3)
+
+
+def test_an_optimizer_of_another_kind_is_really_left_as_built(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(model, adam, 1)
+    save(tmp_path, AppState(model, adam))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = load(tmp_path, AppState(model, sgd), load_strict=False)
+    assert sgd.param_groups[0]["lr"] == 0.1
+    assert "betas" not in sgd.param_groups[0]
+    assert not sgd.state
+    assert "optimizer" in report.missing
+    assert "optimizer" not in report.exact
+
+
+def test_own_state_of_an_optimizer_does_not_bring_back_shapes_that_were_left_out(tmp_path: Path) -> None:
+    def make(width: int) -> tuple[nn.Module, Counting]:
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, width))
+        return model, Counting(model.parameters(), lr=0.1, momentum=0.9)
+
+    model, optimizer = make(1)
+    train(model, optimizer, 1)
+    save(tmp_path, AppState(model, optimizer))
+    again, restored = make(5)
+    report = load(tmp_path, AppState(again, restored), load_strict=False)
+    assert {"optimizer.1.weight", "optimizer.state_dict()"} <= set(report.missing)
+    train(again, restored, 1)
+
+
+def test_schedulers_that_count_groups_by_position_are_refused_where_these_moved(tmp_path: Path) -> None:
+    def make(*, swapped: bool) -> AppState:
+        model = nn.Linear(4, 2)
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}]
+        optimizer = torch.optim.SGD(groups[::-1] if swapped else groups)
+        return AppState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2))
+
+    save(tmp_path, make(swapped=False))
+    load(tmp_path, make(swapped=False))
+    with pytest.raises(CheckpointError, match="it counts groups by their position"):
+        load(tmp_path, make(swapped=True))
+
+
+def test_an_extra_that_nobody_takes_is_listed(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    save(tmp_path, AppState(model, extras={"a": Box(1), "b": Box(2)}))
+    report = load(tmp_path, AppState(model, extras={"a": Box(0)}))
+    assert report.skipped == ("extras.b",)
+
+
+@pytest.mark.parametrize("where", ["model", "extra", "optimizer"])
+def test_tensors_on_the_meta_device_are_refused_by_name(tmp_path: Path, where: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    extras = {"box": Box({"t": torch.empty(1, device="meta") if where == "extra" else 1})}
+    if where == "model":
+        model.register_buffer("table", torch.empty(2, device="meta"))
+    if where == "optimizer":
+        optimizer.state[model.weight] = {"m": torch.empty(2, device="meta")}
+    with pytest.raises(CheckpointError, match=r"(table|extras\.box\.t|weight:m).*meta device"):
+        save(tmp_path, AppState(model, optimizer, extras=extras))
+
+
+def test_state_that_holds_itself_is_refused_by_name(tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(CheckpointError, match=r"extras\.box: its state holds itself"):
+        save(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Box(loop)}))
+
+
+def _unlike_objects(root: Path, kind: str) -> str:
+    rank = dist.get_rank()
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = AppState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2), extras={"a": Box(1)})
+    if rank == 1 and kind == "extra":
+        state.extras["b"] = Box(2)
+    if rank == 1 and kind == "scheduler":
+        state.lr_scheduler = [state.lr_scheduler, torch.optim.lr_scheduler.StepLR(optimizer, 3)]
+    try:
+        save(root, state)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize(("kind", "named"), [("extra", "extras.b"), ("scheduler", "lr_scheduler.1")])
+def test_objects_that_only_some_ranks_have_are_refused_by_name(tmp_path: Path, kind: str, named: str) -> None:
+    for text in run_distributed(_unlike_objects, 2, tmp_path, kind):
+        assert f"only on rank 1: objects: {named}" in text

@@ -18,7 +18,7 @@ from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.tree import OMITTED, OWN, decode, fill, missing_from
+from hydra_ckpt.storage.tree import OMITTED, OWN, UNSAVED, decode, fill, missing_from
 from hydra_ckpt.store.catalog import Checkpoint
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
@@ -138,19 +138,19 @@ class Installer:
         parameters = self.extractor.parameter_names(self.state)
         live = {name: parameter for parameter, name in self._parameters(parameters)}
 
-        def walk() -> None:
+        def walk(*, is_first: bool = False) -> None:
             states = [self._decoded(state) for state in found.state]
             options = [[self._decoded(group) for group in groups] for groups in found.options]
-            install(found, states, options, self.state.named_optimizers, parameters, empty)
+            install(found, states, options, self.state.named_optimizers, parameters, empty, is_first=is_first)
 
-        walk()
+        walk(is_first=True)
         named = list(self.state.named_optimizers.items())
         for number, tree in found.own.items():
             dotted, optimizer = named[number]
             decoded = self._whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
             unlike = give_back(dotted, optimizer, decoded, found, walk)
             self.notes.took(dotted, unlike)
-        left = found.absent | found.own.keys()
+        left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):
             self.notes.exact += [dotted] if number not in left else []
 
@@ -197,6 +197,8 @@ class Installer:
 
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
         """Let an object take its state over, and see whether it reports it afterwards."""
+        if isinstance(tree, dict) and tree.get("~") == UNSAVED:
+            return  # left out as a whole: it stays as it was built
         whole = self._whole(dotted, item, tree)
         try:
             item.load_state_dict(whole())
@@ -243,6 +245,10 @@ class Installer:
             "model": [called(name) for name in self.extractor.maps(state)],
         }
         saved = {"extras": [f"extras.{name}" for name in self.shared.get("extras", {})]}
+        if "extras" in available:
+            left = [name for name in saved["extras"] if name not in here["extras"]]
+            notes.skipped += left
+            notes.texts += [f"in the checkpoint, and nothing here takes it: {', '.join(left)}"] if left else []
         for part, dotted in here.items():
             known = saved.get(part, dotted if part in available else [])
             new = [name for name in dotted if name not in known or name in absent]

@@ -21,7 +21,7 @@ from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.state.optimizer_loading import Fit, fit, targets
+from hydra_ckpt.state.optimizer_loading import Fit, fit, moved_groups, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
@@ -217,6 +217,8 @@ class _Matcher:
         """The stored tensor that fits a live one; None where none does."""
         key = prefix + item.spec.name
         left = f"model.{key.replace('/', '.', 1) if prefix else key}"
+        if stored is None and left in self.source.shared.get("unsaved", ()):
+            return None  # the report says that it is missing
         if stored is None:
             self.plan.mismatch.missing.append(key)
             self.plan.mismatch.left.append(left)
@@ -235,10 +237,13 @@ class _Matcher:
         parameters = self.source.extractor.parameter_names(self.source.state)
         found = self.plan.fit = fit(described, named, parameters)
         self._leave_own_state(found)
+        mine = set(found.own)
         found.leave({*self.plan.mismatch.missing, *self.plan.mismatch.different})
         self.plan.absent.update(name for number, name in enumerate(named) if number in found.absent)
         self.plan.mismatch.missing += [f"optimizer: {name}" for name in found.missing]
-        self.plan.mismatch.left += [f"optimizer.{name}" for name in found.missing]
+        called_here = list(named)
+        self.plan.mismatch.left += [f"optimizer.{name}" for name in [*found.missing, *sorted(found.left)]]
+        self.plan.mismatch.left += [f"{called_here[number]}.state_dict()" for number in sorted(mine - found.own.keys())]
         if len(found.absent) < len(named):
             self.plan.mismatch.unexpected += [f"optimizer: {name}" for name in self.source.optimized - found.held]
         for name in self.source.shared.get("of_other_stages", []):
@@ -305,11 +310,22 @@ class _Matcher:
         """The saved states that live schedulers take, in order; further live ones begin as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
         self.plan.absent.update(live[len(saved) :])
+        if (moved := self._moved_groups()) and saved and live:
+            self.plan.mismatch.different["lr_scheduler"] = (
+                f"it counts groups by their position, and these had another one: {some_of(moved)}. Build optimizers "
+                "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
+            )
         if len(saved) > len(live):
             self.plan.mismatch.different["lr_scheduler"] = (
                 f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
             )
         return list(saved[: len(live)])
+
+    def _moved_groups(self) -> list[str]:
+        source, found = self.source, self.plan.fit
+        if found is None or source.other_stages:
+            return []
+        return moved_groups(source.shared["optimizer"], found, source.extractor.parameter_names(source.state))
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""

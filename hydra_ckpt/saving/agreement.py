@@ -64,6 +64,7 @@ def agree(
     stage: int,
     global_order: Sequence[str] | None,
     adapted: Mapping[str, Naming] = MappingProxyType({}),
+    objects: Sequence[str] = (),
 ) -> Agreement:
     """Collective: settle what all ranks hold.
 
@@ -73,6 +74,7 @@ def agree(
         stage: The pipeline rank; ranks of one stage must hold the same tensors.
         global_order: The model's keys in the order of its files, if known.
         adapted: Part to what this rank's adapters say that its files hold.
+        objects: Labels of the groups, schedulers and other objects beside the tensors.
 
     Raises:
         TopologyError: Ranks of one stage hold different tensors, or stages disagree about one of the same name.
@@ -80,7 +82,7 @@ def agree(
     local = {part: [item.spec for item in items] for part, items in parts.items()}
     said = {part: naming.to_data() for part, naming in adapted.items()}
     texts = itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items())
-    text = fingerprint(itertools.chain(texts, [json.dumps(said)]))
+    text = fingerprint(itertools.chain(texts, [json.dumps(said)], objects))
     meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
     note = {
         "host": socket.gethostname(),
@@ -95,7 +97,7 @@ def agree(
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     leads = positions["leader"] == channel.rank
     if positions["several"]:
-        writers, crowds, adapted = _union(parts, said, channel, stage, leads)
+        writers, crowds, adapted = _union(parts, said, objects, channel, stage, leads)
         specs = {part: list(found) for part, found in writers.items()}
         elsewhere = frozenset(
             (part, spec.name)
@@ -153,7 +155,7 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _union(
-    parts: Parts, said: Mapping[str, Any], channel: Channel, stage: int, leads: bool
+    parts: Parts, said: Mapping[str, Any], objects: Sequence[str], channel: Channel, stage: int, leads: bool
 ) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
 
@@ -164,7 +166,7 @@ def _union(
         part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd) for item in items]
         for part, items in parts.items()
     }
-    payload = {"stage": stage, "parts": data, "adapted": said} if leads else None
+    payload = {"stage": stage, "parts": data, "adapted": said, "objects": list(objects)} if leads else None
     merged = channel.agree("bringing the tensors of all ranks together", payload, _merge)
     writers = {
         part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, _, writer in rows}
@@ -235,6 +237,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
             for part, data in payload["adapted"].items()
             for name, _, _, source, offsets, sizes, *_ in data["aliases"]
         }
+        keys |= {("objects", label) for label in payload["objects"]}
         known_rank, known = first.setdefault(payload["stage"], (rank, keys))
         if known != keys:
             pair = f"of ranks {known_rank} and {rank}"

@@ -170,7 +170,7 @@ class Contents:
             CheckpointError: Ranks have to agree anew, and one of them could not take its state apart.
         """
         parts = {} if captured is None else self.comparer.known.arranged(captured.parts)
-        self._held = signature(parts) if captured is not None else ""
+        self._held = signature(parts, captured.objects) if captured is not None else ""
         known = self._settled.get(self._held)
         opinion = int(known.agreement.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
@@ -279,7 +279,7 @@ class Contents:
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: settle what all ranks hold, and how it is exported."""
         order = self._config.write.state_dict_keys
-        agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted)
+        agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted, captured.objects)
         models = self._models(state)
         specs = {part: agreement.specs[part] for part in models}
         namings = {}

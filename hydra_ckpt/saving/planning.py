@@ -26,9 +26,15 @@ _MAX_WRITERS = 64
 BESIDE = "export/"
 
 
-def signature(parts: Parts) -> str:
-    """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save."""
-    return str(hash(tuple((part, tuple(item.place for item in items)) for part, items in parts.items())))
+def signature(parts: Parts, objects: Sequence[str] = ()) -> str:
+    """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save.
+
+    Args:
+        parts: What this rank holds.
+        objects: Labels of what it holds beside tensors.
+    """
+    places = tuple((part, tuple(item.place for item in items)) for part, items in parts.items())
+    return str(hash((places, tuple(objects))))
 
 
 @dataclass(frozen=True, slots=True)

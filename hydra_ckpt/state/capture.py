@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -71,6 +71,11 @@ class Captured:
     own: Taken
     adapted: Mapping[str, Naming] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
+
+    @property
+    def objects(self) -> list[str]:
+        """Labels of the groups, schedulers, extras: what ranks with the same tensors must have in common too."""
+        return [label for label in self.plain if not label.startswith("optimizer.state.")]
 
 
 @dataclass
@@ -152,8 +157,7 @@ class Extractor:
         return found
 
     def _omits(self, model: str, name: str) -> bool:
-        dotted = f"{called(model)}.{name}"
-        return any(fnmatchcase(dotted, pattern) for pattern in self.unsaved)
+        return is_left_out(f"{called(model)}.{name}", self.unsaved)
 
     def parameter_names(self, state: AppState) -> dict[int, str]:
         """Identity of every parameter to its name, with the model's name before it where there are several."""
@@ -166,7 +170,11 @@ class Extractor:
     def held(self, state: AppState) -> str:
         """A digest of the names of all tensors of this rank's part of the models."""
         return fingerprint(
-            sorted(f"{model}/{slot.name}" for model, mapped in self.maps(state).items() for slot in mapped.slots)
+            sorted(
+                f"{model}/{name}"
+                for model, mapped in self.maps(state).items()
+                for name in (*(slot.name for slot in mapped.slots), *mapped.omitted)
+            )
         )
 
     @torch.no_grad()
@@ -197,20 +205,15 @@ class Extractor:
             omitted += described.omitted
         sinks = Sinks(self.stage, self.unsaved)
         shared["lr_scheduler"] = [
-            sinks.encode(name, f"lr_scheduler:{number}", told_by(name, scheduler))
+            sinks.encode(name, f"lr_scheduler:{number}", partial(told_by, name, scheduler))
             for number, (name, scheduler) in enumerate(state.named_schedulers.items())
         ]
         shared["extra_state"] = {
-            name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state())
-            for name, mapped in maps.items()
+            name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state) for name, mapped in maps.items()
         }
-        shared["entries"] = {
-            name: [sinks.encode(called(name), f"entries:{name}:{number}:", part) for number, part in enumerate(entries)]
-            for name, entries in own_entries.items()
-            if any(entries)
-        }
+        shared["entries"] = self._entries(own_entries, sinks)
         shared["extras"] = {
-            name: sinks.encode(f"extras.{name}", f"{name}:", told_by(f"extras.{name}", extra))
+            name: sinks.encode(f"extras.{name}", f"{name}:", partial(told_by, f"extras.{name}", extra))
             for name, extra in state.extras.items()
         }
         parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in sinks.tensors.items()]
@@ -223,8 +226,21 @@ class Extractor:
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "shards": {name: local_part(tensor) for name, tensor in shards.items()},
         }
+        _refuse_meta(parts)
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
         return Captured(parts, shared, plain_of(shared), take(own), adapted, tuple(omitted))
+
+    @staticmethod
+    def _entries(found: Mapping[str, Sequence[Mapping[str, Any]]], sinks: Sinks) -> dict[str, list[Any]]:
+        """The own entries of models that have any, encoded."""
+        return {
+            name: [
+                sinks.encode(called(name), f"entries:{name}:{number}:", partial(dict, part))
+                for number, part in enumerate(parts)
+            ]
+            for name, parts in found.items()
+            if any(parts)
+        }
 
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:
@@ -253,13 +269,13 @@ class Sinks:
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
 
-    def encode(self, dotted: str, name: str, value: Any) -> Any:
+    def encode(self, dotted: str, name: str, ask: Callable[[], Any]) -> Any:
         """An object's state as JSON data.
 
         Args:
             dotted: What messages call it.
             name: What the names of its tensors begin with.
-            value: Its state.
+            ask: Gives its state; not called where it is left out as a whole.
 
         Raises:
             CheckpointError: A value in it can be stored neither as JSON nor as a tensor.
@@ -267,11 +283,31 @@ class Sinks:
         inside = qualify(name, self.stage)
         sink = Sink(inside, dotted, unsaved=self.unsaved)
         sink.tells_placements = True
-        encoded = encode(value, inside, sink)
+        is_out = not dotted.startswith("model") and is_left_out(dotted, self.unsaved)
+        try:
+            encoded = encode(None if is_out else ask(), inside, sink)
+        except RecursionError:
+            raise CheckpointError(f"{dotted}: its state holds itself, or is nested too deeply to be stored") from None
         self.tensors.update(sink)
         self.own.update(sink.own)
         self.omitted += sink.omitted
         return encoded
+
+
+def _refuse_meta(parts: Mapping[str, Sequence[LocalTensor]]) -> None:
+    """Refuse tensors without values, as of a model that was built on the meta device and not filled."""
+    for part, items in parts.items():
+        for item in items:
+            if item.tensor.is_meta:
+                raise CheckpointConfigError(
+                    f"{part}: {item.spec.name} is on the meta device and has no values; fill it (to_empty(), "
+                    "load_base_model()) before training"
+                )
+
+
+def is_left_out(dotted: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is left out, as `checkpoint.allow_unsaved` asks."""
+    return any(fnmatchcase(dotted, pattern) for pattern in patterns)
 
 
 def told_by(dotted: str, item: Any) -> Any:

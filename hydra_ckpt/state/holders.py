@@ -28,6 +28,7 @@ class Holder:
         groups: Its parameter groups; empty where an outer holder has the same list.
         state: Its state by parameter; empty where an outer holder has the same object.
         parameters: The parameters of all its groups, whoever has these.
+        outer: Number and path of the outer holder that has the same state; None where its state is its own.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Holder:
     groups: Sequence[dict[str, Any]]
     state: Mapping[Any, Any]
     parameters: Sequence[torch.Tensor]
+    outer: tuple[int, str] | None = None
 
 
 def holders(optimizers: Mapping[str, Any], known: Mapping[int, str]) -> list[Holder]:
@@ -50,13 +52,19 @@ def holders(optimizers: Mapping[str, Any], known: Mapping[int, str]) -> list[Hol
     found: list[Holder] = []
     for number, (called, optimizer) in enumerate(optimizers.items()):
         seen: set[int] = set()
+        homes: dict[int, tuple[int, str]] = {}  # whose state it is
         for path, item in _within(optimizer, "", set()):
             parameters = [member for group in getattr(item, "param_groups", ()) for member in group["params"]]
             if path and not all(id(parameter) in known for parameter in parameters):
                 continue
-            groups, state = _unseen(item, "param_groups", seen), _unseen(item, "state", seen)
-            # A fresh state is filled later, so the object itself is kept, empty as it is.
-            found.append(Holder(number, called, path, item, groups or [], {} if state is None else state, parameters))
+            groups, state = _unseen(item, "param_groups", seen), getattr(item, "state", None)
+            home = homes.setdefault(id(state), (number, path))
+            if home == (number, path) and state is not None:
+                # A fresh state is filled later, so the object itself is kept, empty as it is.
+                found.append(Holder(number, called, path, item, groups or [], state, parameters))
+            else:
+                outer = home if home != (number, path) else None
+                found.append(Holder(number, called, path, item, groups or [], {}, parameters, outer))
     return found
 
 

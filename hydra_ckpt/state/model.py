@@ -31,6 +31,7 @@ from hydra_ckpt.state.module_oracle import (
     told_by,
     transparent,
 )
+from hydra_ckpt.state.optimizer_oracle import is_own_method
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
@@ -62,7 +63,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
         inner = module._checkpoint_wrapped_module
     elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
         inner = module._orig_mod
-    elif type(module).state_dict is not nn.Module.state_dict:
+    elif not is_own_method(module, "state_dict", "torch.nn.modules.module"):
         if module not in _TRANSPARENT:
             _TRANSPARENT[module] = transparent(module)
         inner = _TRANSPARENT[module]

@@ -16,22 +16,23 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.state.optimizer_oracle import differing, same_tensor
+from hydra_ckpt.state.optimizer_oracle import differing, is_own_method, same_tensor
 from hydra_ckpt.storage.subclasses import local_part
+
+_MODULE = "torch.nn.modules.module"
 
 
 def customizes(module: nn.Module) -> bool:
     """Whether a module itself, not its children, has a say in what `state_dict` returns."""
-    kind = type(module)
-    if kind.state_dict is not nn.Module.state_dict or kind._save_to_state_dict is not nn.Module._save_to_state_dict:
+    if not all(is_own_method(module, name, _MODULE) for name in ("state_dict", "_save_to_state_dict")):
         return True
     return _any_foreign((*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()))
 
 
 def customizes_loading(module: nn.Module) -> bool:
     """Whether a module itself, not its children, does more when it is loaded than to take tensors over."""
-    kind = type(module)
-    if not kind._load_from_state_dict.__module__.startswith("torch.nn."):  # PyTorch's own read older versions
+    # PyTorch's own modules read older versions.
+    if not all(is_own_method(module, name, "torch.nn.") for name in ("load_state_dict", "_load_from_state_dict")):
         return True
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return _any_foreign(hooks)
@@ -216,7 +217,7 @@ def _alike(saved: Any, live: Any) -> bool:
 
 def transparent(module: nn.Module) -> nn.Module | None:
     """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does; None if there is none."""
-    if type(module).state_dict is nn.Module.state_dict:
+    if is_own_method(module, "state_dict", _MODULE):
         return None
     told = told_by(module, type(module).__qualname__)
     for child in module._modules.values():

@@ -102,11 +102,12 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
             name = next(name for number, name in enumerate(members) if name in taken or name in members[:number])
             raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
         taken.update(members)
-        options = {key: value for key, value in group.items() if key != "params"}
         # Named after a parameter: optimizers of other pipeline stages have the same numbers.
-        place = members[0] if members else f"{holder.number}.{index}"
+        place = f"{members[0] if members else f'{holder.number}.{index}'}{inside}{OPTIONS}"
         here = sink.another()
-        groups.append({"params": members, "options": encode(options, f"{place}{inside}{OPTIONS}", here)})
+        options = {key: value for key, value in group.items() if key != "params" and not here.omits(f"{place}.{key}")}
+        here.unsaved = ()  # a part of an option is not left out
+        groups.append({"params": members, "options": encode(options, place, here)})
         _take(found, sink, here, group["params"][0] if members else None, from_step=False)
     section["optimizers"].append({"class": type(holder.optimizer).__qualname__, "groups": groups})
     _describe_state(found, holder, names, sink, section, inside)
@@ -126,6 +127,9 @@ def _describe_state(
             if encoded:
                 continue
         here = sink.another()
+        if here.omits(f"{known}{inside}"):
+            sink.omitted += here.omitted
+            continue
         section["state"][known] = encode(dict(held), f"{known}{inside}", here)
         section["empty"] += [] if held else [known]
         _take(found, sink, here, parameter, from_step=True)

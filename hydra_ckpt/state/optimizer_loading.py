@@ -17,7 +17,7 @@ from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import AS_PARAMETER, SEPARATOR, describe, name_of
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.memory import fresh_like, strided_like
-from hydra_ckpt.storage.tree import row_major, strides, tensor_names
+from hydra_ckpt.storage.tree import fill, row_major, strides, tensor_names
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
 _BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
@@ -37,6 +37,7 @@ class Fit:
         state: For each of these the saved state of its parameters, encoded.
         own: Number of an optimizer to its own saved state_dict, encoded.
         absent: Numbers of optimizers of whose parameters the description knows none.
+        refused: Numbers of optimizers that the description does not fit; they stay as they are.
         missing: Parameters of the other live optimizers that the description lacks.
         left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
@@ -49,6 +50,7 @@ class Fit:
     state: list[dict[str, Any]] = field(default_factory=list)
     own: dict[int, Any] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     left: set[str] = field(default_factory=set)
     different: dict[str, str] = field(default_factory=dict)
@@ -56,20 +58,22 @@ class Fit:
 
     def leave(self, names: Collection[str]) -> None:
         """Leave the state of these parameters as it is: they themselves are not loaded."""
-        for state in self.state:
+        for holder, state in zip(self.live, self.state, strict=True):
             for name in set(names) & state.keys():
                 self.left.add(name)
                 del state[name]
+                self.own.pop(holder.number, None)  # it holds the same state
 
     def drop(self, tensors: Collection[str]) -> set[str]:
         """Leave states and options as they are that hold one of these tensors; returns the tensors found."""
         lost: set[str] = set()
-        for state in self.state:
+        for holder, state in zip(self.live, self.state, strict=True):
             for name, tree in list(state.items()):
                 if here := set(tensors).intersection(tensor_names(tree)):
                     lost |= here
                     self.left.add(name)
                     del state[name]
+                    self.own.pop(holder.number, None)
         for rows in self.options:
             for index, options in enumerate(rows):
                 if here := set(tensors).intersection(tensor_names(options)):
@@ -108,7 +112,7 @@ def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapp
         _fit_holder(found, section(described, holder.path), holder, names, len(optimizers))
     for number in range(len(optimizers)):
         tree = described.get("own", {}).get(str(number))
-        if tree is None or number in found.absent:
+        if tree is None or number in found.absent | found.refused:
             continue
         if _same_parameters(described, found.live, number, names):
             found.own[number] = tree
@@ -189,6 +193,23 @@ def _splits(described: Mapping[str, Any], holder: Holder, names: Mapping[int, st
     return False
 
 
+def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, str]) -> list[str]:
+    """Groups that are not at the place where their parameters were: what goes by position does not fit them."""
+    homes = {
+        name: (number, index)
+        for number, optimizer in enumerate(described["optimizers"])
+        for index, group in enumerate(optimizer["groups"])
+        for name in group["params"]
+    }
+    return [
+        _place(holder, index)
+        for holder in found.live
+        if not holder.path and holder.number not in found.absent | found.refused
+        for index, group in enumerate(holder.groups)
+        if {homes.get(names[id(item)], (holder.number, index)) for item in group["params"]} - {(holder.number, index)}
+    ]
+
+
 def _place(holder: Holder, index: int | None = None) -> str:
     inner = f".{holder.path}" if holder.path else ""
     return f"{holder.called}{inner}" + ("" if index is None else f", group {index}")
@@ -211,6 +232,7 @@ def _fit_group(
     for options, kind in groups.values():
         if (why := _incompatible(kind, set(options), holder.optimizer, set(group))) is not None:
             found.different[_place(holder)] = why
+            found.refused.add(holder.number)
     kinds = {_kind(number, options): options for number, options, _ in saved.values()}
     if len(kinds) > 1:
         first = {_kind(number, options): name for name, (number, options, _) in reversed([*saved.items()])}
@@ -218,6 +240,7 @@ def _fit_group(
             f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
             "group them as in the run that saved"
         )
+        return None
     return next(iter(kinds.values()), None)
 
 
@@ -270,7 +293,9 @@ def targets(
         optimizers: What the live optimizers are called, to these.
         names: Identity of a parameter to its name.
     """
-    live = describe(optimizers, names, asks=False).tensors
+    live: Mapping[str, torch.Tensor] = {}
+    with suppress(CheckpointError):  # what cannot be saved may well be loaded into
+        live = describe(optimizers, names, asks=False).tensors
     wanted_strides = strides(found.trees())
     into: dict[str, torch.Tensor] = {}
     for name, parameter, on_device in _wanted(described, found, names):
@@ -397,6 +422,8 @@ def install(
     optimizers: Mapping[str, Any],
     names: Mapping[int, str],
     empty: Mapping[str, Collection[str]],
+    *,
+    is_first: bool = True,
 ) -> None:
     """Put saved state and options into live optimizers; state that was absent becomes absent.
 
@@ -407,13 +434,17 @@ def install(
         optimizers: What the live optimizers are called, to these.
         names: Identity of a parameter to its name.
         empty: What `empty_states` gives.
+        is_first: Whether absent state is removed; not after the optimizer has taken its own state over.
     """
     # Looked up again: load_state_dict() of an optimizer gives it new groups and a new state.
     live = {(holder.number, holder.path): holder for holder in holders(optimizers, names)}
-    for saved, state, groups in zip(found.live, states, options, strict=True):
+    by_place = {(one.number, one.path): state for one, state in zip(found.live, states, strict=True)}
+    for saved, groups in zip(found.live, options, strict=True):
         holder = live.get((saved.number, saved.path))
-        if holder is None or saved.number in found.absent:
+        if holder is None or saved.number in found.absent | found.refused:
             continue
+        # What two had in common load_state_dict() may have parted.
+        state = by_place[saved.outer or (saved.number, saved.path)]
         for group, chosen in zip(holder.groups, groups, strict=False):
             group.update(chosen or {})
         for parameter in {id(item): item for item in holder.parameters}.values():
@@ -421,8 +452,9 @@ def install(
             if name in found.missing or name in found.left:
                 continue
             if state.get(name) or name in empty.get(holder.path, ()):
-                holder.state[parameter] = dict(state.get(name, {}))  # type: ignore[index]
-            else:
+                whole = fill(dict(state.get(name, {})), holder.state.get(parameter))
+                holder.state[parameter] = whole  # type: ignore[index]
+            elif is_first:
                 holder.state.pop(parameter, None)  # type: ignore[attr-defined]
 
 

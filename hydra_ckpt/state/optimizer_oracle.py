@@ -65,16 +65,23 @@ def own_state(optimizer: Any, inside: Sequence[Holder], sink: Sink) -> Any | Non
 
 def is_plain(optimizer: Any) -> bool:
     """Whether an optimizer's state_dict() is PyTorch's own, and so tells nothing beyond state and options."""
-    kind = type(optimizer)
     return (
         isinstance(optimizer, Optimizer)
-        and kind.state_dict is Optimizer.state_dict
+        and is_own_method(optimizer, "state_dict", "torch.optim.")
         and not _customizes_loading(optimizer)
         and not any(getattr(optimizer, hooks, None) for hooks in _HOOKS[:2])
         and hasattr(optimizer, "state")
         and hasattr(optimizer, "param_groups")
         and not _strange_keys(optimizer)
     )
+
+
+def is_own_method(item: Any, name: str, package: str) -> bool:
+    """Whether an object's method is a library's own: overridden neither by its class nor on the object itself."""
+    method = getattr(item, name, None)
+    function = getattr(method, "__func__", None)
+    function = getattr(function, "__wrapped__", function)  # PyTorch wraps its own
+    return getattr(function, "__module__", "").startswith(package) and getattr(function, "__name__", "") == name
 
 
 def _strange_keys(optimizer: Optimizer) -> bool:
@@ -88,13 +95,9 @@ def _strange_keys(optimizer: Optimizer) -> bool:
 
 def _customizes_loading(optimizer: Any) -> bool:
     """Whether loading does more than to take over state and options."""
-    kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim."):
-        return any(getattr(optimizer, hooks, None) for hooks in _HOOKS[2:])
     return (
         not isinstance(optimizer, Optimizer)
-        or kind.load_state_dict is not Optimizer.load_state_dict
-        or not kind.__setstate__.__module__.startswith("torch.optim.")
+        or not all(is_own_method(optimizer, name, "torch.optim.") for name in ("load_state_dict", "__setstate__"))
         or any(getattr(optimizer, hooks, None) for hooks in _HOOKS[2:])
     )
 

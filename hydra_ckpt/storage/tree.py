@@ -62,7 +62,8 @@ class Sink(dict[str, torch.Tensor]):
 
     def dotted(self, name: str) -> str:
         """The name of a value as users write it."""
-        return f"{self.called}.{name.removeprefix(self.inside)}".replace(":", ".").removesuffix(".")
+        inner = name.removeprefix(self.inside).replace(":", ".").strip(".")
+        return f"{self.called}.{inner}" if inner else self.called
 
     def omits(self, name: str) -> bool:
         """Whether a value is to be left out; takes note of it if it is."""
@@ -154,7 +155,9 @@ def _tensor(value: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) ->
         return _wrapped(value, local, name, tensors)
     if type(value) not in _TENSORS and not isinstance(value, DTensor):
         raise _refused(name, tensors, f"a {type(value).__qualname__} is a tensor of a class that cannot be stored")
-    if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided:
+    if value.is_meta:
+        raise _refused(name, tensors, "a tensor on the meta device has no values; move it to a device")
+    if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided or value.is_nested:
         raise _refused(name, tensors, f"a tensor of {value.dtype}, {value.layout} cannot be stored; convert it")
     if isinstance(value, torch.nn.Parameter):
         return _tagged("parameter", [_tensor(value.detach(), name, tensors), value.requires_grad])
@@ -263,9 +266,12 @@ def fill(value: Any, live: Any) -> Any:
             del value[key]
         for key, item in kept.items():
             value[key] = known[key] if item is OMITTED else fill(item, known.get(key))
-    elif isinstance(value, list):
-        there = live if isinstance(live, list) and len(live) == len(value) else [None] * len(value)
-        value[:] = [other if item is OMITTED else fill(item, other) for item, other in zip(value, there, strict=True)]
+    elif isinstance(value, list | tuple):
+        there = live if isinstance(live, type(value)) and len(live) == len(value) else [None] * len(value)
+        whole = [other if item is OMITTED else fill(item, other) for item, other in zip(value, there, strict=True)]
+        if isinstance(value, tuple):
+            return tuple.__new__(type(value), whole)
+        value[:] = whole
     return value
 
 
