@@ -76,8 +76,11 @@ def read_owner(root: Path) -> tuple[Owner, float] | None:
         return None
 
 
-def acquire(files: Files, root: Path, owner: Owner) -> None:
+def acquire(files: Files, root: Path, owner: Owner) -> Owner | None:
     """Coordinator only: become the directory's writer.
+
+    Returns:
+        The one before, if that is known.
 
     Raises:
         CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
@@ -96,6 +99,7 @@ def acquire(files: Files, root: Path, owner: Owner) -> None:
                 f"{max(age, 0.0):.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
             )
     write_atomically(files, root / names.OWNER, _text(owner), owner.incarnation)
+    return record[0] if record is not None else None
 
 
 def _is_ahead(other: Owner, age: float, owner: Owner) -> bool:

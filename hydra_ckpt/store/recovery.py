@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointFormatError
@@ -16,32 +16,81 @@ from hydra_ckpt.store.pointers import move_pointer, read_pointer, remove_pointer
 log = logging.getLogger(__name__)
 
 
-def recover(files: Files, root: Path, *, not_beyond: int | None = None) -> None:
+def recover(files: Files, root: Path, previous: str | None, *, not_beyond: int | None = None) -> None:
     """Coordinator only, holding the lease: bring the directory into order after a crash.
 
     Args:
         files: The file layer.
         root: The checkpoint directory.
+        previous: The incarnation that held the lease before, if that is known.
         not_beyond: The step the run has loaded already; whole drafts of later steps are swept, not published,
             because the run will write those steps itself.
     """
     for path in sorted(root.iterdir()):
         hidden = names.parse_hidden(path.name)
         if hidden is None:
-            _sweep_remnant(files, path)
+            if names.is_prepared(path.name):
+                files.unlink(path)
             continue
         name, kind = hidden
         if kind == "draft":
             _finish_or_sweep(files, path, name, not_beyond)
-        elif kind == "deleting":
+        elif kind == "deleting" and not (is_late(path.name, previous) and _put_back(files, path, name)):
             discard(files, path)
     _move_left_pointers(files, scan(root))
 
 
-def _sweep_remnant(files: Files, path: Path) -> None:
-    """Remove what an interrupted replacement of a pointer or small file left beside it."""
-    if path.name.startswith((f".{names.LATEST}", f".{names.BEST}", f".{names.OWNER}.")):
-        files.unlink(path)
+def is_late(name: str, previous: str | None) -> bool:
+    """Whether a directory to be deleted was retired by a run that did not hold the lease any more.
+
+    Every run that takes over deletes what the run before it has retired. So what an older one has retired came later.
+
+    Args:
+        name: The hidden directory's name.
+        previous: The incarnation that held the lease last, if that is known.
+    """
+    retired_by = names.retired_by(name)
+    return previous is not None and retired_by is not None and retired_by != previous
+
+
+def put_back(files: Files, root: Path, incarnation: str, known: Collection[str]) -> None:
+    """Coordinator only, holding the lease: undo what another run has retired since this run took over.
+
+    That run was stopped between its last look at the lease and the renaming, and went on later.
+
+    Args:
+        files: The file layer.
+        root: The checkpoint directory.
+        incarnation: Of this run.
+        known: Names of the hidden directories that were there when this run took over.
+    """
+    for path in sorted(root.iterdir()):
+        retired_by = names.retired_by(path.name)
+        hidden = names.parse_hidden(path.name)
+        if hidden is not None and retired_by not in (None, incarnation) and path.name not in known:
+            _put_back(files, path, hidden[0])
+
+
+def _put_back(files: Files, path: Path, name: str) -> bool:
+    """Publish a retired checkpoint again if it is whole and its name is free.
+
+    Returns:
+        Whether it must stay: it is published again, or a newer version wrote it.
+    """
+    target = path.parent / name
+    try:
+        Checkpoint.open(path).check_files()
+    except CheckpointFormatError as error:
+        log.warning("a checkpoint of a newer version is left alone: %s", error)
+        return True
+    except CheckpointError:
+        return False
+    if not names.is_checkpoint_name(name) or target.exists():
+        return False
+    files.rename(path, target)
+    files.sync_dir(path.parent)
+    log.warning("%s had been retired by a run that no longer held the directory; it is there again", target)
+    return True
 
 
 def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None) -> None:
@@ -79,10 +128,10 @@ def _latest_step(catalog: Catalog) -> int | None:
     return None if latest is None else latest.step
 
 
-def set_aside(files: Files, paths: Iterable[Path], kind: str) -> None:
+def set_aside(files: Files, paths: Iterable[Path], kind: str, incarnation: str) -> None:
     """Coordinator only: hide directories without deleting them; `kind` is corrupt or aside."""
     for path in paths:
-        hidden = path.with_name(names.hidden_name(path.name, kind))
+        hidden = path.with_name(names.retired_name(path.name, kind, incarnation))
         files.rename(path, hidden)
         log.warning("%s was set aside as %s", path, hidden.name)
 
