@@ -13,7 +13,7 @@ from hydra_ckpt.cli.output import print_json
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
-from hydra_ckpt.store.lease import read_owner
+from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.store.pointers import read_pointer
 from hydra_ckpt.store.recovery import is_late
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -14,11 +15,13 @@ from hydra_ckpt import metrics as metric
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.resolved import KeepOptions
-from hydra_ckpt.store import lease, names
+from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan, select
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.fenced import FencedFiles, replace_prepared
+from hydra_ckpt.store.lease import Lease, Times
 from hydra_ckpt.store.manifest import WRITER, seal
+from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, put_back, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
@@ -35,14 +38,27 @@ class Directory:
         files: The file layer.
         keep: What decides about best and superfluous checkpoints.
         run: The sweep and job number it belongs to, if any.
+        times: Of the lease.
+        may_wait: Whether to wait for a holder that may be dead.
     """
 
-    def __init__(self, root: Path, files: Files, keep: KeepOptions, run: str | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: Files,
+        keep: KeepOptions,
+        run: str | None,
+        *,
+        times: Times | None = None,
+        may_wait: bool = True,
+    ) -> None:
         self.root = root
         self.files = files
         self._keep = keep
         self._policies = policies(keep.retention, keep.max_recent)
-        self._owner = lease.Owner.here(run or "")
+        self.times = times or Times()
+        self._owner = Owner.here(run or "")
+        self._lease = Lease(files, root, self._owner, self.times, may_wait=may_wait)
         self._held = FencedFiles(files, self.fence)
         self._hidden: set[str] = set()  # names of hidden directories that were there when this run took over
         self._latest: int | None = None  # the step LATEST leads to: this run never moves it below
@@ -110,7 +126,7 @@ class Directory:
         """
         try:
             self.files.make_dir(self.root)
-            previous = lease.acquire(self.files, self.root, self._owner)
+            previous = self._lease.acquire()
             recover(self._held, self.root, previous.incarnation if previous else None, not_beyond=not_beyond)
             self._hidden = {path.name for path in self.root.iterdir() if names.parse_hidden(path.name)}
         except CheckpointError:
@@ -120,7 +136,7 @@ class Directory:
                 f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "
                 "choose another directory, or mend its permissions or space"
             ) from error
-        self._heart = Heart(lease.HEARTBEAT_S, lambda: lease.beat(self.root, self._owner))
+        self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
 
     def settle(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> dict[str, Any]:
         """Move out of the way what is damaged, or lies beyond the step the run starts from.
@@ -177,10 +193,12 @@ class Directory:
 
     def fence(self) -> None:
         """Raise if another incarnation has taken the directory over."""
-        lease.check(self.root, self._owner)
+        self._lease.check()
 
     def close(self) -> None:
-        """Let go of the directory. Idempotent."""
+        """Let go of the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
+        if os.getpid() != self._owner.pid:
+            return
         if self._janitor is not None:
             self._janitor.close()
         try:
@@ -191,7 +209,7 @@ class Directory:
         finally:
             if self._heart is not None:
                 self._heart.stop()
-                lease.release(self.files, self.root, self._owner)
+                self._lease.release()
                 self._heart = None
 
     # -- a checkpoint is published -------------------------------------------------------------------------------
@@ -231,9 +249,10 @@ class Directory:
         self._latest = step
 
     def _point_best(self) -> None:
-        """Let BEST lead to what this run knows as the best; something else may have moved it."""
-        if self._best_name is not None and (self.root / self._best_name).is_dir():
-            move_pointer(self._held, self.root, names.BEST, self._best_name)
+        """Let BEST lead to what this run knows as the best, if another run has moved it elsewhere."""
+        best, found = self._best_name, read_pointer(self.root, names.BEST)
+        if best is not None and found not in {None, best} and (self.root / best).is_dir():
+            move_pointer(self._held, self.root, names.BEST, best)
 
     def _consider(self, checkpoint: Checkpoint) -> None:
         metrics = checkpoint.metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
-from hydra_ckpt.store.lease import Owner, is_alive
+from hydra_ckpt.store.owner import Owner
 
 RECORD = "hydra_ckpt_job.json"
 
@@ -70,7 +69,8 @@ class JobRecord:
 
     def state_now(self) -> str:
         """The state; a job that was running when its process ended was interrupted."""
-        if self.state == RUNNING and not is_alive(Owner(**self.owner), math.inf, Owner.here()):
+        owner = Owner.from_data(self.owner)
+        if self.state == RUNNING and not (owner is not None and owner.lives()):
             return INTERRUPTED
         return self.state
 
@@ -106,7 +106,8 @@ def read_record(directory: Path) -> JobRecord | None:
             return None
         data = json.loads(path.read_text(encoding="utf-8"))
         record = JobRecord(**{**data, "overrides": tuple(map(str, data["overrides"]))})
-        Owner(**record.owner)
+        if Owner.from_data(record.owner) is None:
+            return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record
