@@ -28,6 +28,7 @@ from tests.test_zombies import make_state
 
 root, where = Path(sys.argv[1]), sys.argv[2]
 armed = False
+woke_up = threading.Event()
 
 def stop(matches):
     global armed
@@ -35,6 +36,7 @@ def stop(matches):
         armed = False
         print("stops", flush=True)
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further
+        woke_up.set()
 
 class Stopping(Files):
     def rename(self, source, target):
@@ -72,6 +74,8 @@ def attempt(what, do):
         outcomes.append(f"{what}: {error}")
 
 attempt("save 2", lambda: engine.save(state, step=2, metrics={"loss": 0.1}).result())
+if "retiring" in where or "deleting" in where:
+    woke_up.wait(60)  # another thread does that, after the save has been answered
 attempt("metrics", lambda: (engine.add_metrics(2, 0, {"loss": 0.01}), engine.drain()))
 attempt("export", lambda: engine.save(state, step=2, is_final=True).result())
 attempt("save 9", lambda: engine.save(state, step=9).result())
