@@ -13,17 +13,13 @@ from typing import Any
 
 from hydra_ckpt import __version__
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import (
-    CheckpointConfigError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-)
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import names
 from hydra_ckpt.store.best_so_far import KEY, BestSoFar, best_until, opened
-from hydra_ckpt.store.catalog import Catalog, Checkpoint, listing, scan, select
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
+from hydra_ckpt.store.choosing import choose, deciding_metric
 from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.fenced import FencedFiles, replace_prepared
 from hydra_ckpt.store.lease import Lease, Times
@@ -36,9 +32,6 @@ from hydra_ckpt.store.strangers import refuse_strangers
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
-
-# At a directory that changes while it is looked at.
-_LOOKS = 5
 
 
 @dataclass
@@ -96,57 +89,8 @@ class Directory:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
-        """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
-
-        Looks again where the directory has changed meanwhile: a live run may be pruning it.
-
-        Raises:
-            CheckpointNotFoundError: An explicit one is not there.
-            CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
-            CorruptCheckpointError: An explicit one is damaged.
-        """
-        for _ in range(_LOOKS - 1):
-            before = listing(self.root)
-            try:
-                found = self._choose(selector, passed_over)
-                if not found["passed_over"] or listing(self.root) == before:
-                    return found
-            except (CheckpointNotFoundError, CorruptCheckpointError):
-                if listing(self.root) == before:
-                    raise
-        return self._choose(selector, passed_over)
-
-    def _choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
-        catalog = scan(self.root)
-        if selector != "auto":
-            chosen = select(catalog, selector, self._metric_in(catalog), self._keep.best_metric_mode)
-            chosen.check_files()
-            return {"path": str(chosen.path), "passed_over": {}}
-        damaged = {**catalog.damaged, **passed_over}
-        target = read_pointer(self.root, names.LATEST)
-        if target is not None and not (self.root / target).exists():
-            damaged[target] = f"{names.LATEST} leads to it, but it is gone"
-        for candidate in catalog.candidates():
-            if candidate.name in damaged:
-                continue
-            try:
-                candidate.check_files()
-            except CheckpointError as error:
-                damaged[candidate.name] = str(error)
-                continue
-            catalog.refuse_newer(names.LATEST, candidate.step)
-            return {"path": str(candidate.path), "passed_over": damaged}
-        catalog.refuse_newer(names.LATEST, None)
-        refuse_strangers(self.root)
-        return {"path": None, "passed_over": damaged}
-
-    def _metric_in(self, catalog: Catalog) -> str:
-        """The deciding metric: under the default key the only one the checkpoints have."""
-        key = self._configured
-        found = {name for item in catalog.checkpoints for name in item.metrics}
-        if key != metric.DEFAULT_KEY or key in found:
-            return key
-        return next(iter(found)) if len(found) == 1 else key
+        """The checkpoint a selector means; see `choosing.choose`."""
+        return choose(self.root, selector, passed_over, (self._configured, self._keep.best_metric_mode))
 
     def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
         """Under the default key, go on with the metric that has decided before."""
@@ -208,7 +152,7 @@ class Directory:
         self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
         before = opened(resumed)
         self._recall(catalog, before)
-        self._metric = self._metric_in(catalog)
+        self._metric = deciding_metric(catalog, self._configured)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
         latest = read_pointer(self.root, names.LATEST)
