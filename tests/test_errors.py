@@ -561,9 +561,9 @@ EXPECTED = {
     "flipped bit": ("CorruptCheckpointError", "the bytes are not those that were written"),
     "truncated": ("CorruptCheckpointError", "the file has another size"),
     "peft": ("CheckpointConfigError", "not a PeftModel"),
-    "value at save 1": ("CheckpointError", "once:deep.0: a builtins.object"),
-    "value at save 2": ("SaveFailedError", "once:deep.0: a builtins.object"),
-    "value at the end": ("SaveFailedError", "once:deep.0: a builtins.object"),
+    "value at save 1": ("CheckpointError", "extras.once.deep.0: a builtins.object"),
+    "value at save 2": ("SaveFailedError", "extras.once.deep.0: a builtins.object"),
+    "value at the end": ("SaveFailedError", "extras.once.deep.0: a builtins.object"),
     "metrics at save 1": ("CheckpointConfigError", "the metrics given are loss, other"),
     "metrics at save 2": ("SaveFailedError", "the metrics given are loss, other"),
     "unlike steps": (
