@@ -29,6 +29,7 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.best_so_far import BestSoFar
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
+from hydra_ckpt.store.lease import Times
 from hydra_ckpt.values import refuse_url
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Checkpointer:
         process_group: The ranks that checkpoint together; None for all.
         pp_group: The ranks of this rank's pipeline.
         files: The file layer; tests pass one that records or fails.
+        times: How long the lease of the directory waits; tests pass short ones.
 
     Raises:
         CheckpointConfigError: The ranks are configured differently; on all of them.
@@ -69,11 +71,13 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         pp_group: dist.ProcessGroup | None = None,
         files: Files | None = None,
+        times: Times | None = None,
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self._process_group = process_group
+        self._pid = os.getpid()
         self.stats = Stats()
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
@@ -87,7 +91,7 @@ class Checkpointer:
             "agreeing on checkpoint.checkpoint_dir", lambda: str(config.where.checkpoint_dir)
         )
         self.root = Path(root)
-        self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner)
+        self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner, times=times)
         self._extractor = Extractor(config.write.is_peft, pp_rank, config.write.unsaved)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
         # Whoever looks for a directory in vain tells the others before they give up.
@@ -265,7 +269,9 @@ class Checkpointer:
         """Collective, once: become the directory's writer."""
         if not self._opened:
             self._channel.coordinator_step(
-                "opening the checkpoint directory", lambda: self._directory.open(self._start_step)
+                "opening the checkpoint directory",
+                lambda: self._directory.open(self._start_step),
+                extra_s=self._directory.times.longest_s,
             )
             self._opened = True
 
@@ -442,7 +448,9 @@ class Checkpointer:
         self.raise_failure()
 
     def refuse_closed(self, what: str) -> None:
-        """Raise if this Checkpointer has been closed; `what` needs it open."""
+        """Raise if this Checkpointer has been closed, or belongs to another process; `what` needs it open."""
+        if os.getpid() != self._pid:
+            raise CheckpointError(f"{what}: this process was forked from process {self._pid}; only that one may")
         if self._closed:
             raise CheckpointError(f"{what}: the Checkpointer is closed; build another one")
 

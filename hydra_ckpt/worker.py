@@ -1,11 +1,14 @@
-"""The background thread of a Checkpointer."""
+"""The background threads of a Checkpointer."""
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
+
+from hydra_ckpt.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +18,33 @@ _POLL_S = 0.25
 Job = Callable[[], None]
 
 
-class Worker:
-    """One thread that does jobs in order.
+class _Thread(threading.Thread):
+    """A thread of ours. It is no daemon, and yet it does not keep a program alive that has ended otherwise."""
 
-    It is no daemon: a program that ends without `close()` still gets its last save published. It watches the main
-    thread instead, and leaves when that has ended and the jobs are done.
+
+class _WorkerThread(_Thread):
+    """A thread of a `Worker`."""
+
+
+def _program_runs() -> bool:
+    """Whether the main thread, or any other thread that the program waits for, is still there; ours do not count.
+
+    A program may train in a thread of its own and let the main thread end.
+    """
+    return threading.main_thread().is_alive() or any(
+        thread.is_alive() and not thread.daemon and not isinstance(thread, _Thread) for thread in threading.enumerate()
+    )
+
+
+def _saves_run() -> bool:
+    return any(isinstance(thread, _WorkerThread) and thread.is_alive() for thread in threading.enumerate())
+
+
+class Worker:
+    """One thread that does jobs in order. Any thread of the same process may call.
+
+    It is no daemon: a program that ends without `close()` still gets its last save published. It watches the other
+    threads instead, and leaves when they have ended and the jobs are done.
 
     Args:
         name: The thread's name.
@@ -29,17 +54,38 @@ class Worker:
     def __init__(self, name: str, farewell: Job | None = None) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._farewell = farewell
-        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._has_left = False  # changed with the lock: no job is queued that nobody will do
+        self._thread = _WorkerThread(target=self._run, name=name, daemon=False)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job; it must deal with its own errors."""
-        self._jobs.put(job)
+        """Queue a job; it must deal with its own errors.
+
+        Raises:
+            CheckpointError: The thread has left, or belongs to the process that this one was forked from.
+        """
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                f"this process was forked from process {self._pid}, whose background threads save; save there"
+            )
+        with self._lock:
+            if not self._has_left:
+                self._jobs.put(job)
+                return
+        raise CheckpointError(
+            "the background thread that saves has ended, because the program has: save before the last thread that is "
+            "not a daemon ends, and call close()"
+        )
 
     def drain(self) -> None:
         """Return when all jobs queued so far are done."""
         done = threading.Event()
-        self.submit(done.set)
+        try:
+            self.submit(done.set)
+        except CheckpointError:
+            return  # nothing is left to be done
         done.wait()
 
     def close(self) -> None:
@@ -53,9 +99,9 @@ class Worker:
             try:
                 job = self._jobs.get(timeout=_POLL_S)
             except queue.Empty:
-                if threading.main_thread().is_alive():
+                if _program_runs() or not self._leaves():
                     continue
-                job = None
+                break
             if job is None:
                 break
             try:
@@ -63,12 +109,20 @@ class Worker:
             except Exception:
                 log.exception("a background job of hydra_ckpt failed")
             del job  # what it holds (buffers, models) must not outlive it in an idle thread
+        with self._lock:
+            self._has_left = True
         if self._farewell is not None:
             self._farewell()
 
+    def _leaves(self) -> bool:
+        """Leave if there is still nothing to do; whether that is so."""
+        with self._lock:
+            self._has_left = self._jobs.empty()
+            return self._has_left
+
 
 class Heart:
-    """A thread that calls `beat` now and then, until it is stopped or the program ends.
+    """A thread that calls `beat` now and then, until it is stopped, or the program and its saves have ended.
 
     Args:
         interval_s: Seconds between beats.
@@ -79,7 +133,7 @@ class Heart:
         self._interval_s = interval_s
         self._beat = beat
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hydra_ckpt-heart", daemon=False)
+        self._thread = _Thread(target=self._run, name="hydra_ckpt-heart", daemon=False)
         self._thread.start()
 
     def stop(self) -> None:
@@ -89,7 +143,7 @@ class Heart:
 
     def _run(self) -> None:
         since = 0.0
-        while not self._stopped.wait(_POLL_S) and threading.main_thread().is_alive():
+        while not self._stopped.wait(_POLL_S) and (_program_runs() or _saves_run()):
             since += _POLL_S
             if since >= self._interval_s:
                 since = 0.0

@@ -16,7 +16,7 @@ from torch import nn
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import scan
-from hydra_ckpt.store.lease import read_owner
+from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.store.readers import reading
 from tests.test_cli import FIRST, LAST, SECOND, Result, contents, originals, run_dir, tool
 

@@ -249,8 +249,10 @@ def test_the_tags_of_progress_are_those_of_the_code() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     protocol = (REPOSITORY / "docs/protocol.md").read_text()
-    assert f"renewed every {lease.HEARTBEAT_S:.0f}\nseconds" in protocol
-    assert f"older than {lease.STALE_S:.0f} seconds" in protocol
+    times = lease.Times()
+    assert f"renewed every {times.heartbeat_s:.0f}\nseconds" in protocol
+    assert f"does not change for {times.stale_s:.0f} seconds" in protocol
+    assert f"waits up to {times.grace_s:.0f} seconds" in protocol
 
 
 # --- errors

@@ -212,7 +212,7 @@ def test_a_directory_removed_under_a_run_is_an_error_and_no_hang(tmp_path: Path,
         engine.save(state, step=1).result()
         shutil.rmtree(root)
         error = failure(engine, state, 2)
-        assert "no longer held by this run but by nobody (owner.json is gone)" in str(error)
+        assert "is gone: it was removed or renamed while this run wrote to it" in str(error)
         assert not root.exists()  # not made anew behind the user's back
     with build(root) as engine:
         engine.save(state, step=3).result()

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig, CorruptCheckpointError
 from hydra_ckpt.cli import app
 from hydra_ckpt.errors import printable
+from hydra_ckpt.files import Files
 from hydra_ckpt.hub.reference import find_reference
 from hydra_ckpt.jobs.yaml_text import parse_config, parse_yaml
 from hydra_ckpt.loading.changes import saved_config
@@ -182,6 +183,67 @@ def test_leftovers_that_cannot_be_removed_do_not_keep_a_run_from_starting(
     directory.open(None)
     directory.close()
     assert "cannot be removed" in caplog.text
+
+
+@pytest.mark.parametrize("name", [".owner.json.0123456789ab", ".LATEST.0123456789ab", ".metrics.json.0123456789ab"])
+def test_a_prepared_file_that_cannot_be_removed_does_not_keep_a_run_from_starting(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / name).write_text("x")
+    directory = Directory(root, stuck("unlink", name), KeepOptions("loss", "min", None, None), None)
+    directory.open(None)
+    directory.close()
+    assert f"{name}, which a run that died has left, cannot be removed" in caplog.text
+    (root / name).unlink()
+    (root / name).mkdir()  # no run of ours makes one
+    a_run_goes_on(root, 3, [3, 9])
+    assert (root / name).is_dir()
+
+
+@pytest.mark.parametrize("answer", ["rename", "read"])
+def test_a_late_retirement_that_cannot_be_undone_stays_and_stops_nothing(
+    root: Path, answer: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = root / f".epoch_0_step_2.deleting-{'0' * 12}{'1' * 12}"
+    (root / "epoch_0_step_2").rename(late)
+    read, inode = os.read, (late / "manifest.json").stat().st_ino
+
+    def failing(descriptor: int, count: int) -> bytes:
+        if answer == "read" and os.fstat(descriptor).st_ino == inode:
+            raise OSError(5, "Input/output error")
+        return read(descriptor, count)
+
+    monkeypatch.setattr(os, "read", failing)
+    files = stuck("rename", late.name) if answer == "rename" else Files()
+    directory = Directory(root, files, KeepOptions("loss", "min", None, None), None)
+    directory.open(None)
+    directory.close()
+    assert late.is_dir()
+    assert ("it stays so" if answer == "rename" else "is left alone") in caplog.text
+
+
+def test_an_owner_that_is_a_link_is_replaced_and_what_it_leads_to_is_not(root: Path, tmp_path: Path) -> None:
+    record = (root / "owner.json").read_text()
+    (root / "owner.json").rename(tmp_path / "elsewhere.json")
+    (root / "owner.json").symlink_to(tmp_path / "elsewhere.json")
+    a_run_goes_on(root, 3, [3, 9])
+    assert not (root / "owner.json").is_symlink()
+    assert (tmp_path / "elsewhere.json").read_text() == record
+
+
+def test_a_record_that_the_disk_does_not_give_may_be_a_live_run_s(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, inode = os.read, (root / "owner.json").stat().st_ino
+
+    def failing(descriptor: int, count: int) -> bytes:
+        if os.fstat(descriptor).st_ino == inode:
+            raise OSError(5, "Input/output error")
+        return read(descriptor, count)
+
+    monkeypatch.setattr(os, "read", failing)
+    directory = Directory(root, Files(), KeepOptions("loss", "min", None, None), None)
+    with pytest.raises(CheckpointConfigError, match="Input/output error"):
+        directory.open(None)
+    the_tool_answers(root)
 
 
 def test_one_checkpoint_that_cannot_be_renamed_does_not_keep_the_others(root: Path) -> None:

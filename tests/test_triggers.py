@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from hydra_ckpt import Checkpoint, CheckpointCallback, CheckpointConfigError, CheckpointError, CheckpointingConfig
-from hydra_ckpt.store.lease import read_owner
+from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.testing import run_distributed
 from hydra_ckpt.triggers.requests import INTERVAL_S, RequestFiles
 from hydra_ckpt.triggers.signals import SignalWatch, parse_signals

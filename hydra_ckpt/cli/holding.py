@@ -11,7 +11,7 @@ from hydra_ckpt.metrics import DEFAULT_KEY
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store.catalog import Catalog
 from hydra_ckpt.store.directory import Directory
-from hydra_ckpt.store.lease import read_owner
+from hydra_ckpt.store.owner import read_owner
 
 __all__ = ["decision", "held"]
 
@@ -31,11 +31,11 @@ def held(root: Path, keep: KeepOptions) -> Iterator[Directory]:
     """Hold a directory as its writer, in order: whole drafts published, dead ones swept, pointers right.
 
     Raises:
-        CheckpointExistsError: A live run writes to it.
+        CheckpointExistsError: A run writes to it, or may do so. It is not waited for.
     """
     record = read_owner(root)
     # The directory goes on belonging to the job of a sweep that made it.
-    directory = Directory(root, Files(), keep, record[0].run if record is not None else None)
+    directory = Directory(root, Files(), keep, record[0].run if record is not None else None, may_wait=False)
     directory.open(None)
     try:
         directory.settle(None, (), "raise")

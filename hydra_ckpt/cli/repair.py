@@ -13,7 +13,9 @@ from hydra_ckpt.cli.output import print_json
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.store.pointers import read_pointer
+from hydra_ckpt.store.recovery import is_late
 
 __all__ = ["repair"]
 
@@ -46,11 +48,13 @@ def repair(
 def _plan(root: Path, dry_run: bool) -> list[str]:
     """What is done to each hidden directory, or would be, in the words of a report."""
     found = []
+    owner = read_owner(root)
+    previous = owner[0].incarnation if owner is not None else None
     for path in sorted(root.iterdir()):
         hidden = names.parse_hidden(path.name)
         if hidden is None or hidden[1] not in ("draft", "deleting"):
             continue
-        whole = hidden[1] == "draft" and _is_whole(path)
+        whole = (hidden[1] == "draft" or is_late(path.name, previous)) and _is_whole(path)
         if whole is None:
             found.append(f"{path.name}: left alone, a newer version wrote it")
             continue

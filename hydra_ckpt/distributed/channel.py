@@ -52,8 +52,14 @@ class Channel(ABC):
         """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None."""
 
     @abstractmethod
-    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
-        """Collective: the coordinator's value on every rank; the coordinator passes `send` to make it."""
+    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
+        """Collective: the coordinator's value on every rank; the coordinator passes `send` to make it.
+
+        Args:
+            what: What is waited for, for messages.
+            send: Makes the value.
+            extra_s: How many seconds longer than usual the others wait for it.
+        """
 
     @property
     def is_coordinator(self) -> bool:
@@ -72,8 +78,14 @@ class Channel(ABC):
     def close(self) -> None:
         """Let go of the connection. Idempotent."""
 
-    def coordinator_step(self, what: str, step: Callable[[], Any]) -> Any:
-        """Collective: let rank 0 do something; all ranks get its result, or raise its error."""
+    def coordinator_step(self, what: str, step: Callable[[], Any], *, extra_s: float = 0.0) -> Any:
+        """Collective: let rank 0 do something; all ranks get its result, or raise its error.
+
+        Args:
+            what: What is done, for messages.
+            step: Does it.
+            extra_s: How many seconds longer than usual the others wait, where rank 0 may have to wait itself.
+        """
 
         def attempt() -> dict[str, Any]:
             try:
@@ -81,7 +93,7 @@ class Channel(ABC):
             except Exception as error:  # noqa: BLE001 - raised on every rank
                 return {"error": error_to_data(error)}
 
-        reply = self.receive(what, attempt if self.is_coordinator else None)
+        reply = self.receive(what, attempt if self.is_coordinator else None, extra_s=extra_s)
         if "error" in reply:
             raise error_from_data(reply["error"])
         return reply["value"]
@@ -143,7 +155,7 @@ class SoloChannel(Channel):
         """The payload alone."""
         return [payload]
 
-    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
+    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
         """The value itself."""
         if send is None:
             raise RuntimeError(f"{what}: the only rank is the coordinator and has to send")
@@ -188,12 +200,12 @@ class StoreChannel(Channel):
         self._spent = keys[1:]
         return payloads
 
-    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
+    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
         """Collective; see `Channel.receive`."""
         self._number += 1
         key = f"{self._lane}/{self._number}/to"
         if send is None:
-            return self._wait(what, [key])[0]
+            return self._wait(what, [key], extra_s)[0]
         value = send()
         self._set(what, key, value)
         self._spent.append(key)
@@ -238,10 +250,11 @@ class StoreChannel(Channel):
         except RuntimeError as error:
             raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
 
-    def _wait(self, what: str, keys: list[str]) -> list[Any]:
+    def _wait(self, what: str, keys: list[str], extra_s: float = 0.0) -> list[Any]:
         if not keys:
             return []
-        deadline = time.monotonic() + self._limit_s
+        limit_s = self._limit_s + extra_s
+        deadline = time.monotonic() + limit_s
         values: list[bytes] = []
         try:
             for start in range(0, len(keys), _KEYS_A_MESSAGE):
@@ -252,6 +265,6 @@ class StoreChannel(Channel):
         except dist.DistStoreError as error:
             missing = [key for key in keys if not self._connection.check([key])]
             ranks = [int(key.rsplit("/", 1)[1]) for key in missing if "/from/" in key] or [0]
-            raise RankTimeoutError(what, ranks, self._limit_s) from error
+            raise RankTimeoutError(what, ranks, limit_s) from error
         except RuntimeError as error:
             raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error

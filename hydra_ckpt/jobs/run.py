@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra_ckpt.jobs.command import program_of_this_process
 
-__all__ = ["HydraRun"]
+__all__ = ["HydraRun", "run_directory"]
 
 _TEXTS = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
@@ -37,21 +37,17 @@ class HydraRun:
     @classmethod
     def current(cls) -> HydraRun | None:
         """The job this process runs, or None outside one."""
-        # Hydra cannot be running where nobody imported it, and importing it here would cost time.
-        module = sys.modules.get("hydra.core.hydra_config")
-        if module is None or not module.HydraConfig.initialized():
-            return None
-        hydra = module.HydraConfig.get()
-        output_dir = _given(hydra, "runtime.output_dir")
+        output_dir = run_directory()
         if output_dir is None:
             return None
+        hydra = _hydra()
         number = _given(hydra, "job.num") if getattr(_given(hydra, "mode"), "name", None) == "MULTIRUN" else None
         return cls(
-            Path(output_dir).absolute(),
+            output_dir,
             None if number is None else Path(hydra.runtime.cwd) / hydra.sweep.dir,
             number,
             tuple(_given(hydra, "overrides.task") or ()),
-            _texts(hydra, Path(output_dir)),
+            _texts(hydra, output_dir),
             program_of_this_process(),
         )
 
@@ -59,6 +55,20 @@ class HydraRun:
     def owner(self) -> str | None:
         """Sweep directory and job number where the job is one of several, else None."""
         return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.number}"
+
+
+def run_directory() -> Path | None:
+    """The run directory of the Hydra job this process runs, absolute; None outside one."""
+    hydra = _hydra()
+    output_dir = None if hydra is None else _given(hydra, "runtime.output_dir")
+    return None if output_dir is None else Path(output_dir).absolute()
+
+
+def _hydra() -> Any:
+    """Hydra's own settings; None outside a job."""
+    # Hydra cannot be running where nobody imported it, and importing it here would cost time.
+    module = sys.modules.get("hydra.core.hydra_config")
+    return None if module is None or not module.HydraConfig.initialized() else module.HydraConfig.get()
 
 
 def _given(node: Any, key: str) -> Any:

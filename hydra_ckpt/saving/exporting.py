@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra_ckpt.files import write_atomically
 from hydra_ckpt.saving.save import DraftWriter, check_space
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import Draft, discard, join_draft, sync_tree
+from hydra_ckpt.store.fenced import replace_prepared
 from hydra_ckpt.store.manifest import to_bytes
 
 
@@ -68,16 +68,20 @@ class AddExport:
             digests=(*checkpoint.manifest.digests, *sorted(sidecars)),
             exports={**checkpoint.manifest.exports, **exports},
         )
-        write_atomically(self.writer.files, checkpoint.path / names.MANIFEST, to_bytes(manifest), names.nonce())
+        # Prepared in the draft, which a run that takes over sweeps: a late replacement finds nothing to put there.
+        prepared = draft.path / names.MANIFEST
+        replace_prepared(self.writer.files, prepared, checkpoint.path / names.MANIFEST, to_bytes(manifest))
         discard(self.writer.files, draft.path)
         return {"name": self.name, "bytes": manifest.nbytes}
 
     def _move_in(self, draft: Draft, checkpoint: Checkpoint, place: str) -> None:
-        """Move a file or directory to its place; what an interrupted attempt left there is in no manifest and goes."""
+        """Move a file or directory to its place; what an interrupted attempt left there is in no manifest and goes.
+
+        It goes into the draft. A run that takes over sweeps the draft, so a late call moves nothing.
+        """
         files, target = self.writer.files, checkpoint.path / place
-        if target.is_dir():
-            files.remove_tree(target)
-        files.unlink(target)
+        if target.exists() or target.is_symlink():
+            files.rename(target, draft.path / f"replaced-{names.nonce()}")
         files.rename(draft.path / place, target)
         files.sync_dir(target.parent)
 

@@ -176,7 +176,15 @@ class Saver:
         if request.consolidated:
             self._exported.add(name)
         self.pending = pending  # only now: one that never began would be waited for for ever
-        self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
+        try:
+            self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
+        except CheckpointError as failure:
+            staged.release()
+            self._published.discard(name)
+            self._exported.discard(name)
+            pending.fail(failure)  # nobody else would, and close() waits for it
+            pending.seen()
+            raise
         return pending
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,29 +13,25 @@ from typing import Any
 
 from hydra_ckpt import __version__
 from hydra_ckpt import metrics as metric
-from hydra_ckpt.errors import (
-    CheckpointConfigError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-)
-from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.files import Files
 from hydra_ckpt.resolved import KeepOptions
-from hydra_ckpt.store import lease, names
+from hydra_ckpt.store import names
 from hydra_ckpt.store.best_so_far import KEY, BestSoFar, best_until, opened
-from hydra_ckpt.store.catalog import Catalog, Checkpoint, listing, scan, select
+from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
+from hydra_ckpt.store.choosing import choose, deciding_metric
 from hydra_ckpt.store.draft import discard
+from hydra_ckpt.store.fenced import FencedFiles, replace_prepared
+from hydra_ckpt.store.lease import Lease, Times
 from hydra_ckpt.store.manifest import WRITER, seal
+from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
-from hydra_ckpt.store.recovery import conflict_error, in_the_way, recover, repoint, set_aside
+from hydra_ckpt.store.recovery import conflict_error, in_the_way, put_back, recover, repoint, set_aside
 from hydra_ckpt.store.retention import Context, policies, retire, superfluous
 from hydra_ckpt.store.strangers import refuse_strangers
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
-
-# At a directory that changes while it is looked at.
-_LOOKS = 5
 
 
 @dataclass
@@ -53,18 +50,35 @@ class Directory:
         files: The file layer.
         keep: What decides about best and superfluous checkpoints.
         run: The sweep and job number it belongs to, if any.
+        times: Of the lease.
+        may_wait: Whether to wait for a holder that may be dead.
 
     Attributes:
         best_so_far: The best value of the run, which may be of a step that is not saved; it stands in what is saved
             from then on. None where nobody tells it.
     """
 
-    def __init__(self, root: Path, files: Files, keep: KeepOptions, run: str | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: Files,
+        keep: KeepOptions,
+        run: str | None,
+        *,
+        times: Times | None = None,
+        may_wait: bool = True,
+    ) -> None:
         self.root = root
         self.files = files
         self._keep = keep
         self._policies = policies(keep.retention, keep.max_recent)
-        self._owner = lease.Owner.here(run or "")
+        self.times = times or Times()
+        self._owner = Owner.here(run or "")
+        self._lease = Lease(files, root, self._owner, self.times, may_wait=may_wait)
+        self._held = FencedFiles(files, self.fence)
+        self._hidden: set[str] = set()  # names of hidden directories that were there when this run took over
+        self._latest: int | None = None  # the step LATEST leads to: this run never moves it below
+        self._best_name: str | None = None
         self._heart: Heart | None = None
         self._janitor: Worker | None = None
         self._best: float | None = None
@@ -75,57 +89,8 @@ class Directory:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
-        """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
-
-        Looks again where the directory has changed meanwhile: a live run may be pruning it.
-
-        Raises:
-            CheckpointNotFoundError: An explicit one is not there.
-            CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
-            CorruptCheckpointError: An explicit one is damaged.
-        """
-        for _ in range(_LOOKS - 1):
-            before = listing(self.root)
-            try:
-                found = self._choose(selector, passed_over)
-                if not found["passed_over"] or listing(self.root) == before:
-                    return found
-            except (CheckpointNotFoundError, CorruptCheckpointError):
-                if listing(self.root) == before:
-                    raise
-        return self._choose(selector, passed_over)
-
-    def _choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
-        catalog = scan(self.root)
-        if selector != "auto":
-            chosen = select(catalog, selector, self._metric_in(catalog), self._keep.best_metric_mode)
-            chosen.check_files()
-            return {"path": str(chosen.path), "passed_over": {}}
-        damaged = {**catalog.damaged, **passed_over}
-        target = read_pointer(self.root, names.LATEST)
-        if target is not None and not (self.root / target).exists():
-            damaged[target] = f"{names.LATEST} leads to it, but it is gone"
-        for candidate in catalog.candidates():
-            if candidate.name in damaged:
-                continue
-            try:
-                candidate.check_files()
-            except CheckpointError as error:
-                damaged[candidate.name] = str(error)
-                continue
-            catalog.refuse_newer(names.LATEST, candidate.step)
-            return {"path": str(candidate.path), "passed_over": damaged}
-        catalog.refuse_newer(names.LATEST, None)
-        refuse_strangers(self.root)
-        return {"path": None, "passed_over": damaged}
-
-    def _metric_in(self, catalog: Catalog) -> str:
-        """The deciding metric: under the default key the only one the checkpoints have."""
-        key = self._configured
-        found = {name for item in catalog.checkpoints for name in item.metrics}
-        if key != metric.DEFAULT_KEY or key in found:
-            return key
-        return next(iter(found)) if len(found) == 1 else key
+        """The checkpoint a selector means; see `choosing.choose`."""
+        return choose(self.root, selector, passed_over, (self._configured, self._keep.best_metric_mode))
 
     def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
         """Under the default key, go on with the metric that has decided before."""
@@ -146,8 +111,9 @@ class Directory:
         try:
             refuse_strangers(self.root)
             self.files.make_dir(self.root)
-            lease.acquire(self.files, self.root, self._owner)
-            recover(self.files, self.root, not_beyond=not_beyond)
+            previous = self._lease.acquire()
+            recover(self._held, self.root, previous.incarnation if previous else None, not_beyond=not_beyond)
+            self._hidden = {path.name for path in self.root.iterdir() if names.parse_hidden(path.name)}
         except CheckpointError:
             raise  # some of ours are OSErrors too
         except OSError as error:
@@ -155,7 +121,7 @@ class Directory:
                 f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "
                 "choose another directory, or mend its permissions or space"
             ) from error
-        self._heart = Heart(lease.HEARTBEAT_S, lambda: lease.beat(self.root, self._owner))
+        self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
 
     def settle(
         self, start_step: int | None, corrupt: Collection[str], on_conflict: str, resumed: Path | None = None
@@ -177,24 +143,29 @@ class Directory:
             CheckpointFormatError: A later step is of a newer format; such a one is never set aside.
         """
         self.refuse_later(start_step, corrupt, on_conflict)
-        set_aside(self.files, [self.root / name for name in corrupt if (self.root / name).is_dir()], "corrupt")
+        damaged = [self.root / name for name in corrupt if (self.root / name).is_dir()]
+        set_aside(self._held, damaged, "corrupt", self._owner.incarnation)
         if start_step is not None:
-            set_aside(self.files, in_the_way(scan(self.root), start_step), "aside")
+            set_aside(self._held, in_the_way(scan(self.root), start_step), "aside", self._owner.incarnation)
         catalog = scan(self.root)
         kept = {item.name for item in catalog.checkpoints}
         self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
         before = opened(resumed)
         self._recall(catalog, before)
-        self._metric = self._metric_in(catalog)
+        self._metric = deciding_metric(catalog, self._configured)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
-        repoint(self.files, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
+        repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
+        latest = read_pointer(self.root, names.LATEST)
+        self._latest = None if latest is None else names.step_of(latest)
+        self._best_name = None
         if read_pointer(self.root, names.BEST) in catalog.newer:
             log.warning("BEST stays as it is: it leads to a checkpoint of a newer format, whose metrics are unknown")
         elif best is not None:
             # A crash may have come between a publication, or metrics added later, and the moving of BEST.
-            move_pointer(self.files, self.root, names.BEST, best.name)
+            move_pointer(self._held, self.root, names.BEST, best.name)
+            self._best_name = best.name
         else:
-            repoint(self.files, catalog, names.BEST, None)
+            repoint(self._held, catalog, names.BEST, None)
         self._best = best.metrics[self._metric] if best else None
         return {
             "published": [item.name for item in catalog.checkpoints],
@@ -222,14 +193,17 @@ class Directory:
 
     def fence(self) -> None:
         """Raise if another incarnation has taken the directory over."""
-        lease.check(self.root, self._owner)
+        self._lease.check()
 
     def close(self) -> None:
-        """Let go of the directory. Idempotent."""
+        """Let go of the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
+        if os.getpid() != self._owner.pid:
+            return
         if self._janitor is not None:
             self._janitor.close()
         try:
             self.write_metrics()
+            self._undo_late_changes()
             if self._owed:
                 log.error(
                     "these metrics could not be written and are lost with this run: %s",
@@ -238,20 +212,50 @@ class Directory:
         finally:
             if self._heart is not None:
                 self._heart.stop()
-                lease.release(self.files, self.root, self._owner)
+                self._lease.release()
                 self._heart = None
 
     # -- a checkpoint is published -------------------------------------------------------------------------------
 
     def point_to(self, name: str) -> None:
-        """Move the pointers to a new checkpoint; failing to never takes the checkpoint back."""
+        """Move the pointers to a new checkpoint; failing to never takes the checkpoint back.
+
+        What a run that had lost the directory has retired or moved meanwhile is put right first.
+        """
         try:
-            move_pointer(self.files, self.root, names.LATEST, name)
+            self._point_latest(name)
+            put_back(self._held, self.root, self._owner.incarnation, self._hidden)
             self.write_metrics()
             self._consider(Checkpoint.open(self.root / name))
-            self.files.unlink(self.root / name / names.TOKEN)
-        except OSError as error:
+            self._point_best()
+            self._held.unlink(self.root / name / names.TOKEN)
+        except (OSError, CheckpointError) as error:
             log.warning("%s is published, but its pointers could not be moved: %s", self.root / name, error)
+
+    def _undo_late_changes(self) -> None:
+        """Put right what a run that had lost the directory has done since the last save."""
+        if self._heart is None:
+            return
+        try:
+            put_back(self._held, self.root, self._owner.incarnation, self._hidden)
+            self._point_best()
+        except (OSError, CheckpointError) as error:
+            log.debug("%s was not looked through at the end: %s", self.root, error)
+
+    def _point_latest(self, name: str) -> None:
+        """Move LATEST, but never to an earlier step: only `settle` goes back."""
+        step = names.step_of(name)
+        if self._latest is not None and step < self._latest:
+            log.warning("LATEST stays at step %d: %s is of an earlier step", self._latest, self.root / name)
+            return
+        move_pointer(self._held, self.root, names.LATEST, name)
+        self._latest = step
+
+    def _point_best(self) -> None:
+        """Let BEST lead to what this run knows as the best, if another run has moved it elsewhere."""
+        best, found = self._best_name, read_pointer(self.root, names.BEST)
+        if best is not None and found not in {None, best} and (self.root / best).is_dir():
+            move_pointer(self._held, self.root, names.BEST, best)
 
     def _consider(self, checkpoint: Checkpoint) -> None:
         metrics = checkpoint.metrics
@@ -260,11 +264,12 @@ class Directory:
             return
         if key != self._metric:
             best = scan(self.root).best(key, self._keep.best_metric_mode)
-            self._best = best.metrics[key] if best is not None and best.name != checkpoint.name else None
+            other = best if best is not None and best.name != checkpoint.name else None
+            self._best, self._best_name = (other.metrics[key], other.name) if other else (None, None)
         self._metric = key
         if metric.is_better(metrics[key], self._best, self._keep.best_metric_mode):
-            move_pointer(self.files, self.root, names.BEST, checkpoint.name)
-            self._best = metrics[key]
+            move_pointer(self._held, self.root, names.BEST, checkpoint.name)
+            self._best, self._best_name = metrics[key], checkpoint.name
 
     @property
     def details(self) -> dict[str, Any]:
@@ -316,13 +321,15 @@ class Directory:
         best = {KEY: owed.best.as_data()} if owed.best is not None else {}
         body = seal({**checkpoint.added, "metrics": {**checkpoint.metrics, **owed.metrics}, **best})
         # One name for all attempts: the next one removes what a full disk left of the last.
-        write_atomically(self.files, checkpoint.path / names.METRICS, body, self._owner.incarnation)
+        prepared = self.root / f".{names.METRICS}.{self._owner.incarnation}"
+        replace_prepared(self._held, prepared, checkpoint.path / names.METRICS, body)
         self._consider(checkpoint)
 
     def prune(self) -> None:
         """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a thread of its own."""
         if self._policies:
             catalog = scan(self.root)
+            self.fence()  # all that is listed was there while the lease was held
             context = Context(self._metric, self._keep.best_metric_mode, time.time())
             self.retire(superfluous(catalog, self._policies, context))
 
@@ -331,16 +338,23 @@ class Directory:
 
         Raises:
             OSError: One cannot be renamed; the others are gone all the same.
+            CheckpointError: Another run holds the directory.
         """
         if self._janitor is None:
             self._janitor = Worker("hydra_ckpt-delete")
         failure: OSError | None = None
         for item in checkpoints:
             try:
-                hidden = retire(self.files, item)
+                hidden = retire(self._held, item, self._owner.incarnation)
             except OSError as error:
                 failure = failure or error
                 continue
-            self._janitor.submit(partial(discard, self.files, hidden))
+            self._janitor.submit(partial(self._delete, hidden))
         if failure is not None:
             raise failure
+
+    def _delete(self, hidden: Path) -> None:
+        try:
+            discard(self._held, hidden)
+        except (OSError, CheckpointError) as error:
+            log.warning("%s could not be deleted; the next run does it: %s", hidden, error)

@@ -1,204 +1,305 @@
 """The lease: which run may write to a checkpoint directory.
 
-`owner.json` names the run, its incarnation (new at every start), host and process; its modification time is the
-heartbeat. A second live writer is refused. A lease whose process is gone from this host, whose run comes back
-(a requeued job), or whose heartbeat is old is taken over at once. One whose heartbeat lies in the future says nothing
-about its age: whether it still changes is watched.
+`owner.json` names the run, its incarnation (new at every start) and its process; the file's time of modification is the
+heartbeat. A run takes the lease at once if nobody holds it, or the holder is proved dead. A holder of which nothing can
+be proved is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock, it
+is dead. A live holder is refused.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
-import socket
+import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError
-from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
-from hydra_ckpt.store.small_files import read_small_file
+from hydra_ckpt.store.leftovers import sweep_prepared
+from hydra_ckpt.store.owner import Owner, Record, look, opened, read_open, read_owner
+
+__all__ = ["Lease", "Times", "is_held"]
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S = 15.0
-STALE_S = 120.0
-_MAX_BYTES = 1 << 20
-# Seconds between two looks at a heartbeat that is watched.
-_LOOK_S = 1.0
-# Identity of a job that schedulers keep when they start it again.
-_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who writes.
-
-    Attributes:
-        incarnation: Random, new at every start.
-        host: Name of the host of rank 0.
-        pid: Its process.
-        started: When that process started, Unix time in seconds: a reused pid has another.
-        job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
-        run: The sweep and job number the directory belongs to; empty outside a sweep.
-        released: Whether it has let go of the directory; the record of who wrote last stays.
-    """
-
-    incarnation: str
-    host: str
-    pid: int
-    started: float
-    job: str = ""
-    run: str = ""
-    released: bool = False
-
-    @classmethod
-    def here(cls, run: str = "") -> Owner:
-        """This process."""
-        jobs = (f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name, "none") != "none")
-        started = psutil.Process().create_time()
-        return cls(names.nonce(), socket.gethostname(), os.getpid(), started, next(jobs, ""), run)
-
-
-def read_owner(root: Path) -> tuple[Owner, float] | None:
-    """The owner on record and the age of its heartbeat in seconds; None where there is none, or no readable one."""
-    path = root / names.OWNER
-    try:
-        age = time.time() - path.stat().st_mtime
-        owner = Owner(**json.loads(read_small_file(path, _MAX_BYTES)))
-        texts = (owner.incarnation, owner.host, owner.job, owner.run)
-        if not all(isinstance(text, str) for text in texts) or type(owner.pid) is not int or owner.pid < 0:
-            return None
-        return replace(owner, started=float(owner.started)), age
-    except (OSError, CorruptCheckpointError, ValueError, TypeError, OverflowError, RecursionError):
-        return None
-
-
-def acquire(files: Files, root: Path, owner: Owner) -> None:
-    """Coordinator only: become the directory's writer.
-
-    Raises:
-        CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
-    """
-    record = read_owner(root)
-    if record is not None:
-        other, age = record
-        if other.run and owner.run and other.run != owner.run:
-            raise CheckpointExistsError(
-                f"{root} belongs to the sweep job {other.run}; this is {owner.run}. "
-                "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
-            )
-        if is_alive(other, age, owner) and not (_is_ahead(other, age, owner) and _has_stopped(root, other)):
-            raise CheckpointExistsError(
-                f"{root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
-                f"{max(age, 0.0):.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
-            )
-    write_atomically(files, root / names.OWNER, _text(owner), owner.incarnation)
-
-
-def _is_ahead(other: Owner, age: float, owner: Owner) -> bool:
-    """Whether all that speaks for an owner's life is a heartbeat so far in the future that the clocks must differ."""
-    return other.host != owner.host and age < -STALE_S
-
-
-def _has_stopped(root: Path, other: Owner) -> bool:
-    """Whether a heartbeat stays the same for as long as one may be old, by this process's own clock."""
-    log.warning(
-        "the last sign of life of host %s, process %d, which holds %s, lies in the future: the clocks differ. Looking "
-        "for a new one for %.0f s",
-        other.host,
-        other.pid,
-        root,
-        STALE_S,
-    )
-    began, seen = time.monotonic(), _heartbeat(root)
-    while seen is not None and time.monotonic() - began < STALE_S:
-        time.sleep(_LOOK_S)
-        if _heartbeat(root) != seen:
-            record = read_owner(root)
-            return record is None or record[0].released
-    return True
-
-
-def _heartbeat(root: Path) -> int | None:
-    """The time of the last heartbeat, in nanoseconds of whichever clock; None where there is no owner."""
-    try:
-        return (root / names.OWNER).stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _text(owner: Owner) -> bytes:
-    return (json.dumps(asdict(owner), indent=1) + "\n").encode()
-
-
-def is_held(root: Path) -> bool:
-    """Whether a live run writes to a directory, as far as can be told from here."""
-    record = read_owner(root)
-    return record is not None and is_alive(*record, Owner.here())
-
-
-def is_alive(other: Owner, age: float, owner: Owner) -> bool:
-    """Whether the process of an owner lives.
-
-    Args:
-        other: The owner on record.
-        age: Of its last sign of life, in seconds.
-        owner: Who asks.
-    """
-    if other.released:
-        return False
-    if other.host == owner.host:
-        if other.incarnation in _RELEASED:
-            return False
-        try:
-            process = psutil.Process(other.pid)
-            # A killed process that nobody has waited for keeps its number, but writes no more.
-            return bool(abs(process.create_time() - other.started) < 1) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-    if other.job and other.job == owner.job:
-        return False
-    return age < STALE_S
-
 
 # Incarnations of this process that have let go, for directories where that could not be written down.
 _RELEASED: set[str] = set()
 
 
-def release(files: Files, root: Path, owner: Owner) -> None:
-    """Coordinator only: let go of the directory, unless somebody else has it by now."""
-    _RELEASED.add(owner.incarnation)
-    try:
-        check(root, owner)
-        write_atomically(files, root / names.OWNER, _text(replace(owner, released=True)), owner.incarnation)
-    except (OSError, CheckpointError):
-        return  # it is free as soon as this process has ended
+@dataclass(frozen=True)
+class Times:
+    """How long things take, in seconds.
 
-
-def check(root: Path, owner: Owner) -> None:
-    """Make sure that nobody has taken over.
-
-    Raises:
-        CheckpointError: Another incarnation holds the lease: this process must not publish.
+    Attributes:
+        heartbeat_s: Between two signs of life.
+        stale_s: A heartbeat that does not change for so long is a dead run's: three beats and a little.
+        grace_s: How long a run that is started again waits for its own former processes to end.
+        look_s: Between two looks at a heartbeat that is watched.
     """
-    record = read_owner(root)
-    if record is None or record[0].incarnation != owner.incarnation:
-        holder = f"host {record[0].host}, process {record[0].pid}" if record else "nobody (owner.json is gone)"
+
+    heartbeat_s: float = 15.0
+    stale_s: float = 50.0
+    grace_s: float = 30.0
+    look_s: float = 0.5
+
+    @property
+    def longest_s(self) -> float:
+        """The longest that taking a lease may last."""
+        return self.grace_s + self.stale_s + 10.0
+
+
+class Lease:
+    """A run's hold on a directory. Coordinator only; any thread may call.
+
+    Args:
+        files: The file layer.
+        root: The checkpoint directory.
+        owner: This process.
+        times: How long to wait.
+        may_wait: Whether to wait for a holder that may be dead; if not, it is refused.
+    """
+
+    def __init__(self, files: Files, root: Path, owner: Owner, times: Times, *, may_wait: bool = True) -> None:
+        self._files = files
+        self._root = root
+        self._path = root / names.OWNER
+        self._owner = owner
+        self._times = times
+        self._may_wait = may_wait
+        self._confirmed = float("-inf")  # when this run last saw that it holds the lease
+        self._lock = threading.Lock()
+
+    # -- taking ----------------------------------------------------------------------------------------------------
+
+    def acquire(self) -> Owner | None:
+        """Become the directory's writer.
+
+        Returns:
+            The one before, if that is known.
+
+        Raises:
+            CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
+        """
+        previous = None
+        while True:
+            record = look(self._path)
+            if self._is_mine(record):
+                break
+            previous = record.owner
+            free = record if previous is None else self._await_end(previous, record)
+            if free is not None and not self._claim(free):
+                self._await_claimant(self._claim_path(free))
+        self._confirmed = time.monotonic()
+        return previous
+
+    def _is_mine(self, record: Record) -> bool:
+        return record.owner is not None and record.owner.incarnation == self._owner.incarnation
+
+    def _await_end(self, other: Owner, record: Record) -> Record | None:
+        """Wait until a holder is known to be dead.
+
+        Returns:
+            What was found then, or None if there is another record by now.
+
+        Raises:
+            CheckpointExistsError: It lives, or waiting is not allowed.
+        """
+        self._refuse_other_job(other)
+        began = changed = time.monotonic()
+        beats, told = False, False
+        while not self._is_free(other):
+            now = time.monotonic()
+            lives = other.lives()
+            waits = self._may_wait and (now - began < self._times.grace_s and self._is_former(other))
+            if (lives or beats) and not waits:
+                raise self._refusal(other, record)
+            if not self._may_wait:
+                raise self._unproved(other)
+            if lives is None and now - changed >= self._times.stale_s:
+                break
+            told = told or self._tell(other, lives)
+            time.sleep(self._times.look_s)
+            found = look(self._path)
+            if found.raw != record.raw:
+                return None
+            beats = found.beat != record.beat
+            record, changed = found, time.monotonic() if beats else changed
+        return record
+
+    def _is_free(self, other: Owner) -> bool:
+        """Whether a holder has let go, or is proved to write no more."""
+        if other.released or other.incarnation in _RELEASED:
+            return True
+        lives = other.lives()
+        return lives is False or self._owner.is_requeued(other) or (lives is None and self._owner.is_restarted(other))
+
+    def _is_former(self, other: Owner) -> bool:
+        """Whether a holder is another process of this same run, which may be about to end."""
+        itself = (other.boot, other.namespace, other.pid) == (self._owner.boot, self._owner.namespace, self._owner.pid)
+        return bool(other.launch) and other.launch == self._owner.launch and not itself
+
+    def _tell(self, other: Owner, lives: bool | None) -> bool:
+        if lives:
+            log.warning(
+                "%s is still held by an earlier start of this run (host %s, process %d); waiting %.0f s at most",
+                *(self._root, other.host, other.pid, self._times.grace_s),
+            )
+        else:
+            log.warning(
+                "%s is held by a run on host %s, process %d, and it cannot be told from here whether that still lives. "
+                "Watching its heartbeat for %.0f s",
+                *(self._root, other.host, other.pid, self._times.stale_s),
+            )
+        return True
+
+    def _claim(self, judged: Record) -> bool:
+        """Replace the record that was judged; whether nobody else was about to do the same.
+
+        Of several runs that have judged the same record only one creates the file that replaces it. Whoever takes over
+        removes all such files, so whoever is late has nothing left to put in place.
+        """
+        prepared = self._claim_path(judged)
+        try:
+            self._files.write_new(prepared, self._owner.to_bytes())
+        except FileExistsError:
+            return False
+        except FileNotFoundError:  # removed by a run that has taken over meanwhile
+            return self._root.is_dir() or self._raise_gone()
+        except OSError:
+            with suppress(OSError):
+                self._files.unlink(prepared)
+            raise
+        if look(self._path) != judged:
+            self._files.unlink(prepared)
+            return True
+        with suppress(FileNotFoundError):
+            self._files.replace(prepared, self._path)
+            self._files.sync_dir(self._root)
+            self._sweep()
+        return True
+
+    def _claim_path(self, judged: Record) -> Path:
+        return self._root / f".{names.OWNER}.after-{hashlib.blake2b(judged.raw or b'', digest_size=6).hexdigest()}"
+
+    def _raise_gone(self) -> bool:
+        raise CheckpointError(f"{self._root} is gone: it was removed or renamed while this run wrote to it")
+
+    def _sweep(self) -> None:
+        for path in self._root.iterdir():
+            if path.name.startswith(f".{names.OWNER}."):
+                sweep_prepared(self._files, path)
+
+    def _await_claimant(self, prepared: Path) -> None:
+        """Wait while another run takes the lease; what a dead one has left of that is removed."""
+        first, began = look(prepared), time.monotonic()
+        while first.raw is not None and look(prepared) == first:
+            waited = time.monotonic() - began
+            dead = first.owner is not None and first.owner.lives() is False
+            if not dead and not self._may_wait and waited > self._times.look_s:
+                raise CheckpointExistsError(f"{self._root} is being taken by another run at this moment; try again")
+            if dead or waited >= self._times.stale_s:
+                self._files.unlink(prepared)
+                return
+            time.sleep(min(self._times.look_s, 0.05))
+
+    # -- refusing --------------------------------------------------------------------------------------------------
+
+    def _refuse_other_job(self, other: Owner) -> None:
+        if other.run and self._owner.run and other.run != self._owner.run:
+            raise CheckpointExistsError(
+                f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. "
+                "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
+            )
+
+    def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
+        age = max(time.time() - record.beat / 1e9, 0.0)
+        return CheckpointExistsError(
+            f"{self._root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
+            f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
+        )
+
+    def _unproved(self, other: Owner) -> CheckpointExistsError:
+        return CheckpointExistsError(
+            f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; it cannot be "
+            f"told from here whether that lives. If you know that it has ended, remove {self._path}"
+        )
+
+    # -- holding ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Make sure that nobody has taken over. If the record is simply gone, take the lease again.
+
+        Raises:
+            CheckpointError: Another incarnation holds the lease: this process must not publish.
+        """
+        self._refuse_fork()
+        with self._lock:
+            record = look(self._path)
+            if record.owner is None and self._has_held_lately():
+                self._claim(record)
+                record = look(self._path)
+            if self._is_mine(record):
+                self._confirmed = time.monotonic()
+                return
+        if record.owner is None and not self._root.is_dir():
+            self._raise_gone()
+        holder = f"host {record.owner.host}, process {record.owner.pid}" if record.owner else "nobody"
         raise CheckpointError(
-            f"{root} is no longer held by this run but by {holder}; "
+            f"{self._root} is no longer held by this run but by {holder}; "
             "this process was taken for dead and must not publish"
         )
 
+    def _has_held_lately(self) -> bool:
+        """Whether nobody can have taken this run for dead since it last saw that it holds the lease."""
+        return time.monotonic() - self._confirmed < self._times.stale_s
 
-def beat(root: Path, owner: Owner) -> None:
-    """Give a sign of life."""
-    try:
-        check(root, owner)
-        os.utime(root / names.OWNER)
-    except (OSError, CheckpointError):
-        return  # the next save says what is wrong
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._owner.pid:
+            raise CheckpointError(
+                f"{self._root} is held by process {self._owner.pid}, of which this process is a copy (fork); "
+                "only that one saves"
+            )
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        try:
+            self.check()
+            with opened(self._path) as descriptor:
+                if self._is_mine(read_open(descriptor, self._path)):
+                    os.utime(descriptor)  # of this very file, whatever has replaced it by now
+        except (OSError, CheckpointError):
+            return  # the next save says what is wrong
+
+    def release(self) -> None:
+        """Let go of the directory, unless somebody else has it by now. In a forked process nothing happens."""
+        if os.getpid() != self._owner.pid:
+            return
+        _RELEASED.add(self._owner.incarnation)
+        prepared = self._path.with_name(f".{names.OWNER}.{self._owner.incarnation}")
+        try:
+            if not self._is_mine(look(self._path)):
+                return
+            self._files.unlink(prepared)
+            self._files.write_new(prepared, replace(self._owner, released=True).to_bytes())
+            if self._is_mine(look(self._path)):
+                self._files.replace(prepared, self._path)
+                self._files.sync_dir(self._root)
+            else:
+                self._files.unlink(prepared)
+        except OSError:
+            return  # it is free as soon as this process has ended
+
+
+def is_held(root: Path) -> bool:
+    """Whether a live run writes to a directory: a guess for display, where nothing can be proved."""
+    found = read_owner(root)
+    if found is None or found[0].released or found[0].incarnation in _RELEASED:
+        return False
+    owner, age = found
+    lives = owner.lives()
+    return abs(age) < Times().stale_s if lives is None else lives

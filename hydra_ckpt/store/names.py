@@ -30,8 +30,11 @@ CONFIG = "config"
 DIGESTS = "digests"
 
 _CHECKPOINT = re.compile(r"epoch_(\d{1,18})_step_(\d{1,18})")
-# Beside a pointer or small file that is being replaced; see `files.write_atomically` and `pointers.point`.
-_REMNANT = re.compile(rf"\.({LATEST}|{BEST}|{LATEST}\.txt|{BEST}\.txt|{re.escape(OWNER)})\.[0-9a-f]{{12,}}")
+# What is written beside a pointer or small file before it replaces it.
+_PREPARED = re.compile(
+    rf"\.({LATEST}|{BEST}|{LATEST}\.txt|{BEST}\.txt|{re.escape(OWNER)}|{re.escape(METRICS)})\.(after-)?[0-9a-f]{{12,}}"
+)
+_NONCE_DIGITS = 12
 _HIDDEN = re.compile(
     r"\.(?P<name>epoch_\d{1,18}_step_\d{1,18}(\.export)?)"
     r"\.(?P<kind>draft|deleting|corrupt|aside)-(?P<nonce>[0-9a-f]+)"
@@ -67,17 +70,35 @@ def hidden_name(name: str, kind: str, ending: str | None = None) -> str:
     return f".{name}.{kind}-{ending or nonce()}"
 
 
+def retired_name(name: str, kind: str, incarnation: str) -> str:
+    """A fresh hidden name that says which run has retired a checkpoint.
+
+    Args:
+        name: The checkpoint's name.
+        kind: deleting, corrupt or aside.
+        incarnation: Of the run; hexadecimal digits, as `nonce` makes them.
+    """
+    return hidden_name(name, kind, incarnation + nonce())
+
+
+def retired_by(name: str) -> str | None:
+    """The incarnation in a hidden name made by `retired_name`; None in any other name."""
+    match = _HIDDEN.fullmatch(name)
+    digits = match["nonce"] if match and match["kind"] != "draft" else ""
+    return digits[:_NONCE_DIGITS] if len(digits) == 2 * _NONCE_DIGITS else None
+
+
+def is_prepared(name: str) -> bool:
+    """Whether a hidden file of this name was to replace a pointer or small file of ours."""
+    return _PREPARED.fullmatch(name) is not None
+
+
 def parse_hidden(name: str) -> tuple[str, str] | None:
     """The checkpoint's name and the kind of a hidden name, or None for any other name."""
     match = _HIDDEN.fullmatch(name)
     return (match["name"], match["kind"]) if match else None
 
 
-def is_remnant(name: str) -> bool:
-    """Whether an interrupted replacement of a pointer or of the lease leaves a file of this name."""
-    return _REMNANT.fullmatch(name) is not None
-
-
 def nonce() -> str:
     """A short random text."""
-    return secrets.token_hex(6)
+    return secrets.token_hex(_NONCE_DIGITS // 2)

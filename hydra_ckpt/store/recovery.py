@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointFormatError
@@ -12,52 +11,97 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
 from hydra_ckpt.store.draft import Draft, discard, publish_draft
+from hydra_ckpt.store.leftovers import left_if_stuck, sweep_prepared
 from hydra_ckpt.store.pointers import move_pointer, read_pointer, remove_pointer
 
 log = logging.getLogger(__name__)
 
 
-def recover(files: Files, root: Path, *, not_beyond: int | None = None) -> None:
+def recover(files: Files, root: Path, previous: str | None, *, not_beyond: int | None = None) -> None:
     """Coordinator only, holding the lease: bring the directory into order after a crash.
 
     Args:
         files: The file layer.
         root: The checkpoint directory.
+        previous: The incarnation that held the lease before, if that is known.
         not_beyond: The step the run has loaded already; whole drafts of later steps are swept, not published,
             because the run will write those steps itself.
     """
     for path in sorted(root.iterdir()):
         hidden = names.parse_hidden(path.name)
         if hidden is None:
-            _sweep_remnant(files, path)
+            sweep_prepared(files, path)
             continue
         name, kind = hidden
         if kind == "draft":
             _finish_or_sweep(files, path, name, not_beyond)
-        elif kind == "deleting":
+        elif kind == "deleting" and not (is_late(path.name, previous) and _put_back(files, path, name)):
             _sweep(files, path)
     _move_left_pointers(files, scan(root))
 
 
-def _sweep_remnant(files: Files, path: Path) -> None:
-    """Remove what an interrupted replacement of a pointer or small file left beside it, and nothing of a user's."""
-    if names.is_remnant(path.name) and (path.is_symlink() or not path.is_dir()):
-        with _left_if_stuck(path):
-            files.unlink(path)
-
-
 def _sweep(files: Files, path: Path) -> None:
-    with _left_if_stuck(path):
+    with left_if_stuck(path):
         discard(files, path)
 
 
-@contextmanager
-def _left_if_stuck(path: Path) -> Iterator[None]:
-    """What cannot be removed is in nobody's way, and no reason not to begin."""
+def is_late(name: str, previous: str | None) -> bool:
+    """Whether a directory to be deleted was retired by a run that did not hold the lease any more.
+
+    Every run that takes over deletes what the run before it has retired. So what an older one has retired came later.
+
+    Args:
+        name: The hidden directory's name.
+        previous: The incarnation that held the lease last, if that is known.
+    """
+    retired_by = names.retired_by(name)
+    return previous is not None and retired_by is not None and retired_by != previous
+
+
+def put_back(files: Files, root: Path, incarnation: str, known: Collection[str]) -> None:
+    """Coordinator only, holding the lease: undo what another run has retired since this run took over.
+
+    That run was stopped between its last look at the lease and the renaming, and went on later.
+
+    Args:
+        files: The file layer.
+        root: The checkpoint directory.
+        incarnation: Of this run.
+        known: Names of the hidden directories that were there when this run took over.
+    """
+    for path in sorted(root.iterdir()):
+        retired_by = names.retired_by(path.name)
+        hidden = names.parse_hidden(path.name)
+        if hidden is not None and retired_by not in (None, incarnation) and path.name not in known:
+            _put_back(files, path, hidden[0])
+
+
+def _put_back(files: Files, path: Path, name: str) -> bool:
+    """Publish a retired checkpoint again if it is whole and its name is free.
+
+    Returns:
+        Whether it must stay: it is published again, or may be another time, or a newer version wrote it.
+    """
+    target = path.parent / name
     try:
-        yield
+        Checkpoint.open(path).check_files()
+    except CheckpointFormatError as error:
+        log.warning("a checkpoint of a newer version is left alone: %s", error)
+        return True
+    except CheckpointError as error:
+        if unanswered := isinstance(error.__cause__, OSError):  # it may be whole, and the disk may answer the next time
+            log.warning("a retired checkpoint is left alone: %s", error)
+        return unanswered
+    if not names.is_checkpoint_name(name) or target.exists():
+        return False
+    try:
+        files.rename(path, target)
+        files.sync_dir(path.parent)
     except OSError as error:
-        log.warning("%s, which a run that died has left, cannot be removed: %s", path, error)
+        log.warning("%s had been retired by a run that no longer held the directory; it stays so: %s", target, error)
+    else:
+        log.warning("%s had been retired by a run that no longer held the directory; it is there again", target)
+    return True
 
 
 def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None) -> None:
@@ -98,10 +142,10 @@ def _latest_step(catalog: Catalog) -> int | None:
     return None if latest is None else latest.step
 
 
-def set_aside(files: Files, paths: Iterable[Path], kind: str) -> None:
+def set_aside(files: Files, paths: Iterable[Path], kind: str, incarnation: str) -> None:
     """Coordinator only: hide directories without deleting them; `kind` is corrupt or aside."""
     for path in paths:
-        hidden = path.with_name(names.hidden_name(path.name, kind))
+        hidden = path.with_name(names.retired_name(path.name, kind, incarnation))
         files.rename(path, hidden)
         log.warning("%s was set aside as %s", path, hidden.name)
 

@@ -126,13 +126,18 @@ def _due(catalog: Catalog, context: Context, lost: Collection[str]) -> set[str]:
     return found
 
 
-def retire(files: Files, checkpoint: Checkpoint) -> Path:
+def retire(files: Files, checkpoint: Checkpoint, incarnation: str) -> Path:
     """Coordinator only: unpublish a checkpoint at once, so that its bytes can be deleted at leisure.
+
+    Args:
+        files: The file layer.
+        checkpoint: What to unpublish.
+        incarnation: Of this run. If another run has taken over in the meantime, it knows by this what to put back.
 
     Returns:
         The hidden directory to delete.
     """
-    hidden = checkpoint.path.with_name(names.hidden_name(checkpoint.name, "deleting"))
+    hidden = checkpoint.path.with_name(names.retired_name(checkpoint.name, "deleting", incarnation))
     # One rename: there is no moment at which half a checkpoint is to be seen.
     files.rename(checkpoint.path, hidden)
     return hidden

@@ -31,14 +31,29 @@ def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     try:
+        return read_whole(descriptor, path, limit)
+    finally:
+        os.close(descriptor)
+
+
+def read_whole(descriptor: int, path: Path, limit: int) -> bytes:
+    """Read a regular file that is open, whole.
+
+    Args:
+        descriptor: Of the file, at its beginning; see `open_regular`.
+        path: The file, for the error.
+        limit: The most bytes it may have.
+
+    Raises:
+        CorruptCheckpointError: It is too large, or cannot be read.
+    """
+    try:
         size = os.fstat(descriptor).st_size
         if size > limit:
             raise CorruptCheckpointError(path, f"is larger than {limit} bytes")
         return _read(descriptor, limit)
     except (OSError, MemoryError) as error:
         raise unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
 
 
 def _read(descriptor: int, limit: int) -> bytes:

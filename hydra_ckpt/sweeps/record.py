@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
-from hydra_ckpt.store.lease import Owner, is_alive
+from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.small_files import read_small_file
 
 RECORD = "hydra_ckpt_job.json"
@@ -73,7 +72,8 @@ class JobRecord:
 
     def state_now(self) -> str:
         """The state; a job that was running when its process ended was interrupted."""
-        if self.state == RUNNING and not is_alive(Owner(**self.owner), math.inf, Owner.here()):
+        owner = Owner.from_data(self.owner)
+        if self.state == RUNNING and not (owner is not None and owner.lives()):
             return INTERRUPTED
         return self.state
 
@@ -107,7 +107,8 @@ def read_record(directory: Path) -> JobRecord | None:
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
         record = JobRecord(**{**data, "overrides": tuple(map(str, data["overrides"]))})
-        Owner(**record.owner)
+        if Owner.from_data(record.owner) is None:
+            return None
     except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return None
     return record if _is_sound(record) else None

@@ -1,0 +1,31 @@
+"""Removing what a run that died has left. What cannot be removed is in nobody's way, and no reason not to begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra_ckpt.files import Files
+from hydra_ckpt.store import names
+
+__all__ = ["left_if_stuck", "sweep_prepared"]
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def left_if_stuck(path: Path) -> Iterator[None]:
+    """Warn where something cannot be removed, and go on."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s, which a run that died has left, cannot be removed: %s", path, error)
+
+
+def sweep_prepared(files: Files, path: Path) -> None:
+    """Remove what was to replace a pointer or small file, and nothing of a user's."""
+    if names.is_prepared(path.name) and (path.is_symlink() or not path.is_dir()):
+        with left_if_stuck(path):
+            files.unlink(path)

@@ -1,0 +1,231 @@
+"""Who holds a checkpoint directory: the record in `owner.json`, and what can be proved about its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.jobs.restarts import (
+    ELASTIC,
+    SLURM,
+    job_of_this_process,
+    launch_of_this_process,
+    restarts_of_this_process,
+)
+from hydra_ckpt.store import names
+from hydra_ckpt.store.small_files import open_regular, read_whole
+
+__all__ = ["Owner", "Record", "look", "opened", "read_open", "read_owner"]
+
+_PROC = Path("/proc")
+_MAX_BYTES = 1 << 20
+# Fields of /proc/PID/stat, counted from the state, the first behind the name.
+_STATE, _THREADS, _START_TICKS = 0, 17, 19
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes.
+
+    Attributes:
+        incarnation: Random, new at every start.
+        host: Name of the host of rank 0.
+        pid: Its process.
+        started: When that process started, Unix time in seconds. For people: it moves when the clock is set.
+        job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
+        run: The sweep and job number the directory belongs to; empty outside a sweep.
+        released: Whether it has let go of the directory; the record of who wrote last stays.
+        boot: Identity of the boot of its host; empty where it is not known.
+        namespace: The namespaces in which `pid` and `ticks` are counted.
+        ticks: When the process started, in clock ticks since the boot.
+        restarts: How often the job was started again, by the name and identity of what starts it.
+        launch: A digest of what stays the same when the run is started again.
+    """
+
+    incarnation: str
+    host: str
+    pid: int
+    started: float
+    job: str = ""
+    run: str = ""
+    released: bool = False
+    boot: str = ""
+    namespace: str = ""
+    ticks: int = 0
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    launch: str = ""
+
+    @classmethod
+    def here(cls, run: str = "") -> Owner:
+        """This process."""
+        process = _stat(os.getpid())
+        return cls(
+            names.nonce(),
+            socket.gethostname(),
+            os.getpid(),
+            psutil.Process().create_time(),
+            job_of_this_process(),
+            run,
+            boot=_boot() if process is not None else "",
+            namespace=_namespace(),
+            ticks=int(process[_START_TICKS]) if process is not None else 0,
+            restarts=restarts_of_this_process(),
+            launch=launch_of_this_process(),
+        )
+
+    @classmethod
+    def from_data(cls, data: Any) -> Owner | None:
+        """The owner that plain data describes; None where it makes no sense. Unknown keys are left out."""
+        if not isinstance(data, dict):
+            return None
+        try:
+            owner = cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data})
+        except TypeError:
+            return None
+        return owner if owner._makes_sense() else None
+
+    def _makes_sense(self) -> bool:
+        texts = (self.incarnation, self.host, self.job, self.run, self.boot, self.namespace, self.launch)
+        numbers = (self.pid, self.ticks)
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(type(number) is int and number >= 0 for number in numbers)
+            and type(self.started) in {int, float}
+            and type(self.restarts) is dict
+            and all(type(count) is int for count in self.restarts.values())
+        )
+
+    def to_bytes(self) -> bytes:
+        """The record as it is written."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    def lives(self) -> bool | None:
+        """Whether its process lives; None where that cannot be told from this process.
+
+        It can be told in the same boot of the same host, in the same namespace of process numbers. Hosts' names prove
+        nothing, and neither do times of the wall clock.
+        """
+        if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
+            return None
+        process = _stat(self.pid)
+        if process is None or int(process[_START_TICKS]) != self.ticks:
+            return False
+        # A killed process that nobody has waited for keeps its number, but writes no more.
+        return process[_STATE] not in "ZX" or int(process[_THREADS]) > 1
+
+    def is_requeued(self, other: Owner) -> bool:
+        """Whether this is the other's job, put back into Slurm's queue: all that ran before has been ended."""
+        return _restarted(SLURM, self.restarts, other.restarts) > 0
+
+    def is_restarted(self, other: Owner) -> bool:
+        """Whether torchrun has started the other's ranks again."""
+        slurm = _restarted(SLURM, self.restarts, other.restarts)
+        return slurm == 0 and _restarted(ELASTIC, self.restarts, other.restarts) > 0
+
+
+def _restarted(name: str, mine: Mapping[str, int], theirs: Mapping[str, int]) -> int:
+    """How many more restarts of one kind the first has seen; negative if it is not the same job."""
+    counts = [{key: count for key, count in found.items() if key.startswith(f"{name}=")} for found in (mine, theirs)]
+    if counts[0].keys() != counts[1].keys():
+        return -1
+    return sum(counts[0].values()) - sum(counts[1].values())
+
+
+def _boot() -> str:
+    try:
+        return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    """Where process numbers and start times are counted; containers have namespaces of their own."""
+    found = []
+    for kind in ("pid", "time"):
+        try:
+            found.append(str((_PROC / "self/ns" / kind).readlink()))
+        except OSError:
+            continue
+    return " ".join(found)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on; None if there is none, or this is not Linux."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_bytes().decode(errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()  # the name before may contain anything
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of ownership as it was found.
+
+    Attributes:
+        raw: The file's content; None where there is no file.
+        beat: Its time of modification, in nanoseconds of whichever clock.
+        owner: Whom it names; None where there is none, or it makes no sense.
+    """
+
+    raw: bytes | None
+    beat: int = 0
+    owner: Owner | None = None
+
+
+def look(path: Path) -> Record:
+    """Read a record. The file is opened, so that a network file system asks its server.
+
+    What is no regular file, or far too large, is nobody's record.
+
+    Raises:
+        OSError: It is there and cannot be read: it may be a live run's.
+    """
+    try:
+        with opened(path) as descriptor:
+            return read_open(descriptor, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Record(None)
+    except CorruptCheckpointError as error:
+        if isinstance(error.__cause__, OSError) and path.is_file() and not path.is_symlink():
+            raise error.__cause__ from None
+        return Record(b"")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file that is open for reading; see `open_regular`."""
+    descriptor = open_regular(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_open(descriptor: int, path: Path) -> Record:
+    """The record in an open file at a path."""
+    raw = read_whole(descriptor, path, _MAX_BYTES)
+    try:
+        owner = Owner.from_data(json.loads(raw))
+    except (ValueError, RecursionError):
+        owner = None
+    return Record(raw, os.fstat(descriptor).st_mtime_ns, owner)
+
+
+def read_owner(root: Path) -> tuple[Owner, float] | None:
+    """The owner on record and the age of its heartbeat in seconds by this host's clock; None where none can be read."""
+    try:
+        record = look(root / names.OWNER)
+    except OSError:
+        return None
+    return None if record.owner is None else (record.owner, time.time() - record.beat / 1e9)
