@@ -82,11 +82,11 @@ _CHECKS: dict[str, Check] = {
     "shared_writes": switch_or("auto"),
     "on_save_failure": choice("raise", "warn"),
     "when_busy": choice("wait", "skip"),
-    "on_drift": choice("warn", "raise"),
     "export_dtype": optional(choice(*EXPORT_DTYPES.values(), short=EXPORT_DTYPES)),
     "model_card": switch,
     "load_strict": switch,
     "allow_unsaved": optional(texts()),
+    "on_drift": choice("warn", "raise"),
 }
 
 

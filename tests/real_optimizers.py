@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.machinery
 import inspect
 import sys
 import types
@@ -291,8 +291,8 @@ def _of_timm() -> Iterator[Kind]:
 
 
 def _timm_classes() -> dict[str, Any]:
-    """The optimizers of timm, whose other modules need torchvision."""
-    spec = importlib.util.find_spec("timm")
+    """The optimizers of timm, whose other modules need torchvision; scripts/setup keeps it apart."""
+    spec = importlib.machinery.PathFinder.find_spec("timm", [str(Path(sys.prefix) / "apart")])
     assert spec is not None
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])

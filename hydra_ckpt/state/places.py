@@ -48,7 +48,8 @@ class Places:
             like = torch.empty_like(here, dtype=dtype, requires_grad=False)
             assert isinstance(like, DTensor)  # as `here` is
             return self._laid(like, lies)
-        if name in self.placed and (sharded := self._sharded(name, spec, dtype)) is not None:
+        # Where the live object has a plain one, it wants a plain one: here, the tensor may not be sharded.
+        if here is None and name in self.placed and (sharded := self._sharded(name, spec, dtype)) is not None:
             return self._laid(sharded, lies)
         device = torch.device("cpu") if here is None else here.device
         if lies is not None:
