@@ -396,7 +396,7 @@ def _wanted_as(
         # A counter: beside the parameter only where the optimizer's kernels want it there.
         return _Wanted(shape, dtype, lies, parameter.device if on_device else torch.device("cpu"))
     if not isinstance(parameter, DTensor) or (
-        saved is None and (name in described.get("plain", ()) or _is_single(shape))
+        saved is None and (name in described.get("plain", ()) or (_is_single(shape) and not is_alike))
     ):
         return _Wanted(shape, dtype, lies, parameter.device)
     mesh = parameter.device_mesh
