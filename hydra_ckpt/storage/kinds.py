@@ -168,6 +168,8 @@ def _from_scalar(value: np.generic) -> Tagged:
     text = _dtype_text(value.dtype)
     if value.dtype.kind in "mM":
         return "moment", [text, int(value.view("i8"))]
+    if np.dtype(text).type(value.item()).tobytes() != value.tobytes():  # there are many NaNs
+        return "raw_scalar", [text, value.tobytes()]
     return "scalar", [text, value.item()]
 
 
@@ -265,6 +267,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "namedtuple": _to_named_tuple,
     "numpy_dtype": np.dtype,
     "raw_array": _to_array,
+    "raw_scalar": lambda pair: np.frombuffer(pair[1], pair[0])[0],
     "moment": lambda pair: np.int64(pair[1]).view(pair[0]),
     "frozenset": frozenset,
     "deque": lambda pair: deque(pair[1], pair[0]),
