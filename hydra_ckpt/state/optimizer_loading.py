@@ -194,7 +194,12 @@ def _splits(described: Mapping[str, Any], holder: Holder, names: Mapping[int, st
 
 
 def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, str]) -> list[str]:
-    """Groups that are not at the place where their parameters were: what goes by position does not fit them."""
+    """Groups that are not at the place where their parameters were: what goes by position does not fit them.
+
+    Other tools' directories do not say how groups were arranged.
+    """
+    if not all(optimizer["class"] for optimizer in described["optimizers"]):
+        return []
     homes = {
         name: (number, index)
         for number, optimizer in enumerate(described["optimizers"])

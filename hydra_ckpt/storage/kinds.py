@@ -168,7 +168,7 @@ def _from_scalar(value: np.generic) -> Tagged:
     text = _dtype_text(value.dtype)
     if value.dtype.kind in "mM":
         return "moment", [text, int(value.view("i8"))]
-    if np.dtype(text).type(value.item()).tobytes() != value.tobytes():  # there are many NaNs
+    if value.dtype.kind in "fc" and value != value:  # noqa: PLR0124 - a NaN, of which there are many
         return "raw_scalar", [text, value.tobytes()]
     return "scalar", [text, value.item()]
 
