@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.apart import allow, folder_of
+
 ROWS, FEATURES, HIDDEN, CLASSES = 16, 64, 128, 4
 """The hidden layer's weight has 8,192 elements: half of them are enough for a state of 8 bits."""
 
@@ -292,7 +294,7 @@ def _of_timm() -> Iterator[Kind]:
 
 def _timm_classes() -> dict[str, Any]:
     """The optimizers of timm, whose other modules need torchvision; scripts/setup keeps it apart."""
-    spec = importlib.machinery.PathFinder.find_spec("timm", [str(Path(sys.prefix) / "apart")])
+    spec = importlib.machinery.PathFinder.find_spec("timm", [str(folder_of("timm"))])
     assert spec is not None
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
@@ -346,6 +348,7 @@ def _of_bitsandbytes() -> Iterator[Kind]:
 
 
 def _of_torchao() -> Iterator[Kind]:
+    allow("torchao")
     from torchao import optim
 
     for name in optim.__all__:

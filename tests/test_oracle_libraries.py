@@ -19,11 +19,12 @@ from torch.nn.utils import parametrizations
 from hydra_ckpt import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.testing import run_distributed
+from tests.apart import allow, is_installed
 from tests.hub_models import llama
 from tests.test_oracle import load, save, values
 
 needs_lightning = pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="lightning is not installed")
-needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
+needs_torchao = pytest.mark.skipif(not is_installed("torchao"), reason="torchao is not installed")
 
 
 def entries(model: nn.Module, *, is_peft: bool = False) -> list[str]:
@@ -103,6 +104,7 @@ def test_a_model_that_accelerate_has_prepared_tells_nothing_new() -> None:
 
 @needs_torchao
 def test_a_float8_model_tells_nothing_new() -> None:
+    allow("torchao")
     from torchao.float8 import convert_to_float8_training
 
     model = llama()
@@ -113,6 +115,7 @@ def test_a_float8_model_tells_nothing_new() -> None:
 def _parallel(kind: str) -> list[str]:
     model: nn.Module = llama()
     if kind == "float8":
+        allow("torchao")
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         convert_to_float8_training(model.model, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
