@@ -126,7 +126,7 @@ class Checkpointer:
 
     @property
     def best_value(self) -> float | None:
-        """The best metric when the run began: among the published checkpoints, and up to the one it goes on from."""
+        """The best metric when the run began: that of the published checkpoints, up to the one it resumed from."""
         return self._best_value
 
     @property
