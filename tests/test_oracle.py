@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig, LoadReport
 from hydra_ckpt.testing import run_distributed
+from tests.differential_modules import Fabric
 
 
 def save(root: Path, state: AppState, **options: Any) -> None:
@@ -539,7 +540,7 @@ def test_a_hook_that_saves_less_than_there_is_takes_nothing_from_what_was_walked
     tmp_path: Path, is_wrapped: bool
 ) -> None:
     model, again = Halving(4, 2), Halving(4, 2)
-    wrap = FabricLike if is_wrapped else nn.Sequential
+    wrap = Fabric if is_wrapped else nn.Sequential
     save(tmp_path, AppState(wrap(model)))
     load(tmp_path, AppState(wrap(again)))
     assert torch.equal(model.weight, again.weight)
@@ -577,27 +578,9 @@ def test_a_module_that_refuses_its_own_state_has_its_tensors_and_is_trusted_only
     assert any("never" in note for note in report.notes)
 
 
-class FabricLike(nn.Module):
-    """A wrapper with two ways to the same module, whose state is the inner one's."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._forward_module = module
-        self._original_module = module
-
-    def forward(self, *args: Any) -> Any:
-        return self._forward_module(*args)
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        return self._original_module.state_dict(*args, **options)
-
-    def load_state_dict(self, state: Any, **options: Any) -> Any:
-        return self._original_module.load_state_dict(state, **options)
-
-
 def test_a_wrapper_that_passes_its_module_s_state_on_leaves_no_trace_in_names(tmp_path: Path) -> None:
     model = nn.Linear(4, 2)
-    wrapped = FabricLike(model)
+    wrapped = Fabric(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
     train(wrapped, optimizer, 1)
     save(tmp_path, AppState(wrapped, optimizer), save_consolidated="always")
