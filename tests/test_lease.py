@@ -28,6 +28,7 @@ from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.lease import Lease, Times, is_held
 from hydra_ckpt.store.owner import Owner, look
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import forkserver
 from tests.test_zombies import make_state
 
 SHORT = Times(heartbeat_s=0.25, stale_s=1.5, grace_s=2.0, look_s=0.05)
@@ -322,7 +323,7 @@ def test_of_runs_that_start_at_one_instant_one_is_admitted(tmp_path: Path) -> No
     dead = {**ELSEWHERE, "boot": Owner.here().boot, "pid": 1, "ticks": 1 << 60}
     leave_record(tmp_path / "left", **dead)
     (tmp_path / "left" / "epoch_0_step_1").rename(tmp_path / "unused")
-    with multiprocessing.get_context("forkserver").Pool(3, maxtasksperchild=None) as pool:
+    with forkserver().Pool(3, maxtasksperchild=None) as pool:
         for number in range(40):
             root = tmp_path / str(number)
             root.mkdir()

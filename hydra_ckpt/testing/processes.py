@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class RankFailedError(AssertionError):
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
-    """Call `function(*args)` on `world_size` fresh processes with `torch.distributed` up.
+    """Call `function(*args)` on `world_size` fresh processes with `torch.distributed` up and equal random seeds.
 
     Args:
         function: A module's top-level function; what it returns must be picklable.
@@ -47,9 +48,7 @@ def run_distributed(
     Raises:
         RankFailedError: A process raised, died or was killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    # Children fork from a server that has imported torch once.
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"])
+    context = forkserver()
     with tempfile.TemporaryDirectory() as scratch:
         pipes, processes = [], []
         for rank in range(world_size):
@@ -65,6 +64,16 @@ def run_distributed(
     if failures:
         raise RankFailedError(failures)
     return [value for _, value in outcomes]
+
+
+def forkserver() -> ForkServerContext:
+    """The context to start processes from: they fork from a server that has imported torch once.
+
+    Python keeps one such server for each process, and what it imports is settled by whoever starts it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"])
+    return context
 
 
 def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[bool, Any]]:
@@ -108,6 +117,7 @@ def _main(
     # The child has inherited the start method; data loaders' workers would start servers of their own.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # every rank builds the same model
     dist.init_process_group(
         backend,
         init_method=Path(rendezvous).as_uri(),
