@@ -15,7 +15,7 @@ import torch
 
 from hydra_ckpt.loading import installing, load
 from hydra_ckpt.state import capture, holders, model, module_oracle, optimizer, optimizer_loading, optimizer_oracle
-from hydra_ckpt.storage import tree
+from hydra_ckpt.storage import decoding, encoding
 from tests.differential import check, drawn
 
 # So many cases are tried before a fault counts as not found.
@@ -76,21 +76,21 @@ def _empty_states_are_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def _parameters_come_back_as_tensors(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(tree._DECODERS, "parameter", lambda pair: pair[0])
+    patch.setitem(decoding.DECODERS, "parameter", lambda pair: pair[0])
 
 
 def _leaves_forget_that_they_need_gradients(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(tree._DECODERS, "leaf", lambda tensor: tensor)
+    patch.setitem(decoding.DECODERS, "leaf", lambda tensor: tensor)
 
 
 def _subclasses_lose_their_scale(patch: pytest.MonkeyPatch) -> None:
-    real = tree.take_apart
+    real = encoding.take_apart
 
     def take_apart(tensor: torch.Tensor) -> dict[str, Any]:
         found = real(tensor)
         return {**found, "inner": {name: torch.ones_like(item) for name, item in found["inner"].items()}}
 
-    _without(patch, tree, "take_apart", take_apart)
+    _without(patch, encoding, "take_apart", take_apart)
 
 
 def _inner_optimizers_are_not_seen(patch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ import yaml
 from hydra_ckpt import CheckpointCallback, CheckpointingConfig, errors
 from hydra_ckpt.layout.plan import CELL_BYTES
 from hydra_ckpt.state.optimizer_oracle import PARAMETER
+from hydra_ckpt.storage.decoding import DECODERS
 from hydra_ckpt.storage.digests import _RECORD
-from hydra_ckpt.storage.tree import DECODERS, OWN
+from hydra_ckpt.storage.encoding import OWN
 from hydra_ckpt.store import lease
 from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
 

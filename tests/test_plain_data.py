@@ -22,7 +22,8 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from hydra_ckpt import AppState, CheckpointError
-from hydra_ckpt.storage.tree import decode, encode
+from hydra_ckpt.storage.decoding import decode
+from hydra_ckpt.storage.encoding import encode
 from tests.test_state import Box, load, save
 
 

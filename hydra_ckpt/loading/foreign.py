@@ -23,13 +23,13 @@ from hydra_ckpt.state.model import canonical
 from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, model_prefix
 from hydra_ckpt.storage.distcp import are_same
+from hydra_ckpt.storage.encoding import encode
 from hydra_ckpt.storage.pickled import (
     ACCELERATE_MODEL,
     DcpDirectory,
     read_dcp,
     read_pickle,
 )
-from hydra_ckpt.storage.tree import encode
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import Manifest

@@ -18,7 +18,8 @@ from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.tree import OMITTED, OWN, UNSAVED, decode, fill, missing_from
+from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from
+from hydra_ckpt.storage.encoding import OWN, UNSAVED
 from hydra_ckpt.store.catalog import Checkpoint
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}

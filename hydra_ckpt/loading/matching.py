@@ -24,9 +24,9 @@ from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.state.optimizer_loading import Fit, fit, moved_groups, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
+from hydra_ckpt.storage.decoding import own_names, placements, strides, tensor_names
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.read import Fetch
-from hydra_ckpt.storage.tree import own_names, placements, strides, tensor_names
 from hydra_ckpt.store import names
 
 

@@ -28,9 +28,11 @@ from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap, refuse_fsdp1
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import plain_of
+from hydra_ckpt.storage.decoding import decode, strides
+from hydra_ckpt.storage.encoding import Sink, encode
+from hydra_ckpt.storage.sharing import Apart
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
-from hydra_ckpt.storage.tree import Sink, decode, encode, strides
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class Extractor:
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[int, ...] = ()
     _resumable: bool | None = None
+    _apart: list[Apart] = field(default_factory=list)
 
     def check(self, state: AppState) -> None:
         """See that the models are of kinds that can be saved; nothing is asked for its state.
@@ -196,8 +199,9 @@ class Extractor:
         shared: dict[str, Any] = {"holds": self.held(state)}
         shards: dict[str, torch.Tensor] = {}
         if state.optimizers:
+            self._apart += [Apart() for _ in state.optimizers[len(self._apart) :]]
             described = optimizer_state.describe(
-                state.named_optimizers, self.parameter_names(state), unsaved=self.unsaved
+                state.named_optimizers, self.parameter_names(state), unsaved=self.unsaved, apart=self._apart
             )
             shared["optimizer"] = described.data
             parts[names.OPTIMIZER] = described.locals(self.localize)

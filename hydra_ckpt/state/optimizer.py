@@ -18,7 +18,8 @@ from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
-from hydra_ckpt.storage.tree import OWN, Sink, encode, is_ordinary
+from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary
+from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart
 
 SEPARATOR = ":"
 OPTIONS = "options"
@@ -60,6 +61,7 @@ def describe(
     *,
     unsaved: Sequence[str] = (),
     asks: bool = True,
+    apart: Sequence[Apart] = (),
 ) -> Described:
     """Options and state of all optimizers.
 
@@ -68,6 +70,7 @@ def describe(
         names: Identity of a parameter to its name.
         unsaved: Patterns of dotted names that are left out.
         asks: Whether the optimizers' own `state_dict` is compared with what was found.
+        apart: For each optimizer what it shared at the last save.
 
     Raises:
         CheckpointError: A parameter belongs to no model of the AppState, or to two optimizers; a value cannot be
@@ -76,6 +79,10 @@ def describe(
     found = Described({"optimizers": [], "state": {}, "placements": {}, "plain": [], "empty": []})
     everyone = holders(optimizers, names)
     sinks = [Sink("", called, unsaved=unsaved) for called in optimizers]
+    for number, sink in enumerate(sinks):
+        inside = [holder for holder in everyone if holder.number == number]
+        known = apart[number] if number < len(apart) else Apart()
+        sink.sharing = known.sharing(*_held(inside))
     taken: dict[str, set[str]] = {}
     for holder in everyone:
         _describe_holder(found, holder, names, sinks[holder.number], taken.setdefault(holder.path, set()))
@@ -86,6 +93,13 @@ def describe(
         found.own.update(sink.own)
         found.omitted.extend(sink.omitted)
     return found
+
+
+def _held(inside: Sequence[Holder]) -> tuple[list[Mapping[Any, Any]], list[dict[str, Any]]]:
+    """The states of parameters, and the options of groups, that an optimizer and those inside it hold."""
+    states = [held for holder in inside for held in holder.state.values() if isinstance(held, Mapping)]
+    groups = [group for holder in inside for group in holder.groups]
+    return states, [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
 def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, taken: set[str]) -> None:
@@ -117,7 +131,7 @@ def _describe_state(
     found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, section: dict[str, Any], inside: str
 ) -> None:
     here_too = {id(parameter) for parameter in holder.parameters}
-    takes_short_cut = not sink.unsaved
+    takes_short_cut = not sink.unsaved and sink.sharing is NOTHING_SHARED
     for parameter, held in holder.state.items():
         known = names.get(id(parameter)) if id(parameter) in here_too else None
         if known is None or not (type(held) is dict or isinstance(held, Mapping)):
@@ -186,8 +200,9 @@ def _add_own(
     references.update({id(tensor): {"~": "tensor", "v": name} for name, tensor in sink.items()})
     references.update({id(tensor): {"~": OWN, "v": name} for name, tensor in sink.own.items()})
     here = sink.another(references)
+    here.sharing = None  # it is told more than what was walked
     here.inside = f"optimizer {number}{SEPARATOR}"
-    tree = own_state(optimizer, inside, here)
+    tree = own_state(optimizer, inside, [*sink.values(), *sink.own.values()], here)
     if tree is None:
         return
     found.data.setdefault("own", {})[str(number)] = tree

@@ -16,8 +16,9 @@ from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import AS_PARAMETER, SEPARATOR, describe, name_of
 from hydra_ckpt.state.optimizer_oracle import differing
+from hydra_ckpt.storage.decoding import fill, strides, tensor_names
+from hydra_ckpt.storage.encoding import row_major
 from hydra_ckpt.storage.memory import fresh_like, strided_like
-from hydra_ckpt.storage.tree import fill, row_major, strides, tensor_names
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
 _BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.holders import Holder
+from hydra_ckpt.storage.encoding import Sink, encode, leave_out
+from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
-from hydra_ckpt.storage.tree import Sink, encode, leave_out
 
 PARAMETER = "parameter of"
 """The tag of a reference to a live parameter of the model, by name."""
@@ -34,12 +35,13 @@ _HOOKS = (
 )
 
 
-def own_state(optimizer: Any, inside: Sequence[Holder], sink: Sink) -> Any | None:
+def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.Tensor], sink: Sink) -> Any | None:
     """An optimizer's own state_dict, encoded; None where it tells nothing but what its holders do.
 
     Args:
         optimizer: The optimizer of an AppState.
         inside: It and those that it wraps, which have been read off.
+        walked: The tensors that were read off.
         sink: Takes the tensors that were not.
 
     Raises:
@@ -60,6 +62,7 @@ def own_state(optimizer: Any, inside: Sequence[Holder], sink: Sink) -> Any | Non
         ) from error
     if not _customizes_loading(optimizer) and any(_tells_only(told, holder) for holder in inside):
         return None
+    sink.sharing = Sharing.of(told, walked, sink.known.keys() - set(map(id, walked)))
     return encode(told, sink.inside, sink)
 
 
@@ -151,24 +154,28 @@ def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
 
 
-def differing(saved: Any, live: Any, place: str = "") -> Iterator[str]:
+def differing(saved: Any, live: Any, place: str = "", memory: dict[int, int] | None = None) -> Iterator[str]:
     """Where a live object's own state is not what was put into it, by dotted names.
 
     Args:
         saved: What was loaded, decoded.
         live: What state_dict() returns afterwards.
         place: The name of both.
+        memory: Addresses of tensors seen, of the first to that of the second: what shared memory has to share it.
     """
+    memory = {} if memory is None else memory
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
         if not same_tensor(saved, live) or _facts(saved) != _facts(live):
             yield place
+        elif _address(saved) and memory.setdefault(_address(saved), _address(live)) != _address(live):
+            yield f"{place} (shares no memory any more)"
     elif isinstance(saved, Mapping) and isinstance(live, Mapping):
         yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
         for key in saved.keys() & live.keys():
-            yield from differing(saved[key], live[key], f"{place}.{key}")
+            yield from differing(saved[key], live[key], f"{place}.{key}", memory)
     elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
         for index, (one, other) in enumerate(zip(saved, live, strict=True)):
-            yield from differing(one, other, f"{place}.{index}")
+            yield from differing(one, other, f"{place}.{index}", memory)
     elif not _is_same(saved, live):
         yield place
 
@@ -191,7 +198,13 @@ def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What belongs to a tensor beside its type, shape and bits."""
     placed = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
     lies = tensor.stride() if tensor.numel() else None
-    return lies, placed, tensor.requires_grad and tensor.is_leaf
+    return lies, placed, tensor.requires_grad and tensor.is_leaf, sorted(tensor.__dict__)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins; 0 where it has none."""
+    part = local_part(tensor)
+    return 0 if is_wrapper(part) or not part.numel() else part.data_ptr()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

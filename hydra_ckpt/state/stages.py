@@ -10,11 +10,13 @@ import json
 from collections.abc import Container, Sequence
 from typing import Any
 
+from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, SAME, TAG, VIEW
 from hydra_ckpt.storage.stages import unqualified
 
 Document = dict[str, Any]
 
-_TAG = "~"  # marks what JSON does not know; see `hydra_ckpt.storage.tree`
+# What stands around one value, with more data beside it in a list.
+_AROUND_ONE = {ATTRIBUTES, SAME, VIEW, "parameter"}
 _DROPPED = object()
 
 
@@ -106,16 +108,19 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
     first = trees[0]
     if len(trees) == 1:
         return first
-    if all(isinstance(tree, dict) and tree.keys() >= {_TAG, "v"} for tree in trees):
-        tags = {tree[_TAG] for tree in trees}
+    if all(isinstance(tree, dict) and tree.keys() >= {TAG, "v"} for tree in trees):
+        tags = {tree[TAG] for tree in trees}
         if tags == {"ordered"}:
-            return {_TAG: "ordered", "v": _merge([tree["v"] for tree in trees], path, notes)}
+            return {TAG: "ordered", "v": _merge([tree["v"] for tree in trees], path, notes)}
+        if tags in ({ATTRIBUTES}, {SAME}):  # a pair: a value and its attributes, or what it is called and the value
+            columns = zip(*(tree["v"] for tree in trees), strict=True)
+            return {TAG: tags.pop(), "v": [_merge(items, path, []) for items in columns]}
         if tags == {"map"}:
             pairs = {json.dumps(key): [key, value] for tree in reversed(trees) for key, value in tree["v"]}
-            return {_TAG: "map", "v": list(pairs.values())}
-        if tags == {"tensor"}:
+            return {TAG: "map", "v": list(pairs.values())}
+        if tags <= {"tensor", ALIAS, VIEW}:
             return first
-    elif all(isinstance(tree, dict) and _TAG not in tree for tree in trees):
+    elif all(isinstance(tree, dict) and TAG not in tree for tree in trees):
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: _merge([tree[key] for tree in trees if key in tree], f"{path}.{key}", notes) for key in keys}
     if any(tree != first for tree in trees):
@@ -124,7 +129,7 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
 
 
 def _is_tensor(tree: Any) -> bool:
-    return isinstance(tree, dict) and tree.get(_TAG) == "tensor"
+    return isinstance(tree, dict) and tree.get(TAG) == "tensor"
 
 
 def keep_known(tree: Any, known: Container[str]) -> Any:
@@ -136,6 +141,12 @@ def keep_known(tree: Any, known: Container[str]) -> Any:
 def _keep(tree: Any, known: Container[str]) -> Any:
     if _is_tensor(tree):
         return tree if unqualified(tree["v"]) in known else _DROPPED
+    if isinstance(tree, dict) and TAG in tree:
+        inner: Any = tree.get("v")
+        around = isinstance(inner, list) and tree[TAG] in _AROUND_ONE
+        items = [_keep(item, known) for item in (inner if around else [inner])]
+        dropped = any(item is _DROPPED for item in items)
+        return _DROPPED if dropped else {**tree, "v": items if around else items[0]}
     if isinstance(tree, dict):
         kept = {key: _keep(value, known) for key, value in tree.items()}
         return {key: value for key, value in kept.items() if value is not _DROPPED}

@@ -10,9 +10,9 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.storage import tree
 from hydra_ckpt.storage.dcp_shards import read_directory, refuse_gaps
 from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
+from hydra_ckpt.storage.decoding import decode
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.verify import read_small
 from hydra_ckpt.store import names
@@ -63,7 +63,7 @@ def read_contents(path: Path) -> Contents:
         read_tensors(path, listed),
         _small_json(path, VALUES, manifest) or {},
         read_tensors(path, list(inner)),
-        tree.decode(_small_json(path, PLANNER_DATA, manifest), {}),
+        decode(_small_json(path, PLANNER_DATA, manifest), {}),
         manifest,
     )
     for tensor in contents.tensors.values():

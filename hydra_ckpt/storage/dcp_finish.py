@@ -14,11 +14,11 @@ from hydra_ckpt import __version__
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.files import FileLayout, index_json
-from hydra_ckpt.storage import tree
 from hydra_ckpt.storage.dcp_draft import ASSIGNMENT
 from hydra_ckpt.storage.dcp_layout import STATE, Sidecar, Written
 from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
 from hydra_ckpt.storage.digests import hex_digest
+from hydra_ckpt.storage.encoding import encode
 from hydra_ckpt.store import names
 from hydra_ckpt.store.draft import Draft, complete_draft
 from hydra_ckpt.store.manifest import WRITER, FileRecord, Manifest, PartRecord
@@ -89,7 +89,7 @@ def _small_files(
     small = {VALUES: json.dumps(values, sort_keys=True).encode()}
     if metadata.planner_data is not None:
         inner: dict[str, object] = {}
-        data = tree.encode(metadata.planner_data, "planner_data", inner)  # type: ignore[arg-type]
+        data = encode(metadata.planner_data, "planner_data", inner)  # type: ignore[arg-type]
         if inner:
             raise CheckpointError(f"{min(inner)}: planner_data cannot hold tensors")
         small[PLANNER_DATA] = json.dumps(data, sort_keys=True).encode()

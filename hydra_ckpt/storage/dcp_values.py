@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlanner, WriteItem
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
-from hydra_ckpt.storage import tree
+from hydra_ckpt.storage import decoding, encoding
 from hydra_ckpt.storage.dtypes import check_name
 
 VALUES = "objects.json"
@@ -42,7 +42,7 @@ def encode_item(planner: SavePlanner, item: WriteItem, tensors: dict[str, torch.
     name, own = item.index.fqn, dict[str, torch.Tensor]()
     data = _own_bytes(planner, item)
     if data is None:
-        encoded = tree.encode(planner.lookup_object(item.index), name, own)  # type: ignore[attr-defined]
+        encoded = encoding.encode(planner.lookup_object(item.index), name, own)  # type: ignore[attr-defined]
     else:
         own[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         encoded = {"~": _BYTES, "v": name}
@@ -107,7 +107,7 @@ def load_item(planner: LoadPlanner, item: ReadItem, path: Path, data: Any, tenso
         planner.load_bytes(item, io.BytesIO(tensors[data["v"]].numpy().tobytes()))
         return
     try:
-        value = tree.decode(data, tensors)
+        value = decoding.decode(data, tensors)
     except CorruptCheckpointError:
         raise CorruptCheckpointError(path, f"{name} cannot be decoded") from None
     # DCP's planners take pickled bytes; these are made here, of data that was decoded here.
@@ -121,4 +121,4 @@ def tensor_names(data: Any) -> list[str]:
     """Names of the tensors that a stored value refers to."""
     if isinstance(data, dict) and data.get("~") == _BYTES:
         return [data["v"]]
-    return tree.tensor_names(data)
+    return decoding.tensor_names(data)

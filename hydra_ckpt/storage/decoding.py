@@ -1,0 +1,194 @@
+"""Values again from what `hydra_ckpt.storage.encoding` made of them. Nothing is imported or called for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
+from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, OWN, PLACEMENTS, SAME, STRIDES, TAG, UNSAVED, VIEW
+from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
+from hydra_ckpt.storage.subclasses import put_together
+
+_NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
+OMITTED = object()
+"""What takes the place of a value that was left out, until `fill` knows better."""
+
+
+def fill(value: Any, live: Any) -> Any:
+    """A decoded value with what was left out taken from the live object's own state; dropped where that has none.
+
+    Args:
+        value: Decoded with OMITTED where something is missing.
+        live: What the object's state_dict() returns now.
+    """
+    if isinstance(value, dict):
+        known = live if isinstance(live, Mapping) else {}
+        kept = {key: item for key, item in value.items() if item is not OMITTED or key in known}
+        for key in value.keys() - kept.keys():
+            del value[key]
+        for key, item in kept.items():
+            value[key] = known[key] if item is OMITTED else fill(item, known.get(key))
+    elif isinstance(value, list | tuple):
+        there = live if isinstance(live, type(value)) and len(live) == len(value) else [None] * len(value)
+        whole = [other if item is OMITTED else fill(item, other) for item, other in zip(value, there, strict=True)]
+        if isinstance(value, tuple):
+            return tuple.__new__(type(value), whole)
+        value[:] = whole
+    return value
+
+
+def decode(
+    data: Any,
+    tensors: Mapping[str, torch.Tensor],
+    others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS,
+    made: dict[str, Any] | None = None,
+) -> Any:
+    """The value that `encode` was given.
+
+    Args:
+        data: What `encode` returned.
+        tensors: The tensors that it refers to, by name.
+        others: What to make of references to what is stored elsewhere, by their tag.
+        made: Objects in several places, by what they are called: one dict for all values that may share them.
+
+    Raises:
+        CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
+        CheckpointError: It holds an enum or a named tuple whose class this program has not, or has otherwise.
+    """
+    return _Decoder(tensors, others, {} if made is None else made).value(data)
+
+
+class _Decoder:
+    """Decodes values; what is one object in several of them is one again.
+
+    Args:
+        tensors: The tensors that are referred to, by name.
+        others: What to make of references to what is stored elsewhere, by their tag.
+        made: Objects that are in several places, by what they are called.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        others: Mapping[str, Callable[[Any], Any]],
+        made: dict[str, Any],
+    ) -> None:
+        self._tensors, self._others, self._made = tensors, others, made
+
+    def value(self, data: Any) -> Any:
+        """Any value."""
+        if isinstance(data, list):
+            return [self.value(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        if TAG not in data:
+            return {key: self.value(item) for key, item in data.items()}
+        try:
+            return self._tagged(data[TAG], data["v"])
+        except CheckpointError:
+            raise  # some of ours are ValueErrors too
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+            raise CorruptCheckpointError("progress", f"cannot be decoded: {error!r}") from None
+
+    def _tagged(self, tag: str, content: Any) -> Any:
+        if tag == "tensor":
+            return self._tensors[content]
+        if tag in self._others:
+            return self._others[tag](content)
+        if tag == SAME:
+            label, inner = content
+            if label not in self._made:
+                self._made[label] = self.value(inner)
+            return self._made[label]
+        return DECODERS[tag](self.value(content))
+
+
+def _view(content: list[Any]) -> torch.Tensor:
+    """A part of a tensor's memory."""
+    base, offset, shape, stride = content
+    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
+        raise ValueError("a view with sizes that are none")
+    end = offset + sum(step * (size - 1) for step, size in zip(stride, shape, strict=True))
+    if not base.is_contiguous() or end >= base.numel():
+        raise ValueError("a view that reaches beyond its tensor")
+    return torch.as_strided(base, shape, stride, base.storage_offset() + offset)
+
+
+def _with_attributes(pair: list[Any]) -> Any:
+    found, beside = pair
+    for name in beside:
+        if not name.isidentifier() or hasattr(type(found), name):
+            raise ValueError(f"an attribute {name!r}, which would hide one that is there")
+    found.__dict__.update(beside)
+    return found
+
+
+DECODERS: Mapping[str, Callable[[Any], Any]] = {
+    **PLAIN_DECODERS,
+    "wrapped": put_together,
+    "expanded": lambda pair: pair[0].expand(pair[1]),
+    "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
+    "leaf": lambda tensor: tensor.detach().requires_grad_(),
+    ALIAS: lambda tensor: tensor.detach(),
+    VIEW: _view,
+    ATTRIBUTES: _with_attributes,
+    UNSAVED: lambda _: OMITTED,
+}
+"""From a tag to what makes the value of its decoded content."""
+
+
+def tensor_names(data: Any) -> list[str]:
+    """Names of the tensors that encoded data refers to."""
+    return [item["v"] for item in _nodes(data, "tensor")]
+
+
+def own_names(data: Any) -> list[str]:
+    """Names of what encoded data refers to in the files of single ranks."""
+    return [item["v"] for item in _nodes(data, OWN)]
+
+
+def strides(data: Any) -> dict[str, tuple[int, ...]]:
+    """The strides of the tensors that encoded data refers to, by name, of those that do not lie row by row.
+
+    Raises:
+        CorruptCheckpointError: They are no strides.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for item in _nodes(data, "tensor"):
+        if STRIDES in item:
+            given = item[STRIDES]
+            if type(given) is not list or not all(type(step) is int and 0 <= step < 1 << 48 for step in given):
+                raise CorruptCheckpointError("progress", f"{item['v']!r} has strides that are none")
+            found[item["v"]] = tuple(given)
+    return found
+
+
+def placements(data: Any) -> dict[str, list[int | None]]:
+    """For DTensors the sharded dimension of each mesh dimension, by name.
+
+    Raises:
+        CorruptCheckpointError: They are no dimensions.
+    """
+    found = {item["v"]: item[PLACEMENTS] for item in _nodes(data, "tensor") if PLACEMENTS in item}
+    for name, dims in found.items():
+        if type(dims) is not list or not all(dim is None or (type(dim) is int and 0 <= dim < 64) for dim in dims):
+            raise CorruptCheckpointError("progress", f"{name!r} has placements that are none")
+    return found
+
+
+def _nodes(data: Any, tag: str) -> Iterator[dict[str, Any]]:
+    """The nodes of encoded data with a tag whose content is a name."""
+    if isinstance(data, list | dict):
+        if isinstance(data, dict) and data.get(TAG) == tag:
+            yield data
+            return
+        for item in data if isinstance(data, list) else data.values():
+            yield from _nodes(item, tag)
+
+
+def missing_from(data: Any) -> bool:
+    """Whether encoded data lacks a value that was left out."""
+    return next(_nodes(data, UNSAVED), None) is not None

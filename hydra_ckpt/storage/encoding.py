@@ -1,0 +1,332 @@
+"""Nested Python values as JSON plus named tensors; nothing is pickled.
+
+What JSON does not know is an object with the key "~": `{"~": "tuple", "v": [...]}`. Tensors are referred to by name;
+one that does not lie row by row says its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
+
+What is in two places is one object again after a load: a tensor because both places name it, a list because both say
+which one it is: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
+from hydra_ckpt.storage.kinds import NotExactError, tagged
+from hydra_ckpt.storage.sharing import Sharing
+from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
+
+TAG, STRIDES, PLACEMENTS = "~", "s", "p"
+# What is not in the tree but beside it: left out, or in the file of each rank.
+UNSAVED, OWN = "unsaved", "own"
+# What is one object in several places; another object over the same memory; a part of that memory.
+SAME, ALIAS, VIEW = "same", "alias", "view"
+# What Python code has put beside a value: `tensor.scale = 3`, or the `_metadata` of a state dict.
+ATTRIBUTES = "attributes"
+_AS_THEY_ARE = {int, str, bool, type(None)}
+# What `tagged` makes of a value, and what Python code can put attributes on.
+_MADE = {list, dict, torch.Tensor}
+_WITH_ATTRIBUTES = {OrderedDict, Counter}
+_STRIDED = torch.strided
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+class Sink(dict[str, torch.Tensor]):
+    """Takes the tensors of one object's state by name, and knows what is stored elsewhere and what is left out.
+
+    Args:
+        inside: What the names of its tensors begin with.
+        called: What messages and `allow_unsaved` call the object instead: `extras.ema`.
+        known: Identity of a tensor that is stored elsewhere, to the JSON data that refers to it there.
+        unsaved: Patterns of dotted names that are left out.
+
+    Attributes:
+        sharing: What is in several places of the object; None to find out.
+        omitted: Dotted names of the values that were left out.
+        own: DTensors whose shards are tensor subclasses, by name: each rank has to store its own.
+        tells_placements: Whether DTensors say in the data how they are placed.
+    """
+
+    tells_placements = False
+
+    def __init__(
+        self, inside: str, called: str, known: Mapping[int, Any] | None = None, unsaved: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.inside, self.called = inside, called
+        self.known = known or {}
+        self.unsaved = unsaved
+        self.sharing: Sharing | None = None
+        self.made: dict[int, Any] = {}
+        self.omitted: list[str] = []
+        self.own: dict[str, torch.Tensor] = {}
+
+    def another(self, known: Mapping[int, Any] | None = None) -> Sink:
+        """An empty one for another part of the same object."""
+        found = Sink(self.inside, self.called, known, self.unsaved)
+        found.sharing, found.made = self.sharing, self.made
+        return found
+
+    def dotted(self, name: str) -> str:
+        """The name of a value as users write it."""
+        inner = name.removeprefix(self.inside).replace(":", ".").strip(".")
+        return f"{self.called}.{inner}" if inner else self.called
+
+    def omits(self, name: str) -> bool:
+        """Whether a value is to be left out; takes note of it if it is."""
+        found = any(fnmatchcase(self.dotted(name), pattern) for pattern in self.unsaved)
+        if found:
+            self.omitted.append(self.dotted(name))
+        return found
+
+
+def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A value as JSON data; its tensors are added to `tensors` under names that begin with `name`.
+
+    Args:
+        value: Plain data, tensors, and containers of both.
+        name: What the names of its tensors begin with, and what messages call it.
+        tensors: Takes the tensors; a `Sink` can do more.
+
+    Raises:
+        CheckpointError: A value fits neither JSON nor a tensor; the message names its place.
+    """
+    return _Encoder(tensors, value).value(value, name)
+
+
+class _Encoder:
+    """Encodes one value.
+
+    Args:
+        tensors: Takes the tensors.
+        value: The value.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], value: Any) -> None:
+        self._tensors = tensors
+        self._sink = sink = tensors if isinstance(tensors, Sink) else None
+        self._known: Mapping[int, Any] = sink.known if sink is not None else {}
+        self._has_patterns = sink is not None and bool(sink.unsaved)
+        given = sink.sharing if sink is not None else None
+        self._sharing = given if given is not None else Sharing.of(value)
+        # Identity of what is in several places to what it became.
+        self._made: dict[int, Any] = sink.made if sink is not None else {}
+        self._open: set[int] = set()
+
+    def value(self, value: Any, name: str) -> Any:
+        """Any value, whose place has this name."""
+        kind = type(value)
+        if self._has_patterns and self._sink is not None and self._sink.omits(name):
+            return _tagged(UNSAVED, None)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else _tagged("float", repr(value))
+        if id(value) in self._sharing.repeated:
+            return self._repeated(value, name)
+        return self._once(value, name)
+
+    def _repeated(self, value: Any, name: str) -> Any:
+        """What is in several places: each says what it is, and which one."""
+        key = id(value)
+        if key in self._known:
+            return dict(self._known[key])
+        if key in self._open:
+            raise self._refused(name, "its state holds itself; let state_dict() return something that does not")
+        if key not in self._made:
+            self._open.add(key)
+            label = f"{name}#{len(self._made)}"
+            found = self._once(value, name)
+            self._open.discard(key)
+            # A name is always the same tensor.
+            is_named = isinstance(found, dict) and found.get(TAG) == "tensor"
+            self._made[key] = found if is_named else _tagged(SAME, [label, found])
+        return self._made[key]
+
+    def _once(self, value: Any, name: str) -> Any:
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, name)
+        if kind is dict:
+            return self._dict(value, name)
+        if kind is list:
+            if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+                return list(value)
+            return [self.value(item, _join(name, str(index))) for index, item in enumerate(value)]
+        try:
+            found = tagged(value)
+        except NotExactError as error:
+            raise self._unknown(value, name, f": {error}") from None
+        if found is None:
+            raise self._unknown(value, name, "")
+        # Made of the value just now, so it is in one place.
+        encoded = _tagged(found[0], self._once(found[1], name) if type(found[1]) in _MADE else found[1])
+        return self._with_attributes(value, encoded, name) if kind in _WITH_ATTRIBUTES else encoded
+
+    def _with_attributes(self, value: Any, encoded: Any, name: str) -> Any:
+        beside = value.__dict__
+        return _tagged(ATTRIBUTES, [encoded, self._dict(beside, f"{name}.<attributes>")]) if beside else encoded
+
+    def _dict(self, value: Mapping[Any, Any], name: str) -> Any:
+        if all(type(key) is str for key in value) and TAG not in value:
+            return {key: self.value(item, _join(name, key)) for key, item in value.items()}
+        pairs = [
+            [self.value(key, _join(name, "<key>")), self.value(item, _join(name, str(key)))]
+            for key, item in value.items()
+        ]
+        return _tagged("map", pairs)
+
+    def _tensor(self, value: torch.Tensor, name: str) -> Any:
+        if (known := self._known.get(id(value))) is not None:
+            return dict(known)
+        if name in self._tensors:
+            raise CheckpointError(
+                f"{name}: two tensors would have this name; let no key contain a dot, or be a text of digits"
+            )
+        local = local_part(value)
+        if is_wrapper(local):
+            return self._wrapped(value, local, name)
+        if type(value) not in _TENSORS and not isinstance(value, DTensor):
+            raise self._refused(name, f"a {type(value).__qualname__} is a tensor of a class that cannot be stored")
+        if value.is_meta:
+            raise self._refused(name, "a tensor on the meta device has no values; move it to a device")
+        if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided or value.is_nested:
+            raise self._refused(name, f"a tensor of {value.dtype}, {value.layout} cannot be stored; convert it")
+        found = self._in_memory(value, name)
+        if isinstance(value, torch.nn.Parameter):
+            found = _tagged("parameter", [found, value.requires_grad])
+        elif value.requires_grad and value.is_leaf:
+            found = _tagged("leaf", found)
+        return self._with_attributes(value, found, name)
+
+    def _in_memory(self, value: torch.Tensor, name: str) -> Any:
+        """A tensor by its name, or by that of the one whose memory it shares."""
+        if (why := self._sharing.clashes.get(id(value))) is not None:
+            raise self._refused(name, why)
+        view = self._sharing.views.get(id(value))
+        if view is None:
+            return self._base(value, name) if id(value) in self._sharing.bases else self._strided(_plain(value), name)
+        base = self._base(view.base, name)
+        if view.is_whole:
+            return _tagged(ALIAS, base)
+        return _tagged(VIEW, [base, view.offset, list(value.shape), list(value.stride())])
+
+    def _base(self, base: torch.Tensor, name: str) -> Any:
+        """What views are made of, stored where it is met first, under whatever name that has."""
+        known = self._known.get(id(base)) or self._made.get(-id(base))
+        if known is None:
+            known = self._made[-id(base)] = self._strided(_plain(base), name)
+        return known
+
+    def _strided(self, value: torch.Tensor, name: str) -> dict[str, Any]:
+        """A tensor with memory of its own, by its name, and how it lies and is placed."""
+        found = _tagged("tensor", name)
+        if (lies := value.stride()) != row_major(value.shape):
+            if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
+                return self._expanded(value, name)
+            if not _is_apart(value.shape, lies):
+                raise self._refused(name, "its elements share memory with each other; store a .contiguous() one")
+            found[STRIDES] = list(lies)
+        if isinstance(value, DTensor) and self._sink is not None and self._sink.tells_placements:
+            found[PLACEMENTS] = [
+                placement.dim if isinstance(placement, Shard) else None for placement in value.placements
+            ]
+        self._tensors[name] = value
+        return found
+
+    def _expanded(self, value: torch.Tensor, name: str) -> dict[str, Any]:
+        """An expanded view by what it was expanded from: a (3, 4) tensor with strides (1, 0) by its first column."""
+        if isinstance(value, DTensor):
+            raise self._refused(
+                name, "it is an expanded DTensor, whose elements share memory; store a .contiguous() one"
+            )
+        narrow = value
+        for dim, stride in enumerate(value.stride()):
+            narrow = narrow.narrow(dim, 0, 1) if stride == 0 and value.shape[dim] > 1 else narrow
+        return _tagged("expanded", [self._strided(narrow, name), list(value.shape)])
+
+    def _wrapped(self, value: torch.Tensor, local: torch.Tensor, name: str) -> dict[str, Any]:
+        """A tensor subclass by its inner tensors. Those of a shard are this rank's alone: nobody can cut them."""
+        try:
+            check_wrapper(local)
+        except CheckpointError as error:
+            raise self._refused(name, str(error)) from None
+        if local is not value:
+            if self._sink is None:
+                raise CheckpointError(f"{name}: shards of a {type(local).__qualname__} cannot be stored here")
+            self._sink.own[name] = value
+            return _tagged(OWN, name)
+        return _tagged("wrapped", encode(take_apart(local), name, self._tensors))
+
+    def _unknown(self, value: Any, name: str, why: str) -> CheckpointError:
+        kind = type(value)
+        return self._refused(
+            name,
+            f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. "
+            "Let state_dict() return numbers, texts, lists, dicts and tensors only",
+        )
+
+    def _refused(self, name: str, why: str) -> CheckpointError:
+        """The error for a value that cannot be stored, with both ways out."""
+        if self._sink is None:
+            return CheckpointError(f"{name}: {why}")
+        dotted = self._sink.dotted(name)
+        return CheckpointError(f"{dotted}: {why}, {leave_out(dotted)}")
+
+
+def leave_out(dotted: str) -> str:
+    """The last remedy of every refusal: how to train on without a value in the checkpoint."""
+    return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{dotted}"]'
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor without its part in autograd; itself where it has none, so that it is known again."""
+    return value.detach() if isinstance(value, torch.nn.Parameter) or value.requires_grad else value
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}{key}" if not name or name.endswith(":") else f"{name}.{key}"
+
+
+def _tagged(tag: str, content: Any) -> dict[str, Any]:
+    return {TAG: tag, "v": content}
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a plain tensor that lies row by row, as nearly all are: its name says everything."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype in SAFETENSORS_DTYPE
+        and value.layout is _STRIDED
+        and value.stride() == row_major(value.shape)
+        and not value.__dict__
+    )
+
+
+@lru_cache(maxsize=4096)
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor that lies row by row. Example: (12, 4, 1) for the shape (2, 3, 4)."""
+    found, step = [], 1
+    for size in reversed(shape):
+        found.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(found))
+
+
+def _is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether no two elements are one in memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
+    end = 0
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step <= end:
+            return False
+        end += step * (size - 1)
+    return True

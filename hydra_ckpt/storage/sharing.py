@@ -1,0 +1,247 @@
+"""What a value holds more than once: the same object in two places, or two tensors over the same memory.
+
+An optimizer may count all steps in one tensor, and a list may be in a state under two names. Stored apart, the two
+would go separate ways after a resume. Example: for `a = torch.zeros(6)` the value `[a, a[2:4], a]` has `a` twice, and
+its second item is a view of `a` that begins at element 2.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from hydra_ckpt.storage.subclasses import local_part
+
+_LEAVES = {bool, bytes, complex, float, int, str, type(None)}
+# Besides these, only dicts and their subclasses change in place.
+_MUTABLE = (list, torch.Tensor, deque, set, bytearray, np.ndarray, io.BytesIO, torch.Generator)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_SIMPLE = {torch.Tensor, DTensor, bool, float, int, str, type(None)}
+# Elements of a cluster that are looked at one by one.
+_MOST_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that shares memory with others.
+
+    Attributes:
+        base: The tensor whose elements all of them are made of.
+        offset: Where it begins, in elements from the first one of the base.
+        is_whole: Whether it is all of the base, as it is.
+    """
+
+    base: torch.Tensor
+    offset: int
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a value holds more than once. It is meant for as long as the value is as it was.
+
+    Attributes:
+        repeated: Identities of tensors, and of containers that can change, that are in more than one place.
+        views: Identity of a tensor to where it lies in memory that it shares with others.
+        clashes: Identity of a tensor that shares memory in a way that cannot be stored, to why.
+    """
+
+    repeated: frozenset[int] = frozenset()
+    views: Mapping[int, View] = field(default_factory=dict)
+    clashes: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any, known: Sequence[torch.Tensor] = (), passed: Collection[int] = ()) -> Sharing:
+        """Look through a value.
+
+        Args:
+            value: Plain data, tensors, and containers of both.
+            known: Tensors that are stored elsewhere already. One of them is the base of those that are the same.
+            passed: Identities of tensors of which none is a view: a copy of a parameter must not follow it.
+        """
+        seen: dict[int, Any] = {id(tensor): tensor for tensor in known}
+        before, repeated = set(seen), set[int]()
+        _look_through(value, seen, repeated)
+        repeated -= before
+        tensors = [item for key, item in seen.items() if isinstance(item, torch.Tensor) and key not in passed]
+        clusters = list(_clusters(tensors))
+        if not clusters:
+            return cls(frozenset(repeated)) if repeated else NOTHING_SHARED
+        views: dict[int, View] = {}
+        clashes: dict[int, str] = {}
+        for cluster in clusters:
+            base = _base(cluster)
+            if base is None or any(id(item) in before and item is not base for item in cluster):
+                clashes.update({id(item): _why(item, cluster) for item in cluster if id(item) not in before})
+                continue
+            start = local_part(base).data_ptr()
+            for item in cluster:
+                if item is not base:
+                    offset = (local_part(item).data_ptr() - start) // base.element_size()
+                    views[id(item)] = View(base, offset, is_whole=_geometry(item) == _geometry(base))
+        return cls(frozenset(repeated), views, clashes)
+
+    @cached_property
+    def bases(self) -> frozenset[int]:
+        """Identities of the tensors that views are made of."""
+        return frozenset(id(view.base) for view in self.views.values())
+
+
+NOTHING_SHARED = Sharing()
+
+
+class Apart:
+    """Knows tensors that share nothing; from save to save they are the same, and need no second look."""
+
+    def __init__(self) -> None:
+        self._objects: list[int] = []
+        self._addresses: list[int] | None = None
+
+    def sharing(self, states: Collection[Mapping[Any, Any]], options: Collection[Mapping[str, Any]]) -> Sharing:
+        """What an optimizer holds more than once.
+
+        Args:
+            states: Of its parameters.
+            options: Of its groups.
+        """
+        items = [item for held in states for item in held.values()]
+        kinds = set(map(type, items))
+        among_options: dict[int, Any] = {}
+        repeated = set[int]()
+        _look_through(list(options), among_options, repeated)
+        if repeated or not kinds <= _SIMPLE:
+            return Sharing.of([*options, *states])
+        tensors = [item for item in items if isinstance(item, torch.Tensor)] if len(kinds) > 1 else items
+        tensors += [item for item in among_options.values() if isinstance(item, torch.Tensor)]
+        objects, addresses = list(map(id, tensors)), _addresses(tensors)
+        if addresses is not None and (objects, addresses) == (self._objects, self._addresses):
+            return NOTHING_SHARED
+        found = Sharing.of([*options, *states])
+        if found is NOTHING_SHARED:
+            self._objects, self._addresses = objects, addresses
+        return found
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """Where the memory of each begins; None where one has no memory of its own."""
+    parts = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]  # noqa: SLF001
+    if not set(map(type, parts)) <= _PLAIN:
+        return None
+    try:
+        return [part.data_ptr() for part in parts]
+    except RuntimeError:  # a sparse one
+        return None
+
+
+def _look_through(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
+    kind = type(value)
+    if kind in _LEAVES:
+        return
+    is_dict = kind is dict or isinstance(value, Mapping)
+    if is_dict or isinstance(value, _MUTABLE):
+        if id(value) in seen:
+            repeated.add(id(value))
+            return
+        seen[id(value)] = value
+    if is_dict:
+        for key, item in value.items():
+            _look_through(key, seen, repeated)
+            _look_through(item, seen, repeated)
+    elif isinstance(value, list | tuple | deque) and not set(map(type, value)) <= _LEAVES:
+        for item in value:
+            _look_through(item, seen, repeated)
+
+
+def _clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors that share elements, together. Those that share with no other are in none."""
+    found = [(item, part) for item in tensors if _has_memory(part := local_part(item))]
+    if len(found) < 2:
+        return
+    starts = np.array([part.data_ptr() for _, part in found], np.uint64)
+    ends = starts + np.array([_stretch(part) for _, part in found], np.uint64)
+    order = np.argsort(starts, kind="stable")
+    reached = np.maximum.accumulate(ends[order])
+    overlaps = starts[order][1:] < reached[:-1]
+    if not overlaps.any():
+        return
+    # A cluster begins at each stretch of memory that does not begin inside another one.
+    for cluster in np.split(order, np.flatnonzero(~overlaps) + 1):
+        if len(cluster) > 1 and _meet([found[place][1] for place in cluster]):
+            yield [found[place][0] for place in sorted(cluster)]
+
+
+def _has_memory(part: torch.Tensor) -> bool:
+    is_strided = type(part) in _PLAIN and part.layout is torch.strided and not part.is_nested
+    return is_strided and not part.is_meta and part.numel() > 0
+
+
+def _stretch(part: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last one. Example: (2, 3) of floats, 24."""
+    if part.is_contiguous():
+        return part.nbytes
+    last = sum(step * (size - 1) for step, size in zip(part.stride(), part.shape, strict=True))
+    return (last + 1) * part.element_size()
+
+
+def _meet(parts: list[torch.Tensor]) -> bool:
+    """Whether any element is in two of them. Example: two columns of one matrix overlap, but do not meet."""
+    if all(part.is_contiguous() for part in parts):
+        return True
+    sizes = {part.element_size() for part in parts}
+    start = min(part.data_ptr() for part in parts)
+    length = (max(part.data_ptr() + _stretch(part) for part in parts) - start) // min(sizes)
+    if len(sizes) > 1 or length > _MOST_ELEMENTS:
+        return True
+    size, taken = sizes.pop(), np.zeros(length, np.bool_)
+    for part in parts:
+        if (part.data_ptr() - start) % size:
+            return True
+        here = taken[(part.data_ptr() - start) // size :]
+        mine = np.lib.stride_tricks.as_strided(here, tuple(part.shape), part.stride())
+        if mine.any():
+            return True
+        mine[...] = True
+    return False
+
+
+def _base(cluster: list[torch.Tensor]) -> torch.Tensor | None:
+    """What all tensors of a cluster are made of: one of them that holds all, or a row of all elements; or None."""
+    first = min(cluster, key=lambda item: local_part(item).data_ptr())
+    if all(_geometry(item) == _geometry(first) for item in cluster):
+        return cluster[0]
+    size, start = first.element_size(), local_part(first).data_ptr()
+    for item in cluster:
+        is_plain = not isinstance(item, DTensor) and not item.is_conj() and not item.is_neg()
+        if not is_plain or item.dtype != first.dtype or (item.data_ptr() - start) % size:
+            return None
+    length = max(item.data_ptr() - start + _stretch(item) for item in cluster) // size
+    for item in cluster:
+        if item.numel() == length and item.data_ptr() == start and item.is_contiguous():
+            return item
+    memory = first.untyped_storage()
+    if (first.storage_offset() + length) * size > memory.nbytes():
+        return None  # they came to the same memory by different ways
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(memory, first.storage_offset(), (length,), (1,))
+
+
+def _geometry(item: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same but for their identity, on all ranks."""
+    part = local_part(item)
+    placed = (item.device_mesh, item.placements, item.shape) if isinstance(item, DTensor) else None
+    return (part.data_ptr(), part.dtype, part.shape, part.stride(), part.is_conj(), part.is_neg(), placed)
+
+
+def _why(item: torch.Tensor, cluster: list[torch.Tensor]) -> str:
+    other = next(found for found in cluster if found is not item)
+    return (
+        f"it shares memory with another tensor, {list(other.shape)} of {other.dtype}, in a way that would be lost; "
+        "clone() one of them"
+    )
