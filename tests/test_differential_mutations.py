@@ -45,7 +45,7 @@ def _no_own_entries(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_given_back_to_modules(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model.ModelMap, "set_own_entries", lambda *_: [])
+    _without(patch, model.ModelMap, "give_back", lambda *_: [])
 
 
 def _hooks_that_only_load_are_passed_over(patch: pytest.MonkeyPatch) -> None:

@@ -1070,7 +1070,7 @@ def test_tensors_on_the_meta_device_are_refused_by_name(tmp_path: Path, where: s
 def test_state_that_holds_itself_is_refused_by_name(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
-    with pytest.raises(CheckpointError, match=r"extras\.box: its state holds itself"):
+    with pytest.raises(CheckpointError, match=r"extras\.box\.0: its state holds itself"):
         save(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Box(loop)}))
 
 
@@ -1094,3 +1094,106 @@ def _unlike_objects(root: Path, kind: str) -> str:
 def test_objects_that_only_some_ranks_have_are_refused_by_name(tmp_path: Path, kind: str, named: str) -> None:
     for text in run_distributed(_unlike_objects, 2, tmp_path, kind):
         assert f"only on rank 1: objects: {named}" in text
+
+
+# -- what state dicts say of themselves ----------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    """Version 2 keeps its weight doubled, and converts what version 1 saved."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") == 1:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def _converted(root: Path) -> tuple[list[torch.Tensor], LoadReport]:
+    torch.manual_seed(0)
+    saved, fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Sequential(Scaled(4, 4), nn.Linear(4, 4))
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for model in (saved, fresh):
+            fully_shard(model, mesh=mesh)
+    save(root, AppState(saved))
+    report = load(root, AppState(fresh))
+    whole = [
+        item.full_tensor() if isinstance(item, DTensor) else item for item in (*saved.parameters(), *fresh.parameters())
+    ]
+    return [item.detach() for item in whole], report
+
+
+def _is_converted(found: list[torch.Tensor], report: LoadReport) -> None:
+    assert torch.equal(found[4], found[0] * 2)
+    assert all(torch.equal(found[number], found[number + 4]) for number in (1, 2, 3))
+    assert report.trusted == ("model",)
+    assert any("0 (converted from another version of its class)" in note for note in report.notes)
+
+
+def test_a_module_converts_what_an_older_version_of_it_has_saved(tmp_path: Path) -> None:
+    _is_converted(*_converted(tmp_path))
+
+
+def test_sharded_modules_convert_what_an_older_version_of_them_has_saved(tmp_path: Path) -> None:
+    for found in run_distributed(_converted, 2, tmp_path):
+        _is_converted(*found)
+
+
+def test_a_module_of_the_same_version_converts_nothing(tmp_path: Path) -> None:
+    saved, fresh = Scaled(4, 4), Scaled(4, 4)
+    save(tmp_path, AppState(saved))
+    assert "model" in load(tmp_path, AppState(fresh)).exact
+    assert torch.equal(saved.weight, fresh.weight)
+
+
+class Tagged(nn.Linear):
+    """A hook says something of the state, and another one reads it when it is loaded."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__(4, 4)
+        self.tag = tag
+        self._register_state_dict_hook(lambda module, state, prefix, metadata: metadata.update(tag=module.tag))
+        self.register_load_state_dict_pre_hook(lambda module, state, prefix, metadata, *_: module.take(metadata))
+
+    def take(self, metadata: dict[str, Any]) -> None:
+        self.tag = metadata.get("tag", "")
+
+
+def test_what_hooks_say_of_a_state_is_said_again(tmp_path: Path) -> None:
+    model, fresh = nn.Sequential(Tagged("saved")), nn.Sequential(Tagged("live"))
+    save(tmp_path, AppState(model))
+    load(tmp_path, AppState(fresh))
+    assert fresh[0].tag == "saved"
+
+
+class Observer(nn.Module):
+    """Learns its size from what it sees, and from what it loads."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.arange(float(size)))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.low.resize_(state[f"{prefix}low"].shape)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize("size", [0, 2, 9])
+def test_a_buffer_takes_its_size_when_it_is_loaded(tmp_path: Path, size: int) -> None:
+    model, fresh = nn.Sequential(nn.Linear(2, 2), Observer(5)), nn.Sequential(nn.Linear(2, 2), Observer(size))
+    save(tmp_path, AppState(model))
+    assert "model" in load(tmp_path, AppState(fresh)).exact
+    assert torch.equal(fresh[1].low, torch.arange(5.0))
+    assert torch.equal(fresh[0].weight, model[0].weight)
+
+
+def test_the_observers_of_torch_take_their_size_when_they_are_loaded(tmp_path: Path) -> None:
+    observer = torch.ao.quantization.PerChannelMinMaxObserver
+    model, fresh = nn.Sequential(observer()), nn.Sequential(observer())
+    model(torch.arange(6.0).view(2, 3))
+    save(tmp_path, AppState(model))
+    assert "model" in load(tmp_path, AppState(fresh)).exact
+    assert torch.equal(fresh[0].min_val, model[0].min_val)
+    save(tmp_path / "again", AppState(fresh))

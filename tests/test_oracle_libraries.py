@@ -32,7 +32,7 @@ def entries(model: nn.Module, *, is_peft: bool = False) -> list[str]:
     extractor = Extractor(is_peft)
     state = AppState(model)
     extractor.capture(state)
-    return [name for mapped in extractor.maps(state).values() for part in mapped.own_entries("model") for name in part]
+    return [name for mapped in extractor.maps(state).values() for part in mapped.told("model").entries for name in part]
 
 
 def is_asked(model: nn.Module) -> bool:

@@ -79,6 +79,7 @@ class Installer:
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
+        resized: For each model the buffers, read, that had another size than the live ones.
         notes: Takes what is to be told.
     """
 
@@ -90,6 +91,7 @@ class Installer:
     like: Callable[[str], DTensor]
     same_ranks: bool
     other_stages: bool
+    resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
 
     def models(self, absent: Collection[str]) -> None:
@@ -111,7 +113,10 @@ class Installer:
             given = [
                 {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
             ]
-            unlike += mapped.set_own_entries(dotted, given)
+            if resized := self.resized.get(name):
+                given = [{**(given[0] if given else {}), **resized}]
+            metadata = self.shared.get("metadata", {}).get(name)
+            unlike += mapped.give_back(dotted, given, None if metadata is None else self._decoded(metadata))
             unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.

@@ -11,6 +11,7 @@ import torch
 from hydra_ckpt.errors import CorruptCheckpointError, some_of
 from hydra_ckpt.hub.conversion import naming_of
 from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.per_rank import ELSEWHERE, owner_of
@@ -54,6 +55,7 @@ class LoadPlan:
     Attributes:
         fetches: Boxes of stored tensors, with the tensors that receive them.
         tensors: The tensors that encoded values refer to, by name; to be filled.
+        resized: For each model the buffers that have another size than the live ones, which their modules will take.
         fit: What of the optimizers' state fits; None where none is loaded.
         absent: Single objects that the checkpoint does not have, by dotted name.
         mismatch: Everything that does not fit.
@@ -61,6 +63,7 @@ class LoadPlan:
 
     fetches: list[Fetch] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     fit: Fit | None = None
     absent: set[str] = field(default_factory=set)
     mismatch: Mismatch = field(default_factory=Mismatch)
@@ -147,11 +150,25 @@ class _Matcher:
         self.plan.mismatch.unexpected += [prefix + key for key in stored.keys() - held - set(mapped.omitted)]
         own = self._match_own(name, prefix, mapped)
         for item in items:
+            if naming is None and self._resize(name, mapped, item, stored.get(item.spec.name)):
+                continue
             fits = self._match_tensor(prefix, item, stored.get(item.spec.name))
             if fits is not None and (item.place.origin or item.spec.name) not in own:
                 self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
             self.plan.mismatch.different[prefix + "state_dict()"] = "its entries are those of other parts of the model"
+
+    def _resize(self, model: str, mapped: ModelMap, item: LocalTensor, stored: StoredTensor | None) -> bool:
+        """Read a buffer of another size on its own, where its module will take it."""
+        name, spec = item.spec.name, None if stored is None else stored.spec
+        if stored is None or spec is None or spec.dtype != item.spec.dtype or spec.shape == item.spec.file_shape:
+            return False
+        if item.place.mesh or not mapped.resizes(name):
+            return False
+        target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device=item.tensor.device)
+        self.plan.resized.setdefault(model, {})[name] = target
+        self.plan.fetches.append(Fetch(stored, Box.whole(spec.shape), target))
+        return True
 
     def _match_own(self, model: str, prefix: str, mapped: ModelMap) -> set[str]:
         """The tensors of a model that are not taken from what the ranks share; this rank's own are fetched."""
@@ -289,7 +306,8 @@ class _Matcher:
         available = self.source.available()
         live: Mapping[str, torch.Tensor] = {}
         shared = self.source.shared
-        trees = [shared.get("extra_state", {}), shared.get("entries", {})] if "model" in available else []
+        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
+        trees = [shared.get(kind, {}) for kind in kinds]
         if "lr_scheduler" in available:
             trees.append(self._match_schedulers())
         if "extras" in available:

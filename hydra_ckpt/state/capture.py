@@ -190,7 +190,7 @@ class Extractor:
         self.refresh(state)
         maps = self.maps(state)
         # Hooks that run when a module is asked for its state may write to its buffers.
-        own_entries = {name: mapped.own_entries(called(name)) for name, mapped in maps.items()}
+        told = {name: mapped.told(called(name)) for name, mapped in maps.items()}
         stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:
             refuse_lost(maps.values(), _trained(state))
@@ -215,7 +215,11 @@ class Extractor:
         shared["extra_state"] = {
             name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state) for name, mapped in maps.items()
         }
-        shared["entries"] = self._entries(own_entries, sinks)
+        shared["entries"] = self._entries({name: found.entries for name, found in told.items()}, sinks)
+        shared["metadata"] = {
+            name: sinks.encode(called(name), f"metadata:{name}:", partial(dict, found.metadata))
+            for name, found in told.items()
+        }
         shared["extras"] = {
             name: sinks.encode(f"extras.{name}", f"{name}:", partial(told_by, f"extras.{name}", extra))
             for name, extra in state.extras.items()

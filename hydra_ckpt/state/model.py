@@ -24,6 +24,7 @@ from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.module_oracle import (
     WRAPPERS,
+    Told,
     customizes,
     customizes_loading,
     give_back,
@@ -158,6 +159,7 @@ def _parameters(module: nn.Module) -> Iterator[Slot]:
 class _Walked:
     """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
 
+    name: str
     module: nn.Module
     children: list[nn.Module | None]
     parameters: dict[str, int]
@@ -165,8 +167,8 @@ class _Walked:
     is_wrapper: bool
 
     @classmethod
-    def of(cls, module: nn.Module, *, is_wrapper: bool = False) -> _Walked:
-        return cls(module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
+    def of(cls, name: str, module: nn.Module, *, is_wrapper: bool = False) -> _Walked:
+        return cls(name, module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
 
     def is_as_it_was(self) -> bool:
         return (
@@ -264,11 +266,11 @@ class ModelMap:
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         while (inner := _inside(module)) is not None:
-            self._walked.append(_Walked.of(module, is_wrapper=True))
+            self._walked.append(_Walked.of(prefix, module, is_wrapper=True))
             module = inner
         if isinstance(module, FSDPModule):
             self.units.append(_Unit.of(module))  # before its parameters are looked at, which it may have gathered
-        self._walked.append(_Walked.of(module))
+        self._walked.append(_Walked.of(prefix, module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         here: list[tuple[str, torch.Tensor | None, bool]] = [(*item, True) for item in module._parameters.items()]
         here += [(name, module._buffers[name], False) for name in persistent(module)]
@@ -318,8 +320,8 @@ class ModelMap:
             self._adapted_specs == self.specs() and all(has_adapter(core) for core, _ in self._adapting)
         )
 
-    def own_entries(self, called: str) -> list[dict[str, Any]]:
-        """For each part of the model what its own state_dict tells beyond what was walked; all empty for most.
+    def told(self, called: str) -> Told:
+        """What the model's own state_dict tells beyond what was walked; nothing for most.
 
         Args:
             called: The model's name, for messages.
@@ -327,28 +329,60 @@ class ModelMap:
         Raises:
             CheckpointConfigError: A state_dict() raises.
         """
+        metadata: dict[str, Any] = {
+            walked.name.removesuffix("."): {"version": walked.module._version}
+            for walked in self._walked
+            if not walked.is_wrapper and walked.module._version != 1
+        }
         if not self._asks():
-            return []
-        found = [own_entries(told_by(core, called), *self._covered()) for core in self._cores]
-        return [{name: value for name, value in entries.items() if self._is_ours(name)} for entries in found]
+            return Told([], metadata)
+        entries = []
+        for core in self._cores:
+            told = told_by(core, called)
+            found = own_entries(told, *self._covered())
+            entries.append({name: value for name, value in found.items() if self._is_ours(name)})
+            for name, local in getattr(told, "_metadata", {}).items():
+                if local != {"version": 1}:
+                    metadata[canonical(f"{name}.").removesuffix(".")] = local
+        return Told(entries, metadata)
 
-    def set_own_entries(self, called: str, saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    def resizes(self, name: str) -> bool:
+        """Whether a module may give a buffer of this name another size when it is loaded, as observers do."""
+        owner = next((slot.owner for slot in self.slots if slot.name == name and not slot.is_parameter), None)
+        return owner is not None and self._ours is None and len(self._cores) == 1 and customizes_loading(owner)
+
+    def give_back(
+        self, called: str, saved: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any] | None
+    ) -> list[str]:
         """Hand each part its entries, or let it do what it does beside when it loads; see `give_back`.
+
+        Args:
+            called: The model's name, for messages.
+            saved: For each part its entries, and buffers of another size than the live ones; or nothing.
+            metadata: What modules said of their state, versions other than 1 among it; None where that is not known.
 
         Returns:
             Names of those that the module reports otherwise afterwards.
         """
+        known = {} if metadata is None or self._ours is not None else metadata
+        versions = {
+            walked.name.removesuffix("."): walked.module._version for walked in self._walked if not walked.is_wrapper
+        }
+        if metadata is not None and self._ours is None:
+            older = {name for name, version in versions.items() if known.get(name, {}).get("version", 1) != version}
+        else:
+            older = set()
         # PyTorch calls load_state_dict() of the outermost module only.
         is_asked = self._ours is None and (
             any(map(customizes_loading, self._inner_modules()))
             or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self._cores)
         )
-        if not any(saved) and not is_asked:
+        if not any(saved) and not is_asked and not older:
             return []
         return [
             name
             for core, entries in zip(self._cores, saved or [{} for _ in self._cores], strict=True)
-            for name in give_back(core, called, entries, *self._covered(), self._is_ours)
+            for name in give_back(core, called, Told([dict(entries)], known), *self._covered(), self._is_ours, older)
         ]
 
     def _inner_modules(self) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,19 @@ def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
     return told
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a model's own state_dict tells beyond its tensors.
+
+    Attributes:
+        entries: For each part of the model the entries that the walk does not cover, by name.
+        metadata: Name of a module to what it says of its state: its version where it is not 1, and what hooks add.
+    """
+
+    entries: list[dict[str, Any]]
+    metadata: Mapping[str, Any]
+
+
 def own_entries(
     told: Mapping[str, Any], walked: Mapping[str, torch.Tensor], extra_states: Iterable[str]
 ) -> dict[str, Any]:
@@ -115,20 +129,22 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 def give_back(
     module: nn.Module,
     called: str,
-    saved: Mapping[str, Any],
+    told: Told,
     walked: Mapping[str, torch.Tensor],
     apart: Collection[str],
-    is_ours: Callable[[str], bool] = lambda _: True,
+    is_ours: Callable[[str], bool],
+    older: Collection[str],
 ) -> Iterator[str]:
     """Hand a module its own entries through its `load_state_dict`, whose tensors have been loaded already.
 
     Args:
         module: The module.
         called: Its name, for messages.
-        saved: Its entries; there may be none for one that only customizes how it loads.
+        told: Its entries, of which there may be none, and what modules said of their state.
         walked: The tensors found by the walk, by each of their names.
         apart: Names of the modules' extra states.
         is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
+        older: Modules whose state was saved by another version of them. They convert their tensors themselves.
 
     Yields:
         Names of the entries that the module reports otherwise afterwards.
@@ -136,9 +152,10 @@ def give_back(
     Raises:
         CheckpointError: It refuses them.
     """
-    put_back = _remember(walked.values())
+    [saved] = told.entries
+    put_back = _remember(walked)
     live = told_by(module, called)
-    put_back()  # what hooks write when the state is asked for is not what was loaded
+    put_back(())  # what hooks write when the state is asked for is not what was loaded
     beside = {name for name in own_entries(live, walked, apart) if is_ours(name)}
     given: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
@@ -149,24 +166,44 @@ def give_back(
         elif _plain(name) in walked:  # it was the tensor itself when it was saved
             given[name] = walked[_plain(name)]
     given.update({name: value for name, value in saved.items() if name not in given})
-    refused = _load(module, called, given, getattr(live, "_metadata", None), walked, saved)
-    put_back()
+    refused = _load(module, called, given, _metadata(live, told.metadata, older), walked, saved)
+    converted = [name for name in walked if any(not place or name.startswith(f"{place}.") for place in older)]
+    put_back({*converted, *saved})
     if refused is not None:
         yield f"load_state_dict() ({refused})"
-    again = own_entries(told_by(module, called), walked, apart)
+    yield from (f"{place or 'the model'} (converted from another version of its class)" for place in sorted(older))
+    again = told_by(module, called)
+    put_back({*converted, *saved})
     yield from (name for name in saved if name not in again or not _alike(saved[name], again[name]))
 
 
+def _metadata(live: Mapping[str, Any], saved: Mapping[str, Any], older: Collection[str]) -> Any:
+    """What `load_state_dict` is to know of the state: as it was saved, where that is not as it would be now."""
+    found = getattr(live, "_metadata", None)
+    if found is None:
+        return None
+    found = OrderedDict(found)
+    for name in found:
+        place = _plain(f"{name}.").removesuffix(".")
+        if place in saved:
+            found[name] = saved[place]
+        elif place in older:
+            found[name] = {**found[name], "version": 1}
+    return found
+
+
 @torch.no_grad()
-def _remember(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """Copies of tensors, in host memory; the function that is returned writes them back."""
-    parts = [local_part(tensor.detach()) for tensor in {id(tensor): tensor for tensor in tensors}.values()]
-    copies = [part.to("cpu", copy=True) for part in parts]
+def _remember(tensors: Mapping[str, torch.Tensor]) -> Callable[[Collection[str]], None]:
+    """Copies of tensors, in host memory; the function that is returned writes them back, but for those named."""
+    parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+    copies = {id(tensor): parts[name].to("cpu", copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def put_back() -> None:
-        for part, value in zip(parts, copies, strict=True):
-            part.copy_(value)
+    def put_back(without: Collection[str]) -> None:
+        left = {id(tensors[name]) for name in without if name in tensors}
+        for name, part in parts.items():
+            if id(tensors[name]) not in left:
+                part.copy_(copies[id(tensors[name])])
 
     return put_back
 

@@ -44,7 +44,9 @@ def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple
     optimizers = [document["optimizer"] for document in documents if "optimizer" in document]
     if optimizers:
         combined["optimizer"] = _optimizers(optimizers)
-    for kind in ("extra_state", "extras"):
+    for kind in ("extra_state", "extras", "metadata"):
+        if not any(kind in document for document in documents):
+            continue
         combined[kind] = {}
         for name in dict.fromkeys(name for document in documents for name in document.get(kind, {})):
             trees = [document[kind][name] for document in documents if name in document.get(kind, {})]
