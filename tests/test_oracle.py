@@ -1154,10 +1154,13 @@ class Tagged(nn.Linear):
     def __init__(self, tag: str) -> None:
         super().__init__(4, 4)
         self.tag = tag
-        self._register_state_dict_hook(lambda module, state, prefix, metadata: metadata.update(tag=module.tag))
-        self.register_load_state_dict_pre_hook(lambda module, state, prefix, metadata, *_: module.take(metadata))
+        self._register_state_dict_hook(Tagged.say)
+        self.register_load_state_dict_pre_hook(Tagged.take)
 
-    def take(self, metadata: dict[str, Any]) -> None:
+    def say(self, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
+        metadata["tag"] = self.tag
+
+    def take(self, _state: Any, _prefix: str, metadata: dict[str, Any], *_: Any) -> None:
         self.tag = metadata.get("tag", "")
 
 

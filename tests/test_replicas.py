@@ -471,3 +471,29 @@ def test_the_accelerators_digest_sees_every_byte_and_no_memory_around_it() -> No
         changed[position] += 1
         assert fold(changed) != whole
     assert fold(torch.zeros(8)) != fold(torch.zeros(9))
+
+
+def _held_by_one_rank(root: Path, holder: int) -> dict[str, Any]:
+    def build(*, is_held: bool) -> AppState:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.state[model.weight] = {"momentum_buffer": torch.ones(2, 2), **({"n": 3} if is_held else {})}
+        return AppState(model, optimizer)
+
+    rank = dist.get_rank()
+    with config_of(root).build(rank, 0, 0) as engine:
+        for step in (1, 2):
+            engine.save(build(is_held=rank == holder), step=step).result()
+    fresh = build(is_held=rank != holder)
+    with config_of(root).build(rank, 0, 0) as engine:
+        report = engine.load(fresh)
+    assert report is not None
+    return {key: value for held in fresh.optimizers[0].state.values() for key, value in held.items() if key == "n"}
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_plain_state_that_one_rank_has_alone_is_its_own(tmp_path: Path, holder: int) -> None:
+    found = run_distributed(_held_by_one_rank, 2, tmp_path, holder)
+    assert found[holder] == {"n": 3}
+    assert found[1 - holder] == {}

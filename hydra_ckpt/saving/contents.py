@@ -267,13 +267,11 @@ class Contents:
 
     def _shared(self, captured: Captured) -> Packed:
         """What the ranks that hold the same tensors share, with the names of what each has for itself."""
-        labels = [label for label in captured.plain if label in self.comparer.known.own]
-        tensors = [
-            label_of(part, item.spec.name)
-            for part, items in captured.parts.items()
-            for item in items
-            if label_of(part, item.spec.name) in self.comparer.known.own
-        ]
+        own = self.comparer.known.own
+        everything = [label_of(part, item.spec.name) for part, items in captured.parts.items() for item in items]
+        tensors = [label for label in everything if label in own]
+        # Those that this rank lacks are among them.
+        labels = sorted(own.difference(everything))
         return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}})
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:

@@ -25,8 +25,15 @@ def plain_of(shared: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+ABSENT = object()
+"""What takes the place of data under a label that a rank did not have."""
+
+
 def put_plain(shared: dict[str, Any], label: str, tree: Any) -> None:
-    """Put what `plain_of` gave under a label back into a shared document, in place."""
+    """Put what `plain_of` gave under a label back into a shared document, in place; ABSENT takes it away."""
+    if tree is ABSENT:
+        _take_away(shared, label)
+        return
     kind, _, name = label.partition(".")
     if kind == "optimizer":
         _put_into_optimizers(shared["optimizer"], label, tree)
@@ -34,6 +41,14 @@ def put_plain(shared: dict[str, Any], label: str, tree: Any) -> None:
         shared["lr_scheduler"][int(name)] = tree
     else:
         shared[kind][name] = tree
+
+
+def _take_away(shared: dict[str, Any], label: str) -> None:
+    """Of a parameter's state only tensors are left; other data are in the document of the rank that has them."""
+    if label.startswith(_STATE):
+        state = shared["optimizer"]["state"].get(label.removeprefix(_STATE), {})
+        for key in [key for key, value in state.items() if type(value) is not dict or value.get("~") != "tensor"]:
+            del state[key]
 
 
 def _of_optimizers(described: Mapping[str, Any]) -> dict[str, Any]:
