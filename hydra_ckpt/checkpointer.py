@@ -186,11 +186,7 @@ class Checkpointer:
         except CheckpointError as refusal:
             error = refusal
         self._channel.raise_together("looking at the models", error)
-        if self.config.write.unsaved and self.group.rank == 0:
-            log.warning(
-                "checkpoint.allow_unsaved=%s: what these names match is not saved, and a resumed run begins without it",
-                list(self.config.write.unsaved),
-            )
+        self._saver.left_out.announce()
 
     def load(
         self, state: AppState, restore_from: str | os.PathLike[str] | None = None, parts: list[str] | None = None

@@ -1200,3 +1200,30 @@ def test_the_observers_of_torch_take_their_size_when_they_are_loaded(tmp_path: P
     assert "model" in load(tmp_path, AppState(fresh)).exact
     assert torch.equal(fresh[0].min_val, model[0].min_val)
     save(tmp_path / "again", AppState(fresh))
+
+
+# -- what is left out, and what was not there ----------------------------------------------------------------------
+
+
+def test_a_pattern_that_leaves_nothing_out_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 2)
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), allow_unsaved=["model.bias", "optimizer.slwo.*"])
+    with config.build(0, 0, 0) as engine, caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            engine.save(AppState(model), step=step).result()
+    said = [record.getMessage() for record in caplog.records if "allow_unsaved" in record.getMessage()]
+    assert len(said) == 2
+    assert "is not saved" in said[0]
+    assert "'optimizer.slwo.*' matches nothing" in said[1]
+    assert "model.bias" not in said[1]
+
+
+def test_an_option_that_the_checkpoint_lacks_is_reported(tmp_path: Path) -> None:
+    model, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
+    save(tmp_path, AppState(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    optimizer = torch.optim.SGD([{"params": list(fresh.parameters()), "scale": 3}], lr=0.5)
+    report = load(tmp_path, AppState(fresh, optimizer))
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["scale"] == 3
+    assert report.missing == ("optimizer.0.scale",)
+    assert any("as it was built: optimizer.0.scale" in note for note in report.notes)

@@ -272,6 +272,9 @@ class _Matcher:
         self.plan.mismatch.different.update(found.different)
         self.plan.mismatch.left += [place.replace(", group ", ".") for place in found.different]
         self.source.notes.texts += found.notes
+        self.source.notes.missing += found.lacking
+        if found.lacking:
+            self.source.notes.texts.append(f"not in the checkpoint, and so as it was built: {some_of(found.lacking)}")
         if self.strict and (found.missing or found.different):
             return
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))

@@ -24,6 +24,7 @@ from hydra_ckpt.saving.beginning import plain_parameters
 from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
 from hydra_ckpt.saving.exporting import AddExport
+from hydra_ckpt.saving.left_out import LeftOut
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
 from hydra_ckpt.saving.save import Content, DraftWriter, FailedSave, Save
@@ -62,6 +63,7 @@ class Saver:
         moe_mesh: The mesh of expert parallelism, or None.
 
     Attributes:
+        left_out: Says what is not saved.
         pending: The last save begun.
         longest_save_s: The longest time from a save's beginning to its end, in seconds.
     """
@@ -101,6 +103,7 @@ class Saver:
         self._exported: set[str] = set()
         self._weights: dict[str, frozenset[Digested]] = {}
         self._warned_of_strangers = False
+        self.left_out = LeftOut(config.write.unsaved, channel)
         self.pending: PendingSave | None = None
         self.longest_save_s = 0.0
 
@@ -146,8 +149,10 @@ class Saver:
         if name in self._published and not request.adds_export:
             raise CheckpointExistsError(f"{self._directory.root / name} is published already; a step is saved once")
         pending = PendingSave(request.step)
+        self.left_out.announce()
         captured, error = self._capture(state, request, deciding_metric)
         self._contents.agree(state, captured, error)
+        self.left_out.check(() if captured is None else captured.omitted)
         look, error = self._look(captured, error, full=request.compares_fully or not self._config.write.is_async)
         drift = self._compare(state, look)
         from_shards = request.adds_export and self._has_changed(state, captured, request)

@@ -21,7 +21,7 @@ from hydra_ckpt.storage.encoding import row_major
 from hydra_ckpt.storage.memory import fresh_like, strided_like
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
-_BESIDE = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
+_BESIDE = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Fit:
         missing: Parameters of the other live optimizers that the description lacks.
         left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
+        lacking: Live options that the saved groups lack, by dotted name; they stay as they are.
         notes: What is otherwise than it was, in words.
     """
 
@@ -55,6 +56,7 @@ class Fit:
     missing: list[str] = field(default_factory=list)
     left: set[str] = field(default_factory=set)
     different: dict[str, str] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def leave(self, names: Collection[str]) -> None:
@@ -247,7 +249,11 @@ def _fit_group(
             "group them as in the run that saved"
         )
         return None
-    return next(iter(kinds.values()), None)
+    options = next(iter(kinds.values()), None)
+    if options is not None:
+        dotted = ".".join(filter(None, (holder.called, holder.path, str(index))))
+        found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - _BESIDE))
+    return options
 
 
 def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> str | None:
