@@ -31,7 +31,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra_ckpt import CheckpointCallback
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.state.model import canonical
+from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings

@@ -152,6 +152,22 @@ class Lazy(Stepping):
         return parameter.grad + state.get("slow", 0)
 
 
+class Joint(Stepping):
+    """Counts the steps of all parameters in one tensor, and keeps one state under two names."""
+
+    def update(self, parameter: Any, state: dict[str, Any], group: dict[str, Any]) -> Any:
+        if not state:
+            states = [held for held in self.state.values() if held]
+            state["step"] = states[0]["step"] if states else torch.tensor(0.0)
+            state["m"] = torch.zeros_like(parameter)
+            state["again"], state["view"] = state["m"], state["m"].detach()
+        state["step"] += 0.125
+        state["m"].lerp_(parameter.grad, 0.5)
+        state["again"] *= 0.75
+        state["view"] *= 0.75
+        return state["m"] * (1 + state["step"].item())
+
+
 class Plain(Stepping):
     """Keeps plain tensors, of sharded parameters too."""
 
@@ -446,6 +462,7 @@ KINDS: dict[str, Callable[[Parameters], Any]] = {
     "containers": Containers,
     "empty": Empty,
     "lazy": Lazy,
+    "joint": Joint,
     "plain": Plain,
     "precise": Precise,
     "whole": Whole,

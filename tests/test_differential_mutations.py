@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_ckpt.loading import installing, load
+from hydra_ckpt.loading import installing, load, matching
 from hydra_ckpt.state import capture, holders, model, module_oracle, optimizer, optimizer_loading, optimizer_oracle
-from hydra_ckpt.storage import decoding, encoding
+from hydra_ckpt.storage import decoding, encoding, sharing
 from tests.differential import check, drawn
 
 # So many cases are tried before a fault counts as not found.
@@ -67,7 +67,7 @@ def _state_is_not_installed_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def _strides_are_dropped(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, load, "strides", lambda _: {})
+    _without(patch, matching, "strides", lambda _: {})
     _without(patch, optimizer_loading, "strides", lambda _: {})
 
 
@@ -81,6 +81,11 @@ def _parameters_come_back_as_tensors(patch: pytest.MonkeyPatch) -> None:
 
 def _leaves_forget_that_they_need_gradients(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(decoding.DECODERS, "leaf", lambda tensor: tensor)
+
+
+def _what_is_shared_is_stored_apart(patch: pytest.MonkeyPatch) -> None:
+    _without(patch, sharing.Apart, "sharing", lambda *_: sharing.NOTHING_SHARED)
+    _without(patch, sharing.Sharing, "of", lambda *_: sharing.NOTHING_SHARED)
 
 
 def _subclasses_lose_their_scale(patch: pytest.MonkeyPatch) -> None:
@@ -147,6 +152,7 @@ FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _empty_states_are_dropped,
     _parameters_come_back_as_tensors,
     _leaves_forget_that_they_need_gradients,
+    _what_is_shared_is_stored_apart,
     _subclasses_lose_their_scale,
     _inner_optimizers_are_not_seen,
     _stray_keys_are_passed_over,

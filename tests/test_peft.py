@@ -22,7 +22,7 @@ from hydra_ckpt.errors import (
     CheckpointConfigError,
 )
 from hydra_ckpt.hub.merging import merge_adapter
-from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.wrappers import unwrap
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed

@@ -17,8 +17,8 @@ from torch import nn
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.conversion import is_transformers_model, original_class
 from hydra_ckpt.hub.reference import Reference
-from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import adapter_config
+from hydra_ckpt.state.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from hydra_ckpt.hub.conversion import is_transformers_model, original_class
-from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import is_peft_model
+from hydra_ckpt.state.wrappers import unwrap
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("hydra-ckpt", "torch", "transformers", "peft", "diffusers")

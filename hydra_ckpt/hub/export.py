@@ -24,8 +24,8 @@ from hydra_ckpt.hub.reference import Reference, at, find_reference
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.model import unwrap
 from hydra_ckpt.state.peft import is_peft_model, refuse_adapters
+from hydra_ckpt.state.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_expo
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.model import ModelMap, canonical
+from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, ambiguous, dotted, model_prefix
 from hydra_ckpt.storage.distcp import are_same, fetch_distcp
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE, check_name

@@ -19,8 +19,8 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
-from hydra_ckpt.state.model import canonical
 from hydra_ckpt.state.optimizer import SEPARATOR
+from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, model_prefix
 from hydra_ckpt.storage.distcp import are_same
 from hydra_ckpt.storage.encoding import encode

@@ -113,10 +113,9 @@ class Installer:
             given = [
                 {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
             ]
-            if resized := self.resized.get(name):
-                given = [{**(given[0] if given else {}), **resized}]
             metadata = self.shared.get("metadata", {}).get(name)
-            unlike += mapped.give_back(dotted, given, None if metadata is None else self._decoded(metadata))
+            decoded = None if metadata is None else self._decoded(metadata)
+            unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}))
             unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.

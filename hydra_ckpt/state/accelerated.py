@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from hydra_ckpt.errors import CheckpointConfigError
-from hydra_ckpt.state.model import unwrap
+from hydra_ckpt.state.wrappers import unwrap
 
 _REMEDY = "AppState.from_accelerator(accelerator, dataloader=loader)"
 

@@ -25,9 +25,10 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.model import ModelMap, refuse_fsdp1
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import plain_of
+from hydra_ckpt.state.wrappers import refuse_fsdp1
 from hydra_ckpt.storage.decoding import decode, strides
 from hydra_ckpt.storage.encoding import Sink, encode
 from hydra_ckpt.storage.sharing import Apart

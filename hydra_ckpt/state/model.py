@@ -3,94 +3,35 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hydra_ckpt.errors import CheckpointConfigError, TopologyError
+from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.module_oracle import (
-    WRAPPERS,
     Told,
     customizes,
     customizes_loading,
     give_back,
     own_entries,
     told_by,
-    transparent,
 )
-from hydra_ckpt.state.optimizer_oracle import is_own_method
+from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
+from hydra_ckpt.state.wrappers import canonical, inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
-
-
-def canonical(name: Any) -> str:
-    """The name of a tensor as its model has it, without what wrappers have put into it."""
-    text = str(name)
-    for wrapper in WRAPPERS:
-        text = text.replace(wrapper, "")
-    return text.removeprefix("module.")
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside data-parallel, activation-checkpointing and compile wrappers."""
-    while (inner := _inside(module)) is not None:
-        module = inner
-    return module
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for what is no wrapper."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    inner: nn.Module | None = None
-    if isinstance(module, DistributedDataParallel | DataParallel):
-        inner = module.module
-    elif isinstance(module, ActivationWrapper):
-        inner = module._checkpoint_wrapped_module
-    elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        inner = module._orig_mod
-    elif not is_own_method(module, "state_dict", "torch.nn.modules.module"):
-        if module not in _TRANSPARENT:
-            _TRANSPARENT[module] = transparent(module)
-        inner = _TRANSPARENT[module]
-    return inner
-
-
-# Wrappers of other libraries, with what they pass on as their own state.
-_TRANSPARENT: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
-
-
-def refuse_fsdp1(modules: Iterable[nn.Module]) -> None:
-    """Refuse FSDP's first version, whose flat parameters tell nobody which part of which tensor a rank holds.
-
-    Raises:
-        CheckpointConfigError: A module, or one in it, is wrapped in it. Nothing was asked for its state, which would
-            gather it.
-    """
-    for outer in modules:
-        for name, module in outer.named_modules():
-            if isinstance(module, FullyShardedDataParallel):
-                raise CheckpointConfigError(
-                    f"model{'.' if name else ''}{name} is a FullyShardedDataParallel (FSDP version 1), whose flat "
-                    "parameters cannot be saved shard by shard. Use FSDP2: torch.distributed.fsdp.fully_shard(module) "
-                    "instead of FullyShardedDataParallel(module); with accelerate FullyShardedDataParallelPlugin("
-                    "fsdp_version=2), or fsdp_version: 2 in its configuration file"
-                )
 
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
@@ -99,94 +40,6 @@ def _tied_to(model: nn.Module) -> Mapping[str, str]:
     if declared is None:
         declared = getattr(model, "_tied_weights_keys", None)
     return declared if isinstance(declared, Mapping) else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place in a module where a tensor lives.
-
-    Attributes:
-        name: Canonical name.
-        owner: The module.
-        attribute: The tensor's name in it.
-        is_parameter: Else a persistent buffer.
-    """
-
-    name: str
-    owner: nn.Module
-    attribute: str
-    is_parameter: bool
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """What lives there now; frameworks may exchange the object between steps."""
-        home = self.owner._parameters if self.is_parameter else self.owner._buffers
-        tensor = home[self.attribute]
-        assert tensor is not None  # slots are made of places that hold something
-        return tensor
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """A module that FSDP2 shards, with its parameters as they are while it is not gathered."""
-
-    module: FSDPModule
-    sharded: list[tuple[Slot, torch.Tensor]]
-
-    @classmethod
-    def of(cls, module: FSDPModule) -> _Unit:
-        module.reshard()
-        assert isinstance(module, nn.Module)  # FSDPModule is mixed into the module's own class
-        return cls(module, [(slot, slot.tensor) for slot in _parameters(module)])
-
-    def reshard(self) -> None:
-        # FSDP puts other objects in place while it gathers. Asking it costs more than all the rest of a walk.
-        if any(slot.tensor is not tensor for slot, tensor in self.sharded):
-            self.module.reshard()
-
-
-def _parameters(module: nn.Module) -> Iterator[Slot]:
-    """The parameters of a module that belong to no FSDP module further in."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield Slot(name, module, name, is_parameter=True)
-    for child in module._modules.values():
-        if child is not None and not isinstance(child, FSDPModule):
-            yield from _parameters(child)
-
-
-@dataclass(frozen=True, slots=True)
-class _Walked:
-    """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
-
-    name: str
-    module: nn.Module
-    children: list[nn.Module | None]
-    parameters: dict[str, int]
-    buffers: list[str]
-    is_wrapper: bool
-
-    @classmethod
-    def of(cls, name: str, module: nn.Module, *, is_wrapper: bool = False) -> _Walked:
-        return cls(name, module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
-
-    def is_as_it_was(self) -> bool:
-        return (
-            list(self.module._modules.values()) == self.children
-            and _identities(self.module) == self.parameters
-            and persistent(self.module) == self.buffers
-        )
-
-
-def _identities(module: nn.Module) -> dict[str, int]:
-    """Which parameters a module has. They tell whose state an optimizer keeps."""
-    return {name: id(parameter) for name, parameter in module._parameters.items() if parameter is not None}
-
-
-def persistent(module: nn.Module) -> list[str]:
-    """Which buffers of a module are saved. Others may take their places at every step."""
-    hidden = module._non_persistent_buffers_set
-    return [name for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
 
 
 def _placed_as(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -213,13 +66,13 @@ class ModelMap:
     slots: list[Slot]
     aliases: dict[str, str] = field(default_factory=dict)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
-    units: list[_Unit] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
     _unsaved: list[Slot] = field(default_factory=list)
     _adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
-    _walked: list[_Walked] = field(default_factory=list)
+    _walked: list[Walked] = field(default_factory=list)
     _adapted_specs: list[TensorSpec] | None = None
     _beside: list[Slot] = field(default_factory=list)
     _cores: list[nn.Module] = field(default_factory=list)
@@ -265,12 +118,12 @@ class ModelMap:
         return found
 
     def _walk(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
-        while (inner := _inside(module)) is not None:
-            self._walked.append(_Walked.of(prefix, module, is_wrapper=True))
+        while (inner := inside(module)) is not None:
+            self._walked.append(Walked.of(prefix, module, is_wrapper=True))
             module = inner
         if isinstance(module, FSDPModule):
-            self.units.append(_Unit.of(module))  # before its parameters are looked at, which it may have gathered
-        self._walked.append(_Walked.of(prefix, module))
+            self.units.append(Unit.of(module))  # before its parameters are looked at, which it may have gathered
+        self._walked.append(Walked.of(prefix, module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         here: list[tuple[str, torch.Tensor | None, bool]] = [(*item, True) for item in module._parameters.items()]
         here += [(name, module._buffers[name], False) for name in persistent(module)]
@@ -352,14 +205,19 @@ class ModelMap:
         return owner is not None and self._ours is None and len(self._cores) == 1 and customizes_loading(owner)
 
     def give_back(
-        self, called: str, saved: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any] | None
+        self,
+        called: str,
+        saved: Sequence[Mapping[str, Any]],
+        metadata: Mapping[str, Any] | None,
+        resized: Mapping[str, torch.Tensor],
     ) -> list[str]:
         """Hand each part its entries, or let it do what it does beside when it loads; see `give_back`.
 
         Args:
             called: The model's name, for messages.
-            saved: For each part its entries, and buffers of another size than the live ones; or nothing.
+            saved: For each part its entries; or nothing.
             metadata: What modules said of their state, versions other than 1 among it; None where that is not known.
+            resized: Buffers of another size than the live ones.
 
         Returns:
             Names of those that the module reports otherwise afterwards.
@@ -377,12 +235,14 @@ class ModelMap:
             any(map(customizes_loading, self._inner_modules()))
             or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self._cores)
         )
-        if not any(saved) and not is_asked and not older:
+        if not (any(saved) or is_asked or older or resized):
             return []
         return [
             name
             for core, entries in zip(self._cores, saved or [{} for _ in self._cores], strict=True)
-            for name in give_back(core, called, Told([dict(entries)], known), *self._covered(), self._is_ours, older)
+            for name in give_back(
+                core, called, Told([dict(entries)], known, resized), *self._covered(), self._is_ours, older
+            )
         ]
 
     def _inner_modules(self) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,10 +78,12 @@ class Told:
     Attributes:
         entries: For each part of the model the entries that the walk does not cover, by name.
         metadata: Name of a module to what it says of its state: its version where it is not 1, and what hooks add.
+        resized: Buffers that were saved with another size than the live ones have.
     """
 
     entries: list[dict[str, Any]]
     metadata: Mapping[str, Any]
+    resized: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def own_entries(
@@ -152,7 +154,7 @@ def give_back(
     Raises:
         CheckpointError: It refuses them.
     """
-    [saved] = told.entries
+    saved = {**told.entries[0], **told.resized}
     put_back = _remember(walked)
     live = told_by(module, called)
     put_back(())  # what hooks write when the state is asked for is not what was loaded
@@ -166,14 +168,15 @@ def give_back(
         elif _plain(name) in walked:  # it was the tensor itself when it was saved
             given[name] = walked[_plain(name)]
     given.update({name: value for name, value in saved.items() if name not in given})
+    changed = {name for name in walked if any(not place or name.startswith(f"{place}.") for place in older)}
+    changed |= told.resized.keys()
     refused = _load(module, called, given, _metadata(live, told.metadata, older), walked, saved)
-    converted = [name for name in walked if any(not place or name.startswith(f"{place}.") for place in older)]
-    put_back({*converted, *saved})
+    put_back(changed)
     if refused is not None:
         yield f"load_state_dict() ({refused})"
     yield from (f"{place or 'the model'} (converted from another version of its class)" for place in sorted(older))
     again = told_by(module, called)
-    put_back({*converted, *saved})
+    put_back(changed)
     yield from (name for name in saved if name not in again or not _alike(saved[name], again[name]))
 
 
