@@ -37,18 +37,25 @@ class Slot:
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that FSDP2 shards, with its parameters as they are while it is not gathered."""
+    """A module that FSDP2 shards, with its parameters as they are while it is not gathered.
+
+    Attributes:
+        module: The module.
+        sharded: Its parameters' places, and what is there.
+    """
 
     module: FSDPModule
     sharded: list[tuple[Slot, torch.Tensor]]
 
     @classmethod
     def of(cls, module: FSDPModule) -> Unit:
+        """The unit of a module, which is resharded first."""
         module.reshard()
         assert isinstance(module, nn.Module)  # FSDPModule is mixed into the module's own class
         return cls(module, [(slot, slot.tensor) for slot in _parameters(module)])
 
     def reshard(self) -> None:
+        """Bring parameters that a forward pass left gathered back to their shards."""
         # FSDP puts other objects in place while it gathers. Asking it costs more than all the rest of a walk.
         if any(slot.tensor is not tensor for slot, tensor in self.sharded):
             self.module.reshard()
@@ -66,7 +73,16 @@ def _parameters(module: nn.Module) -> Iterator[Slot]:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later."""
+    """A module as it was when it was walked: what it holds may be exchanged, taken away or added to later.
+
+    Attributes:
+        name: What the names of its tensors begin with.
+        module: The module.
+        children: Its modules.
+        parameters: Name to identity.
+        buffers: Names of those that are saved.
+        is_wrapper: Whether it only passes on what is inside it.
+    """
 
     name: str
     module: nn.Module
@@ -77,9 +93,17 @@ class Walked:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, *, is_wrapper: bool = False) -> Walked:
+        """A module as it is now.
+
+        Args:
+            name: What the names of its tensors begin with.
+            module: The module.
+            is_wrapper: Whether it only passes on what is inside it.
+        """
         return cls(name, module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
 
     def is_as_it_was(self) -> bool:
+        """Whether it still has the same modules, parameters and places of buffers."""
         return (
             list(self.module._modules.values()) == self.children
             and _identities(self.module) == self.parameters
