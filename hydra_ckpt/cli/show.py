@@ -152,6 +152,8 @@ def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:
         ("created", f"{shown_time(created)} on {data['details'].get('host', '?')}"),
         ("size", f"{shown_size(data['bytes'])} in {counted(len(data['files']), 'file')}"),
         ("written by", counted(data["world_size"], "rank")),
+        ("replicas", str(data["details"].get("replicas", ""))),
+        ("left out", ", ".join(map(str, data["details"].get("unsaved", ())))),
         ("pointers", ", ".join(data["pointers"])),
         ("metrics", ", ".join(f"{name} {value:.6g}" for name, value in sorted(data["metrics"].items()))),
         *parts,

@@ -314,7 +314,9 @@ class Saver:
         step, epoch, metrics = request.step, request.epoch, request.metrics
         launch = {"launch": self._config.launch} if self._config.launch is not None else {}
         unsaved = {"unsaved": list(content.omitted)} if content.omitted else {}
-        details = {**directory.details, "optimizers": optimizers, **launch, **unsaved}
+        full = request.compares_fully or not self._config.write.is_async
+        replicas = {"replicas": "compared in full" if full else "sampled"} if self._group.world_size > 1 else {}
+        details = {**directory.details, "optimizers": optimizers, **launch, **unsaved, **replicas}
         return Save(writer, self._directory.root, step, epoch, metrics, topology, fence, directory.point_to, details)
 
     def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
