@@ -86,12 +86,12 @@ STAYS = {"save": {"epoch_0_step_1"}, "export": {"epoch_0_step_1", "epoch_0_step_
 
 
 def _replay_every_prefix(
-    tmp_path: Path, record: Callable[[Path], tuple[list[Operation], Path]], stays: set[str]
+    tmp_path: Path, record: Callable[[Path], tuple[list[Operation], Path]], stays: set[str], every: int
 ) -> int:
     root = tmp_path / "recorded"
     operations, before = record(root)
     operations.sort(key=lambda operation: operation.at)
-    for length in range(len(operations) + 1):
+    for length in {*range(0, len(operations), every), len(operations)}:
         for torn in (False, True):
             if torn and (length == 0 or operations[length - 1].kind not in ("write_at", "remove_tree")):
                 continue
@@ -102,24 +102,30 @@ def _replay_every_prefix(
                 _check_invariants(crashed, stays)
             except Exception as error:
                 last = operations[length - 1] if length else None
-                raise AssertionError(f"stopped behind operation {length} ({last}), torn={torn}") from error
+                raise AssertionError(f"stopped after operation {length} ({last}), torn={torn}") from error
             shutil.rmtree(crashed)
     return len(operations)
 
 
+# A prime, so that the lengths tried meet operations of all kinds; `--slow` tries all.
+EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@EVERY
 @pytest.mark.parametrize("story", ["save", "export", "prune"])
-def test_every_prefix_of_one_rank(tmp_path: Path, story: str) -> None:
-    count = _replay_every_prefix(tmp_path, lambda root: _record(root, story), STAYS[story])
+def test_every_prefix_of_one_rank(tmp_path: Path, story: str, every: int) -> None:
+    count = _replay_every_prefix(tmp_path, lambda root: _record(root, story), STAYS[story], every)
     assert count > 20
 
 
+@EVERY
 @pytest.mark.parametrize("story", ["save", "export"])
-def test_every_prefix_of_two_ranks(tmp_path: Path, story: str) -> None:
+def test_every_prefix_of_two_ranks(tmp_path: Path, story: str, every: int) -> None:
     def record(root: Path) -> tuple[list[Operation], Path]:
         recorded = run_distributed(_record, 2, root, story)
         return [operation for operations, _ in recorded for operation in operations], recorded[0][1]
 
-    count = _replay_every_prefix(tmp_path, record, STAYS[story])
+    count = _replay_every_prefix(tmp_path, record, STAYS[story], every)
     assert count > 30
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.errors import (
     CheckpointConfigError,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -22,6 +23,7 @@ from hydra_ckpt.errors import (
 )
 from hydra_ckpt.hub.merging import merge_adapter
 from hydra_ckpt.hub.offline import export_checkpoint
+from hydra_ckpt.store.catalog import Checkpoint
 from tests.hub_models import MODELS, make
 from tests.test_peft import TARGETS, adapted, adapter_config, answer, saved_adapter, saved_base, state_of, train
 
@@ -268,13 +270,16 @@ def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "org/elsewhere"])
-def test_an_adapter_without_its_base_model_is_not_merged(tmp_path: Path, name: str | None) -> None:
+def test_an_adapter_without_its_base_model_is_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = adapted("lora")
     model.peft_config["default"].base_model_name_or_path = name
     model.get_base_model().name_or_path = ""
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
         engine.save(AppState(model), step=1).result()
-    done = _merge(tmp_path / "run", tmp_path / "out")
-    assert done.returncode == 2
-    assert ("name it with --base" if name is None else "org/elsewhere is not on this machine") in done.stderr
+    message = "name it with --base" if name is None else "org/elsewhere is not on this machine"
+    with pytest.raises(CheckpointError, match=message):
+        merge_adapter(Checkpoint.open((tmp_path / "run" / "LATEST").resolve()), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def _check_files(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize(
     ("form", "names"),
-    [("consolidated", FOUR), ("torch_save", ("one", "hsdp2x2", "fsdp2_tp2"))],
+    [("consolidated", ("one", "ddp2", "fsdp4", "tp2", "fsdp2_tp2")), ("torch_save", ("hsdp2x2", "fsdp2_tp2"))],
     ids=["consolidated", "torch_save"],
 )
 def test_any_mesh_loads_on_any_other(tmp_path: Path, form: str, names: tuple[str, ...]) -> None:
@@ -119,7 +119,7 @@ def test_any_mesh_loads_on_any_other(tmp_path: Path, form: str, names: tuple[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["shards", "torch_save"])
+@pytest.mark.parametrize("form", ["consolidated", "shards", "torch_save"])
 def test_any_mesh_loads_on_any_other_in_every_format(tmp_path: Path, form: str) -> None:
     _check_matrix(tmp_path, 4, FOUR, FORMATS[form])
 
