@@ -8,13 +8,15 @@ that were built with other values, and compares both with each other and with wh
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -33,6 +35,16 @@ FURTHER_STEPS = 12
 PER_RANK = False
 
 Choose = Callable[[Sequence[Any]], Any]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Wrappers of torch.compile compile nothing, and warnings of hundreds of runs are not told."""
+    torch.compiler.set_stance("force_eager")
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.compiler.set_stance("default")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hydra_ckpt.testing import run_distributed
-from tests.differential import Case, Outcome, check, draw, drawn
+from tests.differential import Case, Outcome, check, draw, drawn, quiet  # noqa: F401 - a fixture
 
 MOST_REFUSED = 0.05
 
@@ -23,16 +22,6 @@ MOST_REFUSED = 0.05
 @st.composite
 def cases(choose: Any, parallel: str = "none") -> Case:
     return draw(lambda options: choose(st.sampled_from(list(options))), parallel)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Wrappers of torch.compile compile nothing, and warnings of hundreds of runs are not told."""
-    torch.compiler.set_stance("force_eager")
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-    torch.compiler.set_stance("default")
 
 
 class Tally:

@@ -5,8 +5,7 @@ Nowhere else do tests replace parts of this package.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,10 @@ import torch
 from hydra_ckpt.loading import installing, load, matching
 from hydra_ckpt.state import capture, holders, model, module_oracle, optimizer, optimizer_loading, optimizer_oracle
 from hydra_ckpt.storage import decoding, encoding, sharing
-from tests.differential import check, drawn
+from tests.differential import check, drawn, quiet  # noqa: F401 - a fixture
 
 # So many cases are tried before a fault counts as not found.
 PATIENCE = 300
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.compiler.set_stance("force_eager")
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-    torch.compiler.set_stance("default")
 
 
 def _without(patch: pytest.MonkeyPatch, place: Any, name: str, instead: Any) -> None:

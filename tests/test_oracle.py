@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig, LoadReport
 from hydra_ckpt.testing import run_distributed
 from tests.differential_modules import Fabric
+from tests.differential_optimizers import Lookahead
 
 
 def save(root: Path, state: AppState, **options: Any) -> None:
@@ -85,44 +86,6 @@ class Wrapper(torch.optim.Optimizer):
         self.inner.load_state_dict(state)
 
 
-class Slow(torch.optim.Optimizer):
-    """Keeps slow weights in a list of its own, from its second step on, and makes no use of Optimizer.__init__."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.base, self.slow, self.k = inner, list[torch.Tensor](), 0
-        self.defaults = inner.defaults
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.base.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base.state
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.base.step(closure)
-        self.k += 1
-        parameters = [item for group in self.param_groups for item in group["params"]]
-        if self.k == 2:
-            self.slow = [item.detach().clone() for item in parameters]
-        if self.k > 2:
-            for slow, fast in zip(self.slow, parameters, strict=True):
-                slow.lerp_(fast, 0.5)
-                fast.copy_(slow)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"base": self.base.state_dict(), "slow": self.slow, "k": self.k}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.base.load_state_dict(state["base"])
-        self.slow, self.k = [item.clone() for item in state["slow"]], state["k"]
-
-
 class Stray(torch.optim.SGD):
     """Keeps state under a key that is no parameter."""
 
@@ -164,7 +127,7 @@ def _hooked(model: nn.Module) -> torch.optim.Optimizer:
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "override": lambda model: Counting(model.parameters(), lr=0.1, momentum=0.9),
     "wrapper": lambda model: Wrapper(model.parameters()),
-    "slow weights": lambda model: Slow(torch.optim.AdamW(model.parameters(), lr=0.1)),
+    "slow weights": lambda model: Lookahead(torch.optim.AdamW(model.parameters(), lr=0.1)),
     "stray key": lambda model: Stray(model.parameters(), lr=0.1, momentum=0.9),
     "plain stray key": lambda model: PlainStray(model.parameters()),
     "hooks": _hooked,
