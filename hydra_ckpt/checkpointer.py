@@ -271,7 +271,6 @@ class Checkpointer:
             self._channel.coordinator_step(
                 "opening the checkpoint directory",
                 lambda: self._directory.open(self._start_step),
-                extra_s=self._directory.times.longest_s,
             )
             self._opened = True
 

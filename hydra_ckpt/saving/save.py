@@ -23,11 +23,13 @@ from hydra_ckpt.storage.merge import merge_shards
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
+from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
 from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
+_TOKEN = "token"  # noqa: S105 - in a manifest's details: which save it is of
 JOIN_PATIENCE_S = 60.0
 """How long ranks look for what rank 0 has made, at most: network file systems show new directories late."""
 
@@ -313,6 +315,10 @@ class FailedSave:
     def abort(self, note: dict[str, Any]) -> None:
         """Nothing was prepared."""
 
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """Never: this rank's receipt is its error."""
+        return False
+
 
 @dataclass
 class Save:
@@ -379,7 +385,7 @@ class Save:
             metrics=self.metrics,
             plan=content.plan.fingerprint,
             topology=self.topology,
-            details=self.details,
+            details={**self.details, _TOKEN: draft.token},
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()
@@ -390,3 +396,11 @@ class Save:
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""
         discard(self.writer.files, Path(note["path"]))
+
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """A rank that was cut off; see `Transaction`."""
+        try:
+            found = Checkpoint.open(self.root / self.name).manifest.details.get(_TOKEN)
+        except (CheckpointError, OSError):
+            return False
+        return bool(found == note["token"])
