@@ -22,8 +22,8 @@ _FAREWELL_S = 20.0
 # PyTorch's store reads a long message again from its start whenever more of it arrives: to wait for 16,384 keys and
 # get them took 0.4 s in one message each, and 0.05 s in sixteen.
 _KEYS_A_MESSAGE = 1024
-# How often rank 0 shows that it is at work, and how often the others look. A value that comes sooner costs no message.
-_BEAT_S = 5.0
+# Rank 0 shows four times within the limit that it is at work. An answer that comes sooner takes no message more.
+_BEATS = 4
 # A rank 0 that shows signs of life and never comes to an end is given up after ten limits, or five minutes: at the
 # start it may itself have to watch another run's heartbeat for so long.
 _MOST_LIMITS = 10
@@ -39,29 +39,28 @@ _T = TypeVar("_T")
 class _Patience:
     """How long a rank still waits for rank 0: the limit, counted from its last sign of life."""
 
-    def __init__(self, limit_s: float, beats: int) -> None:
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
         now = time.monotonic()
-        self.limit_s, self.beats = limit_s, beats
-        self.deadline = now + limit_s
+        self._deadline = now + limit_s
         self._end = now + max(_MOST_LIMITS * limit_s, _AT_LEAST_S)
 
     @property
     def left_s(self) -> float:
         """Seconds left; negative once it is over."""
-        return self.deadline - time.monotonic()
+        return self._deadline - time.monotonic()
 
-    def hear(self, beats: int) -> None:
-        """Note how often rank 0 has beaten so far."""
-        if beats != self.beats:
-            self.beats = beats
-            self.deadline = min(time.monotonic() + self.limit_s, self._end)
+    def renew(self) -> None:
+        """Rank 0 is at work."""
+        self._deadline = min(time.monotonic() + self._limit_s, self._end)
 
 
 class StoreChannel(Channel):
     """A channel over a TCPStore connection of its own.
 
     Keys are `<incarnation>/<lane>/<exchange>.<number of the message>/…`. The coordinator removes a message once every
-    rank has sent the next one, so the store does not grow.
+    rank has sent the next one, so the store does not grow. While it makes an answer it sends empty ones from time to
+    time, under the keys `…/to/0`, `…/to/1` and so on; the first that is not empty is the answer.
 
     Args:
         store: The connection.
@@ -76,11 +75,11 @@ class StoreChannel(Channel):
         self._store: Store | None = store
         self._lane = lane
         self._limit_s = limit_s
-        self._slice_s = min(limit_s / 4, _BEAT_S)
+        self._beat_s = limit_s / _BEATS
         self._exchange = self._number = 0
         self._spent: list[str] = []
-        self._beats = 0  # sent by the coordinator, heard by the others
-        self._courier = Courier(f"hydra_ckpt-{lane}", self._beat if rank == 0 else None, self._slice_s)
+        self._answer_key, self._answers = "", 0
+        self._courier = Courier(f"hydra_ckpt-{lane}", self._beat if rank == 0 else None, self._beat_s)
 
     def open(self) -> None:
         """Collective; see `Channel.open`."""
@@ -100,6 +99,7 @@ class StoreChannel(Channel):
             self._set(what, keys[self.rank], payload)
             return None
         spent, self._spent = self._spent, keys[1:]
+        self._aim(f"{self._lane}/{self._exchange}.{self._number + 1}/to")
         found = self._call(what, lambda: self._collect(store, keys[1:]), _COLLECT_S)
         missing = [rank for rank, value in enumerate(found, 1) if value is None]
         if missing:
@@ -113,20 +113,21 @@ class StoreChannel(Channel):
         (key,) = self._next("to")
         if send is None:
             return self._listen(what, key)
+        self._aim(key)
         with self._courier.beating():
             value = send()
-        self._set(what, key, value)
-        self._spent.append(key)
+        text = json.dumps(value)
+        self._call(what, lambda: self._answer(text))
         return value
 
     def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
         """Collective; see `Channel.scatter`."""
-        keys = self._next(*(f"to/{rank}" for rank in range(self.world_size)))
+        keys = self._next(*(f"for/{rank}" for rank in range(self.world_size)))
         if payloads is None:
             return self._listen(what, keys[self.rank])
         for key, payload in list(zip(keys, payloads, strict=True))[1:]:
-            self._set(what, key, payload)
-        self._spent += keys[1:]
+            self._set(what, f"{key}/0", payload)
+            self._spent.append(f"{key}/0")
         return payloads[0]
 
     def farewell(self) -> None:
@@ -168,11 +169,21 @@ class StoreChannel(Channel):
 
     # -- the coordinator -----------------------------------------------------------------------------------------
 
+    def _aim(self, key: str) -> None:
+        """From now on answers go to this key."""
+        if key != self._answer_key:
+            self._answer_key, self._answers = key, 0
+
+    def _answer(self, text: str) -> None:
+        """In the courier's thread: the next answer under the key."""
+        key = f"{self._answer_key}/{self._answers}"
+        self._answers += 1
+        self._spent.append(key)
+        self._connection.set(key, text)
+
     def _beat(self) -> None:
         """In the courier's thread: show the others that this rank is at work."""
-        if self._store is not None:
-            self._beats += 1
-            self._store.set(f"{self._lane}/beats", str(self._beats))
+        self._answer("")
 
     def _collect(self, store: Store, keys: list[str]) -> list[bytes | None]:
         """In the courier's thread: the values of keys; None for what has not come within the limit."""
@@ -180,7 +191,7 @@ class StoreChannel(Channel):
         found: list[bytes | None] = []
         for start in range(0, len(keys), _KEYS_A_MESSAGE):
             batch = keys[start : start + _KEYS_A_MESSAGE]
-            while not _has_come(store, batch, min(self._slice_s, deadline - time.monotonic())):
+            while not _has_come(store, batch, min(self._beat_s, deadline - time.monotonic())):
                 self._beat()
                 if time.monotonic() >= deadline:
                     break
@@ -194,29 +205,31 @@ class StoreChannel(Channel):
 
     def _listen(self, what: str, key: str) -> Any:
         """The value of a key that rank 0 sets."""
-        store, patience = self._connection, _Patience(self._limit_s, self._beats)
+        store, patience = self._connection, _Patience(self._limit_s)
         begun = time.monotonic()
-        future = self._courier.submit(lambda: self._watch(store, key, patience))
+        future = self._courier.submit(lambda: _watch(store, key, patience))
         try:
-            value = _outcome(future, patience)
+            return json.loads(_outcome(future, patience))
         except TimeoutError as error:
             future.cancel()
             raise RankTimeoutError(what, [0], time.monotonic() - begun) from error
         except RuntimeError as error:
             raise _unreachable(what, error) from error
-        finally:
-            self._beats = patience.beats
-        return json.loads(value)
 
-    def _watch(self, store: Store, key: str, patience: _Patience) -> bytes:
-        """In the courier's thread: wait for a key, and look for signs of life meanwhile."""
-        beats = f"{self._lane}/beats"
-        while not _has_come(store, [key], min(self._slice_s, patience.left_s)):
-            if store.check([beats]):
-                patience.hear(int(store.get(beats)))
-            if patience.left_s <= 0 and not store.check([key]):  # a last look, for a rank that was paused itself
-                raise TimeoutError
-        return store.get(key)
+
+def _watch(store: Store, key: str, patience: _Patience) -> bytes:
+    """In the courier's thread: wait for an answer, from sign of life to sign of life."""
+    number = 0
+    while True:
+        answer = f"{key}/{number}"
+        # The second look is for a rank that was paused itself.
+        if not _has_come(store, [answer], patience.left_s) and not store.check([answer]):
+            raise TimeoutError
+        found: bytes = store.get(answer)
+        if found:
+            return found
+        patience.renew()
+        number += 1
 
 
 def _has_come(store: Store, keys: list[str], within_s: float) -> bool:

@@ -113,8 +113,14 @@ class PendingSave:
         self._staged.set()
         self._outcome.set_exception(error)
 
-    def settle(self, outcome: Checkpoint | BaseException) -> None:
-        """Say how a save has ended whose outcome was unknown. For the engine, in the thread that trains."""
+    def settle(self, outcome: Checkpoint | BaseException, *, seen: bool = False) -> None:
+        """Say how a save has ended whose outcome was unknown. For the engine, in the thread that trains.
+
+        Args:
+            outcome: The checkpoint, or the error.
+            seen: Whether the error is not to be raised at a meeting of the ranks.
+        """
+        self._raised = seen
         settled: Future[Checkpoint | None] = Future()
         if isinstance(outcome, BaseException):
             settled.set_exception(outcome)
