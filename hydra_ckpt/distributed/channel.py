@@ -41,7 +41,10 @@ class Channel(ABC):
 
     @abstractmethod
     def gather(self, what: str, payload: Any) -> list[Any] | None:
-        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None."""
+        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None.
+
+        Only the coordinator waits.
+        """
 
     @abstractmethod
     def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:

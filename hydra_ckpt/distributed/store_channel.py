@@ -96,7 +96,10 @@ class StoreChannel(Channel):
         keys = self._next(*(f"from/{rank}" for rank in range(self.world_size)))
         store = self._connection
         if not self.is_coordinator:
-            self._set(what, keys[self.rank], payload)
+            # Not waited for: if it does not get there, the answer to it does not come either. It is sent even if this
+            # rank gives up, so that rank 0 need not wait for a rank that has failed.
+            text = json.dumps(payload)
+            self._courier.submit(lambda: store.set(keys[self.rank], text))
             return None
         spent, self._spent = self._spent, keys[1:]
         self._aim(f"{self._lane}/{self._exchange}.{self._number + 1}/to")

@@ -59,8 +59,10 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
             f"waiting for step {step} to begin", _guard(lambda: _begin(transaction)) if channel.is_coordinator else None
         )
     except CheckpointError as error:
-        # Without this rank's receipt rank 0 cannot publish.
-        raise SaveFailedError(step, {channel.rank: f"no answer: {error}"}) from error
+        failure = SaveFailedError(step, {channel.rank: str(error)})
+        if not channel.is_coordinator:
+            channel.gather("giving up", {"causes": failure.causes})  # rank 0 cannot publish any more
+        raise failure from error
     _raise_causes(step, note)
     receipt = _guard(lambda: _work(transaction, note))()
     try:
