@@ -24,7 +24,15 @@ from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
+from hydra_ckpt.store.draft import (
+    TAKEN_BACK_WITHIN_S,
+    Draft,
+    complete_draft,
+    create_draft,
+    discard,
+    join_draft,
+    publish_draft,
+)
 from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
@@ -398,7 +406,13 @@ class Save:
         discard(self.writer.files, Path(note["path"]))
 
     def is_published(self, note: dict[str, Any]) -> bool:
-        """A rank that was cut off; see `Transaction`."""
+        """A rank that was cut off; see `Transaction`. It looks twice: at first rank 0 may take the name back."""
+        if not self._is_there(note):
+            return False
+        time.sleep(2 * TAKEN_BACK_WITHIN_S)
+        return self._is_there(note)
+
+    def _is_there(self, note: Mapping[str, Any]) -> bool:
         try:
             found = Checkpoint.open(self.root / self.name).manifest.details.get(_TOKEN)
         except (CheckpointError, OSError):
