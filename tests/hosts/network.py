@@ -55,24 +55,28 @@ class Host:
     address: str
 
     def start(
-        self, arguments: Sequence[str], environment: Mapping[str, str] = {}, **options: object
+        self, arguments: Sequence[str], environment: Mapping[str, str] = {}, *, own_processes: bool = False
     ) -> subprocess.Popen[str]:
-        """Start this interpreter on the host, with arguments."""
-        command = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c"]
+        """Start this interpreter on the host, with arguments.
+
+        Args:
+            arguments: What comes after the interpreter's name.
+            environment: Variables to set.
+            own_processes: Whether it sees no process but its own, as on another host or in a container.
+        """
+        kinds = ["--uts", *(["--pid", "--fork", "--mount-proc", "--kill-child"] if own_processes else [])]
+        command = ["ip", "netns", "exec", self.namespace, "unshare", *kinds, "sh", "-c"]
         command += [f'hostname {self.name} && exec "$@"', "sh", sys.executable, *arguments]
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "RANK", "WORLD_"))}
         everything = {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=everything, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            command, env=everything, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
 
-    def cut_off(self) -> None:
-        """Drop every packet from and to the other hosts."""
-        for chain, side in (("INPUT", "-i"), ("OUTPUT", "-o")):
-            _run("ip", "netns", "exec", self.namespace, "iptables", "-A", chain, side, INTERFACE, "-j", "DROP")
-
-    def heal(self) -> None:
-        """Let all packets through again."""
-        _run("ip", "netns", "exec", self.namespace, "iptables", "-F")
+    def run_inside(self, *command: str) -> None:
+        """Run a command in the host's network."""
+        _run("ip", "netns", "exec", self.namespace, *command)
 
 
 @contextmanager
