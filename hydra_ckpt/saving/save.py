@@ -294,40 +294,6 @@ def check_space(root: Path, needed: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class FailedSave:
-    """The transaction of a save that failed before it began on this rank; tells all the others.
-
-    Attributes:
-        step: The step that was to be saved.
-        name: The checkpoint it was to become.
-        error: What went wrong here.
-    """
-
-    step: int
-    name: str
-    error: Exception
-
-    def begin(self) -> dict[str, Any]:
-        """Coordinator only; see `Transaction`."""
-        raise self.error
-
-    def work(self, note: dict[str, Any]) -> dict[str, Any]:
-        """Every rank; see `Transaction`."""
-        raise self.error
-
-    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Never reached: this rank's receipt is its error."""
-        raise self.error
-
-    def abort(self, note: dict[str, Any]) -> None:
-        """Nothing was prepared."""
-
-    def is_published(self, note: dict[str, Any]) -> bool:
-        """Never: this rank's receipt is its error."""
-        return False
-
-
 @dataclass
 class Save:
     """The transaction of a save.

@@ -27,9 +27,9 @@ from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.known import KnownSaves
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
-from hydra_ckpt.saving.save import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.saving.save import Content, DraftWriter, Save
 from hydra_ckpt.saving.staged import Staged
-from hydra_ckpt.saving.transaction import Transaction, perform
+from hydra_ckpt.saving.transaction import FailedSave, Transaction, perform
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
 from hydra_ckpt.state.ranks import Topology

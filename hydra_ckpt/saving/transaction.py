@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hydra_ckpt.distributed.channel import Channel, RankTimeoutError
@@ -37,6 +38,40 @@ class Transaction(Protocol):
 
     def is_published(self, note: dict[str, Any]) -> bool:
         """A rank that was cut off: whether the result is there for certain. False proves nothing."""
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """The transaction of a save that failed before it began on this rank; tells all the others.
+
+    Attributes:
+        step: The step that was to be saved.
+        name: The checkpoint it was to become.
+        error: What went wrong here.
+    """
+
+    step: int
+    name: str
+    error: Exception
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        raise self.error
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank; see `Transaction`."""
+        raise self.error
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Never reached: this rank's receipt is its error."""
+        raise self.error
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Nothing was prepared."""
+
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """Never: this rank's receipt is its error."""
+        return False
 
 
 def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
