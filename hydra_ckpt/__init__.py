@@ -17,6 +17,7 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     KeyMismatchError,
     SaveFailedError,
+    SaveOutcomeUnknown,
     TopologyError,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "PendingSave",
     "SaveConsolidatedMode",
     "SaveFailedError",
+    "SaveOutcomeUnknown",
     "TopologyError",
     "init_process_group",
     "register",

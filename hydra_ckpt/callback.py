@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.checkpointer import Checkpointer
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError, SaveOutcomeUnknown
 from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.state.dataloader import ResumableLoader
@@ -233,7 +233,7 @@ class CheckpointCallback:
         saved = self.on_validation_end(metrics) if metrics else None
         if saved is not None:
             return saved
-        if self._live is not None and self._schedule.is_due_after_epoch(epoch) and self._saved_step < self._step:
+        if self._live is not None and self._schedule.is_due_after_epoch(epoch) and self._has_to_save(self._live):
             return self._save()
         return None
 
@@ -276,16 +276,19 @@ class CheckpointCallback:
             return
         self._live.refuse_closed("on_train_end()")
         self._settle_best(self._live)
+        self._live.meet()
+        if self._live.has_lost(self._saved_step):
+            self._saved_step = 0
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
-            self._live.wait()
             self._live.note_best(self._best.value)
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
             self._saved_step, self._saved_epoch = self._step, epoch
         self._warn_of_absent_metric()
         self._live.drain()
-        self._live.raise_failure()
+        self._live.meet()
+        self._live.report_failure()
 
     def on_exception(self, error: BaseException) -> None:
         """The loop has raised. Waits for the save under way; saves anew only with `save_on_exception`."""
@@ -326,7 +329,7 @@ class CheckpointCallback:
         finally:
             try:
                 self.close()
-            except SaveFailedError as failure:
+            except (SaveFailedError, SaveOutcomeUnknown) as failure:
                 if error is None:
                     raise
                 log.error("%s", failure)
@@ -352,7 +355,7 @@ class CheckpointCallback:
 
     def _ask(self, live: Checkpointer) -> Verdict | None:
         """Collective: what all ranks do at this step."""
-        verdict = self._watch.ask(self._step, self._best, failed=live.has_failed, save_s=live.longest_save_s)
+        verdict = self._watch.ask(self._step, self._best, failed=live.has_trouble, save_s=live.longest_save_s)
         if verdict is None:
             return None
         if not self._overtaken:
@@ -376,8 +379,8 @@ class CheckpointCallback:
             self._best.warn_if_absent()
 
     def _raise_failure(self, live: Checkpointer) -> None:
-        """Collective: raise or report the last save's error."""
-        live.wait()
+        """Collective: settle the last save, and raise or report its error."""
+        live.settle()
         if live.has_lost(self._saved_step):
             self._saved_step = 0
         live.report_failure()
@@ -387,6 +390,13 @@ class CheckpointCallback:
         loader = state.dataloader
         has_ended = not self._epoch_ended and isinstance(loader, ResumableLoader) and loader.is_between_epochs
         return self._epoch + 1 if has_ended else self._epoch
+
+    def _has_to_save(self, live: Checkpointer) -> bool:
+        """Collective: whether the last step is neither saved nor being saved; rank 0's word counts."""
+        if self._saved_step == self._step and not self.config.is_async:
+            lost = live.on_rank_0("looking at the last save", lambda: live.has_lost(self._step))
+            self._saved_step = 0 if lost else self._saved_step
+        return self._saved_step < self._step
 
     def _save(self) -> PendingSave | None:
         if self._live is None or self._state is None or self._saved_step == self._step:
@@ -400,8 +410,7 @@ class CheckpointCallback:
             metrics=self._metrics,
             skippable=not self._should_stop,
         )
-        is_lost = not self.config.is_async and pending.error is not None  # with `on_save_failure=warn`, on all ranks
-        if not pending.skipped and not is_lost:
+        if not pending.skipped:
             self._saved_step, self._saved_epoch = self._step, epoch
         self._schedule.saved(time.monotonic())
         return pending

@@ -112,7 +112,7 @@ class Checkpointer:
         )
         self._start_step: int | None = None
         self._resumed: Path | None = None
-        self._opened = self._settled = False
+        self._opened = self._settled = self._ends = False
 
     @property
     def enabled(self) -> bool:
@@ -130,13 +130,25 @@ class Checkpointer:
         return self._best_value
 
     @property
-    def has_failed(self) -> bool:
-        """Whether the last save has failed and nobody has seen it yet."""
-        return self.pending is not None and self.pending.unseen_error is not None
+    def has_trouble(self) -> bool:
+        """Whether the last save has failed and nobody has seen it yet, or its outcome is unknown on this rank."""
+        return self.enabled and self._saver.known.has_trouble
 
     def has_lost(self, step: int) -> bool:
         """Whether the last save was of this step and has failed, as far as this rank knows."""
-        return self.pending is not None and self.pending.step == step and self.pending.error is not None
+        return self.pending is not None and self.pending.step == step and self.pending.has_failed
+
+    def settle(self) -> None:
+        """Collective: wait for the save under way, and hear from rank 0 how it ended, where this rank was cut off."""
+        if self.enabled:
+            self.wait()
+            self._saver.known.settle()
+
+    def meet(self) -> None:
+        """Collective: wait for the save under way, and `settle` it if any rank has trouble with it."""
+        if self.enabled:
+            self.wait()
+            self._saver.known.meet()
 
     @property
     def longest_save_s(self) -> float:
@@ -267,7 +279,6 @@ class Checkpointer:
             self._channel.coordinator_step(
                 "opening the checkpoint directory",
                 lambda: self._directory.open(self._start_step),
-                extra_s=self._directory.times.longest_s,
             )
             self._opened = True
 
@@ -280,7 +291,7 @@ class Checkpointer:
                     self._start_step, self._restorer.passed_over, self.config.read.on_conflict, self._resumed
                 ),
             )
-            self._saver.knows(found["published"], found["exported"])
+            self._saver.known.knows(found["published"], found["exported"])
             self._best_value = found["best"]
             self._deciding = str(found["deciding"])
             self._settled = True
@@ -315,7 +326,9 @@ class Checkpointer:
             The save; where it was left out, one that is done and `skipped`.
 
         Raises:
-            SaveFailedError: An earlier save failed, or this one did and is not asynchronous.
+            SaveFailedError: The save before failed, or this one did and is not asynchronous. A rank that was cut off
+                and does not know hears it when the ranks meet the next time; only `result()` and `close()` raise
+                `SaveOutcomeUnknown`.
             CheckpointExistsError: The step is published already.
         """
         if not self.enabled:
@@ -328,17 +341,36 @@ class Checkpointer:
         begun = time.monotonic()
         self.wait()
         self.stats.waited_s += time.monotonic() - begun
-        self.report_failure()
-        self._open_run()
-        self._settle()
-        request = self._saver.request(step, epoch, metrics, is_final, is_last=not skippable)
-        pending = self._saver.begin(state, request, self._deciding)
+        pending = self._begin_save(state, step, epoch, metrics, is_final=is_final, is_last=not skippable)
         try:
             if not self.config.write.is_async:
                 pending.wait()
-                self.report_failure(always_raise=is_final)
+                if not pending.is_unknown:
+                    self.report_failure()
         finally:
             self.stats.blocked_s += time.monotonic() - begun
+        return pending
+
+    def _begin_save(
+        self,
+        state: AppState,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, Any] | None,
+        *,
+        is_final: bool,
+        is_last: bool,
+    ) -> PendingSave:
+        """Collective: begin a save. How the one before has failed is raised where all ranks have met."""
+        try:
+            self._open_run()
+            self._settle()
+            request = self._saver.request(step, epoch, metrics, is_final, is_last=is_last)
+            pending = self._saver.begin(state, request, self._deciding, self.report_failure)
+        except CheckpointError:
+            self.report_failure()  # says more than that the other ranks do not come to this save
+            raise
+        self._ends = is_final
         return pending
 
     def _is_busy(self) -> bool:
@@ -394,7 +426,7 @@ class Checkpointer:
         values = metric.as_floats(metrics)
         metric.deciding_key(values, self._deciding)
         name = names.checkpoint_name(epoch, step)
-        if self.enabled and self.group.rank == 0 and self._saver.has_saved(name):
+        if self.enabled and self.group.rank == 0 and self._saver.known.has(name):
             best = self._directory.best_so_far  # now, not when the background comes to it
             self._saver.afterwards(lambda: self._directory.add_metrics(name, values, best))
 
@@ -403,10 +435,10 @@ class Checkpointer:
     @property
     def pending(self) -> PendingSave | None:
         """The last save begun."""
-        return self._saver.pending if self.enabled else None
+        return self._saver.known.pending if self.enabled else None
 
     def wait(self) -> None:
-        """Return when no save is under way; errors are left to `raise_failure`."""
+        """Return when no save is under way; errors are left to `report_failure`."""
         if self.pending is not None:
             self.pending.wait()
 
@@ -416,24 +448,24 @@ class Checkpointer:
             self._saver.afterwards(self._directory.write_metrics)  # what a full disk did not take
             self._saver.drain()
 
-    def report_failure(self, *, always_raise: bool = False) -> None:
-        """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on."""
-        if self.config.write.raise_failures or always_raise:
-            self.raise_failure()
-        elif self.pending is not None and self.pending.unseen_error is not None:
-            log.warning("training goes on without the checkpoint: %s", self.pending.unseen_error)
-            self.pending.seen()
+    def report_failure(self) -> None:
+        """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on.
 
-    def raise_failure(self) -> None:
-        """Raise the last save's error, unless somebody has seen it already."""
-        if self.pending is not None and self.pending.unseen_error is not None:
+        A final save that has failed raises in any case. One whose outcome is unknown has perhaps not failed.
+        """
+        if self.pending is None or self.pending.unseen_error is None:
+            return
+        if self.config.write.raise_failures or (self._ends and not self.pending.is_unknown):
             self.pending.result()
+        log.warning("training goes on: %s", self.pending.unseen_error)
+        self.pending.seen()
 
     def close(self) -> None:
         """Finish what is under way, end the background threads, let go of the directory. Idempotent.
 
         Raises:
             SaveFailedError: The last save failed and nobody has seen it yet.
+            SaveOutcomeUnknown: This rank was cut off from the others, and does not know whether it is published.
         """
         if not self._closed:
             self._closed = True
@@ -441,7 +473,7 @@ class Checkpointer:
             self._directory.close()
             self._channel.close()
             self.group.close()
-        self.raise_failure()
+        self.report_failure()
 
     def refuse_closed(self, what: str) -> None:
         """Raise if this Checkpointer has been closed, or belongs to another process; `what` needs it open."""

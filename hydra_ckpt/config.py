@@ -204,7 +204,8 @@ class CheckpointingConfig:
             copy overlap with the next forward and backward pass.
         cpu_offload: *No effect.* Tensors of an accelerator are moved to host memory one by one in any case; accepted
             for configurations that set it.
-        consolidation_timeout_minutes: The longest wait of one rank for the others, at any step of a save or load.
+        consolidation_timeout_minutes: The longest wait of one rank for the others, at any step of a save or load. A
+            rank 0 that shows that it is at work is waited for longer.
         allow_legacy_pickle_restore: Permit reading what other tools have pickled: see [checkpoints of other
             tools](concepts.md#checkpoints-of-other-tools), and `.bin` files in `load_base_model`, of which nothing
             but tensors is unpickled.
@@ -213,7 +214,7 @@ class CheckpointingConfig:
             the like, which may lose neighbouring ranges; on one host always. If not, each rank writes files of its
             own, and rank 0 merges the consolidated ones.
         on_save_failure: A save that failed ends training (`raise`), or is logged while training goes on (`warn`). The
-            final save raises in any case.
+            final save raises in any case, if it has failed for certain.
         when_busy: A save that is due while the one before is still being written waits for it (`wait`) or is left out
             (`skip`); rank 0 decides for all. The last save of a run, and the one before it stops, always wait.
         export_dtype: Element type of the floating-point tensors of exports: `float32`, `float16` or `bfloat16` (also

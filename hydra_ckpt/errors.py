@@ -8,6 +8,7 @@
     ├── CheckpointFormatError                         file, its format, the version that wrote it
     ├── KeyMismatchError         (KeyError)           all missing, all unexpected, all shapes
     ├── SaveFailedError                               step, {rank: cause}; raised on every rank
+    ├── SaveOutcomeUnknown                            step; on a rank that was cut off from the others
     └── TopologyError            (ValueError)         what the mesh or the ranks disagree about
 
 Each message says what happened, where, and what to do.
@@ -28,6 +29,7 @@ __all__ = [
     "CorruptCheckpointError",
     "KeyMismatchError",
     "SaveFailedError",
+    "SaveOutcomeUnknown",
     "TopologyError",
 ]
 
@@ -197,6 +199,24 @@ class SaveFailedError(CheckpointError):
             shown.append(f"and {counted(more, 'more rank')}")
         tail = remedy or "Checkpoints published before are untouched; mend the cause and save again."
         super().__init__(f"saving step {step} failed: " + "; ".join(shown) + f". {tail}")
+
+
+class SaveOutcomeUnknown(CheckpointError):  # noqa: N818 - not an error of the save, which may be published
+    """This rank had written its part of a save, and was then cut off: the save may be published, or may have failed.
+
+    What the other ranks know of it counts. This rank hears it as soon as they talk again: at the next step, save or end
+    of training.
+
+    Attributes:
+        step: The step that was saved.
+    """
+
+    def __init__(self, step: int, cause: str) -> None:
+        self.step = step
+        super().__init__(
+            f"whether step {step} is published is not known on this rank, which heard nothing from rank 0 after it had "
+            f"written its part: {cause}. It is settled when the ranks meet again; `hydra-ckpt list` shows what is there"
+        )
 
 
 class TopologyError(CheckpointError, ValueError):

@@ -1,6 +1,7 @@
 """Kill training at random moments, again and again, and see whether anything published is ever lost.
 
     scripts/torture [--kills 200] [--seed 0] [--ranks 1,2,4] [--drifts 6]
+    scripts/torture --hosts [--events 200] [--seconds 3600] [--seed 0]
 
 Each life of the run is a set of real processes that get SIGKILL (one of them, or all) at a random moment: while it
 starts, loads, stages, writes, publishes or prunes. After each death the directory is examined from outside, and the
@@ -172,7 +173,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--drifts", type=int, default=6, help="runs whose replicas drift on purpose")
+    parser.add_argument("--hosts", action="store_true", help="pauses, partitions and zombies on several hosts instead")
+    parser.add_argument("--events", type=int, default=200, help="with --hosts: how many of them")
+    parser.add_argument("--seconds", type=float, help="with --hosts: for how long at most")
     arguments = parser.parse_args()
+    if arguments.hosts:
+        import torture_hosts
+
+        return torture_hosts.main(arguments.events, arguments.seconds, arguments.seed)
     worlds = [int(text) for text in arguments.ranks.split(",")]
     chance = random.Random(arguments.seed)  # noqa: S311 - moments to kill at, no secrets
     titles = ("ranks", "kills", "all", "one", "advanced", "steps", "lost", "hung", "bits")

@@ -1,29 +1,17 @@
-"""Messages between the ranks, carried by a store of their own.
+"""Messages between the ranks.
 
-Each thread that talks has a `Channel` of its own (a wait on one store object blocks the other threads that use it). On
-a channel every rank makes the same calls in the same order.
+Each thread that talks has a `Channel` of its own. On a channel every rank makes the same calls in the same order.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
-
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from hydra_ckpt import errors
 from hydra_ckpt.errors import CheckpointError
-
-# A farewell needs no longer than any other message; whoever is later has died.
-_FAREWELL_S = 20.0
-# PyTorch's store reads a long message again from its start whenever more of it arrives: to wait for 16,384 keys and
-# get them took 0.4 s in one message each, and 0.05 s in sixteen.
-_KEYS_A_MESSAGE = 1024
 
 
 class RankTimeoutError(CheckpointError):
@@ -48,17 +36,21 @@ class Channel(ABC):
     world_size: int
 
     @abstractmethod
-    def gather(self, what: str, payload: Any) -> list[Any] | None:
-        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None."""
+    def open(self) -> None:
+        """Collective: begin an exchange. A rank that gave up in the one before is in step with the others again."""
 
     @abstractmethod
-    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
+    def gather(self, what: str, payload: Any) -> list[Any] | None:
+        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None.
+
+        Only the coordinator waits.
+        """
+
+    @abstractmethod
+    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
         """Collective: the coordinator's value on every rank; the coordinator passes `send` to make it.
 
-        Args:
-            what: What is waited for, for messages.
-            send: Makes the value.
-            extra_s: How many seconds longer than usual the others wait for it.
+        The others wait as long as the coordinator is at it, and no longer than the limit after its last sign of life.
         """
 
     @property
@@ -78,14 +70,8 @@ class Channel(ABC):
     def close(self) -> None:
         """Let go of the connection. Idempotent."""
 
-    def coordinator_step(self, what: str, step: Callable[[], Any], *, extra_s: float = 0.0) -> Any:
-        """Collective: let rank 0 do something; all ranks get its result, or raise its error.
-
-        Args:
-            what: What is done, for messages.
-            step: Does it.
-            extra_s: How many seconds longer than usual the others wait, where rank 0 may have to wait itself.
-        """
+    def coordinator_step(self, what: str, step: Callable[[], Any]) -> Any:
+        """Collective: let rank 0 do something; all ranks get its result, or raise its error."""
 
         def attempt() -> dict[str, Any]:
             try:
@@ -93,15 +79,28 @@ class Channel(ABC):
             except Exception as error:  # noqa: BLE001 - raised on every rank
                 return {"error": error_to_data(error)}
 
-        reply = self.receive(what, attempt if self.is_coordinator else None, extra_s=extra_s)
+        reply = self.receive(what, attempt if self.is_coordinator else None)
         if "error" in reply:
             raise error_from_data(reply["error"])
         return reply["value"]
 
     def agree(self, what: str, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """Collective: rank 0 decides from the payloads of all; all get the decision, or raise its error."""
-        gathered = self.gather(what, payload)
-        return self.coordinator_step(what, lambda: decide(gathered or []))
+        late: RankTimeoutError | None = None
+        gathered: list[Any] | None = None
+        try:
+            gathered = self.gather(what, payload)
+        except RankTimeoutError as error:
+            if not self.is_coordinator:
+                raise
+            late = error  # the others hear of it too
+
+        def decision() -> Any:
+            if late is not None:
+                raise late
+            return decide(gathered or [])
+
+        return self.coordinator_step(what, decision)
 
     def raise_together(self, what: str, error: Exception | None) -> None:
         """Collective: if any rank has an error, raise on every rank: its own, or else the first rank's."""
@@ -151,11 +150,14 @@ class SoloChannel(Channel):
     rank = 0
     world_size = 1
 
+    def open(self) -> None:
+        """Nobody to be in step with."""
+
     def gather(self, what: str, payload: Any) -> list[Any]:
         """The payload alone."""
         return [payload]
 
-    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
+    def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
         """The value itself."""
         if send is None:
             raise RuntimeError(f"{what}: the only rank is the coordinator and has to send")
@@ -170,101 +172,3 @@ class SoloChannel(Channel):
 
     def close(self) -> None:
         """No connection to let go of."""
-
-
-class StoreChannel(Channel):
-    """A channel over a TCPStore connection of its own.
-
-    Keys are `<incarnation>/<lane>/<number of the message>/…`. The coordinator removes a message once every rank
-    has sent the next one, so the store does not grow.
-    """
-
-    def __init__(self, store: Store, lane: str, rank: int, world_size: int, limit_s: float) -> None:
-        self.rank, self.world_size = rank, world_size
-        self._store: Store | None = store
-        self._lane = lane
-        self._limit_s = limit_s
-        self._number = 0
-        self._spent: list[str] = []
-
-    def gather(self, what: str, payload: Any) -> list[Any] | None:
-        """Collective; see `Channel.gather`."""
-        self._number += 1
-        keys = [f"{self._lane}/{self._number}/from/{rank}" for rank in range(self.world_size)]
-        if not self.is_coordinator:
-            self._set(what, keys[self.rank], payload)
-            return None
-        payloads = [payload, *self._wait(what, keys[1:])]
-        for key in self._spent:
-            self._connection.delete_key(key)
-        self._spent = keys[1:]
-        return payloads
-
-    def receive(self, what: str, send: Callable[[], Any] | None = None, *, extra_s: float = 0.0) -> Any:
-        """Collective; see `Channel.receive`."""
-        self._number += 1
-        key = f"{self._lane}/{self._number}/to"
-        if send is None:
-            return self._wait(what, [key], extra_s)[0]
-        value = send()
-        self._set(what, key, value)
-        self._spent.append(key)
-        return value
-
-    def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
-        """Collective; see `Channel.scatter`."""
-        self._number += 1
-        keys = [f"{self._lane}/{self._number}/to/{rank}" for rank in range(self.world_size)]
-        if payloads is None:
-            return self._wait(what, [keys[self.rank]])[0]
-        for key, payload in list(zip(keys, payloads, strict=True))[1:]:
-            self._set(what, key, payload)
-        self._spent += keys[1:]
-        return payloads[0]
-
-    def farewell(self) -> None:
-        """Collective; see `Channel.farewell`."""
-        key = f"{self._lane}/farewell"
-        try:
-            if not self.is_coordinator:
-                self._connection.set(f"{key}/{self.rank}", "1")
-            else:
-                wanted = [f"{key}/{rank}" for rank in range(1, self.world_size)]
-                self._connection.wait(wanted, timedelta(seconds=min(_FAREWELL_S, self._limit_s)))
-        except RuntimeError:
-            return  # the others have died, or rank 0 has: nobody is left to wait for
-
-    def close(self) -> None:
-        """See `Channel.close`."""
-        self._store = None
-
-    @property
-    def _connection(self) -> Store:
-        if self._store is None:
-            raise CheckpointError("the Checkpointer is closed; its ranks cannot talk any more")
-        return self._store
-
-    def _set(self, what: str, key: str, value: Any) -> None:
-        try:
-            self._connection.set(key, json.dumps(value))
-        except RuntimeError as error:
-            raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error
-
-    def _wait(self, what: str, keys: list[str], extra_s: float = 0.0) -> list[Any]:
-        if not keys:
-            return []
-        limit_s = self._limit_s + extra_s
-        deadline = time.monotonic() + limit_s
-        values: list[bytes] = []
-        try:
-            for start in range(0, len(keys), _KEYS_A_MESSAGE):
-                batch = keys[start : start + _KEYS_A_MESSAGE]
-                self._connection.wait(batch, timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-                values += self._connection.multi_get(batch)
-            return [json.loads(value) for value in values]
-        except dist.DistStoreError as error:
-            missing = [key for key in keys if not self._connection.check([key])]
-            ranks = [int(key.rsplit("/", 1)[1]) for key in missing if "/from/" in key] or [0]
-            raise RankTimeoutError(what, ranks, limit_s) from error
-        except RuntimeError as error:
-            raise CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})") from error

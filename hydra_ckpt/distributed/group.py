@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from hydra_ckpt.distributed.channel import Channel, SoloChannel, StoreChannel
+from hydra_ckpt.distributed.channel import Channel, SoloChannel
+from hydra_ckpt.distributed.courier import Courier, bounded
+from hydra_ckpt.distributed.reaching import LOOPBACK, Place, Reached, UnreachableError, network_of_this_process, reach
+from hydra_ckpt.distributed.store_channel import StoreChannel
 from hydra_ckpt.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+_LISTED = 3
 
 
 def gather_everywhere(process_group: dist.ProcessGroup | None, payload: Any) -> list[Any]:
@@ -50,6 +56,7 @@ class Group:
     ) -> None:
         self.rank, self.world_size, self.limit_s = rank, world_size, limit_s
         self._store = store
+        self._courier = Courier("hydra_ckpt-group") if store is not None else None
         self._incarnation = incarnation
         self._votes = votes
         self._largest, self._sum = dist.AllreduceOptions(), dist.AllreduceOptions()
@@ -70,21 +77,24 @@ class Group:
             return cls(0, 1, limit_s)
         if dist.get_world_size(process_group) == 1:
             return cls(0, 1, limit_s)
-        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        rank = dist.get_rank(process_group)
-        note: list[Any] = [None]
-        store = None
-        if rank == 0:
-            # Ranks on other hosts have to reach it.
-            store = TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)  # noqa: S104
-            note[0] = {"host": socket.gethostname(), "port": store.port, "incarnation": os.urandom(6).hex()}
-        dist.broadcast_object_list(note, src=ranks[0], group=process_group)
-        where = note[0]
+        rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        place, store = _open_store(process_group, rank)
+        reached = None if store is not None else _try_to_reach(place, limit_s)
+        own = _meet(process_group, reached)
         if store is None:
-            store = _connect(where["host"], where["port"], limit_s)
+            assert isinstance(reached, Reached)  # _meet has raised otherwise
+            store = reached.store
         # Straight on our own store: groups that training makes of the same ranks could get the same name in its store.
-        votes = ProcessGroupGloo(PrefixStore("votes", store), rank, len(ranks), timedelta(seconds=limit_s))
-        return cls(rank, len(ranks), limit_s, store, where["incarnation"], votes)
+        options = _options(own, limit_s)
+        found = store
+        try:
+            votes = bounded(lambda: ProcessGroupGloo(PrefixStore("votes", found), rank, world_size, options), limit_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise CheckpointError(
+                f"the ranks have reached rank 0 but not each other, from {own or 'the address that gloo chose'} "
+                f"({error}). Name the network interface by GLOO_SOCKET_IFNAME if that is the wrong one"
+            ) from error
+        return cls(rank, world_size, limit_s, store, place.incarnation, votes)
 
     def start_reduction(self, numbers: torch.Tensor, *, adds: bool) -> dist.Work | None:
         """Collective: begin to replace each number by the largest that any rank gives, or by the sum of all.
@@ -104,33 +114,81 @@ class Group:
 
     def channel(self, lane: str) -> Channel:
         """A channel of its own for one thread; `lane` names it, equal on all ranks."""
-        if self._store is None:
+        store, courier = self._store, self._courier
+        if store is None or courier is None:
             return SoloChannel()
-        return StoreChannel(
-            self._store.clone(),  # type: ignore[attr-defined]
-            f"{self._incarnation}/{lane}",
-            self.rank,
-            self.world_size,
-            self.limit_s,
-        )
+        try:
+            connection = courier.call(store.clone, self.limit_s)  # type: ignore[attr-defined]
+        except (RuntimeError, TimeoutError) as error:
+            raise CheckpointError(f"rank 0 cannot be reached any more ({error})") from error
+        return StoreChannel(connection, f"{self._incarnation}/{lane}", self.rank, self.world_size, self.limit_s)
 
     def close(self) -> None:
         """Let go of the gloo group and the store. Idempotent."""
         self._votes = None
         self._store = None
+        if self._courier is not None:
+            self._courier.close()
 
 
-def _connect(host: str, port: int, limit_s: float) -> TCPStore:
-    """Reach rank 0's store: on this host through the loopback, else by its name or the job's master address."""
-    if host == socket.gethostname():
-        addresses = ["127.0.0.1"]
-    else:
-        addresses = [address for address in (os.environ.get("MASTER_ADDR"), host) if address]
-    timeout = timedelta(seconds=min(limit_s, 60.0))
-    failures = []
-    for address in dict.fromkeys(addresses):
-        try:
-            return TCPStore(address, port, None, is_master=False, timeout=timeout)
-        except RuntimeError as error:
-            failures.append(f"{address}: {error}")
-    raise CheckpointError(f"rank 0's store at port {port} cannot be reached: {'; '.join(failures)}")
+def _open_store(process_group: dist.ProcessGroup | None, rank: int) -> tuple[Place, TCPStore | None]:
+    """Collective: rank 0 makes the store; all learn where it is."""
+    store: TCPStore | None = None
+    note: list[Any] = [None]
+    if rank == 0:
+        # Ranks on other hosts have to reach it.
+        store = TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)  # noqa: S104
+        place = Place.here(store.port, os.urandom(6).hex())
+        store.set(place.incarnation, "1")
+        note = [asdict(place)]
+    first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
+    dist.broadcast_object_list(note, src=first, group=process_group)
+    return Place(**note[0]), store
+
+
+def _try_to_reach(place: Place, limit_s: float) -> Reached | str:
+    """The way to rank 0, or why there is none; the others have to hear of that."""
+    try:
+        return reach(place, limit_s)
+    except UnreachableError as error:
+        return str(error)
+
+
+def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None) -> str:
+    """Collective: see that every rank has reached rank 0.
+
+    Args:
+        process_group: The ranks.
+        reached: How this rank has reached it, or why not; None for rank 0.
+
+    Returns:
+        The address by which the other ranks reach this one.
+
+    Raises:
+        CheckpointError: A rank has not; on all of them.
+    """
+    network = network_of_this_process()
+    way = [reached.address, reached.own] if isinstance(reached, Reached) else None
+    failure = reached if isinstance(reached, str) else None
+    notes = gather_everywhere(process_group, [socket.gethostname(), network, failure, way])
+    failed = [f"rank {rank} on {note[0]}: {note[2]}" for rank, note in enumerate(notes) if note[2]]
+    if failed:
+        raise CheckpointError(
+            f"{'; '.join(failed[:_LISTED])}. Set MASTER_ADDR to an address of rank 0's host that all hosts reach, mend "
+            "what the hosts' names mean (/etc/hosts), or let its packet filter pass connections between the hosts"
+        )
+    remote = [note[3] for note in notes if note[3] is not None and note[3][0] != LOOPBACK]
+    if way is not None and way[0] != LOOPBACK:
+        return str(way[1])
+    # Beside rank 0: others know this host by the address they have reached it at.
+    return str(remote[0][0]) if remote else LOOPBACK
+
+
+def _options(own: str, limit_s: float) -> Any:
+    """How gloo connects: from an address that others reach, which the host's name need not be."""
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - no other way to give a device
+    options._timeout = timedelta(seconds=limit_s)  # noqa: SLF001
+    chosen = bool(os.environ.get("GLOO_SOCKET_IFNAME"))
+    device = ProcessGroupGloo.create_default_device() if chosen else ProcessGroupGloo.create_device(hostname=own)
+    options._devices = [device]  # noqa: SLF001
+    return options

@@ -142,7 +142,7 @@ class Contents:
         moe_mesh: DeviceMesh | None = None,
     ) -> None:
         self._config = config
-        self._vote = Vote(group, "comparing layouts", 3)
+        self._vote = Vote(group, "comparing layouts", 4)
         self._channel = channel
         self.comparer = Comparer(group, channel, moe_mesh, raises=config.write.raises_drift)
         self._stage = stage
@@ -154,16 +154,22 @@ class Contents:
         self._held = ""
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
-    def agree(self, state: AppState, captured: Captured | None, error: Exception | None = None) -> None:
+    def agree(
+        self, state: AppState, captured: Captured | None, error: Exception | None = None, *, trouble: bool = False
+    ) -> bool:
         """Collective: see that the ranks still hold what they agreed on; if not, agree anew.
 
-        In the steady state this is a reduction of three numbers. A rank must not find out alone that its layout is a
+        In the steady state this is a reduction of four numbers. A rank must not find out alone that its layout is a
         new one: the others would go on to write, and it would wait for them.
 
         Args:
             state: The live objects.
             captured: The state, taken apart.
             error: Why it could not be; then `captured` is None.
+            trouble: Whether this rank has to settle something about the save before.
+
+        Returns:
+            Whether any rank has.
 
         Raises:
             TopologyError: The ranks do not fit together. Nothing was written.
@@ -175,12 +181,13 @@ class Contents:
         opinion = int(known.agreement.fingerprint[:15], 16) if known is not None else None
         first, last = (_NO_OPINION, _NO_OPINION) if opinion is None else (opinion, -opinion)
         new = known is None and (captured is not None or not self._settled)
-        any_new, largest, smallest = self._vote.ask([int(new), first, last])
+        any_new, largest, smallest, any_trouble = self._vote.ask([int(new), first, last, int(trouble)])
         if not any_new and largest in (-smallest, _NO_OPINION):
-            return
+            return bool(any_trouble)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
         self._remember(self._settle(state, replace(captured, parts=parts)))
+        return bool(any_trouble)
 
     def look(self, captured: Captured, *, full: bool) -> Look | None:
         """Digest what other ranks hold too, for `compare`; None on a single rank.

@@ -88,3 +88,7 @@ class AddExport:
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""
         discard(self.writer.files, Path(note["path"]))
+
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """Not told: rank 0 may still fail when the manifest lists the export already."""
+        return False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
+from hydra_ckpt.errors import SaveOutcomeUnknown
 from hydra_ckpt.store.catalog import Checkpoint
 
 
@@ -57,6 +58,7 @@ class PendingSave:
 
         Raises:
             SaveFailedError: The save failed on at least one rank.
+            SaveOutcomeUnknown: This rank was cut off from the others, and has not met them since.
             TimeoutError: It takes longer than `timeout_s`; the save goes on.
         """
         try:
@@ -77,6 +79,16 @@ class PendingSave:
     def error(self) -> BaseException | None:
         """The error of a save that has failed, else None."""
         return self._outcome.exception() if self._outcome.done() else None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether this rank was cut off, and does not know how the save has ended."""
+        return isinstance(self.error, SaveOutcomeUnknown)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save has failed for certain."""
+        return self.error is not None and not self.is_unknown
 
     @property
     def unseen_error(self) -> BaseException | None:
@@ -100,3 +112,18 @@ class PendingSave:
         """Say that the save has failed. For the engine."""
         self._staged.set()
         self._outcome.set_exception(error)
+
+    def settle(self, outcome: Checkpoint | BaseException, *, seen: bool = False) -> None:
+        """Say how a save has ended whose outcome was unknown. For the engine, in the thread that trains.
+
+        Args:
+            outcome: The checkpoint, or the error.
+            seen: Whether the error is not to be raised at a meeting of the ranks.
+        """
+        self._raised = seen
+        settled: Future[Checkpoint | None] = Future()
+        if isinstance(outcome, BaseException):
+            settled.set_exception(outcome)
+        else:
+            settled.set_result(outcome)
+        self._outcome = settled

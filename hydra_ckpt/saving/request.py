@@ -44,6 +44,7 @@ class SaveRequest:
         epoch: The epoch they were done in.
         metrics: Known so far; floats once `check_metrics` has run.
         consolidated: Whether models are written as Hugging Face directories.
+        is_final: Whether it is the end of training.
         adds_export: Whether the step is published and only lacks these.
         compares_fully: Whether every byte that several ranks hold is compared.
     """
@@ -52,7 +53,8 @@ class SaveRequest:
     epoch: int
     metrics: dict[str, Any]
     consolidated: bool
-    adds_export: bool
+    is_final: bool = False
+    adds_export: bool = False
     compares_fully: bool = False
 
     @property

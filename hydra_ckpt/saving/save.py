@@ -23,11 +23,21 @@ from hydra_ckpt.storage.merge import merge_shards
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.storage.write import create_files, create_own_files, write_plan
 from hydra_ckpt.store import names
-from hydra_ckpt.store.draft import Draft, complete_draft, create_draft, discard, join_draft, publish_draft
+from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.draft import (
+    TAKEN_BACK_WITHIN_S,
+    Draft,
+    complete_draft,
+    create_draft,
+    discard,
+    join_draft,
+    publish_draft,
+)
 from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
+_TOKEN = "token"  # noqa: S105 - in a manifest's details: which save it is of
 JOIN_PATIENCE_S = 60.0
 """How long ranks look for what rank 0 has made, at most: network file systems show new directories late."""
 
@@ -284,36 +294,6 @@ def check_space(root: Path, needed: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class FailedSave:
-    """The transaction of a save that failed before it began on this rank; tells all the others.
-
-    Attributes:
-        step: The step that was to be saved.
-        name: The checkpoint it was to become.
-        error: What went wrong here.
-    """
-
-    step: int
-    name: str
-    error: Exception
-
-    def begin(self) -> dict[str, Any]:
-        """Coordinator only; see `Transaction`."""
-        raise self.error
-
-    def work(self, note: dict[str, Any]) -> dict[str, Any]:
-        """Every rank; see `Transaction`."""
-        raise self.error
-
-    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Never reached: this rank's receipt is its error."""
-        raise self.error
-
-    def abort(self, note: dict[str, Any]) -> None:
-        """Nothing was prepared."""
-
-
 @dataclass
 class Save:
     """The transaction of a save.
@@ -379,7 +359,7 @@ class Save:
             metrics=self.metrics,
             plan=content.plan.fingerprint,
             topology=self.topology,
-            details=self.details,
+            details={**self.details, _TOKEN: draft.token},
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()
@@ -390,3 +370,17 @@ class Save:
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only; see `Transaction`."""
         discard(self.writer.files, Path(note["path"]))
+
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """A rank that was cut off; see `Transaction`. It looks twice: at first rank 0 may take the name back."""
+        if not self._is_there(note):
+            return False
+        time.sleep(2 * TAKEN_BACK_WITHIN_S)
+        return self._is_there(note)
+
+    def _is_there(self, note: Mapping[str, Any]) -> bool:
+        try:
+            found = Checkpoint.open(self.root / self.name).manifest.details.get(_TOKEN)
+        except (CheckpointError, OSError):
+            return False
+        return bool(found == note["token"])

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from hydra_ckpt import metrics as metric
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, SaveOutcomeUnknown
 from hydra_ckpt.files import keeps_ranges_apart
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.report import Stats
@@ -25,11 +25,12 @@ from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
 from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.left_out import LeftOut
+from hydra_ckpt.saving.known import KnownSaves
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
-from hydra_ckpt.saving.save import Content, DraftWriter, FailedSave, Save
+from hydra_ckpt.saving.save import Content, DraftWriter, Save
 from hydra_ckpt.saving.staged import Staged
-from hydra_ckpt.saving.transaction import Transaction, perform
+from hydra_ckpt.saving.transaction import FailedSave, Transaction, perform
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
 from hydra_ckpt.state.ranks import Topology
@@ -64,7 +65,7 @@ class Saver:
 
     Attributes:
         left_out: Says what is not saved.
-        pending: The last save begun.
+        known: The saves made so far.
         longest_save_s: The longest time from a save's beginning to its end, in seconds.
     """
 
@@ -99,21 +100,11 @@ class Saver:
         self._hooks: list[Any] = []
         self._warm = threading.Event()
         self._warm.set()
-        self._published: set[str] = set()
-        self._exported: set[str] = set()
+        self.known = KnownSaves(group, channel, directory.root)
         self._weights: dict[str, frozenset[Digested]] = {}
         self._warned_of_strangers = False
         self.left_out = LeftOut(config.write.unsaved, channel)
-        self.pending: PendingSave | None = None
         self.longest_save_s = 0.0
-
-    def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
-        """Take note of the checkpoints that are there, and of those with an export."""
-        self._published, self._exported = set(published), set(exported)
-
-    def has_saved(self, name: str) -> bool:
-        """Whether a checkpoint of this name is published, or will be if nothing fails."""
-        return name in self._published
 
     def request(
         self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool, *, is_last: bool = False
@@ -125,33 +116,40 @@ class Saver:
             or (mode is SaveConsolidatedMode.FINAL and is_final)
             or self._config.write.is_peft  # an adapter is small; it is written whole at every save
         )
-        name = names.checkpoint_name(epoch, step)
-        adds = is_final and consolidated and name in self._published and name not in self._exported
-        return SaveRequest(step, epoch, dict(metrics or {}), consolidated, adds, is_final or is_last)
+        request = SaveRequest(step, epoch, dict(metrics or {}), consolidated, is_final)
+        request.compares_fully = is_final or is_last
+        request.adds_export = self.known.would_add_export(request)
+        return request
 
     def wants(self, step: int, epoch: int) -> bool:
         """Whether a final save of this step would add anything to what is published."""
         request = self.request(step, epoch, None, is_final=True)
-        return request.name not in self._published or request.adds_export
+        return not self.known.has(request.name) or request.adds_export
 
-    def begin(self, state: AppState, request: SaveRequest, deciding_metric: str) -> PendingSave:
+    def begin(
+        self, state: AppState, request: SaveRequest, deciding_metric: str, report: Callable[[], None]
+    ) -> PendingSave:
         """Collective: capture and stage the state, and let the background write and publish it.
 
         Args:
             state: What to save.
             request: As what.
             deciding_metric: The metric that decides which checkpoint is best.
+            report: Raises or logs how the save before has failed; called where it has, on all ranks.
 
         Raises:
             CheckpointExistsError: The step is published already.
         """
-        name = request.name
-        if name in self._published and not request.adds_export:
-            raise CheckpointExistsError(f"{self._directory.root / name} is published already; a step is saved once")
-        pending = PendingSave(request.step)
         self.left_out.announce()
         captured, error = self._capture(state, request, deciding_metric)
-        self._contents.agree(state, captured, error)
+        if self._contents.agree(state, captured, error, trouble=self.known.has_trouble):
+            self.known.settle()
+            report()
+            request.adds_export = self.known.would_add_export(request)
+        name = request.name
+        if self.known.has(name) and not request.adds_export:
+            raise CheckpointExistsError(f"{self._directory.root / name} is published already; a step is saved once")
+        pending = PendingSave(request.step)
         self.left_out.check(() if captured is None else captured.omitted)
         look, error = self._look(captured, error, full=request.compares_fully or not self._config.write.is_async)
         drift = self._compare(state, look)
@@ -177,16 +175,12 @@ class Saver:
         except Exception as failure:
             transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
-        self._published.add(name)
-        if request.consolidated:
-            self._exported.add(name)
-        self.pending = pending  # only now: one that never began would be waited for for ever
+        self.known.begin(request, pending)  # only now: one that never began would be waited for for ever
         try:
             self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         except CheckpointError as failure:
             staged.release()
-            self._published.discard(name)
-            self._exported.discard(name)
+            self.known.forget(request)
             pending.fail(failure)  # nobody else would, and close() waits for it
             pending.seen()
             raise
@@ -326,14 +320,12 @@ class Saver:
             staged.finish()
             pending.staged()
             staged.watch()
+        except Exception as failure:
+            transaction = FailedSave(request.step, request.name, failure)  # the other ranks have to hear of it
+        try:
             perform(transaction, self._save_channel)
         except Exception as error:
-            if self._config.write.is_async:
-                # Raised at the next hook; said here as well, because a program may end before there is one.
-                log.warning("the save of step %d has failed in the background", request.step)
-            if not request.adds_export:
-                self._published.discard(request.name)
-            self._exported.discard(request.name)
+            self._tell(request, error)
             staged.release()
             pending.fail(error)
             return
@@ -346,6 +338,16 @@ class Saver:
         pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))
         if self._group.rank == 0:
             self._prune()
+
+    def _tell(self, request: SaveRequest, error: Exception) -> None:
+        """In the background: take note of a save that has not ended well."""
+        unknown = isinstance(error, SaveOutcomeUnknown)
+        if self._config.write.is_async:
+            # Raised at the next hook; said here as well, because a program may end before there is one.
+            how = "may have failed; rank 0 knows, and cannot be reached" if unknown else "has failed"
+            log.warning("the save of step %d %s (in the background)", request.step, how)
+        if not unknown:
+            self.known.forget(request)
 
     def _prune(self) -> None:
         try:
@@ -370,9 +372,9 @@ class Saver:
         return not strangers
 
     def _before_step(self, *_: Any) -> None:
-        if self.pending is not None:
+        if self.known.pending is not None:
             begun = time.monotonic()
-            self.pending.wait_staged(self._config.write.timeout_s)
+            self.known.pending.wait_staged(self._config.write.timeout_s)
             self._stats.blocked_s += time.monotonic() - begun
 
     def afterwards(self, step: Callable[[], None]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hydra_ckpt.distributed.channel import Channel, RankTimeoutError
-from hydra_ckpt.errors import CheckpointError, SaveFailedError
+from hydra_ckpt.errors import CheckpointError, SaveFailedError, SaveOutcomeUnknown
 
 log = logging.getLogger(__name__)
 
@@ -35,34 +36,92 @@ class Transaction(Protocol):
     def abort(self, note: dict[str, Any]) -> None:
         """Coordinator only: remove what was prepared."""
 
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """A rank that was cut off: whether the result is there for certain. False proves nothing."""
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """The transaction of a save that failed before it began on this rank; tells all the others.
+
+    Attributes:
+        step: The step that was to be saved.
+        name: The checkpoint it was to become.
+        error: What went wrong here.
+    """
+
+    step: int
+    name: str
+    error: Exception
+
+    def begin(self) -> dict[str, Any]:
+        """Coordinator only; see `Transaction`."""
+        raise self.error
+
+    def work(self, note: dict[str, Any]) -> dict[str, Any]:
+        """Every rank; see `Transaction`."""
+        raise self.error
+
+    def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Never reached: this rank's receipt is its error."""
+        raise self.error
+
+    def abort(self, note: dict[str, Any]) -> None:
+        """Nothing was prepared."""
+
+    def is_published(self, note: dict[str, Any]) -> bool:
+        """Never: this rank's receipt is its error."""
+        return False
+
 
 def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
     """Collective: carry a transaction out.
+
+    Never ends as published on one rank and failed on another: a rank that has handed in its receipt and then hears
+    nothing neither knows nor guesses.
 
     Returns:
         What `finish` returned, on every rank.
 
     Raises:
-        SaveFailedError: Any rank failed, died, or was late; the same on every rank.
+        SaveFailedError: Any rank failed, died, or was late; nothing was published.
+        SaveOutcomeUnknown: This rank was cut off when it had handed in its receipt.
     """
+    channel.open()
     step = transaction.step
     try:
         note = channel.receive(
             f"waiting for step {step} to begin", _guard(lambda: _begin(transaction)) if channel.is_coordinator else None
         )
-        _raise_causes(step, note)
-        receipt = _guard(lambda: _work(transaction, note))()
-        receipts = _collect(channel, step, receipt)
-        outcome = channel.receive(
-            f"waiting for step {step} to be published",
+    except CheckpointError as error:
+        failure = SaveFailedError(step, {channel.rank: str(error)})
+        if not channel.is_coordinator:
+            channel.gather("giving up", {"causes": failure.causes})  # rank 0 cannot publish any more
+        raise failure from error
+    _raise_causes(step, note)
+    receipt = _guard(lambda: _work(transaction, note))()
+    try:
+        outcome = _exchange(transaction, channel, note, receipt)
+    except CheckpointError as error:
+        _raise_causes(step, receipt)  # with such a receipt rank 0 does not publish
+        if transaction.is_published(note):
+            return {}
+        raise SaveOutcomeUnknown(step, str(error)) from error
+    _raise_causes(step, outcome)
+    return outcome
+
+
+def _exchange(
+    transaction: Transaction, channel: Channel, note: dict[str, Any], receipt: dict[str, Any]
+) -> dict[str, Any]:
+    """Collective: hand in the receipts, and hear how it ended."""
+    receipts = _collect(channel, transaction.step, receipt)
+    return dict(
+        channel.receive(
+            f"waiting for step {transaction.step} to be published",
             _guard(lambda: _conclude(transaction, note, receipts)) if receipts is not None else None,
         )
-    except SaveFailedError:
-        raise
-    except CheckpointError as error:
-        raise SaveFailedError(step, {0: f"no answer: {error}"}) from error
-    _raise_causes(step, outcome)
-    return dict(outcome)
+    )
 
 
 def _begin(transaction: Transaction) -> dict[str, Any]:
@@ -118,6 +177,8 @@ def _collect(channel: Channel, step: int, receipt: dict[str, Any]) -> list[dict[
     try:
         return channel.gather(f"waiting for the ranks to write step {step}", receipt)
     except RankTimeoutError as error:
+        if not channel.is_coordinator:
+            raise
         late = {"causes": {0: str(error)}}
         return [late if rank in error.ranks else {} for rank in range(channel.world_size)]
 

@@ -9,6 +9,7 @@ A draft with a whole manifest has everything: whoever finds it may finish it. An
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from hydra_ckpt.store.small_files import read_small_file
 
 _RETRY_S = 0.05
 _MAX_TOKEN_BYTES = 4096
+TAKEN_BACK_WITHIN_S = 1.0
+"""A name that has been visible for longer stays: a rank that was cut off may have seen it."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +108,23 @@ def sync_tree(files: Files, root: Path) -> None:
 def publish_draft(files: Files, draft: Draft) -> Path:
     """Coordinator only: give a whole draft its name, atomically and durably."""
     files.rename(draft.path, draft.target)
+    renamed = time.monotonic()
     try:
         files.sync_dir(draft.path.parent)
-    except OSError:
+    except OSError as error:
         # Not known to be durable, so it is not published: it goes back to where an abort finds it.
-        files.rename(draft.target, draft.path)
-        raise
+        if time.monotonic() - renamed < TAKEN_BACK_WITHIN_S and _is_taken_back(files, draft):
+            raise
+        log.warning("%s is published, but a power failure may still undo that: %s", draft.target, error)
     return draft.target
+
+
+def _is_taken_back(files: Files, draft: Draft) -> bool:
+    try:
+        files.rename(draft.target, draft.path)
+    except OSError:
+        return False
+    return True
 
 
 def discard(files: Files, path: Path) -> None:

@@ -47,11 +47,6 @@ class Times:
     grace_s: float = 30.0
     look_s: float = 0.5
 
-    @property
-    def longest_s(self) -> float:
-        """The longest that taking a lease may last."""
-        return self.grace_s + self.stale_s + 10.0
-
 
 class Lease:
     """A run's hold on a directory. Coordinator only; any thread may call.

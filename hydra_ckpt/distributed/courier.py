@@ -1,0 +1,106 @@
+"""Calls that may block for ever, made so that whoever needs their answers does not."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+class Courier:
+    """Makes the calls of one connection in a daemon thread, one after the other. Any thread may submit.
+
+    PyTorch's store keeps its time-outs only while its server answers: if rank 0 is paused, or packets are dropped, a
+    call stays in recv(2) for ever. TCP_USER_TIMEOUT would end the second case but not the first, because the kernel of
+    a paused process still acknowledges what arrives. A transport of our own over sockets would end both, but it would
+    have to serve thousands of ranks from Python. So the call gets a thread, and the caller stops waiting at its limit.
+    The thread stays behind. When the answer comes after all, the connection can be used again.
+
+    Args:
+        name: The thread's name.
+        beat: Called every `beat_s` seconds while `beating`, unless a call is being made. None: never.
+        beat_s: Seconds between beats.
+    """
+
+    def __init__(self, name: str, beat: Callable[[], None] | None = None, beat_s: float | None = None) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
+        self._beat = beat
+        self._beat_s = beat_s if beat is not None else None
+        self._is_beating = False
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, call: Callable[[], _T]) -> Future[_T]:
+        """Queue a call; nobody has to wait for it."""
+        future: Future[_T] = Future()
+        self._jobs.put((future, call))  # type: ignore[arg-type]
+        return future
+
+    def call(self, call: Callable[[], _T], limit_s: float) -> _T:
+        """The answer of a call.
+
+        Raises:
+            TimeoutError: It has not come within `limit_s` seconds. A call that has not begun is not made any more.
+        """
+        future = self.submit(call)
+        try:
+            return future.result(limit_s)
+        except FutureTimeoutError as error:
+            future.cancel()
+            raise TimeoutError(f"no answer within {limit_s:.0f} s") from error
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Beat as long as the block runs."""
+        self._is_beating = True
+        try:
+            yield
+        finally:
+            self._is_beating = False
+
+    def close(self) -> None:
+        """Let the thread end when it has made the calls queued so far. Idempotent; waits for nothing."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._beat_s)
+            except queue.Empty:
+                self._beat_once()
+                continue
+            if job is None:
+                return
+            _make(*job)
+            del job  # what it refers to must not outlive it in an idle thread
+
+    def _beat_once(self) -> None:
+        if self._is_beating and self._beat is not None:
+            _make(Future(), self._beat)  # a beat that fails is one that nobody hears
+
+
+def _make(future: Future[object], call: Callable[[], object]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
+        future.set_exception(error)
+
+
+def bounded(call: Callable[[], _T], limit_s: float) -> _T:
+    """The answer of a single call.
+
+    Raises:
+        TimeoutError: It has not come within `limit_s` seconds.
+    """
+    courier = Courier("hydra_ckpt-call")
+    try:
+        return courier.call(call, limit_s)
+    finally:
+        courier.close()

@@ -1,0 +1,165 @@
+"""How the ranks find rank 0's store on its host.
+
+Names prove little. Debian's installer lets a host's own name mean 127.0.1.1, two hosts may have one name, and addresses
+such as a container bridge's exist on each of them. So rank 0 tells all addresses it has, the others try one after the
+other, and what answers has to know the run's incarnation.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from hydra_ckpt.distributed.courier import bounded
+
+LOOPBACK = "127.0.0.1"
+_MOST_S = 60.0
+# A packet filter that drops what it gets must not use up the time that another address needs.
+_ATTEMPT_S = 5.0
+_BETWEEN_ROUNDS_S = 0.2
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rank 0's store is. Plain data.
+
+    Attributes:
+        name: The host's name.
+        network: Equal for processes that reach each other through the loopback; empty where that is not known.
+        addresses: The host's addresses, those of the loopback left out.
+        port: The store's port.
+        incarnation: A key of that store.
+    """
+
+    name: str
+    network: str
+    addresses: tuple[str, ...]
+    port: int
+    incarnation: str
+
+    @classmethod
+    def here(cls, port: int, incarnation: str) -> Place:
+        """This host."""
+        return cls(socket.gethostname(), network_of_this_process(), tuple(addresses_of_this_host()), port, incarnation)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How a rank has reached rank 0.
+
+    Attributes:
+        store: The connection.
+        address: Rank 0's address, as this rank knows it.
+        own: This rank's address on the way there.
+    """
+
+    store: TCPStore
+    address: str
+    own: str
+
+
+class UnreachableError(Exception):
+    """No address of rank 0 answers as it should; the text lists them with the reasons."""
+
+
+def network_of_this_process() -> str:
+    """Equal for processes that share a loopback: boot and network namespace; empty where neither is known."""
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {(_PROC / 'self/ns/net').stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def addresses_of_this_host() -> list[str]:
+    """The addresses of all network interfaces but the loopback, IPv4 before IPv6."""
+    found = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    texts = [entry.address for family in (socket.AF_INET, socket.AF_INET6) for entry in found if entry.family == family]
+    return [text for text in dict.fromkeys(texts) if not _is_local(text)]
+
+
+def _is_local(text: str) -> bool:
+    """Whether an address means another host on each host: the loopback, or one that needs an interface's name."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_link_local
+
+
+def candidates(place: Place, network: str, master: str | None) -> list[str]:
+    """The addresses to try for rank 0, the likeliest first.
+
+    Args:
+        place: Where rank 0 is.
+        network: This process's network; see `network_of_this_process`.
+        master: The launcher's MASTER_ADDR, which is rank 0's host as a rule.
+    """
+    if network and network == place.network:
+        return [LOOPBACK]
+    named = [address for name in (master, place.name) if name for address in _look_up(name, place.port)]
+    found = list(dict.fromkeys([*named, *place.addresses]))
+    # What a name means on this host may be this host; the check of the incarnation finds that out.
+    return sorted(found, key=_is_local)
+
+
+def _look_up(name: str, port: int) -> list[str]:
+    """The addresses of a name; none where the name is unknown, or its server does not answer."""
+    try:
+        rows = bounded(lambda: socket.getaddrinfo(name, port, type=socket.SOCK_STREAM), _ATTEMPT_S)
+    except (OSError, TimeoutError):
+        return []
+    return [str(row[4][0]) for row in rows]
+
+
+def reach(place: Place, limit_s: float) -> Reached:
+    """Connect to rank 0's store, by the first of its addresses that leads there.
+
+    Args:
+        place: Where it is.
+        limit_s: The longest wait, in seconds; never more than a minute.
+
+    Raises:
+        UnreachableError: None has led there.
+    """
+    deadline = time.monotonic() + min(limit_s, _MOST_S)
+    found = candidates(place, network_of_this_process(), os.environ.get("MASTER_ADDR"))
+    reasons: dict[str, str] = {}
+    while True:
+        for address in found:
+            within_s = min(_ATTEMPT_S, deadline - time.monotonic())
+            if within_s <= 0:
+                raise UnreachableError(_described(place, found, reasons))
+            try:
+                return bounded(partial(_try, place, address, within_s), within_s)
+            except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError
+                reasons[address] = str(error) or type(error).__name__
+        if not found or time.monotonic() + _BETWEEN_ROUNDS_S > deadline:
+            raise UnreachableError(_described(place, found, reasons))
+        time.sleep(_BETWEEN_ROUNDS_S)
+
+
+def _try(place: Place, address: str, limit_s: float) -> Reached:
+    # The store would go on trying where nobody listens; a plain connection is refused at once.
+    with socket.create_connection((address, place.port), limit_s) as probe:
+        own = str(probe.getsockname()[0])
+    store = TCPStore(address, place.port, None, is_master=False, timeout=timedelta(seconds=limit_s))
+    if not store.check([place.incarnation]):
+        raise OSError("another program's store answers there")
+    return Reached(store, address, own)
+
+
+def _described(place: Place, tried: Sequence[str], reasons: dict[str, str]) -> str:
+    each = "; ".join(f"{address}: {reasons.get(address, 'not tried')}" for address in tried)
+    return f"rank 0's store at port {place.port} of {place.name} cannot be reached ({each or 'no address is known'})"

@@ -1,0 +1,97 @@
+"""Which checkpoints a run has made, and how its last save has ended on the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra_ckpt.distributed.channel import Channel, error_from_data, error_to_data
+from hydra_ckpt.distributed.group import Group
+from hydra_ckpt.distributed.vote import Vote
+from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.saving.request import SaveRequest
+from hydra_ckpt.store.catalog import Checkpoint
+
+
+class KnownSaves:
+    """The saves of a run as this rank knows them. A rank that was cut off takes rank 0's word at the next meeting.
+
+    For the training thread; `forget` also for the one that saves, as long as the training thread waits for it.
+
+    Args:
+        group: The ranks.
+        channel: To them, for the training thread.
+        root: The checkpoint directory.
+
+    Attributes:
+        pending: The last save begun.
+    """
+
+    def __init__(self, group: Group, channel: Channel, root: Path) -> None:
+        self._vote = Vote(group, "looking at the last save", 1)
+        self._channel, self._root = channel, root
+        self._published: set[str] = set()
+        self._exported: set[str] = set()
+        self._request: SaveRequest | None = None
+        self.pending: PendingSave | None = None
+
+    def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
+        """Take note of the checkpoints that are there, and of those with an export."""
+        self._published, self._exported = set(published), set(exported)
+
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint of this name is published, or will be if nothing fails."""
+        return name in self._published
+
+    def would_add_export(self, request: SaveRequest) -> bool:
+        """Whether the step is published and lacks only the export that a final save makes."""
+        wanted = request.is_final and request.consolidated
+        return wanted and request.name in self._published and request.name not in self._exported
+
+    def begin(self, request: SaveRequest, pending: PendingSave) -> None:
+        """A save begins."""
+        self._published.add(request.name)
+        if request.consolidated:
+            self._exported.add(request.name)
+        self._request, self.pending = request, pending
+
+    def forget(self, request: SaveRequest) -> None:
+        """A save has failed."""
+        if not request.adds_export:
+            self._published.discard(request.name)
+        self._exported.discard(request.name)
+
+    @property
+    def has_trouble(self) -> bool:
+        """Whether the last save has failed and nobody has seen it yet, or its outcome is unknown on this rank."""
+        pending = self.pending
+        return pending is not None and (pending.unseen_error is not None or pending.is_unknown)
+
+    def meet(self) -> None:
+        """Collective, with no save under way: settle the last save if any rank has trouble with it."""
+        heard = self._vote.ask([int(self.has_trouble)])
+        if any(heard):
+            self.settle()
+
+    def settle(self) -> None:
+        """Collective, with no save under way: hear from rank 0 how the last save has ended."""
+        told = self._channel.coordinator_step("settling the last save", self._told)
+        pending, request = self.pending, self._request
+        if pending is None or request is None or not pending.is_unknown:
+            return
+        if told is None or told["name"] != request.name:
+            return  # rank 0 has begun another save than this rank: its outcome stays unknown
+        if told["error"] is None:
+            pending.settle(Checkpoint(self._root / request.name, request.step, request.epoch))
+        else:
+            pending.settle(error_from_data(told["error"]), seen=told["seen"])
+            self.forget(request)
+
+    def _told(self) -> dict[str, Any] | None:
+        """Coordinator only: how the last save has ended, as plain data."""
+        if self.pending is None or self._request is None or self.pending.is_unknown:
+            return None
+        error = self.pending.error
+        seen = self.pending.unseen_error is None  # then this rank does not raise it any more, and nor should others
+        return {"name": self._request.name, "error": None if error is None else error_to_data(error), "seen": seen}
