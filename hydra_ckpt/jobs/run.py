@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ class HydraRun:
         overrides: What was typed for it, Hydra's own settings aside.
         texts: File name and YAML text of the configuration it runs with.
         launch: How its program was started; see `program_of_this_process`.
+        launcher: The `_target_` of Hydra's launcher.
+        sweeper: The `_target_` of Hydra's sweeper.
+        name: What the job is called in its sweep: its directory, seen from the sweep's, or its number where all jobs
+            have one directory. None for a single run.
     """
 
     output_dir: Path
@@ -33,6 +38,9 @@ class HydraRun:
     overrides: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
     launch: dict[str, Any]
+    launcher: str = ""
+    sweeper: str = ""
+    name: str | None = None
 
     @classmethod
     def current(cls) -> HydraRun | None:
@@ -42,19 +50,38 @@ class HydraRun:
             return None
         hydra = _hydra()
         number = _given(hydra, "job.num") if getattr(_given(hydra, "mode"), "name", None) == "MULTIRUN" else None
+        sweep_dir = None if number is None else Path(hydra.runtime.cwd) / hydra.sweep.dir
         return cls(
             output_dir,
-            None if number is None else Path(hydra.runtime.cwd) / hydra.sweep.dir,
+            sweep_dir,
             number,
             tuple(_given(hydra, "overrides.task") or ()),
             _texts(hydra, output_dir),
             program_of_this_process(),
+            str(_given(hydra, "launcher._target_") or ""),
+            str(_given(hydra, "sweeper._target_") or ""),
+            None if sweep_dir is None else _name(hydra, sweep_dir, output_dir),
         )
 
     @property
     def owner(self) -> str | None:
-        """Sweep directory and job number where the job is one of several, else None."""
-        return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.number}"
+        """Sweep directory and name of the job where it is one of several, else None."""
+        return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.name}"
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether jobs run in the launcher's own process, one after the other: in Hydra's own launcher, and in none."""
+        return self.sweep_dir is None or self.launcher.endswith(".BasicLauncher")
+
+    @property
+    def has_own_allocation(self) -> bool:
+        """Whether the launcher starts each job by itself, with a time limit of its own."""
+        return self.launcher.startswith("hydra_plugins.hydra_submitit_launcher.")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the sweeper goes by what jobs return."""
+        return self.sweep_dir is not None and not self.sweeper.endswith(".BasicSweeper")
 
 
 def run_directory() -> Path | None:
@@ -62,6 +89,15 @@ def run_directory() -> Path | None:
     hydra = _hydra()
     output_dir = None if hydra is None else _given(hydra, "runtime.output_dir")
     return None if output_dir is None else Path(output_dir).absolute()
+
+
+def _name(hydra: Any, sweep_dir: Path, output_dir: Path) -> str:
+    """A job's name in its sweep. A job that keeps its directory is the same one, whatever number it has this time."""
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_interpolation(hydra.sweep, "subdir"):
+        return str(hydra.job.num)
+    return os.path.relpath(output_dir, sweep_dir)
 
 
 def _hydra() -> Any:

@@ -16,7 +16,8 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, Checkpoint
 from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun
-from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, JobRecord, read_record
+from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
+from hydra_ckpt.sweeps.stopping import Halt, JobStopped, halt, halted
 from hydra_ckpt.sweeps.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,16 @@ class ActiveJob:
         checkpoint_dir: Where its checkpoints lie.
         stopped: Whether it was asked to stop before its end.
         exit_code: What the program exits with where the job stopped to be continued later; None where it did not.
+        reason: Why it was asked to stop, for people.
+        requeue: Called at the end of a stopped job: puts it back into its launcher's queue, and ends the process. None
+            where the launcher has no queue, or something else than that launcher stopped the job.
     """
 
     checkpoint_dir: Path | None = None
     stopped: bool = False
     exit_code: int | None = None
+    reason: str = ""
+    requeue: Callable[[], object] | None = None
 
 
 # A process runs one job at a time; it is None again behind each of them.
@@ -64,8 +70,9 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
     - any other job runs, and its callback resumes from its newest checkpoint.
 
     A job stopped by a signal or the time limit ends the program, the rest of a sweep too, with the callback's
-    `exit_code`. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single run
-    with `checkpoint.enabled=false`, it does nothing.
+    `exit_code`. Where a launcher runs several jobs at once it ends in `JobStopped` instead, and the others finish; see
+    docs/sweeps.md. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single
+    run with `checkpoint.enabled=false`, it does nothing.
 
     Collective: every rank of a launch; the first one decides for all.
 
@@ -80,6 +87,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
     Raises:
         CheckpointExistsError: When called: see `on_change`.
+        JobStopped: When called, under a launcher that runs several jobs at once.
     """
     if on_change is not None and on_change not in _CHOICES:
         raise CheckpointConfigError(f"resumable_job(on_change={on_change!r}): expected one of {', '.join(_CHOICES)}")
@@ -97,8 +105,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if "refuse" in decision:
                 raise CheckpointExistsError(decision["refuse"])
             if "stop" in decision:
-                log.warning("%s", decision["stop"])
-                raise SystemExit(0)
+                raise _stopped(run, decision["stop"], decision["exit_code"])
             if "objective" in decision:
                 log.info("%s", decision["why"])
                 return decision["objective"]
@@ -124,9 +131,12 @@ def _plain(cfg: Any) -> Any:
 
 def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]:
     """First rank only: what is to be done with a job, as plain data."""
-    if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
-        return {"stop": f"no further job begins: {run.sweep_dir / _STOP} is there; remove it to go on"}
+    order = _order(run)
     record = read_record(run.output_dir)
+    if order is not None:
+        if record is None:
+            _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
+        return {"stop": f"job {run.name} does not begin: {order.why}", "exit_code": order.exit_code}
     if record is None or record.config is None:
         return {}
     unlike = differences(record.config, config)
@@ -146,19 +156,75 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     return {}  # what has changed is told where the run resumes
 
 
+def _order(run: HydraRun) -> Halt | None:
+    """First rank only: why no further job of the sweep begins; None where it may."""
+    if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
+        return Halt(f"{run.sweep_dir / _STOP} is there; remove it to go on", 0, running=True)
+    return halted(run)
+
+
 def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
     with _activated() as active:
         _write(run, record)
+        value = None
         try:
             value = task()
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
-            raise
-        ended = record.end(STOPPED) if active.stopped else record.returned(value)
-        _write(run, _with_checkpoints(run, ended, active))
-        if active.exit_code is not None and (active.exit_code or run.sweep_dir is not None):
-            raise SystemExit(active.exit_code)
+            # Where other jobs run beside it, a stopped job that calls sys.exit() must not take them along.
+            if run.runs_alone or not (active.stopped and isinstance(error, SystemExit)):
+                raise
+        else:
+            ended = record.end(STOPPED) if active.stopped else record.returned(value)
+            _write(run, _with_checkpoints(run, ended, active))
+        if active.stopped:
+            _end_stopped(run, active)
         return value
+
+
+def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
+    """End a stopped job so that it is run again, unless it may simply return."""
+    if active.exit_code is None:
+        # A file stopped this job alone. What it has reached is no result of its values.
+        if run.is_judged:
+            raise _stopped(run, f"job {run.name} was stopped ({active.reason})", 0)
+        return
+    if run.sweep_dir is None:
+        if active.exit_code:
+            raise SystemExit(active.exit_code)
+        return
+    _requeue(active)
+    why = f"job {run.name} was stopped ({active.reason})"
+    if not (run.runs_alone or run.has_own_allocation):
+        _halt_others(run, Halt(why, active.exit_code, running=False))
+    raise _stopped(run, why, active.exit_code)
+
+
+def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
+    """The ending of a job that the sweep's next start is to run."""
+    message = f"{why}. The same command goes on with it"
+    log.warning("%s", message)
+    if run.sweep_dir is None or run.runs_alone:
+        return SystemExit(exit_code)
+    return JobStopped(message, exit_code, run.sweep_dir)
+
+
+def _requeue(active: ActiveJob) -> None:
+    """Let the launcher put the job back into its queue, which ends the process; or return, and it is not put there."""
+    try:
+        if active.requeue is not None:
+            active.requeue()
+    except Exception as error:  # noqa: BLE001 - a launcher's, whatever it is; it must not make the job a failed one
+        log.warning("the launcher does not start the job again: %s", error)
+
+
+def _halt_others(run: HydraRun, order: Halt) -> None:
+    assert run.sweep_dir is not None
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            halt(run.sweep_dir, os.getppid(), order)
+    except OSError as error:
+        log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ RECORD = "hydra_ckpt_job.json"
 _MAX_BYTES = 64 << 20
 
 RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped", "failed", "interrupted"
+WAITING = "waiting"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class JobRecord:
 
     Attributes:
         state: running; finished; stopped (by a signal, a file or the time limit, to be continued); failed;
-            interrupted (by Ctrl-C, or it died).
+            interrupted (by Ctrl-C, or it died); waiting (it never began, because the sweep was stopped).
         overrides: What was typed for it.
         config: Its configuration as plain data, interpolations as they are written.
         owner: The process that ran it last.
@@ -118,7 +119,7 @@ def _is_sound(record: JobRecord) -> bool:
     """Whether the fields have the kinds that a reader takes for granted."""
     texts = (record.error, record.checkpoint_dir)
     return (
-        record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED)
+        record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED, WAITING)
         and all(value is None or isinstance(value, str) for value in texts)
         and all(value is None or type(value) in (int, float) for value in (record.started, record.ended))
     )

@@ -1,0 +1,137 @@
+"""How a stopped job ends where others run beside it, and what the other jobs of its sweep are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hydra_ckpt.errors import CorruptCheckpointError, printable
+from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.jobs.run import HydraRun
+from hydra_ckpt.store import names
+from hydra_ckpt.store.owner import process_identity
+from hydra_ckpt.store.small_files import read_small_file
+from hydra_ckpt.sweeps.record import FAILED, read_record
+from hydra_ckpt.sweeps.summary import job_directories
+
+__all__ = ["Halt", "JobStopped", "SweepStopped", "halt", "halted"]
+
+log = logging.getLogger(__name__)
+
+_HALT = ".hydra_ckpt_halt.json"
+_MAX_BYTES = 1 << 20
+
+
+class JobStopped(Exception):  # noqa: N818 - it is no error
+    """A job of a sweep was stopped before its end, and is to be continued by the next start of the sweep.
+
+    Raised by `resumable_job` under launchers that run several jobs at once (joblib, submitit). It is an ordinary
+    exception, because that is the only ending of a job under which such launchers let the other jobs finish.
+
+    Pickled, it becomes a `SweepStopped`. So it arrives in the launcher's process, where the sweeper raises what a job
+    ended with: that ends the sweep without another job, and no study takes the job for a failed trial.
+
+    Attributes:
+        exit_code: What the program exits with.
+        sweep_dir: The sweep's directory.
+    """
+
+    def __init__(self, message: str, exit_code: int, sweep_dir: Path) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.sweep_dir = sweep_dir
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (str(self), self.exit_code, str(self.sweep_dir))
+
+
+class SweepStopped(SystemExit):
+    """`JobStopped` in the launcher's process.
+
+    Attributes:
+        message: What was stopped, and why.
+    """
+
+    def __init__(self, message: str, exit_code: int, sweep_dir: Path) -> None:
+        super().__init__(exit_code)
+        self.message = message
+        self._exit_code = exit_code
+        self._sweep_dir = sweep_dir
+
+    @property
+    def code(self) -> int:
+        """The exit code: 1 where another job of this start has failed, because the sweeper will not say so."""
+        return 1 if _failed_jobs(self._sweep_dir) else self._exit_code
+
+    @code.setter
+    def code(self, value: int) -> None:
+        self._exit_code = value
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _arrived(message: str, exit_code: int, sweep_dir: str) -> SweepStopped:
+    log.warning("%s", message)
+    return SweepStopped(message, exit_code, Path(sweep_dir))
+
+
+def _failed_jobs(sweep_dir: Path) -> list[str]:
+    """The jobs of a sweep that have failed since this process began; they are logged."""
+    began = psutil.Process().create_time()
+    found = []
+    for directory in job_directories(sweep_dir):
+        record = read_record(directory)
+        if record is not None and record.state == FAILED and (record.ended or 0.0) >= began:
+            found.append(directory.name)
+            log.error("job %s failed: %s", directory.name, printable(str(record.error)))
+    return found
+
+
+@dataclass(frozen=True)
+class Halt:
+    """What the jobs of one launcher are told: none of them begins any more.
+
+    Attributes:
+        why: For people.
+        exit_code: What the program exits with.
+        running: Whether jobs that run already save and stop as well.
+    """
+
+    why: str
+    exit_code: int
+    running: bool
+
+
+def halt(sweep_dir: Path, launcher: int, order: Halt) -> None:
+    """Tell the jobs of a launcher that no further one begins; those of a later start are not concerned.
+
+    Args:
+        sweep_dir: The sweep's directory.
+        launcher: The launcher's process.
+        order: What to tell.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    data = {**asdict(order), "launcher": process_identity(launcher)}
+    write_atomically(Files(), sweep_dir / _HALT, (json.dumps(data) + "\n").encode(), names.nonce())
+
+
+def halted(run: HydraRun) -> Halt | None:
+    """What the launcher's jobs were told, asked by a job that the launcher has started as its child process."""
+    if run.sweep_dir is None or run.runs_alone or run.has_own_allocation:
+        return None
+    try:
+        data = json.loads(read_small_file(run.sweep_dir / _HALT, _MAX_BYTES))
+        launcher = data.pop("launcher")
+        order = Halt(str(data["why"]), int(data["exit_code"]), data["running"] is True)
+    except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return order if launcher and launcher == process_identity(os.getppid()) else None
