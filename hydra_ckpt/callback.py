@@ -13,7 +13,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailed
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.ranks import Ranks, warn_of_unused_mesh
-from hydra_ckpt.sweeps.job import active_job
+from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import RequestFiles
 from hydra_ckpt.triggers.schedule import Schedule

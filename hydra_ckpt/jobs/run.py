@@ -5,14 +5,31 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.jobs.command import program_of_this_process
 
-__all__ = ["HydraRun", "run_directory"]
+__all__ = ["HydraRun", "LauncherKind", "goes_by_results", "run_directory"]
 
 _TEXTS = ("config.yaml", "hydra.yaml", "overrides.yaml")
+
+
+class LauncherKind(Enum):
+    """How a launcher runs the jobs of a sweep."""
+
+    ONE_BY_ONE = "in its own process, one after the other"
+    SIDE_BY_SIDE = "in child processes, several at once"
+    QUEUED = "each by itself, with a time limit of its own"
+
+    @classmethod
+    def of(cls, hydra: Any) -> LauncherKind:
+        """The kind of the launcher in Hydra's own settings."""
+        target = str(_given(hydra, "launcher._target_") or "")
+        if target.endswith(".BasicLauncher"):
+            return cls.ONE_BY_ONE
+        return cls.QUEUED if "submitit" in target else cls.SIDE_BY_SIDE
 
 
 @dataclass(frozen=True)
@@ -26,8 +43,8 @@ class HydraRun:
         overrides: What was typed for it, Hydra's own settings aside.
         texts: File name and YAML text of the configuration it runs with.
         launch: How its program was started; see `program_of_this_process`.
-        launcher: The `_target_` of Hydra's launcher.
-        sweeper: The `_target_` of Hydra's sweeper.
+        launcher: What runs it beside its siblings, or after them.
+        is_judged: Whether it is a job of a sweep whose sweeper goes by what jobs return.
         name: What the job is called in its sweep: its directory, seen from the sweep's, or its number where all jobs
             have one directory. None for a single run.
     """
@@ -38,8 +55,8 @@ class HydraRun:
     overrides: tuple[str, ...]
     texts: tuple[tuple[str, str], ...]
     launch: dict[str, Any]
-    launcher: str = ""
-    sweeper: str = ""
+    launcher: LauncherKind = LauncherKind.ONE_BY_ONE
+    is_judged: bool = False
     name: str | None = None
 
     @classmethod
@@ -58,8 +75,8 @@ class HydraRun:
             tuple(_given(hydra, "overrides.task") or ()),
             _texts(hydra, output_dir),
             program_of_this_process(),
-            str(_given(hydra, "launcher._target_") or ""),
-            str(_given(hydra, "sweeper._target_") or ""),
+            LauncherKind.ONE_BY_ONE if sweep_dir is None else LauncherKind.of(hydra),
+            sweep_dir is not None and goes_by_results(hydra),
             None if sweep_dir is None else _name(hydra, sweep_dir, output_dir),
         )
 
@@ -68,20 +85,14 @@ class HydraRun:
         """Sweep directory and name of the job where it is one of several, else None."""
         return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.name}"
 
-    @property
-    def runs_alone(self) -> bool:
-        """Whether jobs run in the launcher's own process, one after the other: in Hydra's own launcher, and in none."""
-        return self.sweep_dir is None or self.launcher.endswith(".BasicLauncher")
 
-    @property
-    def has_own_allocation(self) -> bool:
-        """Whether the launcher starts each job by itself, with a time limit of its own."""
-        return self.launcher.startswith("hydra_plugins.hydra_submitit_launcher.")
+def goes_by_results(hydra: Any) -> bool:
+    """Whether a sweeper proposes values by what jobs have returned, as far as is known; Hydra's own does not.
 
-    @property
-    def is_judged(self) -> bool:
-        """Whether the sweeper goes by what jobs return."""
-        return self.sweep_dir is not None and not self.sweeper.endswith(".BasicSweeper")
+    Args:
+        hydra: Hydra's own settings.
+    """
+    return not str(_given(hydra, "sweeper._target_") or ".BasicSweeper").endswith(".BasicSweeper")
 
 
 def run_directory() -> Path | None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
-from hydra_ckpt.jobs.run import HydraRun
+from hydra_ckpt.jobs.run import HydraRun, LauncherKind
+from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
 from hydra_ckpt.sweeps.stopping import Halt, JobStopped, halt, halted
 from hydra_ckpt.sweeps.summary import write_summary
@@ -26,35 +26,7 @@ _Task = TypeVar("_Task", bound=Callable[..., Any])
 
 _CHOICES = ("raise", "run")
 _STOP = "STOP"
-
-
-@dataclass
-class ActiveJob:
-    """The job that runs in this process now; its callback tells what happens to it.
-
-    Attributes:
-        checkpoint_dir: Where its checkpoints lie.
-        stopped: Whether it was asked to stop before its end.
-        exit_code: What the program exits with where the job stopped to be continued later; None where it did not.
-        reason: Why it was asked to stop, for people.
-        requeue: Called at the end of a stopped job: puts it back into its launcher's queue, and ends the process. None
-            where the launcher has no queue, or something else than that launcher stopped the job.
-    """
-
-    checkpoint_dir: Path | None = None
-    stopped: bool = False
-    exit_code: int | None = None
-    reason: str = ""
-    requeue: Callable[[], object] | None = None
-
-
-# A process runs one job at a time; it is None again behind each of them.
-_active: ActiveJob | None = None
-
-
-def active_job() -> ActiveJob | None:
-    """The job this process runs under `resumable_job`, or None."""
-    return _active
+_SIGNALS = "callbacks.checkpoint.signals"
 
 
 def resumable_job(function: _Task | None = None, *, on_change: str | None = None) -> Any:
@@ -99,6 +71,8 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if run is None:
                 return task(cfg, *args, **kwargs)
             config = _plain(cfg)
+            if run.launcher is LauncherKind.SIDE_BY_SIDE:
+                shield(OmegaConf.select(cfg, _SIGNALS, default="SIGTERM") if OmegaConf.is_config(cfg) else "SIGTERM")
             if run.sweep_dir is None and not _checkpoints(config):
                 return task(cfg, *args, **kwargs)  # what is switched off leaves no trace
             decision = json.loads(first_rank_says("job", lambda: json.dumps(_decide(run, config, on_change))))
@@ -123,8 +97,6 @@ def _checkpoints(config: Any) -> bool:
 
 
 def _plain(cfg: Any) -> Any:
-    from omegaconf import OmegaConf
-
     plain = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True) if OmegaConf.is_config(cfg) else cfg
     return json.loads(json.dumps(plain, default=str))
 
@@ -164,7 +136,7 @@ def _order(run: HydraRun) -> Halt | None:
 
 
 def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
-    with _activated() as active:
+    with activated() as active:
         _write(run, record)
         value = None
         try:
@@ -172,7 +144,7 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
             # Where other jobs run beside it, a stopped job that calls sys.exit() must not take them along.
-            if run.runs_alone or not (active.stopped and isinstance(error, SystemExit)):
+            if run.launcher is LauncherKind.ONE_BY_ONE or not (active.stopped and isinstance(error, SystemExit)):
                 raise
         else:
             ended = record.end(STOPPED) if active.stopped else record.returned(value)
@@ -195,7 +167,7 @@ def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
         return
     _requeue(active)
     why = f"job {run.name} was stopped ({active.reason})"
-    if not (run.runs_alone or run.has_own_allocation):
+    if run.launcher is LauncherKind.SIDE_BY_SIDE:
         _halt_others(run, Halt(why, active.exit_code, running=False))
     raise _stopped(run, why, active.exit_code)
 
@@ -204,7 +176,7 @@ def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
     """The ending of a job that the sweep's next start is to run."""
     message = f"{why}. The same command goes on with it"
     log.warning("%s", message)
-    if run.sweep_dir is None or run.runs_alone:
+    if run.sweep_dir is None or run.launcher is LauncherKind.ONE_BY_ONE:
         return SystemExit(exit_code)
     return JobStopped(message, exit_code, run.sweep_dir)
 
@@ -225,16 +197,6 @@ def _halt_others(run: HydraRun, order: Halt) -> None:
             halt(run.sweep_dir, os.getppid(), order)
     except OSError as error:
         log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
-
-
-@contextmanager
-def _activated() -> Iterator[ActiveJob]:
-    global _active  # noqa: PLW0603 - the process has one job, and code far below it has to find it
-    before, _active = _active, ActiveJob()
-    try:
-        yield _active
-    finally:
-        _active = before
 
 
 def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> JobRecord:

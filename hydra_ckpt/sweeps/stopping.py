@@ -13,7 +13,7 @@ import psutil
 
 from hydra_ckpt.errors import CorruptCheckpointError, printable
 from hydra_ckpt.files import Files, write_atomically
-from hydra_ckpt.jobs.run import HydraRun
+from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.store import names
 from hydra_ckpt.store.owner import process_identity
 from hydra_ckpt.store.small_files import read_small_file
@@ -126,7 +126,7 @@ def halt(sweep_dir: Path, launcher: int, order: Halt) -> None:
 
 def halted(run: HydraRun) -> Halt | None:
     """What the launcher's jobs were told, asked by a job that the launcher has started as its child process."""
-    if run.sweep_dir is None or run.runs_alone or run.has_own_allocation:
+    if run.sweep_dir is None or run.launcher is not LauncherKind.SIDE_BY_SIDE:
         return None
     try:
         data = json.loads(read_small_file(run.sweep_dir / _HALT, _MAX_BYTES))

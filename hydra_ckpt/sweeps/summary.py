@@ -135,7 +135,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
     found = _Found(sweep_dir, root)
     return {
         "job": str(path.relative_to(sweep_dir)),
-        "overrides": list(record.overrides) if record else _overrides(path),
+        "overrides": list(record.overrides) if record else overrides_of(path),
         "state": _state(record, root),
         "objective": record.objective if record else None,
         "error": record.error if record else None,
@@ -198,7 +198,7 @@ def _state(record: JobRecord | None, root: Path) -> str:
     return RUNNING if state == INTERRUPTED and record.ended is None and is_held(root) else state
 
 
-def _overrides(path: Path) -> list[str]:
+def overrides_of(path: Path) -> list[str]:
     """What Hydra noted of a job that has no record."""
     try:
         found = parse_yaml(read_small_file(path / _HYDRA / "overrides.yaml", MAX_BYTES).decode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import struct
 import time
 from collections import deque
@@ -109,6 +110,10 @@ class Watch:
             self._vote = Vote(group, "agreeing on a step", len(_Said))
             self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
+    def signal_came(self, number: signal.Signals) -> None:
+        """A signal came before training began; as if it came now."""
+        self._signals.received = number
+
     def end(self) -> None:
         """Let go of the ranks. Idempotent."""
         self._vote = self._group = None
@@ -188,12 +193,12 @@ class Watch:
 
     def _note_why(self, *, time_up: bool, halted: bool) -> bool:
         """Whether this rank asks to stop and to be continued; why is kept, and logged once."""
-        signal = self._signals.received
-        if not (time_up or halted or signal is not None):
+        came = self._signals.received
+        if not (time_up or halted or came is not None):
             return False
         if self.reason is None:
             launcher = "the launcher was told to stop" if halted else ""
-            self.reason = "the time is up" if time_up else f"{signal.name} came" if signal is not None else launcher
+            self.reason = "the time is up" if time_up else f"{came.name} came" if came is not None else launcher
             log.info("%s: saving and stopping", self.reason)
         return True
 
