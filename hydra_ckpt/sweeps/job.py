@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -82,7 +83,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
                 raise _stopped(run, decision["stop"], decision["exit_code"])
             if "objective" in decision:
                 log.info("%s", decision["why"])
-                return decision["objective"]
+                return _result(run, decision["objective"])
             return _run(run, JobRecord.begin(run.overrides, config), lambda: task(cfg, *args, **kwargs))
 
         return job  # type: ignore[return-value]
@@ -151,7 +152,18 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
             _write(run, _with_checkpoints(run, ended, active))
         if active.stopped:
             _end_stopped(run, active)
-        return value
+        return _result(run, value)
+
+
+def _result(run: HydraRun, value: Any) -> Any:
+    """What a job returned; an error where a sweeper that goes by it could not.
+
+    Optuna's sweeper would not get over a NaN; a trial that raises is a failed one, as `max_failure_rate` allows.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if run.is_judged and any(isinstance(item, float) and math.isnan(item) for item in values):
+        raise ValueError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
+    return value
 
 
 def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
