@@ -16,9 +16,10 @@ from hydra_ckpt.jobs.run import LauncherKind, goes_by_results
 from hydra_ckpt.jobs.signal_names import parse_signals
 from hydra_ckpt.launchers.places import keep_directories, register_resolver
 from hydra_ckpt.launchers.studies import give_back
-from hydra_ckpt.sweeps.stopping import Halt, halt
+from hydra_ckpt.sweeps.stopping import Halt, JobStopped, arrived, begin_sweep, halt_jobs
 
 if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
 __all__ = ["SweepHook"]
@@ -36,14 +37,21 @@ class SweepHook(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A sweep begins, in the process that launches its jobs."""
+        sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+        begin_sweep(sweep_dir)
         if os.environ.get("RANK", "0") != "0":
             return
-        sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
         if goes_by_results(config.hydra):
             give_back(config.hydra.sweeper, sweep_dir)
             keep_directories(config, sweep_dir)
         if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
             _hand_signals_on(config, sweep_dir)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """A job has ended, in the process that has run it."""
+        ended = job_return._return_value  # noqa: SLF001 - the public way raises it
+        if isinstance(ended, JobStopped) and LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE:
+            job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
 
 
 def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
@@ -63,7 +71,7 @@ def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
             why = f"{signal.Signals(came).name} came to the launcher"
             log.warning("%s: running jobs save and stop, and no further one begins", why)
             sweep_dir.mkdir(parents=True, exist_ok=True)
-            halt(sweep_dir, os.getpid(), Halt(why, int(code), running=True))
+            halt_jobs(sweep_dir, os.getpid(), Halt(why, int(code), running=True))
             if callable(earlier):
                 earlier(came, frame)
 

@@ -18,7 +18,7 @@ from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
-from hydra_ckpt.sweeps.stopping import Halt, JobStopped, halt, halted
+from hydra_ckpt.sweeps.stopping import Halt, JobStopped, ends_in_exception, halt, halted
 from hydra_ckpt.sweeps.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
             # Where other jobs run beside it, a stopped job that calls sys.exit() must not take them along.
-            if run.launcher is LauncherKind.ONE_BY_ONE or not (active.stopped and isinstance(error, SystemExit)):
+            if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
                 raise
         else:
             ended = record.end(STOPPED) if active.stopped else record.returned(value)
@@ -179,8 +179,7 @@ def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
         return
     _requeue(active)
     why = f"job {run.name} was stopped ({active.reason})"
-    if run.launcher is LauncherKind.SIDE_BY_SIDE:
-        _halt_others(run, Halt(why, active.exit_code, running=False))
+    _halt_others(run, Halt(why, active.exit_code, running=False))
     raise _stopped(run, why, active.exit_code)
 
 
@@ -188,9 +187,9 @@ def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
     """The ending of a job that the sweep's next start is to run."""
     message = f"{why}. The same command goes on with it"
     log.warning("%s", message)
-    if run.sweep_dir is None or run.launcher is LauncherKind.ONE_BY_ONE:
-        return SystemExit(exit_code)
-    return JobStopped(message, exit_code, run.sweep_dir)
+    if run.sweep_dir is not None and ends_in_exception(run):
+        return JobStopped(message, exit_code, run.sweep_dir)
+    return SystemExit(exit_code)
 
 
 def _requeue(active: ActiveJob) -> None:
@@ -203,10 +202,9 @@ def _requeue(active: ActiveJob) -> None:
 
 
 def _halt_others(run: HydraRun, order: Halt) -> None:
-    assert run.sweep_dir is not None
     try:
         if os.environ.get("RANK", "0") == "0":
-            halt(run.sweep_dir, os.getppid(), order)
+            halt(run, order)
     except OSError as error:
         log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
 

@@ -20,7 +20,17 @@ from hydra_ckpt.store.small_files import read_small_file
 from hydra_ckpt.sweeps.record import FAILED, read_record
 from hydra_ckpt.sweeps.summary import job_directories
 
-__all__ = ["Halt", "JobStopped", "SweepStopped", "halt", "halted"]
+__all__ = [
+    "Halt",
+    "JobStopped",
+    "SweepStopped",
+    "arrived",
+    "begin_sweep",
+    "ends_in_exception",
+    "halt",
+    "halt_jobs",
+    "halted",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +58,7 @@ class JobStopped(Exception):  # noqa: N818 - it is no error
         self.sweep_dir = sweep_dir
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrived, (str(self), self.exit_code, str(self.sweep_dir))
+        return arrived, (str(self), self.exit_code, str(self.sweep_dir))
 
 
 class SweepStopped(SystemExit):
@@ -77,7 +87,8 @@ class SweepStopped(SystemExit):
         return self.message
 
 
-def _arrived(message: str, exit_code: int, sweep_dir: str) -> SweepStopped:
+def arrived(message: str, exit_code: int, sweep_dir: str) -> SweepStopped:
+    """What a `JobStopped` is in the launcher's process."""
     log.warning("%s", message)
     return SweepStopped(message, exit_code, Path(sweep_dir))
 
@@ -109,8 +120,46 @@ class Halt:
     running: bool
 
 
-def halt(sweep_dir: Path, launcher: int, order: Halt) -> None:
-    """Tell the jobs of a launcher that no further one begins; those of a later start are not concerned.
+_begun = False  # whether this process launches a sweep, and replaces what its jobs end in: see `begin_sweep`
+
+
+def begin_sweep(sweep_dir: Path) -> None:
+    """A sweep begins in this process, whose Hydra callback calls `arrived` for each `JobStopped`.
+
+    Args:
+        sweep_dir: The sweep's directory. What an earlier start has told its jobs there is withdrawn.
+    """
+    global _begun  # noqa: PLW0603 - jobs that run in this process are called by Hydra
+    _begun = True
+    try:
+        (sweep_dir / _HALT).unlink(missing_ok=True)
+    except OSError as error:
+        log.debug("%s stays: %s", sweep_dir / _HALT, error)  # it names another process
+
+
+def ends_in_exception(run: HydraRun) -> bool:
+    """Whether a stopped job of a sweep ends in `JobStopped`, and otherwise in SystemExit.
+
+    In the launcher's own process only where a sweeper has asked for the jobs after it already: these are recorded as
+    waiting, so that the next start knows of them.
+    """
+    if run.sweep_dir is None:
+        return False
+    return run.launcher is not LauncherKind.ONE_BY_ONE or (run.is_judged and _begun)
+
+
+def halt(run: HydraRun, order: Halt) -> None:
+    """Tell the other jobs of this job's launcher that no further one begins; later starts are not concerned.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if run.sweep_dir is not None and ends_in_exception(run) and run.launcher is not LauncherKind.QUEUED:
+        halt_jobs(run.sweep_dir, _launcher(run), order)
+
+
+def halt_jobs(sweep_dir: Path, launcher: int, order: Halt) -> None:
+    """Tell the jobs of a launcher that no further one begins.
 
     Args:
         sweep_dir: The sweep's directory.
@@ -125,8 +174,8 @@ def halt(sweep_dir: Path, launcher: int, order: Halt) -> None:
 
 
 def halted(run: HydraRun) -> Halt | None:
-    """What the launcher's jobs were told, asked by a job that the launcher has started as its child process."""
-    if run.sweep_dir is None or run.launcher is not LauncherKind.SIDE_BY_SIDE:
+    """What the jobs of this job's launcher were told."""
+    if run.sweep_dir is None or run.launcher is LauncherKind.QUEUED:
         return None
     try:
         data = json.loads(read_small_file(run.sweep_dir / _HALT, _MAX_BYTES))
@@ -134,4 +183,9 @@ def halted(run: HydraRun) -> Halt | None:
         order = Halt(str(data["why"]), int(data["exit_code"]), data["running"] is True)
     except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return order if launcher and launcher == process_identity(os.getppid()) else None
+    return order if launcher and launcher == process_identity(_launcher(run)) else None
+
+
+def _launcher(run: HydraRun) -> int:
+    """The process that launches the jobs: this one, or the one that has started it."""
+    return os.getpid() if run.launcher is LauncherKind.ONE_BY_ONE else os.getppid()
