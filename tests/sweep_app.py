@@ -35,10 +35,16 @@ def happen(out, step):
         return
     while len(Path(os.environ["RUNS"]).read_text().splitlines()) < int(os.environ.get("AFTER", 0)):
         time.sleep(0.05)
+    record = out.parent / os.environ.get("WAIT_FOR", out.name) / "hydra_ckpt_job.json"
+    while "WAIT_FOR" in os.environ and '"finished"' not in record.read_text():
+        time.sleep(0.05)
     how, _, whom = os.environ["HOW"].partition(" ")
     if how == "STOP":
         (out / whom / how).touch()
         time.sleep(1.1)  # rank 0 looks once a second
+    elif whom == "group":
+        time.sleep(0.5)  # the job that has finished hands its result on
+        os.killpg(os.getpgrp(), getattr(signal, how))
     else:
         os.kill(os.getppid() if whom == "launcher" else os.getpid(), getattr(signal, how))
 
@@ -109,9 +115,10 @@ class App:
         Args:
             *arguments: Its command line.
             kill: Job and step at which something happens.
-            how: What: a signal for the job's process; `SIG... launcher` for its parent; `STOP DIRECTORY`, a file.
+            how: What: a signal for the job's process; `SIG... launcher` for its parent; `SIG... group` for all
+                processes; `STOP DIRECTORY`, a file.
             **environment: AFTER: so many jobs have begun to train before that. HOLD: job and step at which a job waits
-                until another has been stopped. STEP_S: how long a step takes.
+                until another has been stopped. WAIT_FOR: a job that has finished before. STEP_S: how long a step takes.
         """
         environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how, **environment}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -120,7 +127,14 @@ class App:
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             return subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+                command,
+                cwd=self.root,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+                start_new_session=how.endswith("group"),
             )
         finally:
             signal.signal(signal.SIGINT, handler)

@@ -60,6 +60,14 @@ def test_a_signal_to_the_launcher_stops_all_jobs_saved(app: App) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_to_all_processes_stops_jobs_saved_though_a_worker_is_idle(app: App) -> None:
+    stopped = app.sweep_over(*JOBLIB, CODE, "lr=0.3,0.1", kill="1 5", how="SIGTERM group", AFTER="2", WAIT_FOR="0")
+    assert stopped.returncode == 85, stopped.stderr
+    assert app.states == ["finished", "stopped"]
+    assert steps(app) == {"0": 6, "1": 5}
+
+
+@pytest.mark.slow
 def test_a_file_stop_for_the_sweep_stops_running_jobs_and_holds_the_others_back(app: App) -> None:
     stopped = app.sweep_over(*JOBLIB, CODE, "lr=0.3,0.1,0.2", "steps=400", kill="0 3", how="STOP ..", AFTER="2", **LONG)
     assert stopped.returncode == 0, stopped.stderr
@@ -196,6 +204,19 @@ def test_a_stopped_trial_is_no_failed_one_and_runs_again_with_its_values(app: Ap
 
 
 @pytest.mark.slow
+def test_trials_that_were_asked_for_with_a_stopped_one_wait_for_the_next_start(app: App) -> None:
+    stopped = app.sweep_over(*stored(app, trials=4, jobs=3), CODE, kill="1 3", how="SIGTERM")
+    assert stopped.returncode == 85, stopped.stderr
+    before = trials_of(app)
+    assert [state for state, _, _ in before] == ["COMPLETE", "RUNNING", "RUNNING"]
+    assert app.states == ["finished", "stopped", "waiting"]
+    assert app.runs == ["0 0", "1 0"]
+    assert app.sweep_over(*stored(app, jobs=3), CODE).returncode == 0
+    assert app.runs == ["1 3", "2 0"]
+    assert [found[:2] for found in trials_of(app)] == [("COMPLETE", value) for _, value, _ in before]
+
+
+@pytest.mark.slow
 def test_trials_beside_a_stopped_one_are_told_by_the_next_start(app: App) -> None:
     options = {"trials": 2, "jobs": 2}
     stopped = app.sweep_over(*stored(app, **options), *JOBLIB, CODE, kill="0 3", how="SIGTERM", AFTER="2", HOLD="1 3")
@@ -272,15 +293,13 @@ def test_a_study_whose_sampler_is_seeded_goes_on_without_a_storage(app: App) -> 
 
 
 def test_an_objective_that_is_no_number_is_kept_and_written_as_strict_json(app: App) -> None:
-    grid = [*stored(app), "nan=choice(true,false)", "lr=choice(0.1)", "hydra/sweeper/sampler=grid"]
-    ended = app.sweep_over(*grid, "hydra.sweeper.max_failure_rate=1")
-    assert ended.returncode == 0, ended.stderr
+    ended = app.sweep_over(*stored(app), "nan=choice(true)", "hydra.sweeper.max_failure_rate=1")
     assert "returned nan: it is finished, but a sweeper cannot go by NaN" in stdout(ended)
     texts = [path.read_text() for path in app.sweep.glob("*/hydra_ckpt_job.json")]
     found = [json.loads(text, parse_constant=pytest.fail)["objective"] for text in texts]
-    assert {"not finite": "nan"} in found
-    assert None in [job["objective"] for job in app.summary["jobs"]]
-    assert sorted(trial.state.name for trial in study_of(app).trials) == ["COMPLETE", "FAIL"]
+    assert found == [{"not finite": "nan"}] * 2
+    assert [(job["state"], job["objective"]) for job in app.summary["jobs"]] == [("finished", None)] * 2
+    assert [trial.state.name for trial in study_of(app).trials] == ["FAIL"] * 2
     single = ["hydra.run.dir=one", "nan=true"]
     assert app.run(*single).returncode == 0
     assert app.run(*single).returncode == 0

@@ -162,7 +162,7 @@ def _result(run: HydraRun, value: Any) -> Any:
     """
     values = value if isinstance(value, (list, tuple)) else [value]
     if run.is_judged and any(isinstance(item, float) and math.isnan(item) for item in values):
-        raise ValueError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
+        raise RuntimeError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
     return value
 
 
