@@ -109,7 +109,7 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     if order is not None:
         if record is None:
             _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
-        return {"stop": f"job {run.name} does not begin: {order.why}", "exit_code": order.exit_code}
+        return {"stop": f"job {run.name} waits, no further job begins: {order.why}", "exit_code": order.exit_code}
     if record is None or record.config is None:
         return {}
     unlike = differences(record.config, config)
