@@ -39,6 +39,7 @@ def test_a_signal_to_one_job_lets_its_sibling_finish_and_no_further_job_begins(a
     assert sorted(app.runs) == ["0 0", "1 0"]
     assert app.states == ["stopped", "finished", "waiting"]
     assert steps(app) == {"0": 3, "1": 6}
+    assert '"requeue": true' in (app.sweep / "0/hydra_ckpt_job.json").read_text()
     assert "job 0 was stopped (SIGTERM came). The same command goes on with it" in stdout(stopped)
     assert "job 2 waits, no further job begins: job 0 was stopped" in stdout(stopped)
     done = app.sweep_over(*JOBLIB, CODE, "lr=0.3,0.1,0.2")
@@ -84,6 +85,7 @@ def test_a_file_stop_for_one_job_stops_it_alone(app: App) -> None:
     assert stopped.returncode == 0, stopped.stderr
     assert app.states == ["stopped", "finished", "finished"]
     assert not (app.sweep / "0/STOP").exists()
+    assert '"requeue": false' in (app.sweep / "0/hydra_ckpt_job.json").read_text()
 
 
 @pytest.mark.slow

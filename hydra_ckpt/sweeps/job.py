@@ -148,7 +148,7 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
             if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
                 raise
         else:
-            ended = record.end(STOPPED) if active.stopped else record.returned(value)
+            ended = _ended_stopped(record, active) if active.stopped else record.returned(value)
             _write(run, _with_checkpoints(run, ended, active))
         if active.stopped:
             _end_stopped(run, active)
@@ -209,10 +209,14 @@ def _halt_others(run: HydraRun, order: Halt) -> None:
         log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
 
 
+def _ended_stopped(record: JobRecord, active: ActiveJob) -> JobRecord:
+    return record.end(STOPPED, requeue=active.exit_code is not None)
+
+
 def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> JobRecord:
     if isinstance(error, SystemExit):
         if active.stopped:
-            return record.end(STOPPED)
+            return _ended_stopped(record, active)
         return record.end(FAILED, error=f"exit code {error.code}") if error.code else record.end(FINISHED)
     if isinstance(error, Exception):
         return record.end(FAILED, error=f"{type(error).__name__}: {error}")

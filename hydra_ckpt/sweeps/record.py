@@ -38,6 +38,7 @@ class JobRecord:
         objective: What its function returned, if that is plain data.
         has_objective: Whether it returned anything that could be recorded.
         error: What it failed with.
+        requeue: Whether it was stopped by a signal or the time limit, and not by somebody's file.
         checkpoint_dir: Where its checkpoints lie, from the run directory if they lie below it; None if it has none.
     """
 
@@ -50,6 +51,7 @@ class JobRecord:
     objective: Any = None
     has_objective: bool = False
     error: str | None = None
+    requeue: bool = False
     checkpoint_dir: str | None = None
 
     @classmethod
