@@ -70,9 +70,12 @@ def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
                 return
             why = f"{signal.Signals(came).name} came to the launcher"
             log.warning("%s: running jobs save and stop, and no further one begins", why)
-            sweep_dir.mkdir(parents=True, exist_ok=True)
-            halt_jobs(sweep_dir, os.getpid(), Halt(why, int(code), running=True))
-            if callable(earlier):
+            try:
+                sweep_dir.mkdir(parents=True, exist_ok=True)
+                halt_jobs(sweep_dir, os.getpid(), Halt(why, int(code), running=True))
+            except OSError as error:
+                log.error("the jobs could not be told: %s", error)
+            if callable(earlier) and earlier is not signal.default_int_handler:
                 earlier(came, frame)
 
         signal.signal(number, stop)

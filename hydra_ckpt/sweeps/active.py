@@ -79,5 +79,5 @@ def shield(signals: Any) -> None:
             _active.signal = signal.Signals(number)
 
     for number in parse_signals(signals):
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, note)
