@@ -110,7 +110,7 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
         if record is None:
             _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
         return {"stop": f"job {run.name} waits, no further job begins: {order.why}", "exit_code": order.exit_code}
-    if record is None or record.config is None:
+    if record is None or record.config is None or record.state == WAITING:
         return {}
     unlike = differences(record.config, config)
     if not unlike and record.state == FINISHED and record.has_objective:
@@ -161,9 +161,16 @@ def _result(run: HydraRun, value: Any) -> Any:
     Optuna's sweeper would not get over a NaN; a trial that raises is a failed one, as `max_failure_rate` allows.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
-    if run.is_judged and any(isinstance(item, float) and math.isnan(item) for item in values):
+    if run.is_judged and any(map(_is_nan, values)):
         raise RuntimeError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
     return value
+
+
+def _is_nan(value: Any) -> bool:
+    try:
+        return math.isnan(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
