@@ -34,7 +34,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_HALT = ".hydra_ckpt_halt.json"
+# By whether running jobs are meant: a job that stops must not take back what all were told.
+_HALTS = {True: ".hydra_ckpt_halt_all.json", False: ".hydra_ckpt_halt.json"}
 _MAX_BYTES = 1 << 20
 
 
@@ -131,10 +132,11 @@ def begin_sweep(sweep_dir: Path) -> None:
     """
     global _begun  # noqa: PLW0603 - jobs that run in this process are called by Hydra
     _begun = True
-    try:
-        (sweep_dir / _HALT).unlink(missing_ok=True)
-    except OSError as error:
-        log.debug("%s stays: %s", sweep_dir / _HALT, error)  # it names another process
+    for name in _HALTS.values():
+        try:
+            (sweep_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.debug("%s stays: %s", sweep_dir / name, error)  # it names another process
 
 
 def ends_in_exception(run: HydraRun) -> bool:
@@ -170,20 +172,26 @@ def halt_jobs(sweep_dir: Path, launcher: int, order: Halt) -> None:
         OSError: It cannot be written.
     """
     data = {**asdict(order), "launcher": process_identity(launcher)}
-    write_atomically(Files(), sweep_dir / _HALT, (json.dumps(data) + "\n").encode(), names.nonce())
+    write_atomically(Files(), sweep_dir / _HALTS[order.running], (json.dumps(data) + "\n").encode(), names.nonce())
 
 
 def halted(run: HydraRun) -> Halt | None:
     """What the jobs of this job's launcher were told."""
     if run.sweep_dir is None or run.launcher is LauncherKind.QUEUED:
         return None
+    launcher = process_identity(_launcher(run))
+    orders = (_read(run.sweep_dir / name, launcher) for name in _HALTS.values())
+    return next((order for order in orders if order is not None), None)
+
+
+def _read(path: Path, launcher: str) -> Halt | None:
+    """What a file tells the jobs of a launcher."""
     try:
-        data = json.loads(read_small_file(run.sweep_dir / _HALT, _MAX_BYTES))
-        launcher = data.pop("launcher")
+        data = json.loads(read_small_file(path, _MAX_BYTES))
         order = Halt(str(data["why"]), int(data["exit_code"]), data["running"] is True)
-    except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return order if launcher and launcher == data["launcher"] else None
+    except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return order if launcher and launcher == process_identity(_launcher(run)) else None
 
 
 def _launcher(run: HydraRun) -> int:
