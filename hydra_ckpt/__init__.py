@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hydra_ckpt.state.dataloader import resumable
     from hydra_ckpt.store.catalog import Checkpoint
     from hydra_ckpt.sweeps.job import resumable_job
+    from hydra_ckpt.sweeps.stopping import JobStopped
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "Checkpointer",
     "CheckpointingConfig",
     "CorruptCheckpointError",
+    "JobStopped",
     "KeyMismatchError",
     "LoadReport",
     "PendingSave",
@@ -67,6 +69,7 @@ _HOMES = {
     "CheckpointCallback": "hydra_ckpt.callback",
     "Checkpointer": "hydra_ckpt.checkpointer",
     "CheckpointingConfig": "hydra_ckpt.config",
+    "JobStopped": "hydra_ckpt.sweeps.stopping",
     "LoadReport": "hydra_ckpt.report",
     "PendingSave": "hydra_ckpt.saving.pending",
     "SaveConsolidatedMode": "hydra_ckpt.config",

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError, SaveOutcomeUnknown
-from hydra_ckpt.jobs.run import HydraRun
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.ranks import Ranks, warn_of_unused_mesh
-from hydra_ckpt.sweeps.job import active_job
+from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.triggers.best import BestMetric
 from hydra_ckpt.triggers.requests import RequestFiles
 from hydra_ckpt.triggers.schedule import Schedule
@@ -172,7 +171,9 @@ class CheckpointCallback:
             if job is not None:
                 job.checkpoint_dir = self._live.root
             self._schedule = self._agreed_schedule(self._live)
-            self._watch.begin(self._live.group, self._schedule, _request_files(self._live), self._step, self._best)
+            self._watch.begin(
+                self._live.group, self._schedule, RequestFiles.of(self._live.root), self._step, self._best
+            )
         return report
 
     def on_step_end(self, step: int, epoch: int = 0, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
@@ -310,14 +311,22 @@ class CheckpointCallback:
         self._warn_of_absent_metric()
         # An error on its way says more than the signal, which may be a launcher's answer to it.
         obeyed = self._should_stop or sys.exc_info()[0] is not None
+        requeue = None
         try:
             if self.checkpointer is not None:
                 self.checkpointer.close()
+            requeue = self._watch.requeue(stopped=self._yields) if sys.exc_info()[0] is None else None
+            obeyed = obeyed or requeue is not None
         except BaseException:
             obeyed = True
             raise
         finally:
             self._watch.let_signals_through(obeyed=obeyed)
+        job = active_job()
+        if requeue is not None and job is not None:
+            job.requeue = requeue  # called if the job was stopped; else it has its result to hand on
+        elif requeue is not None:
+            requeue()
 
     def __enter__(self) -> CheckpointCallback:
         return self
@@ -367,6 +376,7 @@ class CheckpointCallback:
         if job is not None and self._should_stop:
             job.stopped = True
             job.exit_code = self.exit_code if self._yields else None
+            job.reason = self._watch.reason or ("another rank was asked to" if self._yields else "by a file STOP")
         return verdict
 
     def _settle_best(self, live: Checkpointer) -> None:
@@ -424,10 +434,3 @@ def _exit_code(code: object) -> int | None:
             f"callbacks.checkpoint.requeue_exit_code={code!r}: expected a whole number from 1 to 255, or null"
         )
     return code
-
-
-def _request_files(live: Checkpointer) -> RequestFiles:
-    run = HydraRun.current()
-    if run is None:
-        return RequestFiles([live.root])
-    return RequestFiles([run.output_dir, live.root], shared=run.sweep_dir)

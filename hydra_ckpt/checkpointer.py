@@ -14,7 +14,7 @@ from hydra_ckpt.distributed.group import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
-from hydra_ckpt.loading.changes import changes, tell
+from hydra_ckpt.loading.changes import changes, differing, tell
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
@@ -30,6 +30,7 @@ from hydra_ckpt.store.best_so_far import BestSoFar
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.store.lease import Times
+from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.values import refuse_url
 
 if TYPE_CHECKING:
@@ -288,13 +289,32 @@ class Checkpointer:
             found = self._channel.coordinator_step(
                 "clearing the way for new steps",
                 lambda: self._directory.settle(
-                    self._start_step, self._restorer.passed_over, self.config.read.on_conflict, self._resumed
+                    self._start_step,
+                    self._restorer.passed_over,
+                    self.config.read.on_conflict,
+                    self._resumed,
+                    is_another=self._is_another_job(),
                 ),
             )
             self._saver.known.knows(found["published"], found["exported"])
             self._best_value = found["best"]
             self._deciding = str(found["deciding"])
             self._settled = True
+
+    def _is_another_job(self) -> bool:
+        """Rank 0 only: whether this job of a sweep goes on from a checkpoint of a job with other values.
+
+        Under `resumable_job` that happens only with `on_change="run"`, which says that it is the same job.
+        """
+        if self._resumed is None or self.config.where.owner is None or active_job() is not None:
+            return False
+        found = differing(self._resumed, dict(self.config.hydra_texts))
+        if found:
+            told = "; ".join(map(str, found))
+            log.warning(
+                "%s is of a sweep job with other values (%s): its metrics do not count here", self._resumed, told
+            )
+        return bool(found)
 
     # -- saving --------------------------------------------------------------------------------------------------
 

@@ -11,106 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from tests.sweep_app import App
 
 REPOSITORY = Path(__file__).parents[1]
-
-APP = """
-import os, signal, sys, time
-from pathlib import Path
-
-import hydra
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-
-import hydra_ckpt
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="app")
-@hydra_ckpt.resumable_job
-def main(cfg):
-    out = Path(HydraConfig.get().runtime.output_dir)
-    torch.manual_seed(cfg.seed)
-    if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    model = torch.nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr)
-    with instantiate(cfg.callbacks.checkpoint) as ckpt:
-        start = ckpt.on_train_begin(hydra_ckpt.AppState(model, optimizer))
-        begin = start.step if start else 0
-        with open(os.environ["RUNS"], "a") as runs:
-            runs.write(f"{out.name} {begin}\\n")
-        if cfg.fail:
-            raise RuntimeError("no such luck")
-        for step in range(begin + 1, cfg.steps + 1):
-            loss = (model(torch.ones(8, 4)) - 1).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if os.environ.get("KILL") == f"{out.name} {step}":
-                os.kill(os.getpid(), getattr(signal, os.environ["HOW"]))
-            ckpt.on_step_end(step)
-            if step % 2 == 0:
-                ckpt.on_validation_end({"loss": cfg.lr + 1 / step})
-            if ckpt.should_stop:
-                return ckpt.best_metric
-        ckpt.on_train_end()
-        return ckpt.best_metric
-
-
-main()
-"""
-CONF = {
-    "defaults": [{"checkpoint": "default"}, {"callbacks": "hydra_ckpt"}, "_self_"],
-    "lr": 0.1,
-    "seed": 0,
-    "steps": 6,
-    "fail": False,
-    "callbacks": {"checkpoint": {"every_n_steps": 2}},
-}
-
-
-class App:
-    """The application in a directory of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.sweep = root, root / "sweep"
-        (root / "conf").mkdir()
-        (root / "app.py").write_text(APP)
-        (root / "conf" / "app.yaml").write_text(yaml.safe_dump(CONF))
-
-    def run(self, *arguments: str, kill: str = "", how: str = "SIGKILL") -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how}
-        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "app.py", *arguments]
-        # Whoever is started in the background of a script ignores Ctrl-C, and so would what it starts.
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-        try:
-            return subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=200, check=False
-            )
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-    def sweep_over(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "hydra.sweep.dir=sweep", *arguments, **options)
-
-    @property
-    def runs(self) -> list[str]:
-        """Job and first step of every time the function was called, since this was asked last."""
-        path = self.root / "runs"
-        found = path.read_text().splitlines() if path.exists() else []
-        path.unlink(missing_ok=True)
-        return found
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.sweep / "checkpoints_summary.json").read_text())
-
-    @property
-    def states(self) -> list[str]:
-        return [job["state"] for job in self.summary["jobs"]]
 
 
 @pytest.fixture
@@ -312,60 +216,6 @@ def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     assert found[-1]["memory"] - found[7]["memory"] < 24 << 20
     summary = json.loads((tmp_path / "multirun/hydra_ckpt/many/checkpoints_summary.json").read_text())
     assert [job["state"] for job in summary["jobs"]] == ["finished"] * 32
-
-
-@pytest.fixture(scope="module")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that sees this one's packages, and has other people's Hydra plugins beside them."""
-    directory = tmp_path_factory.mktemp("plugins")
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    [site] = directory.glob("lib/python*/site-packages")
-    ours = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    install = [directory / "bin/python", "-m", "pip", "install", "-q", "hydra-optuna-sweeper", "hydra-joblib-launcher"]
-    subprocess.run(install, check=True, timeout=500)
-    return directory / "bin/python"
-
-
-def _sweep_with(plugins: Path, app: App, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [plugins, "app.py", "-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", *arguments]
-    return subprocess.run(
-        command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_optuna_gets_the_objective_and_a_failed_trial_is_recorded(app: App, plugins: Path) -> None:
-    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "lr=choice(0.1)", "steps=2"]
-    done = _sweep_with(plugins, app, *optuna)
-    assert done.returncode == 0, done.stderr
-    results = yaml.safe_load((app.sweep / "optimization_results.yaml").read_text())
-    assert results["best_value"] == pytest.approx(0.6)
-    assert results["best_value"] == min(job["objective"] for job in app.summary["jobs"])
-    assert app.states == ["finished"] * 3
-    assert app.runs == ["0 0", "1 0", "2 0"]
-    failed = _sweep_with(
-        plugins, app, "hydra.sweep.dir=bad", *optuna[:3], "fail=choice(true)", "hydra.sweeper.max_failure_rate=1.0"
-    )
-    summary = json.loads((app.root / "bad/checkpoints_summary.json").read_text())
-    assert [job["state"] for job in summary["jobs"]] == ["failed"] * 3, failed.stderr
-    assert summary["jobs"][0]["error"] == "RuntimeError: no such luck"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_jobs_of_a_parallel_launcher_keep_apart_and_are_all_in_the_summary(app: App, plugins: Path) -> None:
-    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=4", "lr=0.1,0.2,0.3,0.4"]
-    done = _sweep_with(plugins, app, *joblib)
-    assert done.returncode == 0, done.stderr
-    assert sorted(app.runs) == ["0 0", "1 0", "2 0", "3 0"]
-    assert app.states == ["finished"] * 4
-    assert app.summary["best"]["job"] == "0"
-    assert all((app.sweep / job / "checkpoints/LATEST").exists() for job in "0123")
-    assert _sweep_with(plugins, app, *joblib).returncode == 0
-    assert app.runs == []
 
 
 # -- the command that goes on --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
-from hydra_ckpt.jobs.differences import Difference, differences
+from hydra_ckpt.jobs.differences import Difference, about_saving, differences
 from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -41,6 +41,19 @@ def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str
         found.append(Difference("world size", str(manifest.world_size), str(world_size), "number of ranks"))
     before, now = saved_config(checkpoint), parse_config(texts.get(CONFIG_TEXT, ""))
     return found if before is None or now is None else [*found, *differences(before, now)]
+
+
+def differing(checkpoint: Path, texts: Mapping[str, str]) -> list[Difference]:
+    """The settings that differ from a checkpoint's, those about saving aside.
+
+    Args:
+        checkpoint: Its directory.
+        texts: Hydra's configuration of this run: file name to YAML.
+    """
+    before, now = saved_config(checkpoint), parse_config(texts.get(CONFIG_TEXT, ""))
+    if before is None or now is None:
+        return []
+    return [found for found in differences(before, now) if not about_saving(found.key)]
 
 
 def saved_config(checkpoint: Path) -> Any:

@@ -24,8 +24,8 @@ from hydra_ckpt.saving.beginning import plain_parameters
 from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents, Sources, model_sources
 from hydra_ckpt.saving.exporting import AddExport
-from hydra_ckpt.saving.left_out import LeftOut
 from hydra_ckpt.saving.known import KnownSaves
+from hydra_ckpt.saving.left_out import LeftOut
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
 from hydra_ckpt.saving.save import Content, DraftWriter, Save

@@ -12,6 +12,8 @@ from hydra_ckpt.store.catalog import Checkpoint
 
 KEY = "best_so_far"
 """In a manifest's `details`, and in `metrics.json`, which is written later."""
+COUNTS_FROM = "best_counts_from"
+"""In a manifest's `details`: the step up to which a directory holds results of other values than the run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | No
         if value is not None and metric.is_better(value, best, mode):
             best = value
     return best
+
+
+def counts_from(checkpoint: Checkpoint | None) -> int:
+    """The step after which results are those of the run that goes on from a checkpoint."""
+    step = None if checkpoint is None else checkpoint.manifest.details.get(COUNTS_FROM)
+    return step if type(step) is int and step > 0 else 0
 
 
 def _value(record: object, key: str, mode: str) -> float | None:

@@ -157,10 +157,11 @@ class Catalog:
             if beyond is None or names.step_of(name) > beyond:
                 raise self.newer[name]
 
-    def best(self, key: str, mode: str) -> Checkpoint | None:
-        """The checkpoint with the best value of a metric; the earlier one of equals."""
+    def best(self, key: str, mode: str, *, after: int = 0) -> Checkpoint | None:
+        """The checkpoint with the best value of a metric, of those after a step; the earlier one of equals."""
         sign = 1.0 if mode == "min" else -1.0
-        rated = [(sign * item.metrics[key], item.step, item) for item in self.checkpoints if _rates(item, key)]
+        known = [item for item in self.checkpoints if item.step > after or not after]
+        rated = [(sign * item.metrics[key], item.step, item) for item in known if _rates(item, key)]
         return min(rated, key=lambda entry: entry[:2])[2] if rated else None
 
     def candidates(self) -> list[Checkpoint]:

@@ -17,7 +17,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.resolved import KeepOptions
 from hydra_ckpt.store import names
-from hydra_ckpt.store.best_so_far import KEY, BestSoFar, best_until, opened
+from hydra_ckpt.store.best_so_far import COUNTS_FROM, KEY, BestSoFar, best_until, counts_from, opened
 from hydra_ckpt.store.catalog import Catalog, Checkpoint, scan
 from hydra_ckpt.store.choosing import choose, deciding_metric
 from hydra_ckpt.store.draft import discard
@@ -85,6 +85,7 @@ class Directory:
         self._metric = self._configured = keep.best_metric_key
         self._owed: dict[str, _Owed] = {}  # by checkpoint
         self.best_so_far: BestSoFar | None = None
+        self._counts_from = 0  # results up to this step are of other values
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,13 @@ class Directory:
         self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
 
     def settle(
-        self, start_step: int | None, corrupt: Collection[str], on_conflict: str, resumed: Path | None = None
+        self,
+        start_step: int | None,
+        corrupt: Collection[str],
+        on_conflict: str,
+        resumed: Path | None = None,
+        *,
+        is_another: bool = False,
     ) -> dict[str, Any]:
         """Move out of the way what is damaged, or lies beyond the step the run starts from.
 
@@ -133,6 +140,7 @@ class Directory:
             corrupt: Names of damaged checkpoints.
             on_conflict: What happens to later steps: see `refuse_later`.
             resumed: The checkpoint the run goes on from.
+            is_another: Whether what lies here was trained with other values, whose results are not this run's.
 
         Returns:
             Names of the published checkpoints that stay, those with an export, the best metric so far, and the key
@@ -152,6 +160,7 @@ class Directory:
         self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
         before = opened(resumed)
         self._recall(catalog, before)
+        self._counts_from = start_step or 0 if is_another else counts_from(before)
         self._metric = deciding_metric(catalog, self._configured)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
@@ -170,15 +179,17 @@ class Directory:
         return {
             "published": [item.name for item in catalog.checkpoints],
             "exported": [item.name for item in catalog.checkpoints if item.manifest.exports],
-            "best": self._best_until(before),
+            "best": self._best_until(before, catalog),
             "deciding": self._configured,
         }
 
-    def _best_until(self, before: Checkpoint | None) -> float | None:
+    def _best_until(self, before: Checkpoint | None, catalog: Catalog) -> float | None:
         """The best value so far, that of steps which were not saved included."""
         mode = self._keep.best_metric_mode
-        value = best_until(before, self._configured, mode)
-        return value if value is not None and metric.is_better(value, self._best, mode) else self._best
+        best = catalog.best(self._metric, mode, after=self._counts_from)
+        saved = best.metrics[self._metric] if best else None
+        value = best_until(before, self._configured, mode) if counts_from(before) == self._counts_from else None
+        return value if value is not None and metric.is_better(value, saved, mode) else saved
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
         """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
@@ -281,6 +292,7 @@ class Directory:
             "host": self._owner.host,
             "best_metric_mode": self._keep.best_metric_mode,
             **deciding,
+            **({COUNTS_FROM: self._counts_from} if self._counts_from else {}),
             **({KEY: self.best_so_far.as_data()} if self.best_so_far is not None else {}),
         }
 

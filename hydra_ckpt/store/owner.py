@@ -25,7 +25,7 @@ from hydra_ckpt.jobs.restarts import (
 from hydra_ckpt.store import names
 from hydra_ckpt.store.small_files import open_regular, read_whole
 
-__all__ = ["Owner", "Record", "look", "opened", "read_open", "read_owner"]
+__all__ = ["Owner", "Record", "look", "opened", "process_identity", "read_open", "read_owner"]
 
 _PROC = Path("/proc")
 _MAX_BYTES = 1 << 20
@@ -139,6 +139,12 @@ def _restarted(name: str, mine: Mapping[str, int], theirs: Mapping[str, int]) ->
     if counts[0].keys() != counts[1].keys():
         return -1
     return sum(counts[0].values()) - sum(counts[1].values())
+
+
+def process_identity(pid: int) -> str:
+    """What names a process of this host and no other, before or after it; empty where that cannot be told."""
+    process = _stat(pid)
+    return "" if process is None else f"{_boot()} {_namespace()} {pid} {process[_START_TICKS]}"
 
 
 def _boot() -> str:

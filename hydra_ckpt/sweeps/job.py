@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
 from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
-from hydra_ckpt.jobs.run import HydraRun
-from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, JobRecord, read_record
+from hydra_ckpt.jobs.run import HydraRun, LauncherKind
+from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
+from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
+from hydra_ckpt.sweeps.stopping import Halt, JobStopped, ends_in_exception, halt, halted
 from hydra_ckpt.sweeps.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -25,30 +27,7 @@ _Task = TypeVar("_Task", bound=Callable[..., Any])
 
 _CHOICES = ("raise", "run")
 _STOP = "STOP"
-
-
-@dataclass
-class ActiveJob:
-    """The job that runs in this process now; its callback tells what happens to it.
-
-    Attributes:
-        checkpoint_dir: Where its checkpoints lie.
-        stopped: Whether it was asked to stop before its end.
-        exit_code: What the program exits with where the job stopped to be continued later; None where it did not.
-    """
-
-    checkpoint_dir: Path | None = None
-    stopped: bool = False
-    exit_code: int | None = None
-
-
-# A process runs one job at a time; it is None again behind each of them.
-_active: ActiveJob | None = None
-
-
-def active_job() -> ActiveJob | None:
-    """The job this process runs under `resumable_job`, or None."""
-    return _active
+_SIGNALS = "callbacks.checkpoint.signals"
 
 
 def resumable_job(function: _Task | None = None, *, on_change: str | None = None) -> Any:
@@ -64,8 +43,9 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
     - any other job runs, and its callback resumes from its newest checkpoint.
 
     A job stopped by a signal or the time limit ends the program, the rest of a sweep too, with the callback's
-    `exit_code`. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single run
-    with `checkpoint.enabled=false`, it does nothing.
+    `exit_code`. Where a launcher runs several jobs at once it ends in `JobStopped` instead, and the others finish; see
+    docs/sweeps.md. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single
+    run with `checkpoint.enabled=false`, it does nothing.
 
     Collective: every rank of a launch; the first one decides for all.
 
@@ -80,6 +60,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
     Raises:
         CheckpointExistsError: When called: see `on_change`.
+        JobStopped: When called, under a launcher that runs several jobs at once.
     """
     if on_change is not None and on_change not in _CHOICES:
         raise CheckpointConfigError(f"resumable_job(on_change={on_change!r}): expected one of {', '.join(_CHOICES)}")
@@ -91,17 +72,18 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if run is None:
                 return task(cfg, *args, **kwargs)
             config = _plain(cfg)
+            if run.launcher is LauncherKind.SIDE_BY_SIDE:
+                shield(OmegaConf.select(cfg, _SIGNALS, default="SIGTERM") if OmegaConf.is_config(cfg) else "SIGTERM")
             if run.sweep_dir is None and not _checkpoints(config):
                 return task(cfg, *args, **kwargs)  # what is switched off leaves no trace
             decision = json.loads(first_rank_says("job", lambda: json.dumps(_decide(run, config, on_change))))
             if "refuse" in decision:
                 raise CheckpointExistsError(decision["refuse"])
             if "stop" in decision:
-                log.warning("%s", decision["stop"])
-                raise SystemExit(0)
+                raise _stopped(run, decision["stop"], decision["exit_code"])
             if "objective" in decision:
                 log.info("%s", decision["why"])
-                return decision["objective"]
+                return _result(run, decision["objective"])
             return _run(run, JobRecord.begin(run.overrides, config), lambda: task(cfg, *args, **kwargs))
 
         return job  # type: ignore[return-value]
@@ -116,18 +98,19 @@ def _checkpoints(config: Any) -> bool:
 
 
 def _plain(cfg: Any) -> Any:
-    from omegaconf import OmegaConf
-
     plain = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True) if OmegaConf.is_config(cfg) else cfg
     return json.loads(json.dumps(plain, default=str))
 
 
 def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]:
     """First rank only: what is to be done with a job, as plain data."""
-    if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
-        return {"stop": f"no further job begins: {run.sweep_dir / _STOP} is there; remove it to go on"}
+    order = _order(run)
     record = read_record(run.output_dir)
-    if record is None or record.config is None:
+    if order is not None:
+        if record is None:
+            _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
+        return {"stop": f"job {run.name} waits, no further job begins: {order.why}", "exit_code": order.exit_code}
+    if record is None or record.config is None or record.state == WAITING:
         return {}
     unlike = differences(record.config, config)
     if not unlike and record.state == FINISHED and record.has_objective:
@@ -146,35 +129,101 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     return {}  # what has changed is told where the run resumes
 
 
+def _order(run: HydraRun) -> Halt | None:
+    """First rank only: why no further job of the sweep begins; None where it may."""
+    if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
+        return Halt(f"{run.sweep_dir / _STOP} is there; remove it to go on", 0, running=True)
+    return halted(run)
+
+
 def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
-    with _activated() as active:
+    with activated() as active:
         _write(run, record)
+        value = None
         try:
             value = task()
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
-            raise
-        ended = record.end(STOPPED) if active.stopped else record.returned(value)
-        _write(run, _with_checkpoints(run, ended, active))
-        if active.exit_code is not None and (active.exit_code or run.sweep_dir is not None):
-            raise SystemExit(active.exit_code)
-        return value
+            # Where other jobs run beside it, a stopped job that calls sys.exit() must not take them along.
+            if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
+                raise
+        else:
+            ended = _ended_stopped(record, active) if active.stopped else record.returned(value)
+            _write(run, _with_checkpoints(run, ended, active))
+        if active.stopped:
+            _end_stopped(run, active)
+        return _result(run, value)
 
 
-@contextmanager
-def _activated() -> Iterator[ActiveJob]:
-    global _active  # noqa: PLW0603 - the process has one job, and code far below it has to find it
-    before, _active = _active, ActiveJob()
+def _result(run: HydraRun, value: Any) -> Any:
+    """What a job returned; an error where a sweeper that goes by it could not.
+
+    Optuna's sweeper would not get over a NaN; a trial that raises is a failed one, as `max_failure_rate` allows.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if run.is_judged and any(map(_is_nan, values)):
+        raise RuntimeError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
+    return value
+
+
+def _is_nan(value: Any) -> bool:
     try:
-        yield _active
-    finally:
-        _active = before
+        return math.isnan(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
+    """End a stopped job so that it is run again, unless it may simply return."""
+    if active.exit_code is None:
+        # A file stopped this job alone. What it has reached is no result of its values.
+        if run.is_judged:
+            raise _stopped(run, f"job {run.name} was stopped ({active.reason})", 0)
+        return
+    if run.sweep_dir is None:
+        if active.exit_code:
+            raise SystemExit(active.exit_code)
+        return
+    _requeue(active)
+    why = f"job {run.name} was stopped ({active.reason})"
+    _halt_others(run, Halt(why, active.exit_code, running=False))
+    raise _stopped(run, why, active.exit_code)
+
+
+def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
+    """The ending of a job that the sweep's next start is to run."""
+    message = f"{why}. The same command goes on with it"
+    log.warning("%s", message)
+    if run.sweep_dir is not None and ends_in_exception(run):
+        return JobStopped(message, exit_code, run.sweep_dir)
+    return SystemExit(exit_code)
+
+
+def _requeue(active: ActiveJob) -> None:
+    """Let the launcher put the job back into its queue, which ends the process; or return, and it is not put there."""
+    try:
+        if active.requeue is not None:
+            active.requeue()
+    except Exception as error:  # noqa: BLE001 - a launcher's, whatever it is; it must not make the job a failed one
+        log.warning("the launcher does not start the job again: %s", error)
+
+
+def _halt_others(run: HydraRun, order: Halt) -> None:
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            halt(run, order)
+    except OSError as error:
+        log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
+
+
+def _ended_stopped(record: JobRecord, active: ActiveJob) -> JobRecord:
+    return record.end(STOPPED, requeue=active.exit_code is not None)
 
 
 def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> JobRecord:
     if isinstance(error, SystemExit):
         if active.stopped:
-            return record.end(STOPPED)
+            return _ended_stopped(record, active)
         return record.end(FAILED, error=f"exit code {error.code}") if error.code else record.end(FINISHED)
     if isinstance(error, Exception):
         return record.end(FAILED, error=f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from hydra_ckpt.store.small_files import read_small_file
 
 RECORD = "hydra_ckpt_job.json"
 _MAX_BYTES = 64 << 20
+_NOT_FINITE = "not finite"
 
 RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped", "failed", "interrupted"
+WAITING = "waiting"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class JobRecord:
 
     Attributes:
         state: running; finished; stopped (by a signal, a file or the time limit, to be continued); failed;
-            interrupted (by Ctrl-C, or it died).
+            interrupted (by Ctrl-C, or it died); waiting (it never began, because the sweep was stopped).
         overrides: What was typed for it.
         config: Its configuration as plain data, interpolations as they are written.
         owner: The process that ran it last.
@@ -35,6 +38,7 @@ class JobRecord:
         objective: What its function returned, if that is plain data.
         has_objective: Whether it returned anything that could be recorded.
         error: What it failed with.
+        requeue: Whether it was stopped by a signal or the time limit, and not by somebody's file.
         checkpoint_dir: Where its checkpoints lie, from the run directory if they lie below it; None if it has none.
     """
 
@@ -47,6 +51,7 @@ class JobRecord:
     objective: Any = None
     has_objective: bool = False
     error: str | None = None
+    requeue: bool = False
     checkpoint_dir: str | None = None
 
     @classmethod
@@ -83,7 +88,8 @@ class JobRecord:
         Raises:
             OSError: It cannot be written.
         """
-        write_atomically(Files(), directory / RECORD, (json.dumps(asdict(self)) + "\n").encode(), names.nonce())
+        data = {**asdict(self), "objective": _written(self.objective)}
+        write_atomically(Files(), directory / RECORD, (json.dumps(data) + "\n").encode(), names.nonce())
 
 
 def plain_objective(value: Any) -> Any:
@@ -101,12 +107,33 @@ def plain_objective(value: Any) -> Any:
     return float(value)
 
 
+def _written(objective: Any) -> Any:
+    """An objective as strict JSON, which has no NaN and no infinities."""
+    if isinstance(objective, float) and not math.isfinite(objective):
+        return {_NOT_FINITE: str(objective)}
+    if isinstance(objective, list):
+        return [_written(item) for item in objective]
+    return {key: _written(item) for key, item in objective.items()} if isinstance(objective, dict) else objective
+
+
+def _read(objective: Any) -> Any:
+    """An objective from what `_written` made of it."""
+    if isinstance(objective, list):
+        return [_read(item) for item in objective]
+    if isinstance(objective, dict):
+        if objective.keys() == {_NOT_FINITE}:
+            return float(objective[_NOT_FINITE])
+        return {key: _read(item) for key, item in objective.items()}
+    return objective
+
+
 def read_record(directory: Path) -> JobRecord | None:
     """The record of a run directory; None where there is none, or none that can be read."""
     path = directory / RECORD
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
-        record = JobRecord(**{**data, "overrides": tuple(map(str, data["overrides"]))})
+        known = {**data, "overrides": tuple(map(str, data["overrides"])), "objective": _read(data["objective"])}
+        record = JobRecord(**known)
         if Owner.from_data(record.owner) is None:
             return None
     except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
@@ -118,7 +145,7 @@ def _is_sound(record: JobRecord) -> bool:
     """Whether the fields have the kinds that a reader takes for granted."""
     texts = (record.error, record.checkpoint_dir)
     return (
-        record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED)
+        record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED, WAITING)
         and all(value is None or isinstance(value, str) for value in texts)
         and all(value is None or type(value) in (int, float) for value in (record.started, record.ended))
     )

@@ -41,7 +41,7 @@ def is_sweep(directory: Path) -> bool:
 
     Of other runs of Hydra's nothing could be told.
     """
-    return (directory / SUMMARY).is_file() or any(_is_ours(path) for path in _jobs(directory))
+    return (directory / SUMMARY).is_file() or any(_is_ours(path) for path in job_directories(directory))
 
 
 def _is_ours(job: Path) -> bool:
@@ -56,7 +56,9 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
     Args:
         sweep_dir: The sweep's directory, absolute.
     """
-    jobs = [_job(sweep_dir, path) for path in sorted(_jobs(sweep_dir), key=lambda path: _natural(sweep_dir, path))]
+    jobs = [
+        _job(sweep_dir, path) for path in sorted(job_directories(sweep_dir), key=lambda path: _natural(sweep_dir, path))
+    ]
     return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
@@ -106,7 +108,7 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _jobs(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
+def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """Run directories of jobs below a sweep's directory."""
     try:
         below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
@@ -118,7 +120,7 @@ def _jobs(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
         if (path / RECORD).exists() or (path / _HYDRA).is_dir():
             yield path
         elif depth > 1:
-            yield from _jobs(path, depth - 1)
+            yield from job_directories(path, depth - 1)
 
 
 def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
@@ -133,7 +135,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
     found = _Found(sweep_dir, root)
     return {
         "job": str(path.relative_to(sweep_dir)),
-        "overrides": list(record.overrides) if record else _overrides(path),
+        "overrides": list(record.overrides) if record else overrides_of(path),
         "state": _state(record, root),
         "objective": record.objective if record else None,
         "error": record.error if record else None,
@@ -196,7 +198,7 @@ def _state(record: JobRecord | None, root: Path) -> str:
     return RUNNING if state == INTERRUPTED and record.ended is None and is_held(root) else state
 
 
-def _overrides(path: Path) -> list[str]:
+def overrides_of(path: Path) -> list[str]:
     """What Hydra noted of a job that has no record."""
     try:
         found = parse_yaml(read_small_file(path / _HYDRA / "overrides.yaml", MAX_BYTES).decode())

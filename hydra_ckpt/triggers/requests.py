@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from hydra_ckpt.jobs.run import HydraRun
+from hydra_ckpt.sweeps.stopping import halted
 
 log = logging.getLogger(__name__)
 
 SAVE, STOP = "SAVE", "STOP"
+HALT = "HALT"  # no file of this name: the launcher has told its jobs to save and stop
 # On a file system far away a look takes milliseconds.
 INTERVAL_S = 1.0
 
@@ -19,13 +23,33 @@ class RequestFiles:
     Args:
         places: Directories of this run; a file found there is removed, because it was meant for this run alone.
         shared: The sweep's directory: `STOP` there is meant for all its jobs, and stays.
+        halted: Whether the launcher has told its jobs to save and stop.
     """
 
-    def __init__(self, places: Iterable[Path] = (), shared: Path | None = None) -> None:
+    def __init__(
+        self,
+        places: Iterable[Path] = (),
+        shared: Path | None = None,
+        halted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._places = list(dict.fromkeys(places))
         self._shared = shared
+        self._halted = halted
         self._refused: set[Path] = set()
         self._next_s = 0.0
+
+    @classmethod
+    def of(cls, root: Path) -> RequestFiles:
+        """The files of the run whose checkpoints lie in a directory."""
+        run = HydraRun.current()
+        if run is None:
+            return cls([root])
+
+        def is_halted() -> bool:
+            order = halted(run)
+            return order is not None and order.running
+
+        return cls([run.output_dir, root], run.sweep_dir, is_halted)
 
     def look(self, now: float) -> set[str]:
         """What is asked for, at most once a second.
@@ -39,6 +63,8 @@ class RequestFiles:
         found = {name for place in self._places for name in (SAVE, STOP) if self._take(place / name)}
         if self._shared is not None and (self._shared / STOP).exists():
             found.add(STOP)
+        if self._halted():
+            found.add(HALT)
         return found
 
     def _take(self, path: Path) -> bool:

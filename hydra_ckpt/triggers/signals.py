@@ -7,47 +7,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import FrameType
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.jobs.signal_names import parse_signals
 
 log = logging.getLogger(__name__)
 
 
-def parse_signals(signals: Iterable[str | int] | str | int | None) -> list[signal.Signals]:
-    """Signals from names or numbers, each once.
-
-    Raises:
-        CheckpointConfigError: There is no such signal.
-    """
-    if signals is None:
-        return []
-    given = [signals] if isinstance(signals, str | int) else signals
-    if not isinstance(given, Iterable):
-        raise CheckpointConfigError(
-            f"callbacks.checkpoint.signals={given!r}: expected the name or number of a signal, such as SIGTERM or 15, "
-            "a list of these, or null"
-        )
-    found = []
-    for item in given:
-        try:
-            found.append(_signal(item))
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointConfigError(
-                f"callbacks.checkpoint.signals: there is no signal {item!r}; give names such as SIGTERM, or numbers"
-            ) from None
-    for item in {signal.SIGKILL, signal.SIGSTOP}.intersection(found):
-        raise CheckpointConfigError(f"callbacks.checkpoint.signals: {item.name} cannot be caught by any program")
-    return list(dict.fromkeys(found))  # one may be named twice: SIGTERM, term, 15
-
-
-def _signal(item: str | int) -> signal.Signals:
-    """A signal from SIGTERM, term, "15" or 15."""
-    text = str(item).strip().upper()
-    if text.isdigit() and not isinstance(item, bool):
-        return signal.Signals(int(text))
-    return signal.Signals[text if text.startswith("SIG") else f"SIG{text}"]
+def _requeues(handler: Any) -> bool:
+    """Whether a handler is submitit's that puts the job back into the queue, and ends the process on the spot."""
+    module = str(getattr(handler, "__module__", ""))
+    return module.startswith("submitit.") and getattr(handler, "__name__", "") == "checkpoint_and_try_requeue"
 
 
 class _Link:
@@ -57,12 +29,12 @@ class _Link:
     nothing of the run. There it does what would have happened without it.
 
     Args:
-        number: The signal.
+        number: The signal; kept.
         note: Called with the signal, and whether a handler that is not ours hears of it as well.
     """
 
     def __init__(self, number: signal.Signals, note: Callable[[signal.Signals, bool], None]) -> None:
-        self._number = number
+        self.number = number
         self._note = note
         self._process: int | None = os.getpid()
         # None: not set from Python, and so never to be called or put back.
@@ -78,8 +50,9 @@ class _Link:
         """Handle the signal."""
         front, earlier = signal.getsignal(number), self.earlier()
         if self.watches:
-            passes_on = callable(earlier) and earlier is not signal.default_int_handler
-            self._note(self._number, passes_on or not isinstance(front, _Link))
+            # One that ends the process must not come before the save: see `SignalWatch.requeue`.
+            passes_on = callable(earlier) and earlier is not signal.default_int_handler and not _requeues(earlier)
+            self._note(self.number, passes_on or not isinstance(front, _Link))
             if passes_on:
                 earlier(number, frame)
             return
@@ -90,12 +63,18 @@ class _Link:
         elif front is self:  # what stands in front has been called, and would be so without us
             signal.raise_signal(number)
 
+    @property
+    def requeue(self) -> Callable[[], object] | None:
+        """Calls the handler that puts the job back into the queue; None where this signal has none."""
+        earlier = self.earlier()
+        return partial(earlier, int(self.number), None) if _requeues(earlier) else None
+
     def end(self) -> None:
         """Watch no longer; what was there before is put back if nobody else has come in front since."""
         self._process, self._before = None, self.earlier()  # those that are over are not held on to
-        in_front = signal.getsignal(self._number) is self
+        in_front = signal.getsignal(self.number) is self
         if in_front and threading.current_thread() is threading.main_thread():
-            signal.signal(self._number, self._before)
+            signal.signal(self.number, self._before)
 
     def earlier(self) -> Any:
         """What would handle the signal without this one, and without links that are over."""
@@ -106,6 +85,9 @@ class _Link:
 
 class SignalWatch:
     """Notes that a signal came; earlier handlers are called as well, and put back at the end.
+
+    The signal by which submitit puts a job back into its queue is watched in any case. Its handler ends the process, so
+    it is not called when the signal comes, but by whoever ends the stopped job; see `requeue`.
 
     Args:
         signals: Names or numbers.
@@ -122,13 +104,30 @@ class SignalWatch:
 
     def install(self) -> None:
         """Start watching; only the main thread can."""
-        if not self._signals or self._links:
+        queued = [item for item in signal.Signals if _requeues(signal.getsignal(item))]
+        signals = list(dict.fromkeys([*self._signals, *queued]))
+        if not signals or self._links:
             return
         if threading.current_thread() is not threading.main_thread():
-            names = ", ".join(item.name for item in self._signals)
+            names = ", ".join(item.name for item in signals)
             log.warning("signals (%s) are not watched: training does not run in the main thread", names)
             return
-        self._links = [_Link(item, self._hear) for item in self._signals]
+        self._links = [_Link(item, self._hear) for item in signals]
+
+    def requeue(self, *, stopped: bool) -> Callable[[], object] | None:
+        """What puts the job back into its launcher's queue, and ends the process; None where nothing does, or should.
+
+        It should where the launcher's own signal came; on Slurm also where the run has stopped without one, because its
+        time was up. A local launcher has no queue to wait in: the job would start again at once.
+
+        Args:
+            stopped: Whether the run has stopped to be continued.
+        """
+        without = stopped and self.received is None and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        for link in self._links:
+            if (self.received == link.number or without) and link.requeue is not None:
+                return link.requeue
+        return None
 
     def remove(self, *, obeyed: bool) -> None:
         """Put the earlier handlers back, where nobody else has come in front since. Idempotent.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -13,7 +15,7 @@ from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.triggers.best import BestMetric
-from hydra_ckpt.triggers.requests import SAVE, STOP, RequestFiles
+from hydra_ckpt.triggers.requests import HALT, SAVE, STOP, RequestFiles
 from hydra_ckpt.triggers.schedule import Schedule
 from hydra_ckpt.triggers.signals import SignalWatch
 
@@ -73,6 +75,9 @@ class Watch:
     Args:
         schedule: The cadences; those by time are rank 0's.
         signals: Signals watched on every rank.
+
+    Attributes:
+        reason: Why this rank has asked to stop and to be continued; None where it has not.
     """
 
     def __init__(self, schedule: Schedule, signals: SignalWatch) -> None:
@@ -83,7 +88,7 @@ class Watch:
         self._group: Group | None = None
         self._steps_s: deque[float] = deque(maxlen=_STEPS_SEEN)
         self._last_s = 0.0
-        self._told = False
+        self.reason: str | None = None
         self._steps = self._unsaid = 0
         self._every = 1
 
@@ -105,6 +110,10 @@ class Watch:
             self._vote = Vote(group, "agreeing on a step", len(_Said))
             self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
+    def signal_came(self, number: signal.Signals) -> None:
+        """A signal came before training began; as if it came now."""
+        self._signals.received = number
+
     def end(self) -> None:
         """Let go of the ranks. Idempotent."""
         self._vote = self._group = None
@@ -116,6 +125,10 @@ class Watch:
             obeyed: Whether the run has stopped for what came. If not, that takes its effect now.
         """
         self._signals.remove(obeyed=obeyed)
+
+    def requeue(self, *, stopped: bool) -> Callable[[], object] | None:
+        """What puts the job back into its launcher's queue; see `SignalWatch.requeue`."""
+        return self._signals.requeue(stopped=stopped)
 
     def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict | None:
         """Collective: say what this rank has to say at a step, and hear what counts for all.
@@ -164,26 +177,30 @@ class Watch:
         now = time.monotonic()
         self._steps_s.append((now - self._last_s) / max(self._unsaid, 1))
         self._last_s = now
-        stop = due = time_up = False
+        stop = due = time_up = halted = False
         bits = _SMALLEST
         if group.rank == 0:
             asked = self._files.look(now)
             # What is said now is heard at the next step, and saved behind it.
             time_up = self._schedule.is_time_up(now, save_s + 2 * max(self._steps_s))
             stop, due = STOP in asked, self._schedule.calls(now) or SAVE in asked
+            halted = HALT in asked
             bits = _bits(best.value)
-        self._tell(time_up)
+        yields = self._note_why(time_up=time_up, halted=halted)
         refused = best.refused is not None
         step_us = int(1e6 * self._steps_s[-1])
-        return [stop, self._signals.received is not None or time_up, due, failed, refused, step, -step, bits, step_us]
+        return [stop, yields, due, failed, refused, step, -step, bits, step_us]
 
-    def _tell(self, time_up: bool) -> None:
-        signal = self._signals.received
-        if self._told or not (time_up or signal is not None):
-            return
-        self._told = True
-        why = "the time is up" if time_up or signal is None else f"{signal.name} came"
-        log.info("%s: saving and stopping", why)
+    def _note_why(self, *, time_up: bool, halted: bool) -> bool:
+        """Whether this rank asks to stop and to be continued; why is kept, and logged once."""
+        came = self._signals.received
+        if not (time_up or halted or came is not None):
+            return False
+        if self.reason is None:
+            launcher = "the launcher was told to stop" if halted else ""
+            self.reason = "the time is up" if time_up else f"{came.name} came" if came is not None else launcher
+            log.info("%s: saving and stopping", self.reason)
+        return True
 
 
 def _verdict(said: list[int]) -> Verdict:

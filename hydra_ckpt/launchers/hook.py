@@ -1,0 +1,81 @@
+"""Called by Hydra when a sweep begins: directories, studies and signals are made ready for it. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
+
+from hydra_ckpt.jobs.run import LauncherKind, goes_by_results
+from hydra_ckpt.jobs.signal_names import parse_signals
+from hydra_ckpt.launchers.places import keep_directories, register_resolver
+from hydra_ckpt.launchers.studies import give_back
+from hydra_ckpt.sweeps.stopping import Halt, JobStopped, arrived, begin_sweep, halt_jobs
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+__all__ = ["SweepHook"]
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = "callbacks.checkpoint"
+
+# Launchers send the callback to the processes of jobs, which so learn of the resolver before they need it.
+register_resolver()
+
+
+class SweepHook(Callback):
+    """Part of `callbacks=hydra_ckpt`: lets a sweep go on where an earlier start of it was stopped."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A sweep begins, in the process that launches its jobs."""
+        sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+        begin_sweep(sweep_dir)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if goes_by_results(config.hydra):
+            give_back(config.hydra.sweeper, sweep_dir)
+            keep_directories(config, sweep_dir)
+        if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
+            _hand_signals_on(config, sweep_dir)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """A job has ended, in the process that has run it."""
+        ended = job_return._return_value  # noqa: SLF001 - the public way raises it
+        if isinstance(ended, JobStopped) and LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE:
+            job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
+
+
+def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
+    """Let a signal to the launcher stop its jobs; without a handler it would die, and its jobs with it, unsaved."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    code = OmegaConf.select(config, f"{_SETTINGS}.requeue_exit_code") or 0
+    process = os.getpid()
+    for number in parse_signals(OmegaConf.select(config, f"{_SETTINGS}.signals", default="SIGTERM")):
+        before = signal.getsignal(number)
+
+        def stop(came: int, frame: Any, earlier: Any = before) -> None:
+            signal.signal(came, signal.SIG_DFL if earlier is None else earlier)  # the next one does what it always did
+            if os.getpid() != process:
+                signal.raise_signal(came)
+                return
+            why = f"{signal.Signals(came).name} came to the launcher"
+            log.warning("%s: running jobs save and stop, and no further one begins", why)
+            try:
+                sweep_dir.mkdir(parents=True, exist_ok=True)
+                halt_jobs(sweep_dir, os.getpid(), Halt(why, int(code), running=True))
+            except OSError as error:
+                log.error("the jobs could not be told: %s", error)
+            if callable(earlier) and earlier is not signal.default_int_handler:
+                earlier(came, frame)
+
+        signal.signal(number, stop)

@@ -1,0 +1,88 @@
+"""Which directory a job has in a sweep whose values are proposed anew at each start.
+
+Hydra counts jobs from 0 at every start. Under a sweeper that proposes values, job 0 then has other ones than before,
+and its directory holds another job's checkpoints. So a job that comes back with the values of an earlier one gets the
+directory of that one, and every other job gets a new directory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf, open_dict, read_write
+
+from hydra_ckpt.jobs.differences import about_saving
+from hydra_ckpt.sweeps.record import read_record
+from hydra_ckpt.sweeps.summary import job_directories, overrides_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["keep_directories", "register_resolver", "values_of", "values_of_job"]
+
+log = logging.getLogger(__name__)
+
+_RESOLVER = "hydra_ckpt.job_directory"
+_BY_NUMBER = "${hydra.job.num}"
+
+
+def register_resolver() -> None:
+    """Register `${hydra_ckpt.job_directory:FIRST}`; again changes nothing."""
+    OmegaConf.register_new_resolver(_RESOLVER, _directory, replace=True)
+
+
+def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
+    """Let jobs that come back keep their directories, where directories are named by number, and some are there.
+
+    Args:
+        config: The configuration of the sweep; an override for its jobs is added.
+        sweep_dir: The sweep's directory.
+    """
+    raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    if raw["subdir"] != _BY_NUMBER:
+        return
+    taken = [int(path.name) for path in job_directories(sweep_dir) if path.name.isdecimal()]
+    if not taken:
+        return
+    first = max(taken) + 1
+    log.info("%s has jobs of an earlier start: those that come back go on, new ones count from %d", sweep_dir, first)
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.subdir=${{{_RESOLVER}:{first}}}")
+
+
+def values_of(overrides: Iterable[str]) -> frozenset[str]:
+    """What tells one job of a sweep from another: its overrides, without those about saving."""
+    return frozenset(item for item in overrides if not about_saving(item.lstrip("+~")))
+
+
+def values_of_job(directory: Path) -> frozenset[str]:
+    """The values of the job that a run directory belongs to."""
+    record = read_record(directory)
+    return values_of(record.overrides if record is not None else overrides_of(directory))
+
+
+def _directory(first: int, *, _root_: DictConfig) -> str:
+    """The directory of a job, seen from the sweep's.
+
+    Args:
+        first: The number of the first new directory.
+        _root_: The job's configuration.
+    """
+    hydra = _root_.hydra
+    number = int(hydra.job.num)
+    sweep_dir = Path(hydra.sweep.dir)
+    mine = values_of(map(str, hydra.overrides.task))
+    same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
+    found = sorted(str(path.relative_to(sweep_dir)) for path in same if _existed(path, first))
+    if not found:
+        return str(first + number)
+    # Several jobs may have the same values.
+    return str(number) if str(number) in found else found[number % len(found)]
+
+
+def _existed(path: Path, first: int) -> bool:
+    """Whether a directory is of an earlier start."""
+    return not (path.name.isdecimal() and int(path.name) >= first)
