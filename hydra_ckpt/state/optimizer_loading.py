@@ -311,8 +311,8 @@ def targets(
     wanted_strides = strides(found.trees())
     into: dict[str, torch.Tensor] = {}
     for name, parameter, on_device in _wanted(described, found, names):
-        if name not in tensor_shapes:
-            continue  # the caller says that it is missing
+        if name not in tensor_shapes or name in into:
+            continue  # the caller says that it is missing; or several share it
         shape, dtype = tensor_shapes[name]
         wanted = _wanted_as(described, name, shape, dtype, wanted_strides.get(name), parameter, on_device)
         held = live.get(name)
@@ -324,7 +324,7 @@ def _wanted(
     described: Mapping[str, Any], found: Fit, names: Mapping[int, str]
 ) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
     """The names of tensors to install, with the parameter that each belongs to, and whether its counters lie there."""
-    parameters: dict[str, torch.Tensor] = {}
+    parameters = {names[id(item)]: item for holder in found.live for item in holder.parameters}
     counters: set[str] = set()  # of parameters whose optimizer keeps them on the device
     for holder, options, state in zip(found.live, found.options, found.state, strict=True):
         for group, chosen in zip(holder.groups, options, strict=True):
@@ -334,8 +334,11 @@ def _wanted(
             counters |= {names[id(parameter)] for parameter in group["params"] if on_device}
         for parameter in holder.parameters:
             here = names[id(parameter)]
-            parameters[here] = parameter
-            yield from ((name, parameter, here in counters) for name in tensor_names(state.get(here, {})))
+            for name in tensor_names(state.get(here, {})):
+                # What several parameters share is called after one of them.
+                owner = name.partition(SEPARATOR)[0]
+                owner = owner if owner in parameters else here
+                yield name, parameters[owner], owner in counters
     meshes = described.get("meshes", {})
     for tree in found.own.values():
         # What the walk has read off comes from there.
