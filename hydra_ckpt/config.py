@@ -231,7 +231,7 @@ class CheckpointingConfig:
         on_drift: Ranks that should hold the same values (replicas) and do not: the first of them stores these whole
             from then on, with one warning that names the tensors (`warn`), or the save fails on all ranks (`raise`).
             See [replicas that
-            differ](parallelism.md#ranks-that-do-not-fit-together).
+            differ](parallelism.md#ranks-that-disagree).
     """
 
     enabled: bool = True
