@@ -342,8 +342,8 @@ class CheckpointingConfig:
         most, newest = self.max_recent_checkpoints, (self.retention or {}).get("newest")
         if most is not None and newest is not None and most != newest:
             raise CheckpointConfigError(
-                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest} "
-                "say different things; give one of them."
+                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest}contradict each "
+                "other; set only one of them."
             )
 
     def _settle(self) -> None:
@@ -356,8 +356,8 @@ class CheckpointingConfig:
             self.model_save_format, self.save_consolidated = _SAFETENSORS, SaveConsolidatedMode.FINAL
         if self.model_save_format == _TORCH_SAVE and self.save_consolidated is not SaveConsolidatedMode.FALSE:
             _log.warning(
-                "checkpoint.save_consolidated=%s has no effect with checkpoint.model_save_format=torch_save; "
-                "make a Hugging Face directory of such a checkpoint with `hydra-ckpt export`.",
+                "checkpoint.save_consolidated=%s has no effect with checkpoint.model_save_format=torch_save; convert "
+                "such a checkpoint to a Hugging Face directory with `hydra-ckpt export`.",
                 _normalize_save_consolidated(self.save_consolidated).value,
             )
         if self.is_async and not _is_geq_torch_2_9():

@@ -245,7 +245,7 @@ def refuse_unlike(settings: Mapping[str, str], gather: Callable[[Any], list[Any]
             f"the ranks are configured differently:{''.join(lines)}\n  Give every rank the same configuration"
         )
     if place is not None:
-        log.warning("checkpoint.checkpoint_dir differs between ranks, and rank 0's counts: %s", place)
+        log.warning("checkpoint.checkpoint_dir differs between ranks; rank 0's is used: %s", place)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -118,7 +118,7 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
             assert transformers.AutoModelForCausalLM.from_pretrained(place / "out")
             with pytest.raises(CheckpointNotFoundError, match=r"has no part 'plain' to export; it has model, ema$"):
                 export_checkpoint(checkpoint, place / "none", part="plain")
-            with pytest.raises(CheckpointNotFoundError, match=r"the extra 'norm' does not hold these of the"):
+            with pytest.raises(CheckpointNotFoundError, match=r"the extra 'norm' lacks these tensors of the"):
                 export_checkpoint(checkpoint, place / "none", part="norm")
 
 

@@ -335,4 +335,4 @@ def test_options_of_the_group(choice: str, retention: dict[str, int] | None, opt
 def test_a_pointer_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "LATEST").symlink_to("../elsewhere")
     assert protected(tmp_path).lost == {"LATEST"}
-    assert re.search(r"LATEST leads to no checkpoint", caplog.text)
+    assert re.search(r"LATEST leads to .*, which is not a checkpoint", caplog.text)

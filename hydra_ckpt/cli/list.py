@@ -114,7 +114,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory, or_else="It is no sweep either: no job with checkpoints lies below it. "))
+    listing = _read(locate(directory, or_else="It is not a sweep either: there is no job with checkpoints below it. "))
     if as_json:
         print_json(_as_data(listing))
     else:
@@ -206,7 +206,7 @@ def _show(listing: _Listing, out: Console) -> None:
         if entry.problem:
             print_line(out, f"{entry.mark}: {entry.problem}", "red")
     for pointer, target in listing.dangling.items():
-        text = f"{pointer} leads to {target}, which is not there; the next save moves it"
+        text = f"{pointer} leads to {target}, which does not exist; the next save moves it"
         print_line(out, text, "red")
     for kind, found in listing.hidden.items():
         for name in found:

@@ -26,7 +26,9 @@ __all__ = ["show"]
 
 
 def show(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    directory: Annotated[
+        Path, typer.Argument(help="A checkpoint; in a directory with several, the one that LATEST names.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     command: Annotated[
         bool,
@@ -111,7 +113,7 @@ def _command(checkpoint: Checkpoint) -> str:
     hydra, launch = _hydra(checkpoint), checkpoint.manifest.details.get("launch")
     if hydra is None or not isinstance(launch, dict):
         raise CheckpointNotFoundError(
-            f"{checkpoint.path} says nothing of how its run was started: it was not a Hydra application's"
+            f"{checkpoint.path} does not record how its run was started: it was not written by a Hydra application"
         )
     try:
         command = resume_command(launch, hydra, _run_dir(checkpoint, hydra))
@@ -119,7 +121,7 @@ def _command(checkpoint: Checkpoint) -> str:
             raise ValueError("control characters")
         return command
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{checkpoint.path}: what it says of its run makes no sense: {error!r}") from None
+        raise CheckpointNotFoundError(f"{checkpoint.path}: its record of the run is invalid: {error!r}") from None
 
 
 def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:

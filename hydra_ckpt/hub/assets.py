@@ -74,8 +74,8 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
         return {}
     if original_class(model).save_pretrained is not transformers.PreTrainedModel.save_pretrained:
         log.warning(
-            "%s has a save_pretrained() of its own; the export holds the usual tensors and configurations, and nothing "
-            "that it may add to them",
+            "%s has its own save_pretrained(); the export has the usual tensors and configurations, but nothing that "
+            "this method may add to them",
             original_class(model).__name__,
         )
     config = copy.deepcopy(model.config)
@@ -189,8 +189,8 @@ def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
         key, value = found
         raise CheckpointConfigError(
             f"{what}: {key} is a {type(value).__module__}.{type(value).__qualname__} ({value!r}), which its "
-            f"save_pretrained() cannot write as JSON ({error}). Make it a text, a number, a list or a dict, or take "
-            "it out before the save"
+            f"save_pretrained() cannot write as JSON ({error}). Make it a string, a number, a list or a dict, or "
+            "remove it before the save"
         ) from error
 
 

@@ -98,8 +98,8 @@ def load_base(
         )
     if any(is_peft_model(part) for part in (model if isinstance(model, list) else [model])):
         raise CheckpointConfigError(
-            "load_base_model was given a PeftModel, whose tensors have other names than the base model's files: load "
-            "the base model first, then wrap it with peft.get_peft_model"
+            "load_base_model was given a PeftModel, whose tensors have different names than those in the base "
+            "model's files: load the base model first, then wrap it with peft.get_peft_model"
         )
     found = channel.coordinator_step("looking for the base model", lambda: _located(repo_id, options.cache_dir))
     reference = Reference(Path(found["directory"]), Path(found["root"]))
@@ -193,8 +193,9 @@ class _Loader:
             missing=self._fit.missing,
             mismatched=self._fit.different,
             unexpected=self._fit.unexpected if self._fit.missing else (),
-            remedy="Name what is to keep its initialization in checkpoint.skip_task_head_prefixes_for_base_model, "
-            "or build the model from the reference's config.json.",
+            remedy="List the prefixes of names that should keep their initialization in "
+            "checkpoint.skip_task_head_prefixes_for_base_model, or build the model from the reference's "
+            "config.json.",
         )
 
     @torch.no_grad()
@@ -246,11 +247,11 @@ class _Loader:
                 self._weights.read([replace(item, name=name, into=into) for name, into in found.items()])
             bits = [bytes_of(tensor) for tensor in found.values()]
             if specs[other].shape != specs[item.name].shape or bits[0] != bits[1]:
-                remedy = "Build the model with tie_word_embeddings=False in its configuration: so does transformers"
+                remedy = "Build the model with tie_word_embeddings=False in its configuration, as transformers does"
                 tied = other in self._mapped.aliases or item.name in self._mapped.aliases
                 raise CheckpointConfigError(
                     f"{self._reference.directory}: {item.name} and {other} differ, and the model has one tensor for "
-                    f"both. {remedy if tied else 'Take one of them out of the files'}"
+                    f"both. {remedy if tied else 'Remove one of them from the files'}"
                 )
 
 
@@ -268,7 +269,7 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
         stored = PickledWeights(reference)
     quantization = reference.config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise CorruptCheckpointError(reference.directory / "config.json", "its quantization_config is no mapping")
+        raise CorruptCheckpointError(reference.directory / "config.json", "its quantization_config is not a mapping")
     return Dequantized(stored, quantization, permitted)
 
 

@@ -202,8 +202,8 @@ def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str
             "which cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
         )
     log.warning(
-        "transformers would write %s otherwise than the model holds them; the export has them as in memory, which "
-        "transformers opens and other programs may not",
+        "transformers would write %s in a different form than the model holds them; the export has them as they are "
+        "in memory, which transformers can open but other programs may not",
         ", ".join(spec.name for spec in left),
     )
     log.debug("not rearrangements: %s", lost)

@@ -73,7 +73,8 @@ class ModelExport:
         quantized = integer if reference.config.get("quantization_config") else packed
         if quantized:
             log.warning(
-                "the reference model %s is quantized (%s, ...); the export keeps the training's element types there",
+                "the reference model %s is quantized (%s, ...); for these tensors the export keeps the element types "
+                "of training",
                 reference.directory,
                 quantized[0],
             )
@@ -140,7 +141,7 @@ class ModelExport:
         found = model_assets(model, _main_dtype(naming))
         original = self._options.original_model_root_dir
         if original is not None and not original.is_dir():
-            raise CheckpointConfigError(f"checkpoint.original_model_root_dir={original} is no directory")
+            raise CheckpointConfigError(f"checkpoint.original_model_root_dir={original} is not a directory")
         reference = self._reference(model) if original is None else at(original)
         if self._options.v4_compatible and is_transformers_model(model):
             found.update(self._version_4(reference, found["config.json"]))

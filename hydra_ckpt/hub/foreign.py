@@ -122,9 +122,7 @@ def _tensors(
         name = dotted(path[len(prefix) :])
         name = name if known is None else canonical(name)
         if name in found:
-            raise CheckpointConfigError(
-                f"{directory} holds two tensors that both are {name}; name one part with --part"
-            )
+            raise CheckpointConfigError(f"{directory} holds two tensors named {name}; choose one part with --part")
         check_name(name)
         found[name] = replace(item, spec=replace(item.spec, name=name))
     if left:
@@ -205,7 +203,8 @@ def _matched(
             missing=missing,
             unexpected=unexpected,
             mismatched=different,
-            remedy="Name a model of the same architecture with --base, or none: then tensors keep their names.",
+            remedy="Name a model of the same architecture with --base, or leave --base out: then tensors keep their "
+            "names.",
         )
     return found
 

@@ -129,7 +129,7 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
     place = f"{model}/{names.CONSOLIDATED}/"
     manifest = checkpoint.manifest
     if f"{place}adapter_config.json" not in manifest.files:
-        raise CheckpointNotFoundError(f"{model} of {checkpoint.path} is no adapter: export it without --merge")
+        raise CheckpointNotFoundError(f"{model} of {checkpoint.path} is not an adapter: export it without --merge")
     if verify:
         found = [check for check in checks(checkpoint.path, manifest.files, manifest.digests) if place in check.file]
         for error in findings(checkpoint.path, found):
@@ -145,9 +145,9 @@ def _settings(adapter: Path) -> dict[str, Any]:
         found = json.loads(read_small_file(path, _MAX_SETTINGS_BYTES))
         wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind | None)]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {error}") from None
+        raise CorruptCheckpointError(path, f"is not an adapter configuration: {error}") from None
     if wrong:
-        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {wrong[0]} is {found[wrong[0]]!r}")
+        raise CorruptCheckpointError(path, f"is not an adapter configuration: {wrong[0]} is {found[wrong[0]]!r}")
     return dict(found)
 
 
@@ -164,8 +164,8 @@ def _merged(adapted: Any, adapter: Path) -> Any:
 def _refuse_quantized(base: str, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointConfigError(
-            f"the base model {base} is quantized, so that an adapter cannot be merged into its weights: name a copy "
-            "that is not, with --base. A training run with model_repo_id makes one: load_base_model, then a save"
+            f"the base model {base} is quantized, so an adapter cannot be merged into its weights: name an "
+            "unquantized copy with --base. A training run with model_repo_id makes one: load_base_model, then a save"
         )
 
 
@@ -181,8 +181,8 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
             kind = getattr(transformers, _MAPPINGS[task])[type(config)]
         except KeyError:
             raise CheckpointConfigError(
-                f"{base} is a {config.model_type}, of which transformers has no model for the adapter's task {task}; "
-                "name the model it was trained over with --base"
+                f"{base} is a {config.model_type}, for which transformers has no model for the adapter's task {task}; "
+                "name the model it was trained on with --base"
             ) from None
         kind = kind[0] if isinstance(kind, tuple) else kind
     elif task is None and mapping:
@@ -212,7 +212,7 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
             base,
             missing=sorted(missing),
             remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter does not bring them: "
-            "name the model it was trained over with --base.",
+            "name the model it was trained on with --base.",
         )
     return model
 
@@ -222,7 +222,7 @@ def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
     library = str(mapping.get("parent_library"))
     if library.split(".", maxsplit=1)[0] != "transformers":
         raise CheckpointConfigError(
-            f"the adapter was trained over {mapping.get('base_model_class')} of {library}; models of transformers can "
+            f"the adapter was trained on {mapping.get('base_model_class')} of {library}; models of transformers can "
             "be merged. Merge it in Python: model.merge_and_unload()"
         )
     try:
@@ -260,7 +260,7 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
     except Exception as error:
         raise CheckpointConfigError(
             f"the adapter {adapter} does not fit the base model {base}: {type(error).__name__}: {error}. Name the one "
-            "it was trained over with --base"
+            "it was trained on with --base"
         ) from error
     wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
     # Embeddings are stored beside the adapter's own tensors, in names of peft's or of the model's.
@@ -273,7 +273,7 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
             str(adapter),
             missing=missing,
             unexpected=unexpected,
-            remedy=f"It was trained over another model than {base}: name that one with --base.",
+            remedy=f"It was trained on a different model than {base}: name that one with --base.",
         )
     _refuse_tied(model, stored)
     return found

@@ -58,7 +58,9 @@ def export_checkpoint(
     source, model = _source(checkpoint, part, ledger)
     source = source if dtype is None else source.cast(dtype)
     if max_file_bytes is not None and source.stem == names.ADAPTER:
-        raise CheckpointConfigError(f"{model} is an adapter, which peft reads from one file: no --max-shard-size")
+        raise CheckpointConfigError(
+            f"{model} is an adapter, which peft reads from one file: leave out --max-shard-size"
+        )
     small = _small_files(checkpoint, model, dtype)
     rest = (lambda: None) if ledger is None else partial(_verify_rest, checkpoint, source, ledger)
     return write_export(source, small, out, max_file_bytes=max_file_bytes, check=rest, progress=progress)
@@ -129,8 +131,8 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
     best = min(sorted(prefixes, key=len), key=lambda prefix: len(lacking(prefix)), default="")
     if missing := lacking(best):
         raise CheckpointNotFoundError(
-            f"the extra {part!r} does not hold these of the model's tensors under their names and in their shapes, and "
-            f"an export needs all: {', '.join(missing)}"
+            f"the extra {part!r} lacks these tensors of the model, or has them in other shapes, and an export needs "
+            f"all of them: {', '.join(missing)}"
         )
     return {name: extra[best + name] for name in sizes}
 

@@ -62,7 +62,7 @@ class Reference:
         try:
             return dict(json.loads(self.read(name)))
         except (ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise CorruptCheckpointError(path, f"is no JSON object: {error}") from None
+            raise CorruptCheckpointError(path, f"is not a JSON object: {error}") from None
 
     def inside(self, name: str) -> str:
         """The path of a file below `root`, links followed.
@@ -123,8 +123,8 @@ class Reference:
         missing = [name for name in self.weight_files if not self.has(name)]
         if missing and complete:
             raise CheckpointNotFoundError(
-                f"{self.directory}: the index lists files that are not there: {', '.join(missing)}. "
-                "The download is incomplete; repeat it"
+                f"{self.directory}: the index lists files that do not exist: {', '.join(missing)}. The download is "
+                "incomplete; repeat it"
             )
         found: dict[str, StoredTensor] = {}
         for name in self.weight_files:
@@ -153,9 +153,9 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
         if snapshot.is_dir():
             return Reference(snapshot, repository.resolve())
     raise CheckpointNotFoundError(
-        f"checkpoint.model_repo_id={repo_id} is no directory, and {cache_dir} has no complete copy of it "
-        f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, "
-        "or give a directory"
+        f"checkpoint.model_repo_id={repo_id} is not a directory, and {cache_dir} has no complete copy of it "
+        f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, or "
+        "give a directory"
     )
 
 

@@ -154,12 +154,12 @@ class Dequantized:
             raise CheckpointConfigError(
                 f"the reference model is quantized by {method} (quantization_config.quant_method in its config.json) "
                 "in a way this version does not read; it reads FP8 with scales per block, per channel or per tensor. "
-                "Take a copy of the model that is not quantized"
+                "Use a copy of the model that is not quantized"
             )
         if self._scales and permitted is False:
             raise CheckpointConfigError(
                 "checkpoint.dequantize_base_checkpoint=false, but the reference model is quantized "
-                f"({next(iter(self._scales))}); set it to null or true, or take a copy that is not quantized"
+                f"({next(iter(self._scales))}); set it to null or true, or use a copy that is not quantized"
             )
         self._block = _block_size(config)
         for name, scale in self._scales.items():
@@ -177,8 +177,7 @@ class Dequantized:
             raise CorruptCheckpointError(
                 self._scales[name],
                 f"its shape {list(scale)} fits neither blocks of {list(self._block)} nor the rows of {name}, whose "
-                f"shape is {list(shape)}. The blocks' size stands in config.json (quantization_config."
-                "weight_block_size)",
+                f"shape is {list(shape)}. The block size is set in config.json (quantization_config.weight_block_size)",
             )
 
     @cached_property

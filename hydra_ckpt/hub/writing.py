@@ -81,17 +81,17 @@ def refuse_occupied(out: Path) -> None:
         CheckpointConfigError: Nothing can be made here.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+        raise CheckpointExistsError(f"{out} exists already; name a directory that does not exist, or an empty one")
     place = out.absolute()
     if out.exists() and place.samefile(Path.cwd()):
         raise CheckpointConfigError(f"{out} is the working directory, which cannot be replaced; name one below it")
     above = next(parent for parent in place.parents if parent.exists())
     if not above.is_dir():
-        raise CheckpointConfigError(f"{out} lies below {above}, which is a file; name another directory")
+        raise CheckpointConfigError(f"{out} is below {above}, which is a file; name another directory")
     for parent in (place, *place.resolve().parents):
         if (parent / names.MANIFEST).exists():
             raise CheckpointExistsError(
-                f"{out} lies within the checkpoint {parent}, which is not changed; name another"
+                f"{out} is inside the checkpoint {parent}, which must not be changed; name another directory"
             )
 
 

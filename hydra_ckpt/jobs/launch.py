@@ -68,8 +68,8 @@ def _first_to_say(now: str) -> str:
     if not _is_torchrun():
         raise TopologyError(
             "several ranks were started, but not by torchrun, so they cannot agree on a timestamped run directory; "
-            "give its name (hydra.run.dir=..., in hydra-ckpt-train run_name=...), or set "
-            f"{_TIME_VARIABLE} to one ISO time for all of them"
+            f"give its name (hydra.run.dir=..., in hydra-ckpt-train run_name=...), or set {_TIME_VARIABLE} to the "
+            "same ISO time for all of them"
         )
     said: bytes = _agents_store().compare_set(_STORE_KEY, "", now)
     return said.decode()

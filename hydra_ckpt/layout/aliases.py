@@ -265,7 +265,7 @@ def _check(alias: Alias, shape: tuple[int, ...]) -> None:
     lengths = {len(alias.box.offsets), len(alias.box.sizes), len(alias.grid or alias.box.sizes)}
     negative = any(number < 0 for number in (*numbers, *alias.grid, *shape))
     if len(ranks) != 1 or len(lengths) != 1 or negative or prod(shape) != prod(alias.shape):
-        raise ValueError(f"{alias.name}: an alias of {alias.source} that makes no sense")
+        raise ValueError(f"{alias.name}: an invalid alias of {alias.source}")
     placed = alias.placed(alias.box)
     inside = all(a + n <= m for a, n, m in zip(placed.offsets, placed.sizes, alias.shape, strict=True))
     if len(set(used)) != len(used) or not inside or placed.numel != alias.box.numel:

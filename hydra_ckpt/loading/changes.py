@@ -62,7 +62,7 @@ def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
     decisive = [f"{item} ({item.kind})" for item in found if item.kind]
     if decisive:
         log.warning(
-            "this run does not go on from %s exactly as it would have gone on then, because of: %s",
+            "this run does not continue from %s exactly as the original run would have, because of: %s",
             checkpoint.name,
             "; ".join(decisive),
         )

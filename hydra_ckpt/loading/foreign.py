@@ -48,7 +48,8 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
         raise CheckpointConfigError(
             f"{path} was written by torch.distributed.checkpoint or accelerate, and its small values are pickled: "
             "reading them runs code they contain. If you trust where it comes from, set "
-            "checkpoint.allow_legacy_pickle_restore=true. Its weights alone can be had without: hydra-ckpt export"
+            "checkpoint.allow_legacy_pickle_restore=true. Without that setting you can still export its weights: "
+            "hydra-ckpt export"
         )
     checkpoint = Checkpoint(path, 0, 0)
     states = len(list(path.glob("random_states_*.pkl")))
@@ -77,9 +78,7 @@ class ForeignSource(Source):
         else:
             self._read_accelerate()
         self.optimized = stages.optimized([self.shared])
-        self.notes.texts.append(
-            "it was not written by hydra_ckpt: it has no digests, and its bytes are taken as they are"
-        )
+        self.notes.texts.append("it was not written by hydra_ckpt: it has no digests, so its bytes are not checked")
 
     # -- where things lie ----------------------------------------------------------------------------------------
 

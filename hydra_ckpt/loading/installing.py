@@ -62,7 +62,8 @@ class Notes:
             return
         self.trusted.append(what)
         self.texts.append(
-            f"{what} took its state over, but its state_dict() reports otherwise afterwards: {some_of(sorted(unlike))}"
+            f"{what} loaded its state, but its state_dict() reports different values afterwards: "
+            f"{some_of(sorted(unlike))}"
         )
 
 
@@ -120,7 +121,7 @@ class Installer:
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
-            self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
+            self.notes.derived("buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks")
 
     def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
         """Extra states that modules report otherwise than they were given; those of one side only are noted."""
@@ -228,9 +229,9 @@ class Installer:
         rng.derive(checkpoint.step, topology.place.dp, topology.place.pp)
         self.notes.derived(
             "rng",
-            "random numbers are derived anew from step, data-parallel rank and stage: the checkpoint was written by "
-            f"{counted(checkpoint.manifest.world_size, 'rank')}, this run has {world_size}, or they are arranged "
-            "otherwise",
+            "random numbers are derived from step, data-parallel rank and stage: the checkpoint was written by "
+            f"{counted(checkpoint.manifest.world_size, 'rank')}, this run has {world_size}, or its ranks are arranged "
+            "differently",
         )
 
     def note_new(self, wanted: Collection[str], available: Collection[str], absent: Collection[str]) -> None:
@@ -253,14 +254,14 @@ class Installer:
         if "extras" in available:
             left = [name for name in saved["extras"] if name not in here["extras"]]
             notes.skipped += left
-            notes.texts += [f"in the checkpoint, and nothing here takes it: {', '.join(left)}"] if left else []
+            notes.texts += [f"in the checkpoint, but not used here: {', '.join(left)}"] if left else []
         for part, dotted in here.items():
             known = saved.get(part, dotted if part in available else [])
             new = [name for name in dotted if name not in known or name in absent]
             if part not in wanted or not new or part in notes.rederived:
                 continue
             notes.missing += new
-            notes.derived(part, f"not in the checkpoint, and so as it was built: {', '.join(new)}")
+            notes.derived(part, f"not in the checkpoint, so left as it was built: {', '.join(new)}")
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]

@@ -141,7 +141,7 @@ class Load:
                 unexpected=found["unexpected"],
                 mismatched=found["different"],
                 remedy="Load it into the model and optimizer it was saved from, choose another checkpoint or fewer "
-                "parts (restore_from, restore_parts), or take over what fits with checkpoint.load_strict=false.",
+                "parts (restore_from, restore_parts), or load only what fits with checkpoint.load_strict=false.",
             )
         return plans[0]
 
@@ -152,7 +152,7 @@ class Load:
         if found["left"]:
             self._notes.texts.append(f"left as built (checkpoint.load_strict=false): {', '.join(found['left'])}")
         if found["unexpected"]:
-            self._notes.texts.append(f"not taken over: {', '.join(found['unexpected'])}")
+            self._notes.texts.append(f"not loaded: {', '.join(found['unexpected'])}")
 
     def _verify_headers(self) -> None:
         """Collective: see that it is not a damaged name that fits nothing: headers are compared with their digests."""
@@ -225,7 +225,7 @@ class Load:
             for item in (item for module in modules for item in module.parameters()):
                 if known.get(id(item)) == parameter and isinstance(item, DTensor):
                     return item
-        raise CheckpointError(f"{name}: a shard of a tensor subclass, and no sharded parameter here that it belongs to")
+        raise CheckpointError(f"{name}: a shard of a tensor subclass that belongs to no sharded parameter here")
 
 
 def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:

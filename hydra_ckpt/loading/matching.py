@@ -115,7 +115,7 @@ class _Matcher:
 
     def _derived_from_rank_0(self, label: str) -> None:
         self.source.notes.derived(
-            label, f"{label}: each rank had values of its own; those of rank 0 are taken on all ranks"
+            label, f"{label}: each rank had its own values; those of rank 0 are used on all ranks"
         )
 
     def _leave_own(self, label: str, dotted: str) -> None:
@@ -181,7 +181,7 @@ class _Matcher:
             if buffers:
                 self.source.notes.derived(
                     "buffers",
-                    f"buffers, which each rank had for itself, are those of rank 0 on all ranks: {some_of(buffers)}",
+                    f"buffers, which differed between the ranks, are those of rank 0 on all ranks: {some_of(buffers)}",
                 )
             experts = wanted & {slot.name for slot in mapped.slots} - set(buffers)
             for name in sorted(experts):
@@ -199,7 +199,7 @@ class _Matcher:
             return
         if item.box.numel and fits.chunks[0].box != item.box:
             self.plan.mismatch.different[prefix + item.spec.name] = (
-                "each rank had another part of its own values; shard it as then"
+                "each rank had a different part of its own values; shard it as it was when it was saved"
             )
             return
         self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
@@ -264,7 +264,7 @@ class _Matcher:
         if len(found.absent) < len(named):
             self.plan.mismatch.unexpected += [f"optimizer: {name}" for name in self.source.optimized - found.held]
         for name in self.source.shared.get("of_other_stages", []):
-            found.different[name] = "it is of other pipeline stages, and fits only the same ones"
+            found.different[name] = "it belongs to other pipeline stages, and fits only the same stages"
         if own_names(found.trees()) and not self.source.same_ranks:
             found.different["optimizer"] = (
                 "it holds shards of a tensor subclass, which fit only the ranks that had them"
@@ -274,7 +274,7 @@ class _Matcher:
         self.source.notes.texts += found.notes
         self.source.notes.missing += found.lacking
         if found.lacking:
-            self.source.notes.texts.append(f"not in the checkpoint, and so as it was built: {some_of(found.lacking)}")
+            self.source.notes.texts.append(f"not in the checkpoint, so left as it was built: {some_of(found.lacking)}")
         if self.strict and (found.missing or found.different):
             return
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
@@ -333,7 +333,7 @@ class _Matcher:
         self.plan.absent.update(live[len(saved) :])
         if (moved := self._moved_groups()) and saved and live:
             self.plan.mismatch.different["lr_scheduler"] = (
-                f"it counts groups by their position, and these had another one: {some_of(moved)}. Build optimizers "
+                f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
                 "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
             )
         if len(saved) > len(live):

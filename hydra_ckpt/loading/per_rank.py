@@ -16,7 +16,7 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import PartRecord
 
 ELSEWHERE = (
-    "the ranks that saved it had different values of it, and this run's ranks are arranged otherwise; with "
+    "the ranks that saved it had different values of it, and this run's ranks are arranged differently; with "
     "checkpoint.load_strict=false it is left as built"
 )
 

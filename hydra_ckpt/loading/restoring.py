@@ -170,7 +170,7 @@ class Restorer:
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)) if self._channel.is_coordinator else ():
-            log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
+            log.warning("skipping the damaged checkpoint %s: %s", name, damaged[name])
         self.passed_over.update(damaged)
 
     def _open(self, state: AppState, path: Path, parts: tuple[str, ...], lease: ExitStack) -> Load:
@@ -236,7 +236,7 @@ class Restorer:
 
 def _undefined(error: CorruptCheckpointError) -> CorruptCheckpointError:
     text = (
-        f"{error}. Tensors have been overwritten before this showed: the state of model and optimizer is undefined. "
-        "Load another checkpoint, or build them anew, before training goes on"
+        f"{error}. Tensors were overwritten before this was detected: the state of model and optimizer is undefined. "
+        "Load another checkpoint, or rebuild them, before training continues"
     )
     return rebuild(CorruptCheckpointError, text, vars(error))

@@ -130,9 +130,9 @@ class Source:
         if "dataloader" in self.parts:
             self.notes.derived(
                 "dataloader",
-                f"the data loader starts anew: its state belongs to one of "
+                "the data loader starts from the beginning: its state belongs to one of "
                 f"{len(self.checkpoint.manifest.topology.get('leaders', []))} data-parallel ranks, and this run has "
-                f"{len(self.topology.leaders)}. A loader that resumable() made goes on with any number of ranks",
+                f"{len(self.topology.leaders)}. A loader made by resumable() continues with any number of ranks",
             )
 
     def document(self, name: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Source:
         try:
             return dict(json.loads(data))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(self.root / name, f"is not JSON of ours: {error}") from None
+            raise CorruptCheckpointError(self.root / name, f"is not JSON that hydra_ckpt wrote: {error}") from None
 
     def stored(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a part in its files, by name."""

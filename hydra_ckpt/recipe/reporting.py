@@ -90,7 +90,7 @@ class Report:
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%s in %.1f s: %.2f steps/s", counted(done, "step"), took_s, self._started.speed(step))
         log.info(
-            "%s: training stood still for %.2f s (%.1f %%), %.1f MiB written",
+            "%s: training was blocked for %.2f s (%.1f %%), %.1f MiB written",
             counted(checkpoints.saves, "save"),
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,

@@ -186,8 +186,8 @@ def check_together(settings: Settings, checkpoint: CheckpointingConfig) -> None:
         )
     if settings.lora is not None and settings.model.pretrained is None:
         log.warning(
-            "an adapter beside random weights, which are stored nowhere, is of no use after this run; "
-            "give model.pretrained=<a directory, or a hub id in the cache>"
+            "an adapter on top of random weights, which are not stored, is useless after this run; give "
+            "model.pretrained=<a directory, or a hub id in the cache>"
         )
 
 
@@ -201,8 +201,8 @@ def _check(settings: Settings) -> None:
             raise CheckpointConfigError(f"{key}={value} must be at least {least}")
     if settings.model.pretrained == "":
         raise CheckpointConfigError(
-            "model.pretrained has to be given: a directory, such as .../checkpoints/LATEST/model/consolidated of "
-            "another run, or a hub id in the cache"
+            "model.pretrainedmust be set: a directory, such as .../checkpoints/LATEST/model/consolidated of another "
+            "run, or a hub id in the cache"
         )
     _check_mesh(settings)
     if settings.data.seq_len > settings.model.max_position_embeddings:

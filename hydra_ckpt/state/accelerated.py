@@ -72,8 +72,8 @@ class Progress:
         if later:
             kinds = ", ".join(type(item).__name__ for item in later)
             raise CheckpointConfigError(
-                f"AppState.from_accelerator: the Accelerator got {kinds} after it was called, so that a checkpoint "
-                "would lack it. Call it after the last prepare() and register_for_checkpointing()"
+                f"AppState.from_accelerator: the Accelerator got {kinds} after it was called, so a checkpoint would "
+                "lack it. Call it after the last prepare() and register_for_checkpointing()"
             )
         return {"step": int(self._accelerator.step)}
 
@@ -95,8 +95,7 @@ class UndecidedLoader:
             CheckpointConfigError: Always.
         """
         raise CheckpointConfigError(
-            f"of the loaders that were prepared ({self._count}) it cannot be told which one training reads; "
-            f"name it: {_REMEDY}"
+            f"it is unknown which of the {self._count} prepared loaders training reads; name it: {_REMEDY}"
         )
 
     def load_state_dict(self, state: Any) -> None:
@@ -137,7 +136,7 @@ def _named_models(models: list[Any], given: Mapping[str, nn.Module] | None) -> A
     nameless = [type(unwrap(by_core[core])).__name__ for core in by_core if core not in wanted.values()]
     if strange or nameless:
         raise CheckpointConfigError(
-            "AppState.from_accelerator: models= has to name each model that the Accelerator has prepared: "
+            "AppState.from_accelerator: models= must name each model that the Accelerator has prepared: "
             + "; ".join([*strange, *(f"a {kind} has no name" for kind in nameless)])
         )
     return {name: by_core[core] for name, core in wanted.items()}

@@ -165,8 +165,8 @@ def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[Naming, list[str
         pieces = trace.pieces_of(name, item)
         if pieces is None:
             problems.append(
-                f"{name}: to_hf does not give it as a view of one tensor of the model along its dimensions, or as "
-                "several of these joined"
+                f"{name}: to_hf does not return it as a view of one tensor of the model along its dimensions, or as "
+                "several such views joined"
             )
             continue
         aliases += pieces
@@ -186,7 +186,7 @@ def _uncovered(spec: TensorSpec, parts: Sequence[Alias]) -> list[str]:
     if not parts:
         return [f"{spec.name}: to_hf drops it"]
     problems = [
-        f"{one.name} and {other.name}: to_hf gives elements of {spec.name} twice"
+        f"{one.name} and {other.name}: to_hf returns elements of {spec.name} twice"
         for group in _neighbours(parts).values()
         for one, other in combinations(group, 2)
         if one.box.intersect(other.box) is not None
@@ -215,13 +215,13 @@ def _not_restored(adapter: Any, blank: Mapping[str, torch.Tensor], converted: Ma
         with torch.no_grad():
             restored = reverse(dict(converted))
     except Exception as error:  # noqa: BLE001 - foreign code
-        return [f"from_hf fails on what to_hf gives: {type(error).__name__}: {error}"]
-    problems = [f"{name}: from_hf does not give it back" for name in blank if name not in restored]
+        return [f"from_hf fails on what to_hf returns: {type(error).__name__}: {error}"]
+    problems = [f"{name}: from_hf does not return it" for name in blank if name not in restored]
     problems += [
-        f"{name}: from_hf gives it, and the model has no such tensor" for name in restored if name not in blank
+        f"{name}: from_hf returns it, but the model has no such tensor" for name in restored if name not in blank
     ]
     return problems + [
-        f"{name}: from_hf gives it back as {list(restored[name].shape)} instead of {list(tensor.shape)}"
+        f"{name}: from_hf returns it as {list(restored[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in blank.items()
         if name in restored and restored[name].shape != tensor.shape
     ]

@@ -69,7 +69,7 @@ class AppState:
         extras: dict[Any, Any] = dict(given or {})
         for name, extra in extras.items():
             if not isinstance(name, str) or "/" in name or ":" in name:
-                raise CheckpointConfigError(f"extras[{name!r}]: the name must be a text without '/' and ':'")
+                raise CheckpointConfigError(f"extras[{name!r}]: the name must be a string without '/' and ':'")
             if not isinstance(extra, Stateful):
                 raise CheckpointConfigError(
                     f"extras[{name!r}] ({type(extra).__name__}) has no state_dict() and load_state_dict(); "

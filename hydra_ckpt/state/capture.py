@@ -139,9 +139,9 @@ class Extractor:
         except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
             self._resumable = False
             log.warning(
-                "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
-                "Give AppState one that can, by dataloader=: hydra_ckpt.resumable(loader, seed=...) makes one of a "
-                "plain DataLoader, in place of what accelerate prepares",
+                "the data loader (%s) cannot report its position (%s: %s): a resumed run starts its data from the "
+                "beginning. Pass one that can as dataloader= to AppState: hydra_ckpt.resumable(loader, seed=...) "
+                "makes one from a plain DataLoader, instead of what accelerate prepares",
                 type(state.dataloader).__name__,
                 type(error).__name__,
                 error,
@@ -296,7 +296,9 @@ class Sinks:
         try:
             encoded = encode(None if is_out else ask(), inside, sink)
         except RecursionError:
-            raise CheckpointError(f"{dotted}: its state holds itself, or is nested too deeply to be stored") from None
+            raise CheckpointError(
+                f"{dotted}: its state contains itself, or is nested too deeply to be stored"
+            ) from None
         self.tensors.update(sink)
         self.own.update(sink.own)
         self.omitted += sink.omitted

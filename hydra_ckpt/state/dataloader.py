@@ -99,7 +99,7 @@ class ResumableLoader(Generic[T]):
 
     def __init__(self, loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise TopologyError(f"resumable(): rank={rank} must lie between 0 and world_size - 1 = {world_size - 1}")
+            raise TopologyError(f"resumable(): rank={rank} must be between 0 and world_size - 1 = {world_size - 1}")
         _refuse_what_cannot_be_exact(loader)
         batching = loader.batch_sampler
         self.dataset = loader.dataset
@@ -129,8 +129,8 @@ class ResumableLoader(Generic[T]):
         if not self._goes_on:
             if self._resumed and self._position:
                 log.warning(
-                    "The resumed dataloader was left at batch %d of epoch %d and begins that epoch anew: an iterator "
-                    "that is given up takes the place in the data with it.",
+                    "The resumed dataloader was abandoned at batch %d of epoch %d and restarts that epoch: when an "
+                    "iterator is dropped, its position in the data is lost.",
                     self._batches,
                     self.epoch,
                 )
@@ -177,7 +177,7 @@ class ResumableLoader(Generic[T]):
         self._check(state)
         self.is_between_epochs = self._is_spent = False
         if state["seed"] != self.seed:
-            log.info("The dataloader goes on with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
+            log.info("The dataloader continues with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
         self.seed, self.epoch = state["seed"], state["epoch"]
         self._position, self._batches = state["position"], state["batches"]
         self._goes_on = True
@@ -191,8 +191,8 @@ class ResumableLoader(Generic[T]):
         samples = len(self._sampler)
         if state["position"] and state["samples"] != samples:
             raise CheckpointConfigError(
-                f"the checkpoint stands at sample {state['position']} of an epoch of {state['samples']} samples, but "
-                f"the dataset now gives {samples}: the remaining ones would be others. Bring the data back, or resume "
+                f"the checkpoint is at sample {state['position']} of an epoch of {state['samples']} samples, but the "
+                f"dataset now gives {samples}: the remaining samples would be different. Restore the data, or resume "
                 "without the dataloader"
             )
 
@@ -270,7 +270,7 @@ def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
     """Raises CheckpointConfigError, saying what to do, for a loader whose order is not ours to reproduce."""
     kind, batching, sampler = type(loader).__name__, loader.batch_sampler, _sampler_of(loader)
     if hasattr(loader, "state_dict"):
-        _refuse(f"{kind} already has a state_dict()", "give it to AppState as it is")
+        _refuse(f"{kind} already has a state_dict()", "pass it to AppState unchanged")
     if type(loader).__iter__ is not DataLoader.__iter__:
         _refuse(f"{kind} iterates in its own way", "make the plain DataLoader resumable, not what wraps it")
     if isinstance(loader.dataset, IterableDataset):
@@ -295,4 +295,4 @@ def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
 
 
 def _refuse(reason: str, remedy: str) -> NoReturn:
-    raise CheckpointConfigError(f"resumable(): {reason}, so it cannot go on exactly; {remedy}.")
+    raise CheckpointConfigError(f"resumable(): {reason}, so it cannot continue exactly; {remedy}.")

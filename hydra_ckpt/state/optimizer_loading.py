@@ -121,7 +121,7 @@ def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapp
             found.own[number] = tree
         else:
             found.different[_called(found.live, number)] = (
-                "it has state of its own beside that of its parameters, which fits only the same parameters in the "
+                "it has state of its own besides that of its parameters, which fits only the same parameters in the "
                 "same groups"
             )
     return found
@@ -174,7 +174,7 @@ def _fit_holder(
     found.state.append({name: state for name, state in described["state"].items() if name in held})
     if any(row is not None for row in rows) and _splits(described, holder, names):
         found.notes.append(
-            f"{_place(holder)}: its parameters are grouped otherwise than in the checkpoint; each group takes the "
+            f"{_place(holder)}: its parameters are grouped differently than in the checkpoint; each group gets the "
             "options that its parameters had there"
         )
 
@@ -275,7 +275,7 @@ def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> s
     sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
     return (
         f"{saved or 'another optimizer'} in the checkpoint, {name} in the AppState, with other options "
-        f"({'; '.join(sides)}). To start with a new optimizer, name the other parts alone: "
+        f"({'; '.join(sides)}). To start with a new optimizer, load only the other parts: "
         "restore_parts=[model,dataloader,rng,extras,progress]"
     )
 
@@ -499,7 +499,7 @@ def give_back(
         raise CheckpointError(
             f"{called} ({type(optimizer).__qualname__}): its load_state_dict() refuses what its state_dict() returned "
             f"when it was saved: {type(error).__name__}: {error}. Build it as in the run that saved; to start with a "
-            "new one, name the other parts alone: restore_parts=[model,dataloader,rng,extras,progress]"
+            "new one, load only the other parts: restore_parts=[model,dataloader,rng,extras,progress]"
         ) from error
     for one, other in shared:
         if not _share_groups(one, other):

@@ -168,7 +168,7 @@ def differing(saved: Any, live: Any, place: str = "", memory: dict[int, int] | N
         if not same_tensor(saved, live) or _facts(saved) != _facts(live):
             yield place
         elif _address(saved) and memory.setdefault(_address(saved), _address(live)) != _address(live):
-            yield f"{place} (shares no memory any more)"
+            yield f"{place} (no longer shares memory)"
     elif isinstance(saved, Mapping) and isinstance(live, Mapping):
         yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
         for key in saved.keys() & live.keys():

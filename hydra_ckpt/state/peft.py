@@ -83,10 +83,10 @@ def refuse_adapters(model: nn.Module) -> None:
     layer = peft.tuners.tuners_utils.BaseTunerLayer
     if any(isinstance(module, layer) for module in model.modules()):
         raise CheckpointConfigError(
-            "the model has adapters that no PeftModel holds (add_adapter(), load_adapter(), inject_adapter_in_model(), "
-            "a PeftMixedModel), and an export would hold the base model's weights under names that nothing opens. Wrap "
-            "it with peft.get_peft_model instead and set checkpoint.is_peft=true, or set "
-            "checkpoint.save_consolidated=false, which saves and resumes all of it"
+            "the model has adapters that no PeftModel holds (add_adapter(), load_adapter(), "
+            "inject_adapter_in_model(), a PeftMixedModel), and an export would hold the base model's weights under "
+            "names that nothing can open. Wrap it with peft.get_peft_model instead and set checkpoint.is_peft=true, "
+            "or set checkpoint.save_consolidated=false, which saves and resumes all of it"
         )
 
 
@@ -165,7 +165,7 @@ def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     if computed:
         raise CheckpointConfigError(
             f"{some_of(computed)}: peft computes these when it saves the adapter {adapter!r} "
-            f"({core.peft_config[adapter].peft_type}), so that training could not go on from them. Adapters of this "
+            f"({core.peft_config[adapter].peft_type}), so training could not continue from them. Adapters of this "
             "kind cannot be saved; choose another one, or another way of storing it in its configuration"
         )
     return {canonical(name): tensor for name, tensor in found.items()}
@@ -186,8 +186,8 @@ def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
     lost = [name for identity, name in names.items() if identity in trained and identity not in stored]
     if lost:
         raise CheckpointConfigError(
-            f"{some_of(lost)}: trained, but in no adapter's "
-            "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's modules_to_save"
+            f"{some_of(lost)}: trained, but in no adapter's files, so a checkpoint would lose them. Freeze them, or "
+            "name their modules in peft's modules_to_save"
         )
 
 
@@ -276,9 +276,9 @@ def _is_resized(base: Any, name: str | None, revision: str | None) -> bool:
             stored = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
         except (OSError, ValueError):
             log.warning(
-                "the configuration of the base model %s is not on this machine, so that it cannot be told whether the "
-                "vocabulary was resized: if it was, train the embeddings or name them in modules_to_save, or they are "
-                "not saved with the adapter",
+                "the configuration of the base model %s is not on this machine, so it is unknown whether the "
+                "vocabulary was resized: if it was, train the embeddings or name them in modules_to_save, or they "
+                "are not saved with the adapter",
                 name,
             )
             return False

@@ -69,8 +69,8 @@ class Places:
         fitting = [mesh for mesh in meshes if mesh.ndim == len(dims)]
         if len(fitting) > 1:
             raise TopologyError(
-                f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and nothing says "
-                "which; let the object's state_dict() return a DTensor before the load, too"
+                f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and it is not "
+                "recorded which one; let the object's state_dict() return a DTensor before the load, too"
             )
         if not fitting:
             return None

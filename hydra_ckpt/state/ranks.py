@@ -54,8 +54,8 @@ def warn_of_unused_mesh(modules: Iterable[nn.Module]) -> None:
     names = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
     if found := sorted(names & {"tp", "pp"}):
         log.warning(
-            "parameters lie on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as a "
-            "data-parallel one, for random numbers and data too. Pass mesh=",
+            "parameters lie on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as "
+            "data parallel, for random numbers and data too. Pass mesh=",
             " and ".join(found),
         )
 
@@ -83,7 +83,7 @@ class Topology:
         found = channel.agree("comparing the ranks' places", astuple(place), _arrange)
         if not found["distinct"]:
             log.warning(
-                "several ranks have dp_rank=%d, tp_rank=%d and pp_rank=%d: all ranks are taken for data-parallel ones. "
+                "several ranks have dp_rank=%d, tp_rank=%d and pp_rank=%d: all ranks are treated as data parallel. "
                 "Pass each rank its own place to build(), or the device mesh to on_train_begin()",
                 *astuple(place),
             )

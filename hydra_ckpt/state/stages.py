@@ -101,7 +101,7 @@ def _schedulers(documents: Sequence[Document], wanted: int, notes: list[str]) ->
     if len(kinds) == 1:
         return list(kinds.values()) * wanted
     if any(pool != pools[0] for pool in pools):
-        notes.append("the pipeline stages' schedulers differ; those of the first stage are taken")
+        notes.append("the pipeline stages' schedulers differ; those of the first stage are used")
     return list(pools[0])
 
 
@@ -126,7 +126,7 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: _merge([tree[key] for tree in trees if key in tree], f"{path}.{key}", notes) for key in keys}
     if any(tree != first for tree in trees):
-        notes.append(f"the pipeline stages have different values of {path}; the first stage's is taken")
+        notes.append(f"the pipeline stages have different values of {path}; the first stage's is used")
     return first
 
 

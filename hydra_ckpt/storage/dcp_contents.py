@@ -77,4 +77,4 @@ def _small_json(path: Path, file: str, manifest: Manifest) -> dict[str, Any] | N
     try:
         return dict(json.loads(read_small(path, file, manifest.files[file])))
     except (ValueError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(path / file, f"is not JSON of ours: {error}") from None
+        raise CorruptCheckpointError(path / file, f"is not JSON that hydra_ckpt wrote: {error}") from None

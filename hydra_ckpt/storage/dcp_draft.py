@@ -141,9 +141,9 @@ def await_assignment(path: Path) -> Assignment | None:
                 return None
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"{path} is not there, or rank 0 has announced nothing in it. All ranks must save to the same "
-                "directory, shared by all hosts, not on a local disk; and a planner class that caches plans must save "
-                "in one process group only"
+                f"{path} does not exist, or rank 0 has announced nothing in it. All ranks must save to the same "
+                "directory, shared by all hosts, not on a local disk; and a planner class that caches plans must "
+                "save in one process group only"
             )
         time.sleep(_RETRY_S)
 

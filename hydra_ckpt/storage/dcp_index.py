@@ -71,7 +71,7 @@ def read_index(directory: Path) -> list[Entry]:
     try:
         found = run(read_small_file(path, _MAX_BYTES, follow=True))
         if not isinstance(found, Noted) or found.what != "Metadata":
-            raise ValueError("it is no index of torch.distributed.checkpoint")
+            raise ValueError("it is not an index of torch.distributed.checkpoint")
         return list(_entries(directory, found.state))
     except CheckpointError:
         raise
@@ -112,7 +112,7 @@ def ambiguous(directory: Path, prefixes: Collection[KeyPath], remedy: str) -> Ch
     """The error where several parts may be the model."""
     found = ", ".join(sorted(map(dotted, prefixes)))
     return CheckpointConfigError(
-        f"{directory} holds a model's tensors under each of {found}, and nothing tells which is meant. {remedy}"
+        f"{directory} holds a model's tensors under each of {found}, and it is unclear which one is meant. {remedy}"
     )
 
 
@@ -127,7 +127,7 @@ def _entries(directory: Path, index: dict[str, Any]) -> Iterator[Entry]:
     seen: set[KeyPath] = set()
     for name, entry in index["state_dict_metadata"].items():
         if type(name) is not str:
-            raise TypeError("the name of an entry is no text")
+            raise TypeError("the name of an entry is not a string")
         if name not in places:
             raise CorruptCheckpointError(directory / INDEX, f"does not say where {name} lies")
         path = _path(paths.get(name, (name,)))
@@ -142,7 +142,7 @@ def _entries(directory: Path, index: dict[str, Any]) -> Iterator[Entry]:
 
 def _path(value: Any) -> KeyPath:
     if not isinstance(value, tuple | list) or not value or not all(type(key) in (str, int) for key in value):
-        raise ValueError("the keys that lead to an entry are no texts or numbers")
+        raise ValueError("the keys that lead to an entry are not strings or numbers")
     return tuple(value)
 
 
@@ -162,7 +162,7 @@ def _tensor(
     for offset, place in places:
         corner = (0,) * len(shape) if offset is None else _ints(offset, len(shape))
         if corner not in sizes or any(a + n > m for a, n, m in zip(corner, sizes[corner], shape, strict=True)):
-            raise ValueError(f"it does not say rightly which part of {name} begins at {list(corner)}")
+            raise ValueError(f"it wrongly describes the part of {name} that begins at {list(corner)}")
         piece = _piece(directory, name, Box(corner, sizes[corner]), place)
         if Box(corner, sizes[corner]).numel * spec.itemsize > piece.length:
             raise ValueError(f"it names too few bytes for a piece of {name}")
@@ -187,7 +187,7 @@ def _ints(values: Any, count: int | None = None) -> tuple[int, ...]:
     found = tuple(values)
     # Not shown in the messages: a nest of tuples would take for ever to be written out.
     if not all(type(value) is int and 0 <= value < LIMIT for value in found) or len(found) > MAX_DIMENSIONS:
-        raise ValueError("a size or position is no number that it can be")
+        raise ValueError("a size or position is not a valid number")
     if count is not None and len(found) != count:
-        raise ValueError(f"a size or position has not {count} dimensions")
+        raise ValueError(f"a size or position does not have {count} dimensions")
     return found

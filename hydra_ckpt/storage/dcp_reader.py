@@ -153,7 +153,7 @@ class SafetensorsReader(StorageReader):
             inner = {name: found.inner[name] for name in tensor_names(data)}
         except (KeyError, TypeError) as error:
             raise CorruptCheckpointError(
-                self._path / VALUES, f"refers to a tensor that is not there: {error}"
+                self._path / VALUES, f"refers to a tensor that does not exist: {error}"
             ) from None
         tensors = {
             name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype]) for name, stored in inner.items()

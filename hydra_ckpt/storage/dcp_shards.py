@@ -82,7 +82,7 @@ def _joined(root: Path, tensors: list[StoredTensor]) -> StoredTensor:
     for tensor, chunk in zip(tensors, chunks, strict=True):
         if (tensor.spec.dtype, len(tensor.spec.shape)) != (first.dtype, len(first.shape)):
             raise CorruptCheckpointError(
-                root / chunk.file, f"{first.name} is in {chunks[0].file} too, and the two do not fit"
+                root / chunk.file, f"{first.name} is in {chunks[0].file} too, and the two do not match"
             )
     refuse_overlap(root, first.name, chunks)
     shape = tuple(max(sizes) for sizes in zip(*(tensor.spec.shape for tensor in tensors), strict=True))

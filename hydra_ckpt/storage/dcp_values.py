@@ -79,7 +79,7 @@ def _check_inner(name: str, tensor: torch.Tensor) -> None:
         kind = type(tensor).__name__ if type(tensor) is not torch.Tensor else "tensor that requires grad"
         raise CheckpointError(
             f"{name}: a {kind} inside another value would come back as a plain tensor. Save it under a key of its own "
-            "(DefaultSavePlanner(flatten_state_dict=True) takes dicts and lists apart), or save it detached"
+            "(DefaultSavePlanner(flatten_state_dict=True) flattens dicts and lists), or save it detached"
         )
 
 
@@ -101,8 +101,8 @@ def load_item(planner: LoadPlanner, item: ReadItem, path: Path, data: Any, tenso
     if isinstance(data, dict) and data.get("~") == _BYTES:
         if type(planner).load_bytes is DefaultLoadPlanner.load_bytes:
             raise CheckpointConfigError(
-                f"{name}: {path} has it as bytes of a save planner's own making, which DefaultLoadPlanner would "
-                "unpickle. Load with a planner whose load_bytes() reads what the save planner wrote"
+                f"{name}: {path} has it as bytes that a save planner made, which DefaultLoadPlanner would unpickle. "
+                "Load with a planner whose load_bytes() reads what the save planner wrote"
             )
         planner.load_bytes(item, io.BytesIO(tensors[data["v"]].numpy().tobytes()))
         return

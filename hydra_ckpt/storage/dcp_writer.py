@@ -237,9 +237,9 @@ class SafetensorsWriter(StorageWriter):
         if not self._is_coordinator:
             if not isinstance(plan.storage_data, Session):
                 raise CheckpointError(
-                    f"the plan that {type(planner).__name__} has cached was made by another storage writer, for DCP "
-                    "keeps one plan for all planners of a class name. Give SafetensorsWriter a planner class of its "
-                    "own: class Planner(DefaultSavePlanner): pass"
+                    f"the plan that {type(planner).__name__} has cached was made by another storage writer, because "
+                    "DCP keeps one plan for all planners with the same class name. Give SafetensorsWriter a planner "
+                    "class of its own: class Planner(DefaultSavePlanner): pass"
                 )
             return await_assignment(draft_path(self._target, plan.storage_data))
         saving = self._current()
@@ -371,7 +371,7 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
     if dtype != share.spec.dtype:
         raise CheckpointError(
             f"{name}: planned as {share.spec.dtype}, but the planner gave {dtype}. A planner that converts tensors "
-            "must plan them as what they become; one that caches plans does not notice another element type: use one "
+            "must plan them with their new type; one that caches plans does not notice another element type: use one "
             "without plan caching, or of another class name"
         )
     if shape != share.box.sizes:

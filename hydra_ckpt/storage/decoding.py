@@ -110,10 +110,10 @@ def _view(content: list[Any]) -> torch.Tensor:
     """A part of a tensor's memory."""
     base, offset, shape, stride = content
     if not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
-        raise ValueError("a view with sizes that are none")
+        raise ValueError("a view with invalid sizes")
     end = offset + sum(step * (size - 1) for step, size in zip(stride, shape, strict=True))
     if not base.is_contiguous() or end >= base.numel():
-        raise ValueError("a view that reaches beyond its tensor")
+        raise ValueError("a view that extends beyond its tensor")
     return torch.as_strided(base, shape, stride, base.storage_offset() + offset)
 
 
@@ -121,7 +121,7 @@ def _with_attributes(pair: list[Any]) -> Any:
     found, beside = pair
     for name in beside:
         if not name.isidentifier() or hasattr(type(found), name):
-            raise ValueError(f"an attribute {name!r}, which would hide one that is there")
+            raise ValueError(f"an attribute {name!r}, which would hide an existing one")
     found.__dict__.update(beside)
     return found
 
@@ -161,7 +161,7 @@ def strides(data: Any) -> dict[str, tuple[int, ...]]:
         if STRIDES in item:
             given = item[STRIDES]
             if type(given) is not list or not all(type(step) is int and 0 <= step < 1 << 48 for step in given):
-                raise CorruptCheckpointError("progress", f"{item['v']!r} has strides that are none")
+                raise CorruptCheckpointError("progress", f"{item['v']!r} has invalid strides")
             found[item["v"]] = tuple(given)
     return found
 
@@ -175,7 +175,7 @@ def placements(data: Any) -> dict[str, list[int | None]]:
     found = {item["v"]: item[PLACEMENTS] for item in _nodes(data, "tensor") if PLACEMENTS in item}
     for name, dims in found.items():
         if type(dims) is not list or not all(dim is None or (type(dim) is int and 0 <= dim < 64) for dim in dims):
-            raise CorruptCheckpointError("progress", f"{name!r} has placements that are none")
+            raise CorruptCheckpointError("progress", f"{name!r} has invalid placements")
     return found
 
 

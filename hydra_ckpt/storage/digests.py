@@ -96,11 +96,13 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"its list of files cannot be read: {error!r}") from None
     if len(body) % _RECORD.itemsize:
-        raise CorruptCheckpointError(path, f"its records are no multiple of {_RECORD.itemsize} bytes", found=len(body))
+        raise CorruptCheckpointError(
+            path, f"its records are not a multiple of {_RECORD.itemsize} bytes", found=len(body)
+        )
     records = []
     for file, count, offset, run, stride, digest in np.frombuffer(body, _RECORD).tolist():
         region = Region(offset, run, count, stride)
         if file >= len(limits) or not count or not run or region.end > limits[file] or (count > 1 and stride < run):
-            raise CorruptCheckpointError(path, f"a digest speaks of bytes that do not exist: file {file}, {region}")
+            raise CorruptCheckpointError(path, f"a digest covers bytes that do not exist: file {file}, {region}")
         records.append(Digested(file, region, digest))
     return files, records

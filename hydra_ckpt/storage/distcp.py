@@ -225,5 +225,7 @@ def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> to
     except Exception as error:  # noqa: BLE001 - whatever the damage leads to
         raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
     if tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
-        raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)
+        raise CorruptCheckpointError(
+            root / chunk.file, "holds a different tensor than the index says", byte_range=where
+        )
     return tensor

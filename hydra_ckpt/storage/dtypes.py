@@ -47,7 +47,7 @@ def check_name(name: str) -> None:
             "buffer, or keep it in a submodule"
         )
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
+        raise CheckpointConfigError(f"the name {name!a} of a tensor is not valid Unicode text; rename it")
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -69,7 +69,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.dim() > MAX_DIMENSIONS or max(tensor.shape, default=0) >= LIMIT:
         raise CheckpointConfigError(
-            f"{name} has {tensor.dim()} dimensions, the longest of {max(tensor.shape)}; what can be stored has up to "
+            f"{name} has {tensor.dim()} dimensions, the longest of {max(tensor.shape)}; a stored tensor has at most "
             f"{MAX_DIMENSIONS}, each shorter than 2**{LIMIT.bit_length() - 1}. Reshape it"
         )
 

@@ -141,7 +141,7 @@ class _Encoder:
         if key in self._known:
             return dict(self._known[key])
         if key in self._open:
-            raise self._refused(name, "its state holds itself; let state_dict() return something that does not")
+            raise self._refused(name, "its state contains itself; let state_dict() return something that does not")
         if key not in self._made:
             self._open.add(key)
             label = f"{name}#{len(self._made)}"
@@ -190,7 +190,7 @@ class _Encoder:
             return dict(known)
         if name in self._tensors:
             raise CheckpointError(
-                f"{name}: two tensors would have this name; let no key contain a dot, or be a text of digits"
+                f"{name}: two tensors would have this name; let no key contain a dot, or be a string of digits"
             )
         local = local_part(value)
         if is_wrapper(local):
@@ -271,8 +271,8 @@ class _Encoder:
         kind = type(value)
         return self._refused(
             name,
-            f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. "
-            "Let state_dict() return numbers, texts, lists, dicts and tensors only",
+            f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. Let "
+            "state_dict() return numbers, strings, lists, dicts and tensors only",
         )
 
     def _refused(self, name: str, why: str) -> CheckpointError:

@@ -79,8 +79,8 @@ def _found(module: str, qualname: str) -> Any:
 def _place(kind: type) -> list[str]:
     if _found(kind.__module__, kind.__qualname__) is not kind:
         raise NotExactError(
-            f"its class {kind.__module__}.{kind.__qualname__} is not what a module has under that name, so that it "
-            "could not be found again; define it at the top of a module"
+            f"its class {kind.__module__}.{kind.__qualname__} is not what a module has under that name, so it could "
+            "not be found again; define it at the top of a module"
         )
     return [kind.__module__, kind.__qualname__]
 
@@ -99,7 +99,7 @@ def _from_enum(value: Enum) -> Tagged:
     # Of combined flags the name is none, or differs between versions of Python.
     name = value.name if type(value).__members__.get(value.name or "") is value else None
     if name is None and not isinstance(value, Flag):
-        raise NotExactError("it is no member of its class")
+        raise NotExactError("it is not a member of its class")
     return "enum", [*_place(type(value)), name, value.value]
 
 
@@ -110,7 +110,7 @@ def _to_enum(content: list[Any]) -> Enum:
     if member is None or repr(member.value) != repr(value):
         raise CheckpointError(
             f"the checkpoint holds {module}.{qualname}.{name or ''} with the value {value!r}, which it does not have "
-            "in this program; bring the class back as it was"
+            "in this program; restore the class as it was"
         )
     return member
 
@@ -124,7 +124,7 @@ def _flags(kind: type[Enum], value: Any) -> Enum | None:
 
 def _from_named_tuple(value: Any) -> Tagged:
     if getattr(value, "__dict__", None):
-        raise NotExactError("it has attributes beside its fields")
+        raise NotExactError("it has attributes besides its fields")
     return "namedtuple", [*_place(type(value)), list(type(value)._fields), list(value)]
 
 
@@ -134,7 +134,7 @@ def _to_named_tuple(content: list[Any]) -> Any:
     if list(getattr(kind, "_fields", ())) != fields:
         raise CheckpointError(
             f"the checkpoint holds a {module}.{qualname} with the fields {', '.join(fields)}, which it does not have "
-            "in this program; bring the class back as it was"
+            "in this program; restore the class as it was"
         )
     return tuple.__new__(kind, values)
 
@@ -179,7 +179,7 @@ def _from_scalar(value: np.generic) -> Tagged:
 def _from_time(value: Any) -> Tagged:
     content = [type(value).__name__, value.isoformat(), getattr(value, "fold", 0)]
     if repr(_to_time(content)) != repr(value):  # a time zone has a name of its own
-        raise NotExactError(f"its text, {content[1]}, does not say all about its time zone; convert it to UTC")
+        raise NotExactError(f"its text, {content[1]}, does not fully describe its time zone; convert it to UTC")
     return "time", content
 
 
@@ -209,7 +209,7 @@ def _to_stream(pair: list[Any]) -> io.BytesIO:
 
 def _from_generator(value: torch.Generator) -> Tagged:
     if value.device.type != "cpu":
-        raise NotExactError(f"it is a generator of {value.device}; put its get_state() there")
+        raise NotExactError(f"it is a generator of {value.device}; store its get_state() instead")
     return "generator", value.get_state()
 
 

@@ -84,7 +84,7 @@ class _Machine:
         else:
             called, arguments = self._popped(2)
             if not isinstance(called, Noted) or called.arguments is not None or not isinstance(arguments, tuple):
-                raise ValueError("it calls what is no class")
+                raise ValueError("it calls something that is not a class")
             self.stack.append(arguments[0] if called.what == "Size" else Noted(called.what, arguments))
 
     def _popped(self, count: int) -> list[Any]:
@@ -96,7 +96,7 @@ class _Machine:
 
     def _top(self, kind: type[Any]) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise TypeError(f"it takes something else for a {kind.__name__}")
+            raise TypeError(f"it uses something else as a {kind.__name__}")
         return self.stack[-1]
 
     def _since_mark(self) -> list[Any]:

@@ -117,5 +117,5 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
         what = str(error).partition("\n")[0]  # what follows advises to run the pickle
         raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {what}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise CorruptCheckpointError(path, "is no state dict of tensors")
+        raise CorruptCheckpointError(path, "is not a state dict of tensors")
     return {str(name): tensor for name, tensor in loaded.items()}

@@ -81,7 +81,8 @@ def put_together(data: Any) -> torch.Tensor:
     kind = _find(module, name)
     if not (isinstance(kind, type) and issubclass(kind, torch.Tensor) and hasattr(kind, "__tensor_unflatten__")):
         raise CorruptCheckpointError(
-            "progress", f"{module}.{name} is no tensor subclass that is imported here; import its module before loading"
+            "progress",
+            f"{module}.{name} is not a tensor subclass that is imported here; import its module before loading",
         )
     found: torch.Tensor = kind.__tensor_unflatten__(
         data["inner"], data["context"], torch.Size(data["size"]), tuple(data["stride"])

@@ -224,7 +224,7 @@ def _refuse_parents(path: Path, selector: str) -> None:
         latest = scan(root).pointed(names.LATEST)
         if latest is not None:
             raise CheckpointNotFoundError(
-                f"restore_from={selector}: this is no checkpoint, but there are some in it; the latest is "
+                f"restore_from={selector}: this is not a checkpoint, but a directory with some in it; the latest is "
                 f"restore_from={latest.path}"
             )
 

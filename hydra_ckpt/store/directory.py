@@ -118,8 +118,8 @@ class Directory:
             raise  # some of ours are OSErrors too
         except OSError as error:
             raise CheckpointConfigError(
-                f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "
-                "choose another directory, or mend its permissions or space"
+                f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); choose another directory, or fix "
+                "its permissions or free some space"
             ) from error
         self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
 
@@ -240,7 +240,7 @@ class Directory:
             put_back(self._held, self.root, self._owner.incarnation, self._hidden)
             self._point_best()
         except (OSError, CheckpointError) as error:
-            log.debug("%s was not looked through at the end: %s", self.root, error)
+            log.debug("%s could not be checked at the end: %s", self.root, error)
 
     def _point_latest(self, name: str) -> None:
         """Move LATEST, but never to an earlier step: only `settle` goes back."""
@@ -311,7 +311,11 @@ class Directory:
             except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
-                log.warning("metrics of %s cannot be written now (%s); they are kept, and tried again", name, error)
+                log.warning(
+                    "metrics of %s cannot be written now (%s); they are kept, and the write will be tried again",
+                    name,
+                    error,
+                )
                 continue
             del self._owed[name]
 
@@ -357,4 +361,4 @@ class Directory:
         try:
             discard(self._held, hidden)
         except (OSError, CheckpointError) as error:
-            log.warning("%s could not be deleted; the next run does it: %s", hidden, error)
+            log.warning("%s could not be deleted; the next run will do it: %s", hidden, error)

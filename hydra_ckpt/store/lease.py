@@ -151,7 +151,7 @@ class Lease:
             )
         else:
             log.warning(
-                "%s is held by a run on host %s, process %d, and it cannot be told from here whether that still lives. "
+                "%s is held by a run on host %s, process %d, and this process cannot tell whether it is still alive. "
                 "Watching its heartbeat for %.0f s",
                 *(self._root, other.host, other.pid, self._times.stale_s),
             )
@@ -212,8 +212,8 @@ class Lease:
     def _refuse_other_job(self, other: Owner) -> None:
         if other.run and self._owner.run and other.run != self._owner.run:
             raise CheckpointExistsError(
-                f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. "
-                "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
+                f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. Give each job its own "
+                "directory, for example by a relative checkpoint.checkpoint_dir"
             )
 
     def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
@@ -225,8 +225,8 @@ class Lease:
 
     def _unproved(self, other: Owner) -> CheckpointExistsError:
         return CheckpointExistsError(
-            f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; it cannot be "
-            f"told from here whether that lives. If you know that it has ended, remove {self._path}"
+            f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; this process "
+            f"cannot tell whether it is alive. If you know that it has ended, remove {self._path}"
         )
 
     # -- holding ---------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ class Lease:
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner.pid:
             raise CheckpointError(
-                f"{self._root} is held by process {self._owner.pid}, of which this process is a copy (fork); "
-                "only that one saves"
+                f"{self._root} is held by process {self._owner.pid}, of which this process is a fork; only that "
+                "process saves"
             )
 
     def beat(self) -> None:

@@ -21,7 +21,7 @@ def left_if_stuck(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("%s, which a run that died has left, cannot be removed: %s", path, error)
+        log.warning("%s, left by a run that died, cannot be removed: %s", path, error)
 
 
 def sweep_prepared(files: Files, path: Path) -> None:

@@ -145,7 +145,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
         digest = body.pop(_DIGEST_FIELD)
         resealed = seal(body)  # a lone surrogate cannot be written
     except (ValueError, RecursionError, MemoryError, KeyError, AttributeError, TypeError):
-        raise CorruptCheckpointError(path, "it is torn or not JSON of ours") from None
+        raise CorruptCheckpointError(path, "it is incomplete, or not JSON that hydra_ckpt wrote") from None
     if resealed != data:
         raise CorruptCheckpointError(
             path, "its digest does not match", expected=digest, found=xxhash.xxh3_64_hexdigest(_dump(body))
@@ -189,7 +189,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         body = read_sealed(path)
     except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{directory} holds no {names.MANIFEST}: it is no finished checkpoint") from None
+        raise CheckpointNotFoundError(
+            f"{directory} holds no {names.MANIFEST}: it is not a finished checkpoint"
+        ) from None
     _check_format(path, body)
     try:
         return _from_body(path, body)
@@ -200,7 +202,9 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_format(path: Path, body: dict[str, Any]) -> None:
     number = body.get("format")
     if type(number) is not int or number < FORMATS[0]:
-        raise CorruptCheckpointError(path, f"its format is {str(number)[:_MAX_NAME_BYTES]!r}, which is none")
+        raise CorruptCheckpointError(
+            path, f"its format is {str(number)[:_MAX_NAME_BYTES]!r}, which is not a format number"
+        )
     if number not in FORMATS:
         details = body.get("details")
         writer = details.get(WRITER) if isinstance(details, dict) else None
@@ -220,7 +224,9 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     )
     for name in [*files, *exports.values()]:
         if not _is_inside(name):
-            raise CorruptCheckpointError(path, f"the file name {name[:200]!r} leads out of the checkpoint, or is none")
+            raise CorruptCheckpointError(
+                path, f"the file name {name[:200]!r} leads out of the checkpoint, or is not valid"
+            )
     _check_kinds(path, manifest)
     listed = [*manifest.digests, *(name for part in parts.values() for name in part.files)]
     unknown = sorted(set(listed) - set(files))

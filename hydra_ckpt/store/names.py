@@ -55,7 +55,7 @@ def step_of(name: str) -> int:
     """The step that a checkpoint's name tells."""
     match = _CHECKPOINT.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} is no checkpoint name")
+        raise ValueError(f"{name!r} is not a checkpoint name")
     return int(match[2])
 
 

@@ -34,8 +34,8 @@ def point(files: Files, root: Path, pointer: str, target: str) -> None:
     link, beside = root / pointer, root / f".{pointer}.{names.nonce()}"
     if _is_directory(link):
         log.warning(
-            "%s is a directory and no link, as a copy that follows links leaves it; it is not touched, and %s.txt "
-            "leads to %s instead. Remove the directory, or give it another name",
+            "%s is a directory and not a link, probably from a copy that followed links; it is not touched, and "
+            "%s.txt leads to %s instead. Remove the directory, or give it another name",
             *(link, pointer, target),
         )
         _write_text(files, root, pointer, target)
@@ -102,10 +102,10 @@ def protected(root: Path) -> Protected:
             found.add(name)
         elif pointer in (names.LATEST, names.BEST):
             lost.add(pointer)
-            why = f"cannot be read: {error}" if error else f"leads to no checkpoint but to {target!r}"
+            why = f"cannot be read: {error}" if error else f"leads to {target!r}, which is not a checkpoint"
             log.warning("the pointer %s %s", root / pointer, why)
         elif error is not None:
-            log.warning("%s is taken for no pointer: %s", root / pointer, error)
+            log.warning("%s is not treated as a pointer: %s", root / pointer, error)
     return Protected(frozenset(found), frozenset(lost))
 
 

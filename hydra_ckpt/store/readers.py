@@ -46,7 +46,7 @@ def is_read(checkpoint: Path) -> bool:
     try:
         descriptor = open_regular(checkpoint / names.MANIFEST, write=True)
     except (OSError, CorruptCheckpointError) as error:
-        log.warning("%s is kept: whether anybody reads it cannot be told (%s)", checkpoint, error)
+        log.warning("%s is kept, because it is unknown whether it is being read (%s)", checkpoint, error)
         return True
     try:
         return not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

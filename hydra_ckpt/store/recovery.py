@@ -98,9 +98,11 @@ def _put_back(files: Files, path: Path, name: str) -> bool:
         files.rename(path, target)
         files.sync_dir(path.parent)
     except OSError as error:
-        log.warning("%s had been retired by a run that no longer held the directory; it stays so: %s", target, error)
+        log.warning(
+            "%s had been retired by a run that no longer held the directory; it stays retired: %s", target, error
+        )
     else:
-        log.warning("%s had been retired by a run that no longer held the directory; it is there again", target)
+        log.warning("%s had been retired by a run that no longer held the directory; it has been put back", target)
     return True
 
 
@@ -159,9 +161,9 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
     """The error for checkpoints in the way of a run that goes back."""
     listed = ", ".join(path.name for path in paths)
     return CheckpointExistsError(
-        f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. "
-        "Set checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, "
-        f"or restore_from={paths[-1].name} to go on from the newest; to read weights only, restore_parts=[model]"
+        f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. Set "
+        "checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, or "
+        f"restore_from={paths[-1].name}to continue from the newest; to read weights only, restore_parts=[model]"
     )
 
 

@@ -29,8 +29,8 @@ def refuse_strangers(root: Path) -> None:
     if found:
         raise CheckpointConfigError(
             f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they have the "
-            f"place or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
-            "checkpoint.checkpoint_dir; to begin with one of these checkpoints, name it by checkpoint.restore_from=PATH"
+            f"location or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
+            "checkpoint.checkpoint_dir; to start from one of these checkpoints, set checkpoint.restore_from=PATH"
         )
 
 
