@@ -1,8 +1,8 @@
 """The settings a user types, checked once.
 
 `CheckpointingConfig` is what Hydra, YAML and Python callers fill in. It checks itself, because a configuration read
-back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: below the
-conductor nobody reads the flat settings, each part gets the few values it needs. Nothing here imports torch.
+back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: only the top
+level reads the flat settings; each part gets the few values it needs. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> Sa
 
 def _is_geq_torch_2_9() -> bool:
     """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False where there is none."""
-    # Reading the version of the installed package spares the import; an imported torch knows better what it is.
+    # Reading the version of the installed package avoids the import; if torch is imported, its own version is more
+    # reliable.
     from importlib import metadata
 
     torch = sys.modules.get("torch")

@@ -2,7 +2,7 @@
 
 Only `prune` and `repair` change a directory of checkpoints.
 
-Exit codes: 0 all is well, 1 something was found to be wrong, 2 the tool was asked for something it cannot do.
+Exit codes: 0: all is well, 1: something is wrong, 2: the tool was called for something it cannot do.
 """
 
 from __future__ import annotations

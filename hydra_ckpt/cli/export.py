@@ -65,7 +65,7 @@ def export(
     """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
 
     The files are those that the run itself would have written. Weights are streamed, whatever their size. Of what
-    `dcp.save` or accelerate has written, a model like it (--base) tells names, configuration and tokenizer.
+    `dcp.save` or accelerate has written, a model like it (--base) provides names, configuration and tokenizer.
     """
     from hydra_ckpt.hub.offline import export_checkpoint
     from hydra_ckpt.storage.pickled import is_foreign

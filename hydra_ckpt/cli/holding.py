@@ -1,4 +1,4 @@
-"""The verbs that change a directory hold it as a run does: never beside one. Imports no torch."""
+"""The verbs that change a directory hold it as a run does: never while one is running. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def held(root: Path, keep: KeepOptions) -> Iterator[Directory]:
         CheckpointExistsError: A run writes to it, or may do so. It is not waited for.
     """
     record = read_owner(root)
-    # The directory goes on belonging to the job of a sweep that made it.
+    # The directory still belongs to the job of the sweep that created it.
     directory = Directory(root, Files(), keep, record[0].run if record is not None else None, may_wait=False)
     directory.open(None)
     try:

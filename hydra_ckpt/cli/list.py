@@ -55,7 +55,7 @@ class _Entry:
         return "" if not self.problem else "newer format" if self.is_newer else "damaged"
 
     def as_data(self) -> dict[str, Any]:
-        """For `--json`; what only the manifest knows is null where that cannot be read."""
+        """For `--json`; values that only the manifest has are null if it cannot be read."""
         known = self.checkpoint
         manifest = known.manifest if known else None
         return {
@@ -123,7 +123,7 @@ def list_checkpoints(
 
 
 def _list_jobs(sweep_dir: Path, as_json: bool) -> None:
-    """The sweep's summary, made anew from what lies there now; printed as JSON it is the summary's file."""
+    """The sweep's summary, newly made from its current contents; printed as JSON it is the summary's file."""
     summary = summarize(sweep_dir)
     if as_json:
         print_json(summary)

@@ -13,7 +13,7 @@ from hydra_ckpt.values import refuse_url
 
 __all__ = ["Located", "holds_checkpoints", "locate", "open_one"]
 
-# Where a run keeps its checkpoints unless it is told otherwise.
+# Where a run keeps its checkpoints by default.
 _DEFAULT_DIRECTORY = "checkpoints"
 
 
@@ -35,14 +35,14 @@ class Located:
 
 
 def locate(given: Path, *, or_else: str = "") -> Located:
-    """Find the checkpoint directory behind a path, which may be that directory, a run's, or one checkpoint.
+    """Find the checkpoint directory for a path, which may be that directory, a run's, or one checkpoint.
 
     Args:
         given: The path.
         or_else: What else it has been tried as, for the message.
 
     Raises:
-        CheckpointNotFoundError: There is no such directory, or it holds nothing of ours.
+        CheckpointNotFoundError: The directory does not exist, or contains no checkpoint of hydra_ckpt.
     """
     refuse_url("DIR", given)
     path = given.resolve()

@@ -19,7 +19,7 @@ __all__ = ["cell", "console", "iso_time", "parts_data", "print_json", "print_lin
 # Of the keys that JSON has; docs/format.md lists them.
 _VERSION = 1
 
-# Where nobody looks at a terminal, lines are for other programs and must not be broken.
+# If the output is not a terminal, lines are for other programs and must not be wrapped.
 _ENDLESS = 1000
 
 

@@ -74,7 +74,7 @@ def prune(
 
 
 def _refuse_unmeasured(catalog: Catalog, context: Context) -> None:
-    """Raise if there are checkpoints, and none has the metric that tells the best."""
+    """Raise if there are checkpoints, but none has the metric that decides the best."""
     if not catalog.checkpoints or catalog.best(context.metric, context.mode) is not None:
         return
     measured = sorted({name for item in catalog.checkpoints for name in item.metrics})

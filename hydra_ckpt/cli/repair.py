@@ -64,7 +64,7 @@ def _plan(root: Path, dry_run: bool) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool | None:
-    """Whether a draft has all its files; None where a newer version wrote it, so that it cannot be told."""
+    """Whether a draft has all its files; None if that is unknown because a newer version wrote it."""
     try:
         Checkpoint.open(path).check_files()
     except CheckpointFormatError:

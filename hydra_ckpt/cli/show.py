@@ -125,7 +125,7 @@ def _command(checkpoint: Checkpoint) -> str:
 
 
 def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:
-    """Where the run lies now; its directory may have been moved, with its checkpoints in it."""
+    """The run's current directory; it may have been moved, together with its checkpoints."""
     recorded = Path(hydra["runtime"]["output_dir"])
     above = [path for path in checkpoint.path.parents if (path / (hydra.get("output_subdir") or ".hydra")).is_dir()]
     return above[0] if above and not checkpoint.path.is_relative_to(recorded) else recorded

@@ -165,7 +165,7 @@ def _verify(path: Path, bar: Progress) -> _Verdict:
 
 
 def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
-    """Metrics that were added later stand beside the manifest, in a file that carries its own digest."""
+    """Metrics that were added later are beside the manifest, in a file that contains its own digest."""
     try:
         read_metrics(checkpoint.path)
     except FileNotFoundError:

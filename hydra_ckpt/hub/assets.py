@@ -22,7 +22,7 @@ from hydra_ckpt.state.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 
-# What a tokenizer or processor consists of, wherever it is kept beside a model.
+# Names of the files of a tokenizer or processor, wherever they are stored with a model.
 _TOKENIZER_FILES = (
     "*.spm",
     "*.tiktoken",
@@ -50,7 +50,7 @@ _TOKENIZER_FILES = (
     "video_preprocessor_config.json",
     "vocab.*",
 )
-# Any of these may say that it comes with code of its own.
+# Any of these may declare custom code.
 _CODED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -103,7 +103,7 @@ def _generation(config: Any) -> dict[str, bytes]:
 
 
 def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
-    """The modules that a model of a class of its own needs, if that was registered; the configuration tells of them."""
+    """The modules that a model of a custom class needs, if the class was registered; the configuration names them."""
     kind: Any = original_class(model)
     if getattr(kind, "_auto_class", None) is None:
         return {}
@@ -171,7 +171,7 @@ def _saved(thing: Any, what: str, **options: Any) -> dict[str, bytes]:
 
 @contextmanager
 def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
-    """Turn the error of a value that JSON does not know into one that says where it stands.
+    """Turn the error of a value that JSON cannot express into one that says where the value is.
 
     Args:
         what: The object, for the message.

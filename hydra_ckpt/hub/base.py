@@ -117,7 +117,7 @@ def load_base(
     except Exception as failure:
         error = failure
     channel.raise_together(f"reading {reference.directory}", _known(error))
-    assert report is not None  # raise_together has raised otherwise
+    assert report is not None  # if there was an error, raise_together has raised it
     return report
 
 

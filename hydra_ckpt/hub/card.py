@@ -1,4 +1,4 @@
-"""Model cards: a README.md that says how an export was made, to be completed by whoever publishes it."""
+"""Model cards: a README.md that says how an export was made, to be completed by the person who publishes it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Hub names: how transformers itself would name and lay out a model's tensors when saving it.
 
-In memory a model may hold its weights otherwise than its files do: experts fused into one tensor, projections split
-or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. Here
+In memory a model may hold its weights in a different form than its files do: experts fused into one tensor, projections
+split or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. Here
 they are applied once to tensors without data, and what comes out is read off as boxes of the model's tensors, which
 then serve every shard of them.
 """
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether it is a transformers model; importing transformers is left to whoever made it."""
+    """Whether it is a transformers model; transformers is not imported for this."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(unwrap(model), transformers.PreTrainedModel)
 
 
 def original_class(model: nn.Module) -> type[Any]:
-    """The class a module was made of; `fully_shard` gives it one of its own."""
+    """The original class of a module; `fully_shard` replaces it by a new one."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 

@@ -35,7 +35,7 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reference model says about an export; plain data, so that rank 0 can tell the others.
+    """What an export takes from a reference model; plain data, so that rank 0 can send it to the other ranks.
 
     Attributes:
         dtypes: Element type by tensor.
@@ -92,7 +92,7 @@ class ModelExport:
             adapted: What the model's adapter says, if it has one; element types that it asks for go before all others.
 
         Raises:
-            CheckpointConfigError: transformers stores the model otherwise than can be done on shards.
+            CheckpointConfigError: transformers stores the model in a form that shards cannot be converted to.
         """
         try:
             refuse_adapters(model)
@@ -134,7 +134,7 @@ class ModelExport:
             has_tokenizer: Whether there is a live tokenizer.
 
         Raises:
-            CheckpointConfigError: The original configuration is asked for, and there is none.
+            CheckpointConfigError: The original configuration is required, but does not exist.
         """
         if adapter:
             return adapter_assets(model, adapter)

@@ -1,6 +1,6 @@
 """Exports from checkpoints of other tools: `dcp.save` directories, and accelerate's under FSDP2.
 
-They say nothing of the model but its tensors' names. A reference model tells the rest: what transformers calls the
+They say nothing of the model but its tensors' names. A reference model provides the rest: what transformers calls the
 tensors, their element types, the configuration. No pickle is run: see `storage.dcp_index`.
 """
 
@@ -39,7 +39,7 @@ _OPTIMIZER_KEYS = {"state", "param_groups"}
 
 @dataclass(frozen=True)
 class _Model:
-    """What a reference model tells.
+    """What a reference model provides.
 
     Attributes:
         name: A directory, or a hub id.
@@ -161,7 +161,7 @@ def _prefix(
 
 
 def _common(stored: Collection[KeyPath]) -> KeyPath:
-    """The one key that all of it lies under, but optimizers' state; empty where there are several."""
+    """The one key that contains everything except optimizer state; empty if there are several."""
     firsts = {path[:-1][:1] for path in stored if not _is_optimizer(path[:-1])}
     return firsts.pop() if len(firsts) == 1 else ()
 

@@ -1,4 +1,7 @@
-"""Models on the meta device: memory for what lies there, and values for what no file holds. The rest stays as it is."""
+"""Models on the meta device: memory for the tensors there, and values for those that no file holds.
+
+Other tensors stay as they are.
+"""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ from hydra_ckpt.store.small_files import read_small_file
 # What peft puts before the names of the base model's own tensors.
 _PREFIX = "base_model.model."
 _MAX_SETTINGS_BYTES = 16 << 20
-# The class that an adapter of a task was trained over, where the base model's files may hold another one: those of
-# language models serve these tasks with a head of their own. As peft's Auto classes have it.
+# The class that an adapter of a task was trained over, where the base model's files may hold another one: the classes
+# of language models have their own heads for these tasks. As peft's Auto classes have it.
 _MAPPINGS = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -103,7 +103,7 @@ def merge_adapter(
 
 
 def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, bytes]) -> list[str]:
-    """A model as transformers writes it, with further files where it has none of the name."""
+    """A model as transformers writes it, plus files whose names it does not have."""
     files = Files()
     with drafted(out, files) as draft:
         try:
@@ -263,7 +263,7 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
             "it was trained on with --base"
         ) from error
     wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
-    # Embeddings are stored beside the adapter's own tensors, in names of peft's or of the model's.
+    # Embeddings are stored beside the adapter's own tensors, under names from peft or from the model.
     known = {*wanted, *found.state_dict()}
     if embeddings_of(model):
         known |= peft.get_peft_model_state_dict(found, save_embedding_layers=True).keys()

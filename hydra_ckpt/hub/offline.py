@@ -67,7 +67,7 @@ def export_checkpoint(
 
 
 def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None:
-    """Compare what was not read in whole digests; nobody has seen the export yet."""
+    """Compare the digests whose bytes were not all read; the export is not visible yet."""
     read = {chunk.file for item in source.tensors.values() for chunk in item.chunks}
     for error in findings(checkpoint.path, [check for check in ledger.left(ledger.done()) if check.file in read]):
         raise error
@@ -150,7 +150,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> Source:
 
 
 def _is_whole(record: PartRecord) -> bool:
-    """Whether a part lies in the files of an export, under its names."""
+    """Whether a part is stored in the files of an export, under the export's names."""
     return all(Path(file).parent.name == names.CONSOLIDATED for file in record.files)
 
 

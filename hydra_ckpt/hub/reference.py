@@ -1,4 +1,4 @@
-"""The reference model: where it lies on disk, and what its files hold. The network is never touched."""
+"""The reference model: its place on disk, and the contents of its files. The network is never touched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reference:
 
     Attributes:
         directory: The local directory, or the snapshot in the hub cache.
-        root: What its files must lie in once links are followed: a snapshot's are links into the cache.
+        root: The directory that must contain its files once links are followed: a snapshot's are links into the cache.
     """
 
     directory: Path
@@ -54,7 +54,7 @@ class Reference:
         """A small JSON file; empty if there is none.
 
         Raises:
-            CorruptCheckpointError: It is no JSON object, or far too large.
+            CorruptCheckpointError: It is not a JSON object, or far too large.
         """
         if not self.has(name):
             return {}
@@ -83,10 +83,10 @@ class Reference:
 
     @cached_property
     def file_map(self) -> Mapping[str, str]:
-        """Name of a tensor to the file it lies in, as its index says; empty for a single file.
+        """Name of a tensor to its file, as given by the index; empty for a single file.
 
         Raises:
-            CorruptCheckpointError: The index makes no sense.
+            CorruptCheckpointError: The index is invalid.
         """
         for index in _INDICES:
             if self.has(index):

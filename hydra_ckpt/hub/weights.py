@@ -22,10 +22,10 @@ from hydra_ckpt.storage.read import Fetch, fetch
 
 _BLOCK_BYTES = 64 << 20
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-# Quantizations whose FP8 weights have a scale beside them; others pack their values in ways of their own.
+# Quantizations whose FP8 weights have separate scales; others pack their values in their own ways.
 _FP8_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}
 _SCALES = ("_scale_inv", "_scale")
-# What quantized models keep for activations; nothing that a dequantized model needs.
+# What quantized models store for activations; a dequantized model does not need it.
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 
@@ -128,7 +128,7 @@ def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
 
 
 class Dequantized:
-    """FP8 weights with the values they stand for.
+    """Convert FP8 weights to the values that they represent.
 
     Args:
         weights: As they are stored.

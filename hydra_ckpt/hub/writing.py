@@ -66,7 +66,7 @@ class Source:
 
     def layouts(self, max_file_bytes: int | None) -> list[FileLayout]:
         """The files to write: as named, unless a size is given."""
-        # An average's tensors are called otherwise in their file than here.
+        # The tensors of an average have other names in their file than here.
         specs = self.naming.specs([replace(item.spec, name=name) for name, item in self.tensors.items()])
         by_map = self.naming.files and max_file_bytes is None
         groups = by_file(specs, self.naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
@@ -77,7 +77,7 @@ def refuse_occupied(out: Path) -> None:
     """See that a directory can be made here; an empty one may be there already.
 
     Raises:
-        CheckpointExistsError: There is something, or it would lie within a checkpoint.
+        CheckpointExistsError: It exists already, or would be inside a checkpoint.
         CheckpointConfigError: Nothing can be made here.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
@@ -111,7 +111,7 @@ def write_export(
         small: Further files by name; the index of several weight files is added.
         out: The directory to make; see `refuse_occupied`.
         max_file_bytes: Size at which a new file begins; None for the source's own files.
-        check: Called when all is written and nobody has seen it; what it raises takes the export back.
+        check: Called when everything is written but not visible yet; if it raises, the export is discarded.
         progress: Called with bytes written so far and in all.
     """
     layouts = source.layouts(max_file_bytes)
@@ -141,7 +141,7 @@ def write_export(
 
 @contextmanager
 def drafted(out: Path, files: Files) -> Iterator[Path]:
-    """A directory beside `out` that takes its name when all went well, durably, and is removed when it did not."""
+    """A directory beside `out` that is durably renamed to it on success, and removed on failure."""
     draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
     files.make_dir(draft)
     try:

@@ -1,6 +1,8 @@
-"""What the ranks of one launch agree on before there is a process group; torch-free unless ranks must be asked.
+"""What the ranks of one launch agree on before there is a process group.
 
-Hydra starts in every rank by itself: left alone, each would choose its own timestamped run directory and write its own
+torch is imported only if the ranks have to communicate.
+
+Hydra starts separately in every rank: left alone, each would choose its own timestamped run directory and write its own
 copies of the configuration and the log. Three resolvers prevent that; the options `hydra/output=hydra_ckpt` and
 `hydra/job_logging=hydra_ckpt` use them:
 
@@ -78,7 +80,7 @@ def _first_to_say(now: str) -> str:
 def first_rank_says(what: str, say: Callable[[], str]) -> str:
     """Collective: what the first rank of this launch says, on all ranks; works before there is a process group.
 
-    Where ranks have no way to talk (several that torchrun has not started) each has to find the answer itself.
+    If ranks cannot communicate (several ranks not started by torchrun), each has to find the answer itself.
 
     Args:
         what: Names the question.

@@ -23,7 +23,7 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
 
     Args:
         backend: As `init_process_group` takes it.
-        **options: Its further arguments, but none about stores and ranks.
+        **options: Its other arguments, except those about stores and ranks.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore

@@ -66,7 +66,7 @@ def run_directory() -> Path | None:
 
 def _hydra() -> Any:
     """Hydra's own settings; None outside a job."""
-    # Hydra cannot be running where nobody imported it, and importing it here would cost time.
+    # Hydra cannot be running if it has not been imported, and importing it here would take time.
     module = sys.modules.get("hydra.core.hydra_config")
     return None if module is None or not module.HydraConfig.initialized() else module.HydraConfig.get()
 

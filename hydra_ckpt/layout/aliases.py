@@ -1,8 +1,8 @@
 """Aliases: the elements of a model's tensors under the names, and in the shapes, that others know them by.
 
 A tensor of the model may be several tensors of an export (experts fused in memory), a part of one (projections split
-in memory), or one whose dimensions stand in another order. Each alias is one box of one tensor and where it lies in
-the other, so that it applies to shards as it does to whole tensors, and in both directions.
+in memory), or one whose dimensions are in another order. Each alias is one box of one tensor and its position in the
+other, so it applies to shards as it does to whole tensors, and in both directions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Alias:
 
     Attributes:
         name: The other tensor.
-        shape: Its global shape; a finer grid of it, where the tensor's own dimensions are no boxes' (see `grids`).
+        shape: Its global shape, or a finer grid of it if the box cannot be expressed in the tensor's own dimensions
+            (see `grids`).
         corner: Where in it the box begins.
         source: The tensor the elements belong to.
         box: Which of its elements.
@@ -53,7 +54,7 @@ class Alias:
         return not self.grid and self.dims == tuple(range(len(self.shape))) and self.box == Box.whole(self.shape)
 
     def part(self, held: Box) -> tuple[Box, Box] | None:
-        """The elements of the alias that lie in a box of the source.
+        """The elements of the alias that are in a box of the source.
 
         Returns:
             Their box in the source and their box in the other tensor; None where there are none.
@@ -85,7 +86,7 @@ class Alias:
         return Alias(theirs.source, shape, place[0].offsets, self.source, ours[0], dims, self.grid)
 
     def sought(self, wanted: Box) -> tuple[Box, Box] | None:
-        """The elements of the alias that lie in a box of the other tensor.
+        """The elements of the alias that are in a box of the other tensor.
 
         Returns:
             Their box in the source and their box in the other tensor; None where there are none.
@@ -189,7 +190,7 @@ class Naming:
         return not self.dtypes and all(alias.is_whole and alias.name == alias.source for alias in self.aliases)
 
     def keeps(self, specs: Iterable[TensorSpec]) -> bool:
-        """Whether every element of these tensors stands in the export bit for bit, so that it can be read back."""
+        """Whether every element of these tensors is in the export bit for bit, so that it can be read back."""
         return all(
             sum({(alias.grid, alias.box): alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
             == prod(spec.shape)
@@ -222,7 +223,7 @@ class Naming:
         """What `to_data` returned.
 
         Raises:
-            ValueError: It makes no sense.
+            ValueError: It is invalid.
         """
         try:
             aliases = tuple(

@@ -1,8 +1,8 @@
 """Blocks: files for neighbouring shards, so that few ranks meet in one of them, however many there are.
 
-A tensor on more ranks than should write to one file is cut into boxes: what up to so many neighbours along one
-dimension of the device mesh hold together. All boxes of the same neighbours fill files of their own. Each rank computes
-those of its own block only, from mesh and placements; it needs to know nothing of the others.
+A tensor on more ranks than should write to one file is cut into boxes: what up to this many neighbours along one
+dimension of the device mesh hold together. All boxes of the same neighbours fill separate files. Each rank computes
+only those of its own block, from mesh and placements; it needs no information about the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Block:
 
     Attributes:
         key: Equal on those ranks only: the coordinates along each mesh dimension, `x` where it replicates.
-        box: Together; a rank's own part lies in it.
+        box: What they hold together; it contains a rank's own part.
         shards: Into how many shards it is cut.
         first: Whether this rank is the first of the neighbours.
     """
@@ -77,7 +77,7 @@ def block_of(sharding: Sharding, shape: tuple[int, ...], limit: int) -> Block:
     """The block of at most `limit` neighbours that a rank belongs to with a sharded tensor.
 
     Neighbours follow along the longest mesh dimension whose split is the last one of its tensor dimension: there
-    neighbouring shards lie side by side, so that what they hold together is a box.
+    neighbouring shards are adjacent, so that together they form a box.
     """
     last = {sharding.dims[mesh_dim]: mesh_dim for mesh_dim in sharding.order}
     along = max(last.values(), key=lambda mesh_dim: sharding.mesh_shape[mesh_dim])

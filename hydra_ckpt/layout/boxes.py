@@ -32,7 +32,7 @@ class Box:
         return Box((self.offsets[0] + start, *self.offsets[1:]), (stop - start, *self.sizes[1:]))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, or None where there is no common element."""
+        """The common part, or None if there is no common element."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -119,7 +119,7 @@ class Region:
 
     @property
     def end(self) -> int:
-        """First byte behind the last run."""
+        """First byte after the last run."""
         return self.offset + (self.count - 1) * self.stride + self.run
 
 

@@ -1,4 +1,4 @@
-"""Files: which tensor lies in which safetensors file, and where.
+"""Files: which tensor is in which safetensors file, and where.
 
 The safetensors format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian;
 a JSON header; the tensors' bytes, row-major, without holes. The header may end in spaces, which we use to start the
@@ -23,7 +23,7 @@ class FileLayout:
     """One safetensors file: all of its bytes but the tensors' values.
 
     Attributes:
-        path: Where it lies, relative to the checkpoint's directory.
+        path: Its path, relative to the checkpoint's directory.
         tensors: Its tensors in the order of their bytes.
         metadata: The header's `__metadata__`.
     """
@@ -60,7 +60,7 @@ class FileLayout:
 
 
 def by_size(specs: Iterable[TensorSpec], max_bytes: int = DEFAULT_FILE_BYTES) -> list[list[TensorSpec]]:
-    """Cut a sequence of tensors into groups of at most `max_bytes`; a larger tensor has a group of its own."""
+    """Cut a sequence of tensors into groups of at most `max_bytes`; a larger tensor forms a group alone."""
     groups: list[list[TensorSpec]] = []
     filled = 0
     for spec in specs:

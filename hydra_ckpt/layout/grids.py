@@ -1,7 +1,7 @@
-"""Grids: finer shapes in which elements that a conversion permutes within a tensor lie in boxes again.
+"""Grids: finer shapes in which elements that a conversion permutes within a tensor form boxes again.
 
 Rotary weights whose rows are interleaved, projections whose gate and up rows alternate, kernels flattened into
-matrices: in the tensors' own shapes such parts are no boxes. Cut both tensors' dimensions finely enough, `(rows, c)`
+matrices: in the tensors' own shapes such parts are not boxes. Cut both tensors' dimensions finely enough, `(rows, c)`
 into `(heads, 2, half, c)` say, and they are: a transposed box. So shards of them need no gathering either.
 """
 

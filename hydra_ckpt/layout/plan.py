@@ -46,8 +46,8 @@ class WritePlan:
         shares: What this rank writes, by the position of the holding it is taken from.
         pieces: Where; file indices count through `files`, `own_files`, `block_files`.
         fingerprint: Equal on ranks whose plans fit together.
-        foreign: Part to the shares that are written in a format of its own, by position.
-        direct: Indices of the files that are written past the page cache: nobody maps them, or reads them again soon.
+        foreign: Part to the shares that are written in a separate format, by position.
+        direct: Indices of the files that are written past the page cache: no rank maps them, or reads them again soon.
     """
 
     files: tuple[FileLayout, ...]
@@ -173,7 +173,7 @@ def describe(specs: Iterable[TensorSpec]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A box of a tensor as it lies in a file: row-major from byte `offset` on."""
+    """A box of a tensor as it is stored in a file: row-major from byte `offset` on."""
 
     box: Box
     file: str

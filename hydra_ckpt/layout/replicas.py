@@ -49,7 +49,7 @@ class Share:
         spec: The whole tensor.
         box: The part to write, in the whole tensor's coordinates.
         start: First row, counted within the holding. 0 for a scalar.
-        stop: Row behind the last one. 1 for a scalar.
+        stop: Row after the last one. 1 for a scalar.
     """
 
     spec: TensorSpec
@@ -67,8 +67,8 @@ def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
     """This rank's shares by the position of the holding; a holding that others write has none.
 
     The holdings of a group, laid end to end in the order given (the order of the files), are cut into equal
-    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes. Of many
-    replicas only so many write as get a stretch worth writing.
+    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes. If there
+    are many replicas, only as many write as get a stretch large enough to be worth it.
     """
     mine: dict[int, Share] = {}
     divided: dict[Hashable, list[int]] = defaultdict(list)

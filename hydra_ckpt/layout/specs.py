@@ -1,4 +1,4 @@
-"""What the layout knows of a tensor: its name, element type and global shape."""
+"""What the layout needs of a tensor: its name, element type and global shape."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def saved_config(checkpoint: Path) -> Any:
 
 
 def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
-    """Log what differs, once; a warning has what keeps a resumed run from going on exactly as it would have."""
+    """Log the differences once; those that prevent an exact continuation are a warning."""
     harmless = [str(item) for item in found if not item.kind]
     if harmless:
         more = [f"and {len(harmless) - _SHOWN} more"] if len(harmless) > _SHOWN else []

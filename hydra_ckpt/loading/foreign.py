@@ -65,11 +65,11 @@ class ForeignSource(Source):
 
     @property
     def same_ranks(self) -> bool:
-        """Nothing is known of the places its ranks had; as many count as the same."""
+        """The places of its ranks are unknown; an equal number of ranks counts as the same places."""
         return self.checkpoint.manifest.world_size == self.channel.world_size
 
     def read(self) -> None:
-        """Read what is no tensor, as far as pickles may be read."""
+        """Read the values that are not tensors, as far as pickles are allowed."""
         self.shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
         self._pools = {names.OPTIMIZER: {}, names.EXTRAS: {}}
         self.own = {}
@@ -80,7 +80,7 @@ class ForeignSource(Source):
         self.optimized = stages.optimized([self.shared])
         self.notes.texts.append("it was not written by hydra_ckpt: it has no digests, so its bytes are not checked")
 
-    # -- where things lie ----------------------------------------------------------------------------------------
+    # -- where things are stored ---------------------------------------------------------------------------------
 
     def _read_plain(self) -> None:
         """One directory with everything, nested as its writer liked."""
@@ -162,7 +162,7 @@ class ForeignSource(Source):
     # -- into our form -------------------------------------------------------------------------------------------
 
     def _take_model(self, name: str, found: DcpDirectory, prefix: KeyPath) -> KeyPath:
-        """The model's tensors, by name; a tied one stands in it under each of its names."""
+        """The model's tensors, by name; a tied one appears under each of its names."""
         mapped = self.extractor.maps(self.state)[name]
         pool = self._pools.setdefault(part_of(name), {})
         for path, stored in found.tensors.items():
@@ -289,7 +289,7 @@ def _numbered(root: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _subtree(found: DcpDirectory, prefix: KeyPath) -> Any:
-    """What lies behind a prefix, nested again; None if there is nothing."""
+    """The values under a prefix, nested again; None if there are none."""
     tree: dict[Any, Any] = {}
     for path, leaf in (*found.tensors.items(), *found.values.items()):
         if path[: len(prefix)] != prefix:

@@ -27,7 +27,7 @@ _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 
 @dataclass
 class Notes:
-    """What a load report says beside the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
+    """What a load report contains besides the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
 
     Attributes:
         texts: In words.
@@ -35,7 +35,7 @@ class Notes:
         trusted: What took its state over itself and does not show that it has it.
         rederived: The parts that could not be taken over as they were.
         missing: What the checkpoint does not have.
-        skipped: What nobody took.
+        skipped: What was not loaded into anything.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Notes:
 
         Args:
             what: The object.
-            unlike: What its state_dict() reports otherwise afterwards than it was given.
+            unlike: Where its state_dict() afterwards differs from what it was given.
         """
         if not unlike:
             self.exact.append(what)
@@ -81,7 +81,7 @@ class Installer:
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
         resized: For each model the buffers, read, that had another size than the live ones.
-        notes: Takes what is to be told.
+        notes: Collects what the report will list.
     """
 
     state: AppState
@@ -96,7 +96,7 @@ class Installer:
     notes: Notes
 
     def models(self, absent: Collection[str]) -> None:
-        """What models have beside the tensors that were read into them.
+        """What models have besides the tensors that were read into them.
 
         Args:
             absent: Objects that the checkpoint does not have, by dotted name.
@@ -124,7 +124,7 @@ class Installer:
             self.notes.derived("buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks")
 
     def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-        """Extra states that modules report otherwise than they were given; those of one side only are noted."""
+        """Extra states that modules report differently than they were given; those of one side only are noted."""
         if not self.other_stages:
             for names, found in (
                 (saved.keys() - live.keys(), self.notes.skipped),
@@ -202,7 +202,7 @@ class Installer:
         return lambda: fill(self._decoded(tree, others), live)
 
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
-        """Let an object take its state over, and see whether it reports it afterwards."""
+        """Let an object load its state, and check whether it reports the same state afterwards."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out as a whole: it stays as it was built
         whole = self._whole(dotted, item, tree)
@@ -220,7 +220,7 @@ class Installer:
         self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
-        """The random generators: as they were, or derived anew on other ranks."""
+        """The random generators: as they were, or newly derived on other ranks."""
         if self.own is not None and self.same_ranks:
             rng.restore(self.own["rng"])
             self.notes.exact.append("rng")

@@ -87,7 +87,7 @@ class Load:
         return self._report(source, plan, read_bytes[0])
 
     def _report(self, source: Source, plan: LoadPlan, read_bytes: int) -> LoadReport:
-        # A foreign directory tells its step only when it is read.
+        # The step of a foreign directory is known only when it is read.
         checkpoint, notes, available = source.checkpoint, self._notes, source.available()
         step, epoch = (checkpoint.step, checkpoint.epoch) if "progress" in self.parts else (0, 0)
         loaded = (part for part in PARTS if part in available and plan.takes_any(part, len(self.state.optimizers)))
@@ -146,7 +146,7 @@ class Load:
         return plans[0]
 
     def _leave(self, found: Mapping[str, Any]) -> None:
-        """Note what stays as it was built, and what nobody takes; equal on all ranks."""
+        """Note what stays as it was built, and what is not used; equal on all ranks."""
         self._notes.missing += found["left"]
         self._notes.skipped += found["unexpected"]
         if found["left"]:

@@ -1,4 +1,4 @@
-"""Live objects beside a checkpoint: what is read into which tensor, and everything that does not fit."""
+"""Live objects compared with a checkpoint: what is read into which tensor, and everything that does not fit."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class _Matcher:
         )
 
     def _leave_own(self, label: str, dotted: str) -> None:
-        """Note values that each rank had for itself and that nobody gets here: an error, or left as built."""
+        """Note values that each rank had for itself and that no rank gets here: an error, or left as built."""
         self.plan.mismatch.different[label] = ELSEWHERE
         self.plan.mismatch.left.append(dotted)
 
@@ -323,12 +323,12 @@ class _Matcher:
             )
         stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
         wanted = set(tensor_names(trees))
-        # Never into the live tensors: the objects take their state over themselves.
+        # Never into the live tensors: the objects load their state themselves.
         places = Places(self.source.state, live, placements(trees), strides(trees))
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
     def _match_schedulers(self) -> list[Any]:
-        """The saved states that live schedulers take, in order; further live ones begin as they were built."""
+        """The saved states that live schedulers load, in order; further live ones stay as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
         self.plan.absent.update(live[len(saved) :])
         if (moved := self._moved_groups()) and saved and live:
@@ -357,7 +357,7 @@ class _Matcher:
     def _want(
         self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
     ) -> None:
-        """Read stored tensors into the targets that fit; into whole ones of their own where none does."""
+        """Read stored tensors into the targets that match; into new whole tensors if none does."""
         given = self.source.given
         self.plan.tensors.update({name: given[name] for name in wanted if name in given})
         for name in sorted(set(wanted) - given.keys()):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: what was asked for, or the best one that is whole."""
+"""Which checkpoint a run resumes from: the requested one, or the best one that is intact."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Restorer:
 
     Args:
         options: What is configured.
-        directory: Where checkpoints lie; used by the coordinator only.
+        directory: The directory of the checkpoints; used by the coordinator only.
         extractor: Knows the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
@@ -105,14 +105,15 @@ class Restorer:
             state: The objects to load into.
             selector: As `selector` returns it.
             parts: What to load.
-            begin_at: Told the step that training will go on from, before anything is installed; may refuse it.
+            begin_at: Called with the step that training will continue from, before anything is loaded; may refuse it by
+                raising.
 
         Returns:
             What was loaded, or None for a fresh start.
 
         Raises:
-            CorruptCheckpointError: The checkpoint asked for is damaged, or all are and live tensors have been
-                overwritten before that showed.
+            CorruptCheckpointError: The requested checkpoint is damaged, or all are and live tensors were overwritten
+                before that was detected.
         """
         if selector is None:
             begin_at(0)

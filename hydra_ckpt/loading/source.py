@@ -96,7 +96,7 @@ class Source:
         return {part for part in self.parts if takers[part] and self.has(part)}
 
     def read(self) -> None:
-        """Read what is no tensor of a part.
+        """Read the values of a part that are not tensors.
 
         Raises:
             CorruptCheckpointError: It is damaged, or not there.
@@ -163,7 +163,7 @@ class Source:
         return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
 
     def naming(self, part: str) -> Naming | None:
-        """How the saved model's tensors are called in its export, where they are called otherwise."""
+        """The names of the saved model's tensors in its export, if they differ."""
         name = f"{part}/{names.NAMING}"
         listed = self.checkpoint.manifest.files
         return decode_naming(self.root / name, read_small(self.root, name, listed[name])) if name in listed else None

@@ -43,7 +43,7 @@ def _job(cfg: DictConfig) -> float:
             raise
         log.error(line)
         _said.add(line)
-        # In a sweep Hydra has to see the error itself, or the jobs behind this one would not run.
+        # In a sweep Hydra has to see the error itself, or the following jobs would not run.
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         sys.exit(1)

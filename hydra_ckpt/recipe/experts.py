@@ -22,7 +22,7 @@ __all__ = ["LocalExperts"]
 
 
 class LocalExperts(nn.Module):
-    """This rank's share of a layer's stacked experts, in place of `MixtralExperts` and with its parameters' names.
+    """This rank's share of a layer's stacked experts, replacing `MixtralExperts`, with the same parameter names.
 
     Collective: every rank of the mesh, here and in each forward and backward pass.
 

@@ -70,7 +70,7 @@ class Parallelism:
     def place(self, rank: int) -> tuple[int, int, int]:
         """For `CheckpointingConfig.build`: a rank's batches, its number among those that see the same, its stage.
 
-        Peers that see equal batches must draw equal random numbers, also where these are derived anew.
+        Peers that see equal batches must draw equal random numbers, also if these are newly derived.
         """
         alike = self.ep * self.tp
         return self.data_rank(rank), rank % alike, rank // (alike * self.data_ranks)

@@ -61,7 +61,7 @@ def refusal(error: BaseException) -> str | None:
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
     while error is not None:
         yield error
-        # A resolver's refusal stands behind the interpolation that called it.
+        # A resolver's refusal is the cause of the error of the interpolation that called it.
         error = error.__cause__ or (error.__context__ if isinstance(error, InterpolationResolutionError) else None)
 
 
@@ -91,7 +91,7 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
-    """What could be meant: the keys nearest to it, and where all of them stand."""
+    """What could be meant: the keys nearest to it, and where all of them are listed."""
     known = [name for name in names if not name.startswith(("_", "base_"))]
     close = get_close_matches(wrong, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""

@@ -64,7 +64,7 @@ class Report:
         self._bar.stop()
 
     def begin(self, step: int) -> None:
-        """Starts the clock at the step the run goes on from."""
+        """Starts the clock at the step the run continues from."""
         self._started = self._marked = _Mark(step)
         self._bar.update(self._task, completed=step)
 
@@ -86,7 +86,7 @@ class Report:
         log.info("step %*d/%d  val_loss %.4f", width, step, self._max_steps, loss)
 
     def summary(self, step: int, checkpoints: CheckpointStats, written_bytes: int) -> None:
-        """Logs what the run cost, the price of its checkpoints beside it; `written_bytes` are those of all ranks."""
+        """Logs the cost of the run and, separately, of its checkpoints; `written_bytes` are those of all ranks."""
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%s in %.1f s: %.2f steps/s", counted(done, "step"), took_s, self._started.speed(step))
         log.info(

@@ -1,6 +1,6 @@
 """The process-wide state of one training job: process group, accelerate, seeds. All of it is undone at its end.
 
-Hydra runs the jobs of a sweep one after the other in one process, so nothing may be left behind for the next one.
+Hydra runs the jobs of a sweep one after the other in one process, so a job must leave nothing behind for the next one.
 """
 
 from __future__ import annotations

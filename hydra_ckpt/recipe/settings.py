@@ -57,7 +57,7 @@ class ModelSettings:
 
 @dataclass
 class LoraSettings:
-    """An adapter of low rank in place of training all weights; names as in `peft.LoraConfig`."""
+    """A low-rank adapter, instead of training all weights; names as in `peft.LoraConfig`."""
 
     r: int
     lora_alpha: int

@@ -44,7 +44,7 @@ __all__ = ["train"]
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains as the configuration says, going on from a checkpoint where there is one.
+    """Trains according to the configuration, and continues from a checkpoint if there is one.
 
     Collective: every rank of the launch.
 

@@ -66,7 +66,7 @@ class Progress:
         """
         known = {id(item) for item in self._known}
         later = [item for item in _everything(self._accelerator) if id(item) not in known]
-        # Loaders without a place of their own, such as those of each validation, have nothing to lose.
+        # Loaders without a position, such as those of each validation, have nothing to lose.
         loaders = self._accelerator._dataloaders
         later = [item for item in later if is_stateful(item) or not any(item is loader for loader in loaders)]
         if later:
@@ -83,7 +83,7 @@ class Progress:
 
 
 class UndecidedLoader:
-    """Stands for the training loader where it cannot be told which of the prepared loaders that is."""
+    """Takes the place of the training loader if it is unknown which of the prepared loaders that is."""
 
     def __init__(self, loaders: Sequence[Any]) -> None:
         self._count = len(loaders)
@@ -103,7 +103,7 @@ class UndecidedLoader:
 
 
 def is_stateful(loader: Any) -> bool:
-    """Whether a loader can tell its place; accelerate's have a `state_dict()` that may not work."""
+    """Whether a loader can report its position; accelerate's have a `state_dict()` that may not work."""
     if not hasattr(loader, "load_state_dict"):
         return False
     try:
@@ -114,7 +114,7 @@ def is_stateful(loader: Any) -> bool:
 
 
 def _training_loader(loaders: Sequence[Any]) -> Any:
-    """The only loader that shuffles, else the only one that can tell its place."""
+    """The only loader that shuffles, else the only one that can report its position."""
     for found in (list(filter(_shuffles, loaders)), list(filter(is_stateful, loaders))):
         if len(found) == 1:
             return found[0]

@@ -3,8 +3,8 @@
 A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor for each expert. An adapter
 says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again when
 shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
-which bytes of the files its shards are, and writes and reads them through views of its own memory: nothing is
-gathered, nothing copied.
+which bytes of the files its shards are, and writes and reads them through views of that memory: nothing is gathered,
+nothing copied.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StateDictAdapter(Protocol):
         """
 
     def from_hf(self, hf_state_dict: dict[str, Any], /) -> dict[str, Any]:
-        """The reverse. Only names and shapes of its result are looked at: they must be those `to_hf` was given."""
+        """The reverse. Only names and shapes of its result are checked: they must be those `to_hf` was given."""
 
 
 class StackedExperts:

@@ -91,16 +91,15 @@ class AppState:
 
         Objects of `register_for_checkpointing` are extras under their class's name in lower case, with a number where
         there are several (`counter_0`, `counter_1`) or the name is taken. So are the gradient scaler (`grad_scaler`)
-        and, by their index, the prepared loaders beside the training loader that can tell their place
-        (`dataloader_1`).
+        and, by their index, the other prepared loaders that can report their position (`dataloader_1`).
 
         Args:
             accelerator: The Accelerator.
             extras: Further objects, under names of your own.
             tokenizer: Saved with the export.
             dataloader: The training loader, prepared or not. Without it, it is the only prepared loader that shuffles,
-                else the only one that can tell its place; where that leaves a doubt, a resumed run starts its data
-                anew, with a warning.
+                else the only one that can report its position; if that is ambiguous, a resumed run starts its data from
+                the beginning, with a warning.
             models: Names of the prepared models. Without it, several are `model_0`, `model_1` and so on.
 
         Raises:

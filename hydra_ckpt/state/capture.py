@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Packed:
-    """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
+    """A snapshot of plain data, turned into bytes only when they are needed: in the background.
 
     Attributes:
         make: Gives the bytes.
@@ -89,7 +89,7 @@ class Extractor:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
         stage: The pipeline stage. What has no name of its own beside the model's is kept apart by it.
         unsaved: Patterns of dotted names that are left out.
-        localize: Knows where tensors lie.
+        localize: Finds the positions of tensors.
     """
 
     is_peft: bool = False
@@ -102,7 +102,7 @@ class Extractor:
     _apart: list[Apart] = field(default_factory=list)
 
     def check(self, state: AppState) -> None:
-        """See that the models are of kinds that can be saved; nothing is asked for its state.
+        """Check that the models are of kinds that can be saved; no `state_dict()` is called.
 
         Raises:
             CheckpointConfigError: One is not.
@@ -110,7 +110,7 @@ class Extractor:
         refuse_fsdp1(module for modules in state.models.values() for module in modules)
 
     def refresh(self, state: AppState) -> None:
-        """Walk the models anew if modules were exchanged, taken away or added since the last time."""
+        """Walk the models again if modules were replaced, removed or added since the last time."""
         if not all(mapped.is_current() for mapped in self.maps(state).values()):
             self._mapped = ()
 
@@ -130,7 +130,7 @@ class Extractor:
         return self._maps
 
     def try_dataloader(self, state: AppState) -> None:
-        """See once whether the data loader can tell its place; if not, say so and leave it out."""
+        """Check once whether the data loader can report its position; if not, warn and leave it out."""
         self._resumable = True
         if state.dataloader is None:
             return
@@ -190,7 +190,7 @@ class Extractor:
         """
         self.refresh(state)
         maps = self.maps(state)
-        # Hooks that run when a module is asked for its state may write to its buffers.
+        # Hooks that run in a module's `state_dict()` may write to its buffers.
         told = {name: mapped.told(called(name)) for name, mapped in maps.items()}
         stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:

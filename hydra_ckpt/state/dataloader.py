@@ -1,4 +1,4 @@
-"""A DataLoader that stops and goes on exactly.
+"""A DataLoader that stops and continues exactly.
 
 `resumable(loader)` takes a plain `torch.utils.data.DataLoader` and gives back a loader whose position can be saved
 and restored, so that a resumed run sees bit for bit the batches an uninterrupted one would have seen: with shuffling,
@@ -6,8 +6,8 @@ worker processes and random augmentation, in the middle of an epoch.
 
 Three rules make that true:
 
-- The order of an epoch is a function of (seed, epoch) only. Going on at a position is slicing that order; samples
-  passed over are never loaded.
+- The order of an epoch is a function of (seed, epoch) only. Continuing at a position means slicing that order; skipped
+  samples are never loaded.
 - What a sample looks like is a function of (seed, epoch, its position in that order) only. It matters neither which
   worker makes it, nor what that worker made before, nor how many ranks share the work.
 - Only batches handed to the caller count, not those that workers have prefetched.
@@ -73,17 +73,17 @@ def resumable(loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size
 
     Raises:
         CheckpointConfigError: The loader's order cannot be reproduced; the message says what to do instead.
-        TopologyError: `rank` does not lie below `world_size`.
+        TopologyError: `rank` is not below `world_size`.
     """
     return ResumableLoader(loader, seed, rank=rank, world_size=world_size)
 
 
 class ResumableLoader(Generic[T]):
-    """Iterates like the DataLoader it was made from, and knows where it is.
+    """Iterates like the DataLoader it was made from, and keeps track of its position.
 
     A new `iter()` starts the current epoch from its beginning, also after a loop was left with `break`, unless that had
-    its last batch; only after `load_state_dict()` it goes on at the loaded position. When an iteration ends, `epoch`
-    moves on by one.
+    its last batch; only after `load_state_dict()` does it continue at the loaded position. When an iteration ends,
+    `epoch` moves on by one.
 
     Attributes:
         state_is_global: Says that its state is equal on all ranks and fits any number of them; of its class.
@@ -141,7 +141,7 @@ class ResumableLoader(Generic[T]):
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
         left = self._batches_in(len(order) - self._position)
         for number, batch in enumerate(self._loader, start=1):
-            # Counted before the caller works on it: a save made in the loop's body has this batch behind it.
+            # Counted before the caller works on it: a save made in the loop's body includes this batch.
             self._position = min(self._position + self._global_batch, len(order))
             self._batches += 1
             self._is_spent = number == left
@@ -156,7 +156,7 @@ class ResumableLoader(Generic[T]):
             self._goes_on = self._is_spent = False
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands, as plain data, equal on every rank. `position` counts the samples of all ranks."""
+        """The stream's position, as plain data, equal on every rank. `position` counts the samples of all ranks."""
         return {
             "version": _STATE_VERSION,
             "seed": self.seed,
@@ -172,7 +172,7 @@ class ResumableLoader(Generic[T]):
         Batch size and number of ranks may have changed; the remaining samples still come in the same order.
 
         Raises:
-            CheckpointConfigError: The state is of another kind, or stands within an epoch of another length.
+            CheckpointConfigError: The state is of another kind, or belongs to an epoch of another length.
         """
         self._check(state)
         self.is_between_epochs = self._is_spent = False
@@ -215,7 +215,7 @@ class ResumableLoader(Generic[T]):
             yield BatchRequest(key, [(position, order[position % len(order)]) for position in mine])
 
     def _rebuild(self, loader: DataLoader[T]) -> DataLoader[T]:
-        """The loader's twin, with our requests in place of its sampler and whole batches in place of samples."""
+        """The loader's twin, with our requests instead of its sampler, and whole batches instead of samples."""
         return DataLoader(
             SeededBatches(loader.dataset, loader.collate_fn, batched=self.batch_size is not None),
             batch_size=None,

@@ -1,6 +1,6 @@
 """Who holds optimizer state: the optimizers of an AppState, and those that they wrap.
 
-Lookahead, SAM and their like keep an optimizer of their own in an attribute and let it do the work. Its state belongs
+Lookahead, SAM and similar optimizers keep another optimizer in an attribute and let it do the work. Its state belongs
 to parameters as any optimizer's does, so it is walked in the same way and reshards with them.
 """
 
@@ -27,7 +27,7 @@ class Holder:
         optimizer: The object.
         groups: Its parameter groups; empty where an outer holder has the same list.
         state: Its state by parameter; empty where an outer holder has the same object.
-        parameters: The parameters of all its groups, whoever has these.
+        parameters: The parameters of all its groups, also of groups that an inner optimizer has.
         outer: Number and path of the outer holder that has the same state; None where its state is its own.
     """
 

@@ -23,7 +23,7 @@ from hydra_ckpt.storage.memory import narrow, view_as
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where a tensor's local part lies in the whole: what stays the same from save to save.
+    """The position of a tensor's local part in the whole: what stays the same from save to save.
 
     A `Localizer` makes one for each, and hands out the same one again; so places are compared by identity.
 
@@ -33,7 +33,7 @@ class Place:
         mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
-        origin: Name of the live tensor it is part of, where it is called otherwise in an export.
+        origin: Name of the live tensor it is part of, if it has another name in an export.
         crowd: How many ranks of the mesh would meet in a file of the whole tensor.
         sharding: How; None for a plain tensor, and on a rank outside the mesh.
     """
@@ -53,7 +53,7 @@ class LocalTensor:
     """This rank's part of a named tensor.
 
     Attributes:
-        place: Where it lies in the whole.
+        place: Its position in the whole.
         tensor: That part, of the sizes of the place's box, sharing memory with the live object.
         divisible: Whether all replicas certainly hold the same values.
         late: Whether nothing but an optimizer step changes it, so that copying it may wait until then.
@@ -96,12 +96,12 @@ class _Kept:
         )
 
 
-# Other kinds may be results that are still to come, whose memory cannot be asked for.
+# Other kinds may be pending results, whose memory cannot be accessed.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Localizer:
-    """Makes `LocalTensor`s and remembers where each lies: asking PyTorch's meshes takes longer than copying."""
+    """Makes `LocalTensor`s and remembers their positions: asking PyTorch's meshes takes longer than copying."""
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
@@ -222,7 +222,7 @@ def _sharded_dim(name: str, placement: Placement, ndim: int) -> int | None:
 class Exporter:
     """Shows what a rank holds as the exported tensors it is part of: views of the same memory.
 
-    Where each lies is worked out once.
+    Each position is computed once.
 
     Args:
         naming: How the tensors are exported.
@@ -257,13 +257,13 @@ class Exporter:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of an exported tensor that lies in a rank's part of a live one.
+    """A part of an exported tensor that is in a rank's part of a live one.
 
     Attributes:
         number: The alias's in the naming.
         alias: How it is exported.
-        place: Where it lies in the exported tensor.
-        own: The box of the rank's part that it lies in.
+        place: Its position in the exported tensor.
+        own: The box of the rank's part that contains it.
         grid: The shape of that box in the alias's grid.
         inner: The piece, in that grid.
     """

@@ -36,7 +36,7 @@ MAX_OWN_BUFFER_BYTES = 16 << 20
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
     """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
-    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only tells the possible ones
+    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only names the possible ones
     if declared is None:
         declared = getattr(model, "_tied_weights_keys", None)
     return declared if isinstance(declared, Mapping) else {}
@@ -122,7 +122,7 @@ class ModelMap:
             self._walked.append(Walked.of(prefix, module, is_wrapper=True))
             module = inner
         if isinstance(module, FSDPModule):
-            self.units.append(Unit.of(module))  # before its parameters are looked at, which it may have gathered
+            self.units.append(Unit.of(module))  # before its parameters are read, which it may have gathered
         self._walked.append(Walked.of(prefix, module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         here: list[tuple[str, torch.Tensor | None, bool]] = [(*item, True) for item in module._parameters.items()]
@@ -168,13 +168,13 @@ class ModelMap:
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
     def _adapts_as_it_did(self) -> bool:
-        """Whether adapters would be told what they were told."""
+        """Whether adapters would get the same input as before."""
         return self._adapted_specs is None or (
             self._adapted_specs == self.specs() and all(has_adapter(core) for core, _ in self._adapting)
         )
 
     def told(self, called: str) -> Told:
-        """What the model's own state_dict tells beyond what was walked; nothing for most.
+        """What the model's own state_dict returns beyond what was walked; nothing for most.
 
         Args:
             called: The model's name, for messages.
@@ -211,7 +211,7 @@ class ModelMap:
         metadata: Mapping[str, Any] | None,
         resized: Mapping[str, torch.Tensor],
     ) -> list[str]:
-        """Hand each part its entries, or let it do what it does beside when it loads; see `give_back`.
+        """Give each part its entries, or let it do what else it does when it loads; see `give_back`.
 
         Args:
             called: The model's name, for messages.
@@ -220,7 +220,7 @@ class ModelMap:
             resized: Buffers of another size than the live ones.
 
         Returns:
-            Names of those that the module reports otherwise afterwards.
+            Names of those that the module reports differently afterwards.
         """
         known = {} if metadata is None or self._ours is not None else metadata
         versions = {
@@ -273,15 +273,15 @@ class ModelMap:
 
         Args:
             renamed: A tensor's name to all names that it is stored under.
-            buffers: Whether what a forward pass may change beside is kept as extra state: other buffers, but tables,
-                and the modules' own.
+            buffers: Whether the other state that a forward pass may change is kept as extra state: other buffers, but
+                tables, and the modules' own.
         """
         left = [slot for slot in self.slots if slot.name not in renamed and not slot.is_parameter]
         self._beside = [slot for slot in left if buffers and slot.tensor.nbytes <= MAX_OWN_BUFFER_BYTES]
         self.slots = [replace(slot, name=name) for slot in self.slots for name in renamed.get(slot.name, ())]
         self.extra_states = self.extra_states if buffers else {}
         self._adapting = []
-        # What modules of the base model tell beside is not the adapter's.
+        # Other state of the base model's modules does not belong to the adapter.
         self._ours = tuple({name.rpartition(".")[0] for name in renamed}) if buffers else ()
 
     @cached_property
@@ -321,7 +321,7 @@ class ModelMap:
         """This rank's part of every stored tensor, as it is now.
 
         Args:
-            localize: Knows where tensors lie.
+            localize: Finds the positions of tensors.
             late: Identities of parameters that only a hooked optimizer changes.
         """
         self.reshard()
@@ -349,7 +349,7 @@ class ModelMap:
                 live[name].copy_(_placed_as(live[name], value))
 
     def extra_state(self) -> dict[str, Any]:
-        """What is stored beside the tensors: the modules' own extra state, and buffers that `keep` has left out."""
+        """What is stored besides the tensors: the modules' own extra state, and buffers that `keep` has left out."""
         own = {name: module.get_extra_state() for name, module in self.extra_states.items()}
         return {**own, **{slot.name: slot.tensor for slot in self._beside}}
 

@@ -1,9 +1,9 @@
 """What a module's own `state_dict` has beyond parameters, buffers and extra state: hooks and overrides add it.
 
-A model is walked, tensor by tensor. Whether that is everything, only its `state_dict` knows, so it is asked at each
-save where anything in the model customizes it. An entry that is the very tensor the walk has found is covered, whatever
+A model is walked, tensor by tensor. Only its `state_dict` shows whether that is everything, so it is called at each
+save if anything in the model customizes it. An entry that is the very tensor the walk has found is covered, whatever
 its name. All others are stored as they are and go back through `load_state_dict`. Example: a layer whose hook adds
-`{"fc.seen": tensor(7)}` to `fc.weight` and `fc.bias` has one entry of its own, `fc.seen`.
+`{"fc.seen": tensor(7)}` to `fc.weight` and `fc.bias` has one entry beyond its tensors, `fc.seen`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a model's own state_dict tells beyond its tensors.
+    """What a model's own state_dict returns beyond its tensors.
 
     Attributes:
         entries: For each part of the model the entries that the walk does not cover, by name.
@@ -149,7 +149,7 @@ def give_back(
         older: Modules whose state was saved by another version of them. They convert their tensors themselves.
 
     Yields:
-        Names of the entries that the module reports otherwise afterwards.
+        Names of the entries that the module reports differently afterwards.
 
     Raises:
         CheckpointError: It refuses them.
@@ -157,7 +157,7 @@ def give_back(
     saved = {**told.entries[0], **told.resized}
     put_back = _remember(walked)
     live = told_by(module, called)
-    put_back(())  # what hooks write when the state is asked for is not what was loaded
+    put_back(())  # what hooks write in state_dict() is not what was loaded
     beside = {name for name in own_entries(live, walked, apart) if is_ours(name)}
     given: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
@@ -219,12 +219,12 @@ def _load(
     walked: Mapping[str, torch.Tensor],
     saved: Mapping[str, Any],
 ) -> str | None:
-    """Call load_state_dict with what the module tells; where it refuses that, with the names of its tensors' places.
+    """Call load_state_dict with what the module returned; if it refuses that, with the names of its tensors' places.
 
     A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless.
 
     Returns:
-        Why it refuses everything, where it had no entries of its own, and so has all its tensors; None if it does not.
+        Why it refuses everything, if it had no further entries and so has all its tensors; None if it does not refuse.
     """
     absent = {name: item for name, item in walked.items() if name not in set(map(_plain, given))}
     placed = {name: item for name, item in given.items() if name in saved or not isinstance(item, torch.Tensor)}

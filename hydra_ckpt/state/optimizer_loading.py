@@ -1,4 +1,4 @@
-"""Saved optimizer state beside live optimizers: what fits, where it is read into, and how it is put back."""
+"""Saved optimizer state compared with live optimizers: what fits, where it is read into, and how it is put back."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BESIDE = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_mom
 
 @dataclass(frozen=True)
 class Fit:
-    """A saved description beside live optimizers, parameter by parameter.
+    """A saved description compared with live optimizers, parameter by parameter.
 
-    Optimizers may be numbered and grouped otherwise than in the run that saved, as other pipeline stages have them.
+    Optimizers may be numbered and grouped differently than in the run that saved, for example on other pipeline stages.
 
     Attributes:
         live: The optimizers and those inside them.
@@ -37,13 +37,13 @@ class Fit:
             it is.
         state: For each of these the saved state of its parameters, encoded.
         own: Number of an optimizer to its own saved state_dict, encoded.
-        absent: Numbers of optimizers of whose parameters the description knows none.
+        absent: Numbers of optimizers none of whose parameters is in the description.
         refused: Numbers of optimizers that the description does not fit; they stay as they are.
         missing: Parameters of the other live optimizers that the description lacks.
         left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
         lacking: Live options that the saved groups lack, by dotted name; they stay as they are.
-        notes: What is otherwise than it was, in words.
+        notes: What has changed, in words.
     """
 
     live: list[Holder]
@@ -224,7 +224,7 @@ def _place(holder: Holder, index: int | None = None) -> str:
 
 
 def _empty_group(described: Mapping[str, Any], holder: Holder, index: int, optimizers: int) -> dict[str, Any] | None:
-    """The options of a group without parameters, which only its number can tell."""
+    """The options of a group without parameters, which only its number identifies."""
     saved = described["optimizers"]
     if len(saved) != optimizers or len(saved[holder.number]["groups"]) != len(holder.groups):
         return None
@@ -323,7 +323,7 @@ def targets(
 def _wanted(
     described: Mapping[str, Any], found: Fit, names: Mapping[int, str]
 ) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
-    """The names of tensors to install, with the parameter that each belongs to, and whether its counters lie there."""
+    """The names of tensors to load, each with its parameter, and whether its counters are on that device."""
     parameters: dict[str, torch.Tensor] = {}
     counters: set[str] = set()  # of parameters whose optimizer keeps them on the device
     for holder, options, state in zip(found.live, found.options, found.state, strict=True):
@@ -353,7 +353,7 @@ class _Wanted:
     Attributes:
         shape: Its global shape.
         dtype: Its element type.
-        strides: Its global strides; None where it lies row by row.
+        strides: Its global strides; None if it is row-major.
         device: Where it is.
         placed: The mesh and placements of a DTensor; None for a plain tensor.
     """
@@ -405,7 +405,7 @@ def _wanted_as(
     # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
     is_alike = shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step")
     if saved is None and shape == () and not is_alike:
-        # A counter: beside the parameter only where the optimizer's kernels want it there.
+        # A counter: on the parameter's device only if the optimizer's kernels require it there.
         return _Wanted(shape, dtype, lies, parameter.device if on_device else torch.device("cpu"))
     if not isinstance(parameter, DTensor) or (
         saved is None and (name in described.get("plain", ()) or (_is_single(shape) and not is_alike))
@@ -503,7 +503,7 @@ def give_back(
         ) from error
     for one, other in shared:
         if not _share_groups(one, other):
-            with suppress(AttributeError):  # it shows the other's groups by itself
+            with suppress(AttributeError):  # it shows the groups of the other one
                 one.param_groups = other.param_groups
     walk()
     return list(differing(decoded(), optimizer.state_dict(), called))

@@ -22,9 +22,9 @@ class Places:
 
     Args:
         state: The live objects.
-        live: The tensors that live extras have now, by name; they tell device and mesh.
+        live: The tensors that live extras have now, by name; they determine device and mesh.
         placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
-        strides: Name to strides, of those that did not lie row by row.
+        strides: Name to strides, for those that were not row-major.
     """
 
     state: AppState

@@ -1,4 +1,4 @@
-"""Pipeline stages: what each knows beside its tensors, kept apart on disk and brought together for other stages.
+"""Pipeline stages: the data of each besides its tensors, kept separate on disk and merged for other stages.
 
 A stage writes one document with its optimizers' options, its schedulers, extra state and extras. A run with the same
 stages finds its own; any other takes all of them together, parameter by parameter and key by key.
@@ -15,7 +15,7 @@ from hydra_ckpt.storage.stages import unqualified
 
 Document = dict[str, Any]
 
-# What stands around one value, with more data beside it in a list.
+# Tags that wrap one value in a list, together with more data.
 _AROUND_ONE = {ATTRIBUTES, SAME, VIEW, "parameter"}
 _DROPPED = object()
 

@@ -68,7 +68,7 @@ def _open(checkpoint: Checkpoint, part: str) -> Part:
     whole = all(Path(file).parent.name == names.CONSOLIDATED for file in checkpoint.manifest.parts[part].files)
     if record is None or whole:
         return opened
-    # Shards under the model's own names: whole tensors that the export merely calls otherwise are called so here.
+    # Shards under the model's own names: whole tensors that only have another name in the export have that name here.
     path = f"{part}/{names.NAMING}"
     naming = decode_naming(checkpoint.path / path, read_small(checkpoint.path, path, record))
     called = {alias.source: alias.name for alias in naming.aliases if alias.is_whole}

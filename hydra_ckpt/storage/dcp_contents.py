@@ -27,7 +27,7 @@ class Contents:
         tensors: By name.
         values: Encoded values by name.
         inner: Tensors that these refer to.
-        planner_data: What the save planner wants to be told; None if nothing is stored.
+        planner_data: The data that the save planner stored for its load planner; None if nothing is stored.
         manifest: None for a directory of safetensors files alone.
     """
 

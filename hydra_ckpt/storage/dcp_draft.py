@@ -1,9 +1,9 @@
 """The draft of a save through DCP: the coordinator makes it, the other ranks find it, and a failed save removes it.
 
-DCP's plan cache keeps what a writer puts into a plan and hands it back at later saves, so nothing that belongs to one
-save may travel in a plan. A plan carries only the coordinator's session, which stays the same as long as its process
-lives; the session and the target name the draft. What belongs to one save is in the draft: a token, and the layout of
-the files, which the ranks read. `finish` accepts only results that bear the token.
+DCP's plan cache keeps what a writer puts into a plan and hands it back at later saves, so a plan must not contain
+anything that belongs to one save. A plan carries only the coordinator's session, which stays the same as long as its
+process lives; the session and the target name the draft. What belongs to one save is in the draft: a token, and the
+layout of the files, which the ranks read. `finish` accepts only results that bear the token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the coordinator tells the ranks in one save.
+    """What the coordinator sends to the ranks in one save.
 
     Attributes:
         root: The draft's directory.
@@ -52,7 +52,7 @@ class Assignment:
 
 
 def session() -> Session:
-    """This process's session. A forked process has one of its own."""
+    """This process's session. A forked process has its own."""
     return _session_of(os.getpid())
 
 
@@ -62,7 +62,7 @@ def _session_of(process: int) -> Session:  # noqa: ARG001 - what the cache goes 
 
 
 def draft_path(target: Path, session: Session) -> Path:
-    """Where the draft of a target lies."""
+    """The path of a target's draft."""
     return target.parent / names.hidden_name(target.name, "draft", session.nonce)
 
 
@@ -100,7 +100,7 @@ def _is_ours(target: Path) -> bool:
 
 
 def begin_draft(files: Files, target: Path) -> Draft:
-    """Coordinator only: make an empty draft with a fresh token, in place of what a failed save left."""
+    """Coordinator only: make an empty draft with a fresh token, replacing what a failed save left."""
     path = draft_path(target, session())
     discard(files, path)
     draft = Draft(path, target.name, names.nonce())
@@ -130,7 +130,7 @@ def await_assignment(path: Path) -> Assignment | None:
     """Any other rank: what the coordinator has announced in the draft at `path`; None if it gave up.
 
     Raises:
-        CheckpointError: There is no such draft, or nothing is announced.
+        CheckpointError: The draft does not exist, or nothing was announced.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -160,7 +160,7 @@ def _parse(root: Path, body: dict[str, object]) -> Assignment:
 
 
 def publish(files: Files, draft: Draft, *, overwrite: bool) -> None:
-    """Coordinator only: give a whole draft its name, in place of an empty directory or a replaced checkpoint.
+    """Coordinator only: give a complete draft its name, replacing an empty directory or an old checkpoint.
 
     If the process dies between the two renames, both directories are there under hidden names.
     """

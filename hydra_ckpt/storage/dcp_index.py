@@ -88,12 +88,12 @@ def model_prefix(directory: Path, votes: Mapping[KeyPath, int], remedy: str) -> 
     """The keys that lead to a model's tensors.
 
     Args:
-        directory: Where they lie, for the message.
+        directory: Where they are stored, for the message.
         votes: By prefix the number of tensors below it that have a name of the model's; not empty.
-        remedy: What to do where it cannot be told.
+        remedy: What to do if that is unclear, for the message.
 
     Raises:
-        CheckpointConfigError: Several have as many, and none of them is called a model.
+        CheckpointConfigError: Several have the same number of tensors, and none of them is called a model.
     """
 
     def rank(prefix: KeyPath) -> tuple[int, bool, int]:

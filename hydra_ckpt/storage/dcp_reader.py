@@ -35,7 +35,7 @@ from hydra_ckpt.values import refuse_url
 
 @dataclass(frozen=True)
 class _Turn:
-    """Which part of the checks a rank makes, told by the coordinator: the number of ranks is known to it alone."""
+    """The part of the checks that a rank makes, sent by the coordinator, which alone knows the number of ranks."""
 
     rank: int
     world_size: int
@@ -86,8 +86,8 @@ class SafetensorsReader(StorageReader):
         except CheckpointError:
             if "rank" not in kwargs:
                 raise
-            # DCP has asked a second time, for metadata of this rank's own, and would now hide the error under one of
-            # its own; it is raised again by `set_up_storage_reader`, which comes next.
+            # DCP has asked a second time, for this rank's own metadata, and would now hide the error behind another
+            # one; it is raised again by `set_up_storage_reader`, which comes next.
             self.reset()
             return Metadata({})
         known: dict[str, Any] = {name: _metadata_of(stored) for name, stored in found.tensors.items()}
@@ -144,7 +144,7 @@ class SafetensorsReader(StorageReader):
         everything = checks(self._path, found.manifest.files, found.manifest.digests)
         for error in findings(self._path, share_out(everything, turn.rank, turn.world_size)):
             raise error
-        # Other ranks compare the rest at the same time; what is about to be used is compared here, too.
+        # Other ranks compare the rest at the same time; what is about to be used is also compared here.
         return Ledger(everything) if turn.world_size > 1 else None
 
     def _load_value(self, found: Contents, item: ReadItem, planner: LoadPlanner, ledger: Ledger | None) -> None:

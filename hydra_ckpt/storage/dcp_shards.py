@@ -67,7 +67,7 @@ def _offsets(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _placed(path: Path, tensor: StoredTensor, offsets: Mapping[str, Any]) -> StoredTensor:
-    """A part where it belongs in its tensor; as far as this file tells, the tensor ends with it."""
+    """A part at its position in its tensor; as far as this file shows, the tensor ends with it."""
     spec, (chunk,) = tensor.spec, tensor.chunks
     corner = offsets.get(spec.name, ())
     if len(corner) != len(spec.shape) or not all(type(start) is int and 0 <= start < LIMIT for start in corner):

@@ -1,4 +1,4 @@
-"""Values in DCP state dicts that are not tensors: JSON, and tensors of their own; nothing is pickled on disk."""
+"""Values in DCP state dicts that are not tensors: JSON, and separate tensors; nothing is pickled on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BYTES = "planner_bytes"
 def encode_item(planner: SavePlanner, item: WriteItem, tensors: dict[str, torch.Tensor]) -> tuple[Any, tuple[str, ...]]:
     """What the planner has for an item that is not a tensor.
 
-    A value is encoded. If the planner turns values into bytes of its own, these are stored as they are.
+    A value is encoded. If the planner turns values into bytes in its own way, these are stored unchanged.
 
     Args:
         planner: Any save planner.

@@ -63,10 +63,10 @@ class _Saving:
 
     Attributes:
         draft: Where it is written.
-        remove: Removes the draft; runs by itself when the writer is gone.
+        remove: Removes the draft; runs automatically when the writer is garbage collected.
         thread: The thread that saves.
         world_size: Ranks that save.
-        assignment: What the ranks are told, once it is known.
+        assignment: What is sent to the ranks, once it is known.
         headers: Digests of the files' headers.
         sidecar: This rank's digests, once they are written.
         failure: Why there is none.
@@ -90,8 +90,7 @@ class SafetensorsWriter(StorageWriter):
     """Writes a state dict once, in parallel, into final safetensors files of whole tensors.
 
     The directory appears when everything in it is durable, or not at all. Values that are not tensors go to JSON, with
-    tensors inside them in files of their own; nothing is pickled. One instance serves any number of saves, one at a
-    time:
+    tensors inside them in separate files; nothing is pickled. One instance serves any number of saves, one at a time:
 
         dcp.save(state_dict, storage_writer=SafetensorsWriter("checkpoints/step_10"))
 
@@ -193,7 +192,7 @@ class SafetensorsWriter(StorageWriter):
         """
         saving = self._current()
         saving.world_size = len(plans)
-        # A plan that is not usable stands for a cached one; then only the planner's metadata tells what is saved.
+        # A plan that is not usable represents a cached one; then only the planner's metadata says what is saved.
         if all(plan.usable for plan in plans):
             shares = (share_of(item) for plan in plans for item in plan.items)
             self._assign(saving, (share for share in shares if share is not None))
@@ -268,7 +267,7 @@ class SafetensorsWriter(StorageWriter):
         own = {len(plan.items) + number: _whole(name, tensor) for number, (name, tensor) in enumerate(inner.items())}
         written = plan_of(assignment.files, self._own_files(own), shares, own)
         check_planned(written)
-        # Tensors on an accelerator are brought over; those in host memory are written from where they lie.
+        # Tensors on an accelerator are copied to the host; those in host memory are written directly from there.
         held = {key: _host_tensor(planner, plan.items[key], share) for key, share in shares.items()}
         held.update(zip(own, map(_on_host, inner.values()), strict=True))
         sidecar = self._write_files(assignment, written, held)

@@ -14,7 +14,7 @@ from hydra_ckpt.storage.subclasses import put_together
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 OMITTED = object()
-"""What takes the place of a value that was left out, until `fill` knows better."""
+"""Placeholder for a value that was left out, until `fill` replaces it."""
 
 
 def fill(value: Any, live: Any) -> Any:
@@ -56,7 +56,7 @@ def decode(
 
     Raises:
         CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
-        CheckpointError: It holds an enum or a named tuple whose class this program has not, or has otherwise.
+        CheckpointError: It holds an enum or a named tuple whose class this program lacks, or has in another form.
     """
     return _Decoder(tensors, others, {} if made is None else made).value(data)
 
@@ -151,10 +151,10 @@ def own_names(data: Any) -> list[str]:
 
 
 def strides(data: Any) -> dict[str, tuple[int, ...]]:
-    """The strides of the tensors that encoded data refers to, by name, of those that do not lie row by row.
+    """The strides of the tensors that encoded data refers to, by name, for those that are not row-major.
 
     Raises:
-        CorruptCheckpointError: They are no strides.
+        CorruptCheckpointError: They are not valid strides.
     """
     found: dict[str, tuple[int, ...]] = {}
     for item in _nodes(data, "tensor"):
@@ -170,7 +170,7 @@ def placements(data: Any) -> dict[str, list[int | None]]:
     """For DTensors the sharded dimension of each mesh dimension, by name.
 
     Raises:
-        CorruptCheckpointError: They are no dimensions.
+        CorruptCheckpointError: They are not valid dimensions.
     """
     found = {item["v"]: item[PLACEMENTS] for item in _nodes(data, "tensor") if PLACEMENTS in item}
     for name, dims in found.items():

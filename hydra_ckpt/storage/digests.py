@@ -1,9 +1,9 @@
 """Digests of what was written: one record a piece, in a binary sidecar.
 
-A sidecar begins with a line of JSON, the names of the files its records speak of; the records follow.
-A record is 40 bytes, little endian: file index (u32), number of runs (u32), offset, run and stride in bytes (u64 each),
-and the xxh3 64-bit digest of the runs' bytes joined (u64). The manifest holds the digest of the sidecar itself.
-Each rank's records form one file, so that nobody has to know how many the others wrote.
+A sidecar starts with a line of JSON, the names of the files that its records cover; the records follow. A record is 40
+bytes, little endian: file index (u32), number of runs (u32), offset, run and stride in bytes (u64 each), and the xxh3
+64-bit digest of the runs' bytes joined (u64). The manifest holds the digest of the sidecar itself. Each rank's records
+form one file, so no rank has to know how many the others wrote.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
     """Files and records of a sidecar, checked against the sizes of the checkpoint's files.
 
     Raises:
-        CorruptCheckpointError: The sidecar is torn, or a record lies outside its file.
+        CorruptCheckpointError: The sidecar is incomplete, or a record is outside its file.
     """
     line, _, body = data.partition(b"\n")
     try:

@@ -1,8 +1,8 @@
 """`model_save_format=torch_save`: PyTorch's own `.distcp` files, written by its `FileSystemWriter`.
 
-The ranks do not plan through DCP's collectives: each writes its shares and tells the coordinator where they came to
-lie. Beside the pickled `.metadata`, which plain DCP needs, the same index stands as JSON in the manifest; that is the
-one we read. Tensors are read without unpickling them.
+The ranks do not plan through DCP's collectives: each writes its shares and reports to the coordinator where they are
+stored. Plain DCP needs the pickled `.metadata`. The manifest has the same index as JSON, and that is the one we read.
+Tensors are read without unpickling them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str,
     """The tensors that rows of the manifest describe.
 
     Raises:
-        CorruptCheckpointError: A row makes no sense.
+        CorruptCheckpointError: A row is invalid.
     """
     found: dict[str, StoredTensor] = {}
     for row in rows:

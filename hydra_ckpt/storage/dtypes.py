@@ -51,7 +51,7 @@ def check_name(name: str) -> None:
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """See that a tensor has elements that lie in memory one by one, and a name and a shape that a file can hold.
+    """Check that a tensor's elements are separate in memory, and that a file can hold its name and its shape.
 
     Raises:
         CheckpointConfigError: It has not.

@@ -178,7 +178,7 @@ def _from_scalar(value: np.generic) -> Tagged:
 
 def _from_time(value: Any) -> Tagged:
     content = [type(value).__name__, value.isoformat(), getattr(value, "fold", 0)]
-    if repr(_to_time(content)) != repr(value):  # a time zone has a name of its own
+    if repr(_to_time(content)) != repr(value):  # a time zone has its own name
         raise NotExactError(f"its text, {content[1]}, does not fully describe its time zone; convert it to UTC")
     return "time", content
 

@@ -37,7 +37,7 @@ class Ledger:
             starts.sort()
 
     def pieces(self, file: str, region: Region) -> Iterator[tuple[Region, int | None]]:
-        """A region cut so that each piece is the bytes of one digest, or lies outside of whole ones (None)."""
+        """A region cut so that each piece has the bytes of one digest, or belongs to no complete digest (None)."""
         if region.count > 1:
             for cell in cells(region):
                 yield cell, self._strided.get((file, cell))
@@ -67,7 +67,7 @@ class Ledger:
         self._done.add(index)
 
     def done(self) -> list[Span]:
-        """The digests this rank has compared: first and behind the last of each unbroken row."""
+        """The digests this rank has compared: first byte and the byte after the last of each unbroken row."""
         return _joined((index, index + 1) for index in self._done)
 
     def left(self, done: Iterable[Span]) -> list[Check]:

@@ -1,4 +1,4 @@
-"""The file that tells how an export calls the tensors of a model, where it calls them otherwise."""
+"""The file that maps a model's tensors to their names in an export, if these differ."""
 
 from __future__ import annotations
 

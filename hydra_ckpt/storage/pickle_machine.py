@@ -1,8 +1,8 @@
 """Pickles read without making any object that they ask for.
 
 A pickle is a program for a small machine. This one knows the instructions that DCP's indices and the files of single
-tensors consist of, builds nothing but plain data, and writes down what is to be called instead of calling it; so there
-is nothing to be trusted. Source: `pickletools`.
+tensors consist of, builds nothing but plain data, and records calls instead of making them; so the input need not be
+trusted. Source: `pickletools`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["PERSISTENT", "Noted", "run"]
 
 PERSISTENT = "(persistent)"
-"""What an object is called that lies outside the pickle."""
+"""The name of an object outside the pickle."""
 _MARK = object()
 
 

@@ -31,7 +31,7 @@ class DcpDirectory:
     """A directory that `dcp.save` has written.
 
     Attributes:
-        tensors: Where each tensor lies.
+        tensors: Where each tensor is stored.
         values: All else, loaded where that was wanted.
         lengths: File and first byte of a chunk to its length in bytes.
     """
@@ -51,11 +51,11 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_dcp(root: Path, relative: str, *, values: bool) -> DcpDirectory:
-    """Where the tensors of a DCP directory lie, by its index.
+    """Where the tensors of a DCP directory are stored, according to its index.
 
     Args:
         root: The directory that file names are given from.
-        relative: Where in it the DCP directory lies; empty for itself.
+        relative: The path of the DCP directory in it; empty for the directory itself.
         values: Whether its values are loaded too, which runs the pickles that they are. Without them nothing is run.
 
     Raises:
@@ -107,9 +107,9 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, mapped into memory rather than read.
 
     Raises:
-        CorruptCheckpointError: It is no state dict of tensors.
+        CorruptCheckpointError: It is not a state dict of tensors.
     """
-    # Older files are no archives, which alone can be mapped.
+    # Older files are not archives, and only archives can be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -116,7 +116,7 @@ def _is_in_words(tensor: torch.Tensor) -> bool:
 
 
 def _joined(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """The memory of parts that lie end to end."""
+    """The memory of parts that are contiguous with each other."""
     first = next(iter(parts.values()))
     return first.as_strided((sum(part.numel() for part in parts.values()),), (1,))
 
@@ -141,7 +141,7 @@ def _gather(tensors: Mapping[int, torch.Tensor], found: Mapping[int, list[range]
 
 
 def _places(words: int, phase: int) -> list[range]:
-    """One word of each page of so many words; the last page may be a part of one."""
+    """One word of each page of this many words; the last page may be incomplete."""
     spread = range(phase, words, _STRIDE)
     return [spread, range(words - 1, words)] if words % _PAGE else [spread]
 
@@ -175,5 +175,5 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the values are equal; what is no number may have come out with other bits."""
+    """Whether the values are equal; a NaN may have different bits afterwards."""
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)

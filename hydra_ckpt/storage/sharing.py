@@ -25,7 +25,7 @@ _LEAVES = {bool, bytes, complex, float, int, str, type(None)}
 _MUTABLE = (list, torch.Tensor, deque, set, bytearray, np.ndarray, io.BytesIO, torch.Generator)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SIMPLE = {torch.Tensor, DTensor, bool, float, int, str, type(None)}
-# Elements of a cluster that are looked at one by one.
+# Elements of a cluster that are examined one by one.
 _MOST_ELEMENTS = 1 << 26
 
 
@@ -50,7 +50,7 @@ class Sharing:
 
     Attributes:
         repeated: Identities of tensors, and of containers that can change, that are in more than one place.
-        views: Identity of a tensor to where it lies in memory that it shares with others.
+        views: Identity of a tensor to its position in memory that it shares with others.
         clashes: Identity of a tensor that shares memory in a way that cannot be stored, to why.
     """
 
@@ -131,7 +131,7 @@ class Apart:
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the memory of each begins; None where one has no memory of its own."""
+    """Where the memory of each begins; None for one that has no memory itself."""
     parts = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]  # noqa: SLF001
     if not set(map(type, parts)) <= _PLAIN:
         return None

@@ -26,7 +26,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no memory of its own but wraps tensors that have."""
+    """Whether a tensor has no memory itself but wraps tensors that have."""
     if type(tensor) in _PLAIN or isinstance(tensor, DTensor | AsyncCollectiveTensor):
         return False  # the last is the result of a collective that is still under way
     return bool(is_traceable_wrapper_subclass(tensor))
@@ -75,7 +75,7 @@ def put_together(data: Any) -> torch.Tensor:
     """The wrapper that `take_apart` was given.
 
     Raises:
-        CorruptCheckpointError: The class is not imported here, or is no such wrapper.
+        CorruptCheckpointError: The class is not imported here, or is not such a wrapper.
     """
     module, name = data["class"]
     kind = _find(module, name)

@@ -43,7 +43,7 @@ def read_tensor(data: bytearray) -> torch.Tensor:
     """The tensor in a file; it shares the memory of `data`.
 
     Raises:
-        Exception: Of any kind, where this is no file of one tensor.
+        Exception: Of any kind, if this is not a file of one tensor.
     """
     entries = _entries(data)
     if entries.get("byteorder", b"little") != b"little":
@@ -54,7 +54,7 @@ def read_tensor(data: bytearray) -> torch.Tensor:
 
 
 def _entries(data: bytearray) -> dict[str, memoryview]:
-    """The bytes of an archive's entries, by name without the directory that all lie in."""
+    """The bytes of an archive's entries, by name without the directory that contains them all."""
     view = memoryview(data)
     with zipfile.ZipFile(io.BufferedReader(_Reader(view))) as archive:
         infos = archive.infolist()

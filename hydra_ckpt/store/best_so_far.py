@@ -34,7 +34,7 @@ class BestSoFar:
 
 
 def opened(path: Path | None) -> Checkpoint | None:
-    """The checkpoint a run goes on from; None for a fresh start, and for some other tool's."""
+    """The checkpoint a run continues from; None for a fresh start, or if another tool wrote it."""
     try:
         return None if path is None else Checkpoint.open(path)
     except (CheckpointError, OSError):
@@ -45,7 +45,7 @@ def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | No
     """The best value that was known when a checkpoint got its last metrics.
 
     Args:
-        checkpoint: The one a run goes on from, if any.
+        checkpoint: The one a run continues from, if any.
         key: The metric that decides now; another one's value says nothing.
         mode: "min" or "max".
     """

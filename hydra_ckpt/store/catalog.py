@@ -47,7 +47,7 @@ class Checkpoint:
                 a new directory, or the new name of an old one, late.
 
         Raises:
-            CheckpointNotFoundError: The directory is no finished checkpoint.
+            CheckpointNotFoundError: The directory is not a finished checkpoint.
             CheckpointFormatError: A newer version wrote it.
             CorruptCheckpointError: The manifest is damaged.
         """
@@ -122,7 +122,7 @@ class Catalog:
         root: The directory.
         checkpoints: Those with a whole manifest, by step.
         damaged: Name to what is wrong, for directories that have a checkpoint's name.
-        newer: Name to the error that tells of it, for checkpoints of a newer format. They are left alone by all that
+        newer: Name to the error that describes it, for checkpoints of a newer format. They are left alone by all that
             changes a directory.
     """
 
@@ -141,14 +141,14 @@ class Catalog:
         return self.find(target) if target else None
 
     def refuse_newer(self, pointer: str | None, beyond: int | None) -> None:
-        """Raise if a choice would pass over a checkpoint of a newer format.
+        """Raise if a choice would skip a checkpoint of a newer format.
 
         Args:
             pointer: The pointer that was followed, if any.
             beyond: The step that was chosen instead; None where nothing was.
 
         Raises:
-            CheckpointFormatError: The pointer names such a checkpoint, or one lies beyond the step.
+            CheckpointFormatError: The pointer names such a checkpoint, or there is one after the step.
         """
         target = read_pointer(self.root, pointer) if pointer else None
         if target in self.newer:
@@ -213,7 +213,7 @@ def scan(root: Path) -> Catalog:
 
 
 def listing(root: Path) -> tuple[object, ...]:
-    """What is seen of a directory without opening a checkpoint; whether it changes is told by comparing two."""
+    """What is visible of a directory without opening a checkpoint; compare two to see whether it has changed."""
     below = sorted(path.name for path in root.iterdir() if names.is_checkpoint_name(path.name)) if root.is_dir() else []
     return (*below, read_pointer(root, names.LATEST), read_pointer(root, names.BEST))
 

@@ -54,8 +54,8 @@ class Directory:
         may_wait: Whether to wait for a holder that may be dead.
 
     Attributes:
-        best_so_far: The best value of the run, which may be of a step that is not saved; it stands in what is saved
-            from then on. None where nobody tells it.
+        best_so_far: The best value of the run, which may belong to a step that is not saved; later checkpoints record
+            it. None if it is unknown.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Directory:
         return choose(self.root, selector, passed_over, (self._configured, self._keep.best_metric_mode))
 
     def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
-        """Under the default key, go on with the metric that has decided before."""
+        """Under the default key, continue with the metric that decided before."""
         if self._configured == metric.DEFAULT_KEY:
             known = [*([before] if before is not None else []), *reversed(catalog.checkpoints)]
             decided = (item.manifest.details.get("deciding_metric") for item in known)
@@ -126,13 +126,13 @@ class Directory:
     def settle(
         self, start_step: int | None, corrupt: Collection[str], on_conflict: str, resumed: Path | None = None
     ) -> dict[str, Any]:
-        """Move out of the way what is damaged, or lies beyond the step the run starts from.
+        """Move checkpoints out of the way that are damaged, or later than the step the run starts from.
 
         Args:
             start_step: The step the run starts from; None where it starts nowhere.
             corrupt: Names of damaged checkpoints.
             on_conflict: What happens to later steps: see `refuse_later`.
-            resumed: The checkpoint the run goes on from.
+            resumed: The checkpoint the run continues from.
 
         Returns:
             Names of the published checkpoints that stay, those with an export, the best metric so far, and the key
@@ -181,7 +181,7 @@ class Directory:
         return value if value is not None and metric.is_better(value, self._best, mode) else self._best
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
-        """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
+        """Raise if there are sound published steps after the start that are not to be set aside. Changes nothing."""
         if start_step is None:
             return
         catalog = scan(self.root)
@@ -252,7 +252,7 @@ class Directory:
         self._latest = step
 
     def _point_best(self) -> None:
-        """Let BEST lead to what this run knows as the best, if another run has moved it elsewhere."""
+        """Make BEST lead to the best checkpoint that this run knows, if another run has moved it."""
         best, found = self._best_name, read_pointer(self.root, names.BEST)
         if best is not None and found not in {None, best} and (self.root / best).is_dir():
             move_pointer(self._held, self.root, names.BEST, best)
@@ -330,7 +330,7 @@ class Directory:
         self._consider(checkpoint)
 
     def prune(self) -> None:
-        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a thread of its own."""
+        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a separate thread."""
         if self._policies:
             catalog = scan(self.root)
             self.fence()  # all that is listed was there while the lease was held
@@ -338,7 +338,7 @@ class Directory:
             self.retire(superfluous(catalog, self._policies, context))
 
     def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Unpublish these at once; they are deleted in a thread of its own.
+        """Unpublish these at once; they are deleted in a separate thread.
 
         Raises:
             OSError: One cannot be renamed; the others are gone all the same.

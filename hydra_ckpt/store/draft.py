@@ -4,7 +4,7 @@
     (write)  every rank, having read the token back
     publish  manifest written whole; directories flushed; renamed; parent flushed
 
-A draft with a whole manifest has everything: whoever finds it may finish it. Any other draft is debris.
+A draft with a whole manifest has everything: any run that finds it may finish it. Any other draft is debris.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class FencedFiles(Files):
 
 
 def replace_prepared(files: Files, prepared: Path, target: Path, data: bytes) -> None:
-    """Replace or create a small file, from one that is prepared at a place a run that takes over sweeps.
+    """Replace or create a small file, prepared under a name that is removed by a run that takes over.
 
     Args:
         files: The file layer.

@@ -1,7 +1,7 @@
 """The lease: which run may write to a checkpoint directory.
 
 `owner.json` names the run, its incarnation (new at every start) and its process; the file's time of modification is the
-heartbeat. A run takes the lease at once if nobody holds it, or the holder is proved dead. A holder of which nothing can
+heartbeat. A run takes the lease at once if it is free, or if the holder is proved dead. A holder of which nothing can
 be proved is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock, it
 is dead. A live holder is refused.
 """
@@ -158,10 +158,10 @@ class Lease:
         return True
 
     def _claim(self, judged: Record) -> bool:
-        """Replace the record that was judged; whether nobody else was about to do the same.
+        """Replace the record that was judged; returns whether no other run was doing the same.
 
-        Of several runs that have judged the same record only one creates the file that replaces it. Whoever takes over
-        removes all such files, so whoever is late has nothing left to put in place.
+        Of several runs that have judged the same record only one creates the file that replaces it. The run that takes
+        over removes all such files, so a late run has nothing left to put in place.
         """
         prepared = self._claim_path(judged)
         try:
@@ -232,7 +232,7 @@ class Lease:
     # -- holding ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Make sure that nobody has taken over. If the record is simply gone, take the lease again.
+        """Check that no other run has taken over. If the record is simply gone, take the lease again.
 
         Raises:
             CheckpointError: Another incarnation holds the lease: this process must not publish.
@@ -255,7 +255,7 @@ class Lease:
         )
 
     def _has_held_lately(self) -> bool:
-        """Whether nobody can have taken this run for dead since it last saw that it holds the lease."""
+        """Whether no run can have presumed this one dead since it last checked that it holds the lease."""
         return time.monotonic() - self._confirmed < self._times.stale_s
 
     def _refuse_fork(self) -> None:

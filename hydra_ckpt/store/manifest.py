@@ -4,8 +4,8 @@
 field. A reader serializes what it read again and compares: any difference is damage. It is written last; a directory
 with a whole manifest is complete.
 
-A later format keeps this seal and the field `format`, so that an older reader tells a newer checkpoint from a damaged
-one.
+A later format keeps this seal and the field `format`, so that an older reader can distinguish a newer checkpoint from a
+damaged one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """Where one part's tensors lie.
+    """Where one part's tensors are stored.
 
     Attributes:
         format: `safetensors`, or `distcp` (PyTorch's own files).
@@ -77,9 +77,9 @@ class Manifest:
         epoch: Epoch at the save.
         created: Unix time in seconds.
         world_size: Ranks that wrote it.
-        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to where its tensors lie.
+        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to the place of its tensors.
         exports: Hugging Face directories in the checkpoint, by the part they show.
-        files: Every file but the manifest and what is added beside it later.
+        files: Every file except the manifest and files that are added later.
         digests: The sidecars with digests of tensor files.
         metrics: Metrics known at the save.
         plan: Fingerprint of the write plan.
@@ -154,7 +154,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any]:
-    """Read and check a sealed file of at most so many bytes.
+    """Read and check a sealed file of at most this many bytes.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -181,7 +181,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint's directory.
 
     Raises:
-        CheckpointNotFoundError: There is none: the directory is no checkpoint.
+        CheckpointNotFoundError: There is none: the directory is not a checkpoint.
         CheckpointFormatError: A newer version wrote it.
         CorruptCheckpointError: It is damaged, or names files outside.
     """
@@ -277,7 +277,7 @@ def _is_topology(value: object) -> bool:
 
 
 def _is_shallow(value: object, depth: int) -> bool:
-    """Whether plain data is nested no deeper than this; whoever prints it takes a step on the stack for each level."""
+    """Whether plain data is nested no deeper than this; printing it uses one stack frame for each level."""
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_is_shallow(item, depth - 1) for item in below)
 

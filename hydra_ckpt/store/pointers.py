@@ -1,7 +1,7 @@
 """Pointers: names such as LATEST that lead to a checkpoint, moved atomically.
 
-A pointer is a relative symbolic link; where the file system refuses links, or a directory stands in its place, it is a
-text file, NAME.txt. Such a directory is what copying leaves that follows links; it is never touched.
+A pointer is a relative symbolic link; if the file system refuses links, or a directory has that name, it is a text
+file, NAME.txt. Such a directory is what copying leaves that follows links; it is never touched.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Protected:
 
     Attributes:
         names: The checkpoints that they lead to, or into.
-        lost: Those of LATEST and BEST that are there, but say nothing that can be followed.
+        lost: Those of LATEST and BEST that exist but cannot be followed.
     """
 
     names: frozenset[str]
@@ -136,7 +136,7 @@ def _name_in(root: Path, target: str) -> str | None:
 
 
 def pointed_path(root: Path, pointer: str) -> Path | None:
-    """The directory that a pointer leads to, wherever that lies; None where it leads to none."""
+    """The directory that a pointer leads to, wherever that is; None if it leads to none."""
     try:
         place = root / pointer
         if not os.path.lexists(place):
@@ -148,7 +148,7 @@ def pointed_path(root: Path, pointer: str) -> Path | None:
 
 
 def read_pointer(root: Path, pointer: str) -> str | None:
-    """The name a pointer leads to, whether or not that exists; None where there is no usable pointer."""
+    """The name a pointer leads to, whether or not that exists; None if there is no usable pointer."""
     link = root / pointer
     try:
         if link.is_symlink():

@@ -153,7 +153,7 @@ def set_aside(files: Files, paths: Iterable[Path], kind: str, incarnation: str) 
 
 
 def in_the_way(catalog: Catalog, start_step: int) -> list[Path]:
-    """The published checkpoints beyond the step a run starts from; they stand in its way."""
+    """The published checkpoints after the step a run starts from, which are in its way."""
     return [item.path for item in catalog.checkpoints if item.step > start_step]
 
 

@@ -107,7 +107,7 @@ def size_of(path: Path) -> int:
     """The size of a regular file in bytes; a link is followed.
 
     Raises:
-        CorruptCheckpointError: It is missing, no regular file, or cannot be looked at.
+        CorruptCheckpointError: It is missing, not a regular file, or cannot be examined.
     """
     try:
         found = path.stat()

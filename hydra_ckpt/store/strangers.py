@@ -1,4 +1,4 @@
-"""Directories that another system writes its checkpoints to: told from ours, and refused. Reads only."""
+"""Directories that another system writes its checkpoints to: distinguished from ours, and refused. Reads only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra_ckpt.store.pointers import pointed_path
 
 # What a checkpoint of ours has, however damaged or unfinished it is, and those of other systems have not.
 _MARKS = (names.MANIFEST, names.TOKEN, names.DIGESTS, names.PROGRESS)
-# Of files that weights and states lie in; directories count too, notes and the like do not.
+# Extensions of files that hold weights and states; directories count too, notes and the like do not.
 _SUFFIXES = frozenset({".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz"})
 
 
@@ -20,7 +20,7 @@ def refuse_strangers(root: Path) -> None:
     """Raise if another system keeps its checkpoints in a directory.
 
     Args:
-        root: A checkpoint directory; one that does not exist is nobody's.
+        root: A checkpoint directory; one that does not exist belongs to no system.
 
     Raises:
         CheckpointConfigError: It holds directories or pointers of another system; names them.
@@ -35,7 +35,7 @@ def refuse_strangers(root: Path) -> None:
 
 
 def strangers(root: Path) -> list[str]:
-    """What lies in a directory that another system must have written: its steps, and pointers to them."""
+    """The contents of a directory that another system must have written: its steps, and pointers to them."""
     if not root.is_dir():
         return []
     steps = [path.name for path in sorted(root.iterdir()) if is_checkpoint_directory(path) and _is_strange(path)]
