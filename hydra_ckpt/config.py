@@ -132,7 +132,7 @@ def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> Sa
 
 
 def _is_geq_torch_2_9() -> bool:
-    """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False where there is none."""
+    """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False if there is none."""
     # Reading the version of the installed package avoids the import; if torch is imported, its own version is more
     # reliable.
     from importlib import metadata

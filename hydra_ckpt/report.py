@@ -12,7 +12,7 @@ class LoadReport:
 
     Attributes:
         step: Completed optimizer steps; 0 where progress was not loaded.
-        epoch: The epoch to go on in; 0 where progress was not loaded.
+        epoch: The epoch to continue in; 0 where progress was not loaded.
         path: The checkpoint.
         metrics: Its metrics.
         loaded: Parts of which anything was installed.

@@ -165,8 +165,8 @@ class ResolvedConfig:
         read: For loading.
         hub: For the reference model and the export.
         keep: For pointers and retention.
-        hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
-        launch: How the program of the Hydra run was started; None where Hydra does not run.
+        hydra_texts: File name and YAML text of Hydra's configuration; empty if Hydra does not run.
+        launch: How the program of the Hydra run was started; None if Hydra does not run.
         settings: Key to what was configured, as text, of those that all ranks have to agree about.
     """
 

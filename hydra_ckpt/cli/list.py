@@ -36,9 +36,9 @@ class _Entry:
     """A directory that has a checkpoint's name.
 
     Attributes:
-        path: Where it lies.
-        checkpoint: What its manifest says; None where that cannot be read.
-        problem: What is wrong with it; empty where nothing is.
+        path: Where it is stored.
+        checkpoint: What its manifest says; None if that cannot be read.
+        problem: What is wrong with it; empty if nothing is.
         pointers: Names that lead to it.
         is_newer: Whether that is only that a newer version wrote it.
     """
@@ -51,7 +51,7 @@ class _Entry:
 
     @property
     def mark(self) -> str:
-        """What is wrong in a word; empty where nothing is."""
+        """What is wrong in a word; empty if nothing is."""
         return "" if not self.problem else "newer format" if self.is_newer else "damaged"
 
     def as_data(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class _Finding:
     """Something that is not as it was written.
 
     Attributes:
-        file: Relative to the checkpoint; empty where the checkpoint as a whole is meant.
+        file: Relative to the checkpoint; empty if the checkpoint as a whole is meant.
         byte_range: Half-open, or None for the whole file.
         problem: What is wrong, with the place.
     """

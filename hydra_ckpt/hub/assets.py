@@ -159,7 +159,7 @@ def json_bytes(body: Mapping[str, Any]) -> bytes:
 
 
 def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
-    """The files a tokenizer or processor saves; none where there is no tokenizer."""
+    """The files a tokenizer or processor saves; none if there is no tokenizer."""
     return {} if tokenizer is None else _saved(tokenizer, "the tokenizer")
 
 

@@ -88,7 +88,7 @@ def load_base(
 
     Raises:
         CheckpointConfigError: No reference is configured, or its weights are of a kind that may not or cannot be read.
-        CheckpointNotFoundError: The reference, or one of its files, is not there.
+        CheckpointNotFoundError: The reference, or one of its files, does not exist.
         KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
     """
     repo_id = options.repo_id
@@ -235,7 +235,7 @@ class _Loader:
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
 
     def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
-        """See that weights which are one tensor in the model, and stored under two names, are the same."""
+        """Check that weights which are one tensor in the model, and stored under two names, are the same."""
         others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
         for item in wanted:
             other = others.get(item.name)

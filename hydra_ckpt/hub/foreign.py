@@ -77,7 +77,7 @@ def export_foreign(
 
     Args:
         directory: What `dcp.save` or `Accelerator.save_state` has written.
-        out: The directory to make; it must not exist, or be empty. A crash leaves nothing in its place.
+        out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
         base: A transformers model of the same architecture, a directory or a hub id in the cache, of which names,
             element types, configuration and tokenizer are taken; None leaves names and types as they are stored.
         part: `model`, or the keys that lead to the tensors, such as `ema` or `app.ema`.
@@ -86,8 +86,8 @@ def export_foreign(
         progress: Called with bytes written so far and in all.
 
     Raises:
-        CheckpointExistsError: There is something at `out`.
-        CheckpointNotFoundError: There is no such part, or no reference model.
+        CheckpointExistsError: `out` exists and is not empty.
+        CheckpointNotFoundError: The part does not exist, or no reference model.
         CheckpointConfigError: The reference model is none that transformers has a class for.
         KeyMismatchError: The tensors are not those of the reference model.
         CorruptCheckpointError: The index is damaged.

@@ -43,7 +43,7 @@ class Matching:
         self._as_in_memory: set[str] = set()
 
     def __call__(self, name: str) -> str | None:
-        """The piece that a name of the reference means; None where the model has none."""
+        """The piece that a name of the reference means; None if the model has none."""
         pieces = self._naming.by_name
         if name in pieces:
             return name

@@ -62,7 +62,7 @@ def merge_adapter(
 
     Args:
         checkpoint: One with an adapter.
-        out: The directory to make; it must not exist, or be empty. A failure leaves nothing in its place.
+        out: The directory to create; it must not exist, or must be empty. A failure leaves nothing in its place.
         part: `model`, or the name of one of several adapters.
         base: The base model, a hub id in the cache or a directory; None for the one that the adapter names.
         dtype: Element type that the merged model is converted to; None for the base model's.
@@ -74,7 +74,7 @@ def merge_adapter(
 
     Raises:
         CheckpointNotFoundError: The adapter, or its base model, is not there.
-        CheckpointExistsError: There is something at `out`.
+        CheckpointExistsError: `out` exists and is not empty.
         CheckpointConfigError: The adapter names no base model, one that cannot be opened, or one of another shape; or a
             package is missing.
         KeyMismatchError: The adapter is not one of this base model.

@@ -39,7 +39,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: Any of ours; its model as shards, consolidated, or in `.distcp` files (these tensor by tensor).
-        out: The directory to make; it must not exist, or be empty. A crash leaves nothing in its place.
+        out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
         part: `model`, the name of one of several models, or of an extra that holds tensors under the model's names
             (an average of the weights).
         dtype: Element type of floating-point tensors; None for what the run would have exported.
@@ -48,7 +48,7 @@ def export_checkpoint(
         progress: Called with bytes written so far and in all.
 
     Raises:
-        CheckpointExistsError: There is something at `out`.
+        CheckpointExistsError: `out` exists and is not empty.
         CheckpointNotFoundError: The checkpoint has no such part.
         CorruptCheckpointError: The checkpoint is damaged.
     """

@@ -46,7 +46,7 @@ class Reference:
         """A small file.
 
         Raises:
-            CorruptCheckpointError: It is a link that leads out of the directory, no regular file, or far too large.
+            CorruptCheckpointError: It is a link that leads out of the directory, not a regular file, or far too large.
         """
         return read_small_file(self.root / self.inside(name), _MAX_BYTES)
 

@@ -57,7 +57,7 @@ class SafetensorsWeights:
     """Weights in safetensors files.
 
     Args:
-        reference: Where they lie.
+        reference: Where they are stored.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -85,7 +85,7 @@ class PickledWeights:
     """Weights in PyTorch's `.bin` files.
 
     Args:
-        reference: Where they lie.
+        reference: Where they are stored.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -166,7 +166,7 @@ class Dequantized:
             self._check_scale(name, specs[name].shape, specs[scale].shape)
 
     def _check_scale(self, name: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
-        """See that a weight's scales are of a shape that can be read, before anything is."""
+        """Check that a weight's scales are of a shape that can be read, before anything is."""
         rows = scale == shape[:1]
         if prod(scale) == 1 or rows:
             return
@@ -236,7 +236,7 @@ class Dequantized:
         return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
 
     def _factors(self, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
-        """The scales with one dimension for each of the weight's; None where one number serves all."""
+        """The scales with one dimension for each of the weight's; None if one number serves all."""
         if scales.numel() == 1:
             return None
         return scales.reshape(-1, *[1] * (len(spec.shape) - 1)) if tuple(scales.shape) == spec.shape[:1] else scales

@@ -56,7 +56,7 @@ class Source:
         """The same with all floating-point tensors in one element type.
 
         Raises:
-            CheckpointConfigError: It is none of those that are known.
+            CheckpointConfigError: It is not one of the known types.
         """
         if dtype not in FLOATS:
             raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
@@ -74,7 +74,7 @@ class Source:
 
 
 def refuse_occupied(out: Path) -> None:
-    """See that a directory can be made here; an empty one may be there already.
+    """Check that a directory can be made here; an empty one may be there already.
 
     Raises:
         CheckpointExistsError: It exists already, or would be inside a checkpoint.

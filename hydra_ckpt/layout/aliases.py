@@ -57,7 +57,7 @@ class Alias:
         """The elements of the alias that are in a box of the source.
 
         Returns:
-            Their box in the source and their box in the other tensor; None where there are none.
+            Their box in the source and their box in the other tensor; None if there are none.
         """
         inner = self.box.intersect(held)
         return None if inner is None else (inner, self.placed(inner))
@@ -89,7 +89,7 @@ class Alias:
         """The elements of the alias that are in a box of the other tensor.
 
         Returns:
-            Their box in the source and their box in the other tensor; None where there are none.
+            Their box in the source and their box in the other tensor; None if there are none.
         """
         common = self.placed(self.box).intersect(wanted)
         if common is None:
@@ -109,7 +109,7 @@ class Naming:
     Attributes:
         aliases: In the order of the files; all pieces of one tensor follow each other.
         dtypes: Element types by exported name, where they are not the source's.
-        files: A text by exported name, equal for those of one file; empty where files are cut by size.
+        files: A text by exported name, equal for those of one file; empty if files are cut by size.
         shapes: Shapes by exported name, where the aliases give a finer grid of them.
     """
 

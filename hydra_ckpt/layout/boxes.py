@@ -52,7 +52,7 @@ class Sharding:
     Attributes:
         mesh_shape: Ranks along each mesh dimension.
         coordinate: This rank's position in the mesh.
-        dims: For each mesh dimension the tensor dimension it splits, or None where it replicates.
+        dims: For each mesh dimension the tensor dimension it splits, or None if it replicates.
         strided: For each mesh dimension whether its split comes after those of the mesh dimensions to its right
             (`_StridedShard` of PyTorch: FSDP applied to a tensor that TP had already split).
     """

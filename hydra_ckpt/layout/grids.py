@@ -58,7 +58,7 @@ def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) ->
         walks: Its parts.
 
     Raises:
-        NoGridError: There is no such grid.
+        NoGridError: Such a grid does not exist.
     """
     cuts: list[set[int]] = [{1} for _ in shape]
     while True:
@@ -83,7 +83,7 @@ def aliases_through(name: str, shape: tuple[int, ...], walk: Walk, parts: Sequen
         parts: What that is joined of.
 
     Raises:
-        NoGridError: There is no such grid.
+        NoGridError: Such a grid does not exist.
     """
     middle = walk.source
     while True:

@@ -26,7 +26,7 @@ class Holding:
         box: The part held.
         replica: This rank's index among the ranks holding the same box, and their number.
         group: Equal for tensors replicated over the same ranks; these are divided together.
-        divisible: False where replicas may differ (buffers): then the first of them writes it all.
+        divisible: False if replicas may differ (buffers): then the first of them writes it all.
     """
 
     spec: TensorSpec

@@ -21,7 +21,7 @@ _SHOWN = 30
 
 
 def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str], world_size: int) -> list[Difference]:
-    """The settings, and the facts about the run, that differ from a checkpoint's; none where it has no manifest.
+    """The settings, and the facts about the run, that differ from a checkpoint's; none if it has no manifest.
 
     Args:
         checkpoint: Its directory.
@@ -44,7 +44,7 @@ def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str
 
 
 def saved_config(checkpoint: Path) -> Any:
-    """Hydra's configuration of the run that saved a checkpoint, as plain data; None where there is none."""
+    """Hydra's configuration of the run that saved a checkpoint, as plain data; None if there is none."""
     path = checkpoint / names.CONFIG / CONFIG_TEXT
     try:
         return parse_config(read_small_file(path, MAX_BYTES).decode())

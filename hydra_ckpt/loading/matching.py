@@ -56,7 +56,7 @@ class LoadPlan:
         fetches: Boxes of stored tensors, with the tensors that receive them.
         tensors: The tensors that encoded values refer to, by name; to be filled.
         resized: For each model the buffers that have another size than the live ones, which their modules will take.
-        fit: What of the optimizers' state fits; None where none is loaded.
+        fit: What of the optimizers' state fits; None if none is loaded.
         absent: Single objects that the checkpoint does not have, by dotted name.
         mismatch: Everything that does not fit.
     """
@@ -216,7 +216,7 @@ class _Matcher:
                     ]
 
     def _naming(self, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]) -> Naming | None:
-        """From a model's live tensors to the stored ones; None where the names are the same."""
+        """From a model's live tensors to the stored ones; None if the names are the same."""
         mapped, part = self.source.extractor.maps(self.source.state)[name], part_of(name)
         saved = Saved(stored, self.source.naming(part), self.source.is_export(part))
         if self.source.extractor.is_peft:
@@ -231,7 +231,7 @@ class _Matcher:
         return found.naming
 
     def _match_tensor(self, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> StoredTensor | None:
-        """The stored tensor that fits a live one; None where none does."""
+        """The stored tensor that fits a live one; None if none does."""
         key = prefix + item.spec.name
         left = f"model.{key.replace('/', '.', 1) if prefix else key}"
         if stored is None and left in self.source.shared.get("unsaved", ()):

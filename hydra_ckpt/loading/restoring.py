@@ -74,7 +74,7 @@ class Restorer:
         """The parts to load: those given, else those configured, else all.
 
         Raises:
-            CheckpointConfigError: There is no such part.
+            CheckpointConfigError: The part does not exist.
         """
         wanted = tuple(parts) if parts is not None else self._options.parts or PARTS
         unknown = sorted(set(wanted) - set(PARTS))

@@ -33,7 +33,7 @@ class Translation:
     """The way from live tensors to stored ones.
 
     Attributes:
-        naming: From the ones to the others; None where the names are the same.
+        naming: From the ones to the others; None if the names are the same.
         missing: Names of tensors that are not to be found.
         different: Name to what does not fit about a tensor's shape.
     """

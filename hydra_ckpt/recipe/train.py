@@ -216,7 +216,7 @@ def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
 
 
 def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:
-    """Learns from one micro-batch; True where that completed an optimizer step."""
+    """Learns from one micro-batch; True if that completed an optimizer step."""
     accelerator = run.accelerator
     with accelerator.accumulate(*run.passing.modules):
         meter.add(run.passing.learn(batch.to(accelerator.device)))

@@ -88,7 +88,7 @@ class ResumableLoader(Generic[T]):
     Attributes:
         state_is_global: Says that its state is equal on all ranks and fits any number of them; of its class.
         dataset: The dataset of the loader it was made from.
-        batch_size: Samples in a batch of this rank; None where the loader does not batch.
+        batch_size: Samples in a batch of this rank; None if the loader does not batch.
         drop_last: Whether a last, shorter global batch is left out.
         seed: Decides order and random choices; a loaded state brings its own.
         epoch: The epoch being iterated, or the next one between two iterations.

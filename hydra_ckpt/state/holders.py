@@ -25,10 +25,10 @@ class Holder:
         called: What messages call that one: `optimizer`, `optimizer.0`, `optimizer.generator`.
         path: Attributes that lead from there to it, with dots; empty for the AppState's own optimizer.
         optimizer: The object.
-        groups: Its parameter groups; empty where an outer holder has the same list.
-        state: Its state by parameter; empty where an outer holder has the same object.
+        groups: Its parameter groups; empty if an outer holder has the same list.
+        state: Its state by parameter; empty if an outer holder has the same object.
         parameters: The parameters of all its groups, also of groups that an inner optimizer has.
-        outer: Number and path of the outer holder that has the same state; None where its state is its own.
+        outer: Number and path of the outer holder that has the same state; None if its state is its own.
     """
 
     number: int

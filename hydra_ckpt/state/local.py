@@ -29,7 +29,7 @@ class Place:
 
     Attributes:
         spec: Name, element type and global shape.
-        box: The part held here; empty where the rank holds nothing.
+        box: The part held here; empty if the rank holds nothing.
         mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.

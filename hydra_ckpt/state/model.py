@@ -216,7 +216,7 @@ class ModelMap:
         Args:
             called: The model's name, for messages.
             saved: For each part its entries; or nothing.
-            metadata: What modules said of their state, versions other than 1 among it; None where that is not known.
+            metadata: What modules said of their state, versions other than 1 among it; None if that is not known.
             resized: Buffers of another size than the live ones.
 
         Returns:
@@ -286,7 +286,7 @@ class ModelMap:
 
     @cached_property
     def adapted(self) -> Naming | None:
-        """What the files hold according to the parts' adapters; None where no part has one.
+        """What the files hold according to the parts' adapters; None if no part has one.
 
         Raises:
             TopologyError: An adapter does not fit.

@@ -257,10 +257,10 @@ def _fit_group(
 
 
 def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> str | None:
-    """Why the options, and so the state, of a saved optimizer are not a live one's; None where they may be.
+    """Why the options, and so the state, of a saved optimizer are not a live one's; None if they may be.
 
     Args:
-        saved: Its class; empty where nothing says it.
+        saved: Its class; empty if nothing says it.
         options: Names of its options.
         live: The live optimizer.
         here: Names of the live group's options.

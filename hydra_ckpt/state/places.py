@@ -60,7 +60,7 @@ class Places:
         return tensor if lies is None else strided_like(tensor, lies)
 
     def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
-        """A DTensor on the model's mesh; None where the model is not sharded like this."""
+        """A DTensor on the model's mesh; None if the model is not sharded like this."""
         dims = self.placed[name]
         parameters = (
             item for modules in self.state.models.values() for module in modules for item in module.parameters()

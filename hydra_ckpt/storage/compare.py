@@ -29,10 +29,10 @@ class TensorDifference:
     Attributes:
         part: The part it belongs to.
         name: Its name.
-        first: Element type and shape in the first checkpoint; None where it is not there.
+        first: Element type and shape in the first checkpoint; None if it is not there.
         second: The same of the second.
-        largest: The largest absolute difference of two elements; None where element types or shapes differ, NaN where
-            only one of them is NaN.
+        largest: The largest absolute difference of two elements; None if element types or shapes differ, NaN where only
+            one of them is NaN.
         elements: How many elements differ.
     """
 

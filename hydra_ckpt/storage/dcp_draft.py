@@ -67,7 +67,7 @@ def draft_path(target: Path, session: Session) -> Path:
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """See that a directory can be published here.
+    """Check that a directory can be published here.
 
     Args:
         target: It must not exist, or be an empty directory.

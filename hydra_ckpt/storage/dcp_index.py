@@ -52,7 +52,7 @@ class Entry:
     Attributes:
         path: The keys that lead to it.
         spec: What tensor it is; None for a value.
-        pieces: Where it lies.
+        pieces: Where it is stored.
     """
 
     path: KeyPath

@@ -114,7 +114,7 @@ def plan_of(
 
 
 def check_planned(plan: WritePlan) -> None:
-    """See that every share has its place in the plan's files, all of it.
+    """Check that every share has its place in the plan's files, all of it.
 
     Raises:
         CheckpointError: One has not: a cached plan no longer fits what the other ranks save.
@@ -132,7 +132,7 @@ def check_planned(plan: WritePlan) -> None:
 
 
 def check_complete(metadata: Metadata, results: Iterable[WriteResult], token: str) -> None:
-    """See that exactly what the metadata lists was written, entry by entry and chunk by chunk, in this save.
+    """Check that exactly what the metadata lists was written, entry by entry and chunk by chunk, in this save.
 
     Raises:
         CheckpointError: Something is missing, was written twice or to another draft, or is not listed.

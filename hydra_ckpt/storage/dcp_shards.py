@@ -43,7 +43,7 @@ def read_directory(root: Path, files: list[str]) -> dict[str, StoredTensor]:
 
 
 def refuse_gaps(root: Path, tensor: StoredTensor) -> None:
-    """See that every element is stored. DCP would leave the others as they are, without a word.
+    """Check that every element is stored. DCP would leave the others as they are, without a word.
 
     Raises:
         CorruptCheckpointError: Some are not.

@@ -36,7 +36,7 @@ _RESERVED_NAMES = frozenset({"__metadata__", "~"})
 
 
 def check_name(name: str) -> None:
-    """See that files can hold a tensor of this name.
+    """Check that files can hold a tensor of this name.
 
     Raises:
         CheckpointConfigError: They cannot.
@@ -75,7 +75,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_elements_apart(kind: str, name: str, tensor: torch.Tensor) -> None:
-    """See that no two elements of a live tensor are one in memory, as in an expanded view.
+    """Check that no two elements of a live tensor are one in memory, as in an expanded view.
 
     Args:
         kind: What it is, for the message.

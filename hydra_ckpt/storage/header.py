@@ -30,7 +30,7 @@ def open_inside(root: Path, relative: str) -> int:
     """Open a file below `root` for reading; no link on the way is followed.
 
     Raises:
-        CorruptCheckpointError: The name leads outside, passes a link, or names no regular file.
+        CorruptCheckpointError: The name leads outside, passes a link, or does not name a regular file.
     """
     parts = Path(relative).parts
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
@@ -218,7 +218,7 @@ def read_tensors(root: Path, files: list[str]) -> dict[str, StoredTensor]:
 
 
 def refuse_overlap(root: Path, name: str, chunks: Sequence[StoredChunk]) -> None:
-    """See that no element is stored twice.
+    """Check that no element is stored twice.
 
     Raises:
         CorruptCheckpointError: One is.

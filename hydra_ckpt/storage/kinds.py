@@ -45,7 +45,7 @@ class NotExactError(Exception):
 
 
 def tagged(value: Any) -> Tagged | None:
-    """A value as a tag and its content; None where its kind is not known.
+    """A value as a tag and its content; None if its kind is not known.
 
     Raises:
         NotExactError: It could not be restored as it is.

@@ -25,7 +25,7 @@ class Noted:
 
     Attributes:
         what: The name, without the module's.
-        arguments: What it is to be called with; None where it is not called.
+        arguments: What it is to be called with; None if it is not called.
         state: What it is to be given then.
     """
 

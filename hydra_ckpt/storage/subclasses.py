@@ -46,7 +46,7 @@ def inner_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_wrapper(tensor: torch.Tensor) -> None:
-    """See that a wrapper can be found again by the name of its class.
+    """Check that a wrapper can be found again by the name of its class.
 
     Raises:
         CheckpointError: It cannot.

@@ -145,7 +145,7 @@ class Catalog:
 
         Args:
             pointer: The pointer that was followed, if any.
-            beyond: The step that was chosen instead; None where nothing was.
+            beyond: The step that was chosen instead; None if nothing was.
 
         Raises:
             CheckpointFormatError: The pointer names such a checkpoint, or there is one after the step.

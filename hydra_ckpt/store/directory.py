@@ -129,7 +129,7 @@ class Directory:
         """Move checkpoints out of the way that are damaged, or later than the step the run starts from.
 
         Args:
-            start_step: The step the run starts from; None where it starts nowhere.
+            start_step: The step the run starts from; None if it starts nowhere.
             corrupt: Names of damaged checkpoints.
             on_conflict: What happens to later steps: see `refuse_later`.
             resumed: The checkpoint the run continues from.

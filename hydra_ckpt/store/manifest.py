@@ -46,7 +46,7 @@ class FileRecord:
 
     Attributes:
         bytes: Its size.
-        xxh3: The digest of all of it; None where records in a digest sidecar cover it.
+        xxh3: The digest of all of it; None if records in a digest sidecar cover it.
     """
 
     bytes: int

@@ -45,7 +45,7 @@ class Owner:
         job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
         run: The sweep and job number the directory belongs to; empty outside a sweep.
         released: Whether it has let go of the directory; the record of who wrote last stays.
-        boot: Identity of the boot of its host; empty where it is not known.
+        boot: Identity of the boot of its host; empty if it is not known.
         namespace: The namespaces in which `pid` and `ticks` are counted.
         ticks: When the process started, in clock ticks since the boot.
         restarts: How often the job was started again, by the name and identity of what starts it.
@@ -173,7 +173,7 @@ class Record:
     """A record of ownership as it was found.
 
     Attributes:
-        raw: The file's content; None if there is no file.
+        raw: The file's content; None if there is not a file.
         beat: Its time of modification, in nanoseconds of whichever clock.
         owner: The owner it names; None if there is none, or if it is invalid.
     """
@@ -223,7 +223,7 @@ def read_open(descriptor: int, path: Path) -> Record:
 
 
 def read_owner(root: Path) -> tuple[Owner, float] | None:
-    """The owner on record and the age of its heartbeat in seconds by this host's clock; None where none can be read."""
+    """The owner on record and the age of its heartbeat in seconds by this host's clock; None if none can be read."""
     try:
         record = look(root / names.OWNER)
     except OSError:
