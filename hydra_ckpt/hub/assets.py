@@ -61,7 +61,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
 
     Args:
         model: The model.
-        dtype: The weights' element type, where it is not the live model's.
+        dtype: The weights' element type, if it differs from the live model's.
     """
     model = unwrap(model)
     diffusers = sys.modules.get("diffusers")
@@ -118,7 +118,7 @@ def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
 
 
 def derives_generation(model: nn.Module) -> bool:
-    """Whether how a model generates was derived from its configuration, rather than set or read from a file."""
+    """Whether the generation settings were derived from the model's configuration, not set or read from a file."""
     model = unwrap(model)
     if not is_transformers_model(model) or not cast(Any, model).can_generate():
         return False
@@ -140,11 +140,11 @@ def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
 
 
 def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str, bytes]:
-    """The small files of a reference model that a live model does not bring along.
+    """The small files that come from the reference model, because a live model does not have them.
 
     Args:
         reference: The reference model.
-        with_tokenizer: Whether its tokenizer or processor is taken too, there being no live one.
+        with_tokenizer: Whether to include its tokenizer or processor, because there is no live one.
     """
     patterns = _TOKENIZER_FILES if with_tokenizer else ()
     wanted = [name for pattern in patterns for name in reference.matching(pattern)]
@@ -195,7 +195,7 @@ def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
 
 
 def _unwritable(thing: Any) -> tuple[str, Any] | None:
-    """The first value that JSON does not know, and its key. A tokenizer saves the arguments it was made with."""
+    """The first value that JSON cannot express, and its key. A tokenizer saves the arguments it was created with."""
     for held in (getattr(thing, "init_kwargs", None), vars(thing) if hasattr(thing, "__dict__") else None, thing):
         found = _beyond_json(held, "") if isinstance(held, Mapping) else None
         if found is not None:

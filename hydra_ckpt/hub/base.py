@@ -54,14 +54,14 @@ class BaseReport:
 
 @dataclass
 class _Fit:
-    """How names of the reference and of the model go together.
+    """How names of the reference and of the model correspond.
 
     Attributes:
         stored: Name that `exported` gives a piece to the reference's name for it.
         missing: Names of the model with nothing to read.
         unexpected: Names of the reference without a place.
-        different: Name to what does not fit about its shape.
-        doubled: Name that `exported` gives a piece, and another name of the reference for it: the model has tied what
+        different: Name to how its shape differs.
+        doubled: Name that `exported` gives a piece to another name of the reference for it: the model ties tensors that
             the reference stores twice.
     """
 
@@ -77,8 +77,8 @@ def load_base(
 ) -> BaseReport:
     """Collective: fill a model with the weights of its reference model.
 
-    A model on the meta device is brought to its device first, and what is not in the reference is initialized. Element
-    types stay those of the model.
+    A model on the meta device is first moved to its device, and tensors that are not in the reference are initialized.
+    Element types stay those of the model.
 
     Args:
         model: The model, or the parts of it that this rank holds.
@@ -185,7 +185,7 @@ class _Loader:
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:
-        """What does not fit, if anything."""
+        """What does not match, if anything."""
         if not self._fit.missing and not self._fit.different:
             return None
         return KeyMismatchError(
@@ -235,7 +235,7 @@ class _Loader:
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
 
     def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
-        """Check that weights which are one tensor in the model, and stored under two names, are the same."""
+        """Check that weights that are one tensor in the model but stored under two names are equal."""
         others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
         for item in wanted:
             other = others.get(item.name)
@@ -274,7 +274,7 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
 
 
 def _kind(dtype: str) -> str:
-    """What an element type's values are: numbers of one kind are not made of those of another."""
+    """The kind of numbers of an element type: numbers of one kind are not converted to another."""
     if dtype.startswith(("F", "BF")):
         return "floating point"
     return "integer" if dtype.startswith(("I", "U")) else dtype

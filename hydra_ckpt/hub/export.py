@@ -1,4 +1,4 @@
-"""What an export is made like: names and layout as transformers has them, element types and files as asked for."""
+"""How an export is made: names and layout as transformers has them, element types and files as requested."""
 
 from __future__ import annotations
 

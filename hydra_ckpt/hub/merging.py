@@ -38,8 +38,8 @@ from hydra_ckpt.store.small_files import read_small_file
 # What peft puts before the names of the base model's own tensors.
 _PREFIX = "base_model.model."
 _MAX_SETTINGS_BYTES = 16 << 20
-# The class that an adapter of a task was trained over, where the base model's files may hold another one: the classes
-# of language models have their own heads for these tasks. As peft's Auto classes have it.
+# The class that an adapter for a task was trained on, if the base model's files may hold another one: the classes of
+# language models have their own heads for these tasks. As peft's Auto classes have it.
 _MAPPINGS = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -58,7 +58,7 @@ def merge_adapter(
     max_file_bytes: int | None = None,
     verify: bool = True,
 ) -> list[str]:
-    """Write the full model that an adapter and its base model make; all of it is held in memory.
+    """Write the full model that results from an adapter and its base model; all of it is held in memory.
 
     Args:
         checkpoint: One with an adapter.
@@ -111,7 +111,7 @@ def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, byt
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the merged model cannot be written to {out}: {error}") from error
         weights = sorted(path.name for path in draft.glob("*.safetensors"))
-        for name in weights:  # safetensors keeps them from everybody else
+        for name in weights:  # safetensors makes them readable by their owner only
             (draft / name).chmod((draft / "config.json").stat().st_mode)
         for name, data in beside.items():
             if not (draft / name).exists():
@@ -138,7 +138,7 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """An adapter's configuration, of which the keys that are used here are what they should be."""
+    """An adapter's configuration; the keys that are used here have been checked."""
     path = adapter / "adapter_config.json"
     kinds = {"base_model_name_or_path": str, "task_type": str, "revision": str, "auto_mapping": dict}
     try:
@@ -170,7 +170,7 @@ def _refuse_quantized(base: str, config: Any) -> None:
 
 
 def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Any:
-    """The base model, of the class that the adapter was trained over."""
+    """The base model, with the class that the adapter was trained on."""
     kind, config = configured(base, "--base", revision)
     _refuse_quantized(base, config)
     mapping, task = settings.get("auto_mapping"), settings.get("task_type")
@@ -233,7 +233,7 @@ def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
 
 
 def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | None:
-    """Rows of a head that an adapter brings along, where they are more or fewer than the configuration's labels."""
+    """Rows of a head that an adapter includes, if they are more or fewer than the configuration's labels."""
     for name, parameter in model.named_parameters():
         spec = stored.get(_PREFIX + name)
         if spec is not None and spec.shape != tuple(parameter.shape) and parameter.shape[0] == config.num_labels:
@@ -242,7 +242,7 @@ def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | 
 
 
 def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
-    """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
+    """Rows of the embedding that an adapter includes because its vocabulary was resized; None if it has none."""
     embeddings = embeddings_of(model)
     places = [name for name, module in model.named_modules() if any(module is each for each in embeddings)]
     found = [stored[f"{_PREFIX}{place}.weight"] for place in places if f"{_PREFIX}{place}.weight" in stored]
@@ -250,7 +250,7 @@ def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
 
 
 def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSpec]) -> Any:
-    """The base model with its adapter, every tensor of which has found its place."""
+    """The base model with its adapter; every tensor of the adapter has a place."""
     try:
         import peft
     except ImportError:

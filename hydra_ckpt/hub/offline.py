@@ -120,7 +120,7 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
     ends = (
         {held.removesuffix(name) for held in extra if held.endswith((f".{name}", f":{name}"))}
-        for name in sorted(sizes, key=len, reverse=True)  # a long name is hardly the end of another one
+        for name in sorted(sizes, key=len, reverse=True)  # a long name is unlikely to be the end of another one
     )
     prefixes = next(filter(None, ends), set())
 

@@ -1,4 +1,4 @@
-"""The weights of a reference model, read box by box, dequantized on the way where they are FP8."""
+"""The weights of a reference model, read box by box, and dequantized on the way if they are FP8."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Dequantized:
             for end in _SCALES
             if spec.dtype in _FP8 and name + end in specs
         }
-        # The first way of spelling wins where both are there.
+        # The first spelling wins if both exist.
         method = config.get("quant_method")
         if method is not None and (method not in _FP8_METHODS or not self._scales):
             raise CheckpointConfigError(
@@ -166,7 +166,7 @@ class Dequantized:
             self._check_scale(name, specs[name].shape, specs[scale].shape)
 
     def _check_scale(self, name: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
-        """Check that a weight's scales are of a shape that can be read, before anything is."""
+        """Check that a weight's scales have a readable shape, before anything is read."""
         rows = scale == shape[:1]
         if prod(scale) == 1 or rows:
             return

@@ -1,4 +1,4 @@
-"""Writing an export from stored tensors, in bounded memory; it appears when all of it is there."""
+"""Writing an export from stored tensors, in bounded memory; it appears when it is complete."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Source:
     Attributes:
         tensors: By name.
         naming: From these to the export's.
-        stem: How weight files are called.
+        stem: Name of the weight files without suffixes.
         read: Reads boxes.
         block_bytes: The largest block to read at once.
     """
@@ -74,7 +74,7 @@ class Source:
 
 
 def refuse_occupied(out: Path) -> None:
-    """Check that a directory can be made here; an empty one may be there already.
+    """Check that a directory can be created here; an empty one may already exist.
 
     Raises:
         CheckpointExistsError: It exists already, or would be inside a checkpoint.
@@ -108,7 +108,7 @@ def write_export(
 
     Args:
         source: The tensors.
-        small: Further files by name; the index of several weight files is added.
+        small: Other files by name; the index of several weight files is added.
         out: The directory to make; see `refuse_occupied`.
         max_file_bytes: Size at which a new file begins; None for the source's own files.
         check: Called when everything is written but not visible yet; if it raises, the export is discarded.

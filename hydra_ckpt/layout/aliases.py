@@ -1,4 +1,4 @@
-"""Aliases: the elements of a model's tensors under the names, and in the shapes, that others know them by.
+"""Aliases: the elements of a model's tensors under other names and in other shapes, as exports have them.
 
 A tensor of the model may be several tensors of an export (experts fused in memory), a part of one (projections split
 in memory), or one whose dimensions are in another order. Each alias is one box of one tensor and its position in the
@@ -30,7 +30,8 @@ class Alias:
         corner: Where in it the box begins.
         source: The tensor the elements belong to.
         box: Which of its elements.
-        dims: For each dimension of the other tensor the source's dimension it is; None for one of a single element.
+        dims: For each dimension of the other tensor, the corresponding dimension of the source; None for one of a
+            single element.
         grid: The grid of the source that the box is given in; empty for the source's own shape.
     """
 
@@ -104,13 +105,13 @@ class Alias:
 
 @dataclass(frozen=True)
 class Naming:
-    """How a model's tensors are called, laid out and typed in an export.
+    """The names, layout and element types of a model's tensors in an export.
 
     Attributes:
         aliases: In the order of the files; all pieces of one tensor follow each other.
         dtypes: Element types by exported name, where they are not the source's.
         files: A text by exported name, equal for those of one file; empty if files are cut by size.
-        shapes: Shapes by exported name, where the aliases give a finer grid of them.
+        shapes: Shapes by exported name, if the aliases give a finer grid of them.
     """
 
     aliases: tuple[Alias, ...]
@@ -146,7 +147,7 @@ class Naming:
         return cls(tuple(sorted(aliases, key=lambda alias: first[alias.name])), dtypes, shapes=finer)
 
     def completed(self, specs: Sequence[TensorSpec]) -> Naming:
-        """The same for these tensors and no others; those it does not know keep their names."""
+        """The same for these tensors only; tensors without an alias keep their names."""
         known = {spec.name for spec in specs}
         aliases = [alias for alias in self.aliases if alias.source in known]
         aliases += [Alias.same(spec) for spec in specs if spec.name not in self.by_source]

@@ -12,7 +12,7 @@ from hydra_ckpt.errors import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-aligned part of a tensor: `sizes` elements from `offsets` on, one number a dimension."""
+    """An axis-aligned part of a tensor: `sizes` elements starting at `offsets`, one number per dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]

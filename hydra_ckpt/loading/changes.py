@@ -1,4 +1,4 @@
-"""What has changed since a checkpoint was saved: shown setting by setting, and warned about where it matters."""
+"""What has changed since a checkpoint was saved: shown setting by setting, with a warning if it matters."""
 
 from __future__ import annotations
 

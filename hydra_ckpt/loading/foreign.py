@@ -1,4 +1,4 @@
-"""Checkpoints of other tools as if they were ours: plain `dcp.save` directories, and accelerate's under FSDP2.
+"""Read checkpoints of other tools like ours: plain `dcp.save` directories, and accelerate's under FSDP2.
 
 Their small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
 brought into the form that a load of our own checkpoints compares, reads and installs.
@@ -39,7 +39,7 @@ _SCHEDULERS = ("lr_scheduler", "lr_schedulers", "scheduler", "schedulers")
 
 
 def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
-    """A foreign directory as a checkpoint of which nothing is known but its path.
+    """A foreign directory as a checkpoint of which only the path is known.
 
     Raises:
         CheckpointConfigError: Pickles may not be read.
@@ -59,7 +59,7 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
 
 @dataclass
 class ForeignSource(Source):
-    """Such a directory, opened for one load; its bytes have no digests and are taken as they are."""
+    """Such a directory, opened for one load; its bytes have no digests and are not checked."""
 
     _pools: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
 
@@ -146,7 +146,7 @@ class ForeignSource(Source):
         return found
 
     def _model_prefix(self, found: DcpDirectory) -> KeyPath:
-        """What leads to the model's tensors: where most of its names are."""
+        """The prefix of the model's tensors: the one with most of its names."""
         known = self._live_names()
         votes = Counter(path[:-1] for path in found.tensors if canonical(path[-1]) in known)
         remedy = "Save it again with the model's state dict under the key `model`"
@@ -304,7 +304,7 @@ def _subtree(found: DcpDirectory, prefix: KeyPath) -> Any:
 
 
 def _with_lists(tree: Any) -> Any:
-    """DCP numbers a list's elements with integers; a dictionary's keys are texts."""
+    """DCP numbers a list's elements with integers; a dictionary's keys are strings."""
     if not isinstance(tree, dict):
         return tree
     items = {key: _with_lists(value) for key, value in tree.items()}
@@ -312,7 +312,7 @@ def _with_lists(tree: Any) -> Any:
 
 
 def _optimizer_prefixes(found: DcpDirectory) -> list[KeyPath]:
-    """What leads to each optimizer's state dict: where there are parameter groups."""
+    """The prefixes of the optimizers' state dicts: those with parameter groups."""
     prefixes = {
         path[:position]
         for path in (*found.tensors, *found.values)

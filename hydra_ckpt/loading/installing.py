@@ -32,8 +32,8 @@ class Notes:
     Attributes:
         texts: In words.
         exact: Objects restored and compared.
-        trusted: What took its state over itself and does not show that it has it.
-        rederived: The parts that could not be taken over as they were.
+        trusted: Objects that loaded their state themselves and do not show that they have it.
+        rederived: The parts that could not be restored exactly.
         missing: What the checkpoint does not have.
         skipped: What was not loaded into anything.
     """
@@ -46,12 +46,12 @@ class Notes:
     skipped: list[str] = field(default_factory=list)
 
     def derived(self, what: str, why: str) -> None:
-        """Note a part that is not as it was, and why."""
+        """Note a part that was not restored exactly, and why."""
         self.rederived += [what] if what not in self.rederived else []
         self.texts.append(why)
 
     def took(self, what: str, unlike: Collection[str]) -> None:
-        """Note an object that took its state over itself.
+        """Note an object that loaded its state itself.
 
         Args:
             what: The object.
@@ -73,8 +73,8 @@ class Installer:
 
     Args:
         state: The objects.
-        extractor: Knows the models' maps.
-        shared: What is the same on all ranks, encoded.
+        extractor: Provides the models' maps.
+        shared: The state that is equal on all ranks, encoded.
         own: What this rank, or its counterpart, had for itself; None if there is nothing.
         tensors: The tensors that encoded values refer to, read.
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
@@ -139,7 +139,7 @@ class Installer:
 
         Args:
             found: What of the saved description fits.
-            empty: Parameters that had a state without anything in it, by the path of the optimizer that held it.
+            empty: Parameters whose state was empty, by the path of the optimizer that held it.
         """
         parameters = self.extractor.parameter_names(self.state)
         live = {name: parameter for parameter, name in self._parameters(parameters)}
@@ -167,7 +167,7 @@ class Installer:
                 yield from ((item, known[id(item)]) for item in module.parameters() if id(item) in known)
 
     def _decoded(self, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS) -> Any:
-        """Saved data with tensors in place; what is this rank's alone comes from its own file."""
+        """Saved data with tensors in place; values of this rank only come from its own file."""
         return decode(tree, self.tensors, {OWN: self._shard, **others})
 
     def _shard(self, name: str) -> torch.Tensor:
@@ -178,7 +178,7 @@ class Installer:
         )
 
     def objects(self, available: Collection[str]) -> None:
-        """Schedulers, extras and data loader, as far as they are wanted and there."""
+        """Schedulers, extras and data loader, as far as they are requested and stored."""
         if "lr_scheduler" in available:
             pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
             for (name, scheduler), tree in pairs:
@@ -235,12 +235,12 @@ class Installer:
         )
 
     def note_new(self, wanted: Collection[str], available: Collection[str], absent: Collection[str]) -> None:
-        """Say which objects find nothing in the checkpoint, and so begin as they were built.
+        """Report the objects that have no state in the checkpoint and so stay as they were built.
 
         Args:
             wanted: The parts to load.
-            available: Those that are there.
-            absent: Single objects of available parts that are not there, by dotted name.
+            available: Those that the checkpoint has.
+            absent: Single objects of available parts that the checkpoint lacks, by dotted name.
         """
         state, notes = self.state, self.notes
         here = {

@@ -1,4 +1,4 @@
-"""One load: read what is small, plan, read and verify the rest, install. Nothing is changed before everything fits."""
+"""One load: read the small files, plan, read and verify the rest, install. Nothing changes until all of it matches."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Load:
     Args:
         checkpoint: What to load.
         state: Into what.
-        extractor: Knows the models' maps.
+        extractor: Provides the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
-        strict: Whether what does not fit is an error, or left as it was built.
+        strict: Whether a mismatch is an error; if not, the object stays as it was built.
         kind: What reads this kind of checkpoint.
 
     Attributes:
@@ -121,7 +121,7 @@ class Load:
         return self.channel.conclude(what, error, given, decide)
 
     def _plan(self, source: Source) -> LoadPlan:
-        """Collective: find out what to read, and list everything that does not fit."""
+        """Collective: find out what to read, and list everything that does not match."""
         plans: list[LoadPlan] = []
 
         def compare() -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Load:
             self._notes.texts.append(f"not loaded: {', '.join(found['unexpected'])}")
 
     def _verify_headers(self) -> None:
-        """Collective: see that it is not a damaged name that fits nothing: headers are compared with their digests."""
+        """Collective: check that the mismatch is not due to a damaged name: headers are compared with their digests."""
 
         def verify() -> None:
             manifest = self.checkpoint.manifest

@@ -1,4 +1,4 @@
-"""Live objects compared with a checkpoint: what is read into which tensor, and everything that does not fit."""
+"""Live objects compared with a checkpoint: what is read into which tensor, and everything that does not match."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hydra_ckpt.store import names
 
 @dataclass
 class Mismatch:
-    """What does not fit between a checkpoint and the live objects.
+    """The mismatches between a checkpoint and the live objects.
 
     Attributes:
         missing: Names that the checkpoint lacks.
@@ -58,7 +58,7 @@ class LoadPlan:
         resized: For each model the buffers that have another size than the live ones, which their modules will take.
         fit: What of the optimizers' state fits; None if none is loaded.
         absent: Single objects that the checkpoint does not have, by dotted name.
-        mismatch: Everything that does not fit.
+        mismatch: All mismatches.
     """
 
     fetches: list[Fetch] = field(default_factory=list)
@@ -105,7 +105,7 @@ class _Matcher:
         self._note_plain()
 
     def _note_plain(self) -> None:
-        """Say of which plain data all ranks get what rank 0 had."""
+        """Report the plain data for which all ranks get rank 0's values."""
         kinds = {"extra_state": "model"}
         available = self.source.available()
         for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
@@ -205,7 +205,7 @@ class _Matcher:
         self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
 
     def _note_adapters(self) -> None:
-        """Say where an adapter's weights will mean something else than they did."""
+        """Report where an adapter's weights will have a different meaning than before."""
         for name, [model, *_] in self.source.state.models.items() if self.source.extractor.is_peft else ():
             for key, adapter in adapters(name, model).items():
                 file = f"{part_of(key)}/{names.CONSOLIDATED}/adapter_config.json"
@@ -283,7 +283,7 @@ class _Matcher:
         self._want(stored, set(tensor_names(found.trees())), into)
 
     def _leave_own_state(self, found: Fit) -> None:
-        """Refuse the optimizers' tensors that each rank had for itself, or begin without them."""
+        """Refuse the optimizers' tensors that each rank had for itself, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
         if not own:
             return

@@ -1,4 +1,4 @@
-"""The best metric so far, as it travels in checkpoints: it may have been measured at a step that was not saved."""
+"""The best metric so far, as checkpoints record it: it may have been measured at a step that was not saved."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | No
 
     Args:
         checkpoint: The one a run continues from, if any.
-        key: The metric that decides now; another one's value says nothing.
+        key: The metric that decides now; a value of another metric is ignored.
         mode: "min" or "max".
     """
     if checkpoint is None:

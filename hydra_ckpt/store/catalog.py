@@ -88,7 +88,7 @@ class Checkpoint:
         return os.path.isfile(self.path / names.TOKEN)  # noqa: PTH113 - pathlib raises where the disk fails
 
     def check_files(self) -> None:
-        """Compare presence and size of every file with the manifest; contents are not read.
+        """Compare the presence and size of every file with the manifest; contents are not read.
 
         Raises:
             CorruptCheckpointError: A file is missing, no plain file, or of another size.
@@ -120,10 +120,10 @@ class Catalog:
 
     Attributes:
         root: The directory.
-        checkpoints: Those with a whole manifest, by step.
+        checkpoints: Those with a complete manifest, by step.
         damaged: Name to what is wrong, for directories that have a checkpoint's name.
-        newer: Name to the error that describes it, for checkpoints of a newer format. They are left alone by all that
-            changes a directory.
+        newer: Name to the error that describes it, for checkpoints of a newer format. Nothing that changes a directory
+            touches them.
     """
 
     root: Path
@@ -158,7 +158,7 @@ class Catalog:
                 raise self.newer[name]
 
     def best(self, key: str, mode: str) -> Checkpoint | None:
-        """The checkpoint with the best value of a metric; the earlier one of equals."""
+        """The checkpoint with the best value of a metric; of equals, the earlier one."""
         sign = 1.0 if mode == "min" else -1.0
         rated = [(sign * item.metrics[key], item.step, item) for item in self.checkpoints if _rates(item, key)]
         return min(rated, key=lambda entry: entry[:2])[2] if rated else None
@@ -197,7 +197,7 @@ def is_checkpoint_directory(path: Path) -> bool:
 
 
 def scan(root: Path) -> Catalog:
-    """Look through a directory; one that does not exist holds nothing."""
+    """Read a directory; one that does not exist is empty."""
     found, damaged, newer = [], {}, {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if not is_checkpoint_directory(path):
@@ -219,7 +219,7 @@ def listing(root: Path) -> tuple[object, ...]:
 
 
 def _refuse_parents(path: Path, selector: str) -> None:
-    """Tell a directory of checkpoints, or the run directory around it, from one checkpoint."""
+    """Distinguish a directory of checkpoints, or the run directory around it, from one checkpoint."""
     for root in () if (path / names.MANIFEST).exists() else (path, path / "checkpoints"):
         latest = scan(root).pointed(names.LATEST)
         if latest is not None:
@@ -233,16 +233,16 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
     """The one checkpoint an explicit selector means: latest, best, a name, or a path.
 
     Raises:
-        CheckpointNotFoundError: It is not there; the message lists what is.
+        CheckpointNotFoundError: It does not exist; the message lists those that do.
         CheckpointFormatError: A newer version wrote it.
-        CorruptCheckpointError: It is there, damaged.
+        CorruptCheckpointError: It exists, but is damaged.
     """
     pointer = {"latest": names.LATEST, "best": names.BEST}.get(selector)
     target = read_pointer(catalog.root, pointer) if pointer else None
     if target in catalog.damaged:
         raise CorruptCheckpointError(catalog.root / target, f"{pointer} leads here, but {catalog.damaged[target]}")
     if selector == "latest":
-        # What a crash kept from being pointed to is the latest all the same.
+        # A checkpoint that a crash left without a pointer is still the latest.
         candidates = catalog.candidates()
         catalog.refuse_newer(names.LATEST, candidates[0].step if candidates else None)
         if candidates and (catalog.pointed(names.LATEST) or candidates[0].pointers_pending):

@@ -22,7 +22,7 @@ _LOOKS = 5
 def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tuple[str, str]) -> dict[str, Any]:
     """The checkpoint a selector means, as plain data; for `auto` the best one that is not skipped, or none.
 
-    Looks again where the directory has changed meanwhile: a live run may be pruning it.
+    Tries again if the directory has changed meanwhile: a live run may be pruning it.
 
     Args:
         root: The checkpoint directory.
@@ -31,7 +31,7 @@ def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tupl
         best: The configured metric and its mode, min or max.
 
     Raises:
-        CheckpointNotFoundError: An explicit one is not there.
+        CheckpointNotFoundError: An explicit one does not exist.
         CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to skip.
         CorruptCheckpointError: An explicit one is damaged.
     """

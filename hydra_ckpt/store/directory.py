@@ -48,7 +48,7 @@ class Directory:
     Args:
         root: The directory, absolute.
         files: The file layer.
-        keep: What decides about best and superfluous checkpoints.
+        keep: The rules for the best checkpoint and for retention.
         run: The sweep and job number it belongs to, if any.
         times: Of the lease.
         may_wait: Whether to wait for a holder that may be dead.
@@ -196,7 +196,7 @@ class Directory:
         self._lease.check()
 
     def close(self) -> None:
-        """Let go of the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
+        """Release the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
         if os.getpid() != self._owner.pid:
             return
         if self._janitor is not None:
@@ -218,9 +218,9 @@ class Directory:
     # -- a checkpoint is published -------------------------------------------------------------------------------
 
     def point_to(self, name: str) -> None:
-        """Move the pointers to a new checkpoint; failing to never takes the checkpoint back.
+        """Move the pointers to a new checkpoint; a failure never takes the checkpoint back.
 
-        What a run that had lost the directory has retired or moved meanwhile is put right first.
+        First, what a run that had lost the directory has retired or moved meanwhile is put right.
         """
         try:
             self._point_latest(name)
@@ -273,7 +273,7 @@ class Directory:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a manifest says of the run, for the next run and for people."""
+        """What a manifest records about the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
         deciding = {"deciding_metric": self._configured} if known else {}
         return {
@@ -291,7 +291,7 @@ class Directory:
     def add_metrics(self, name: str, metrics: Mapping[str, float], best: BestSoFar | None = None) -> None:
         """Add metrics that arrived after the save, atomically, and move BEST if they are better.
 
-        What cannot be written now is kept, and tried again with the next metrics, the next save and at the end.
+        Metrics that cannot be written now are kept, and written with the next metrics, at the next save or at the end.
 
         Args:
             name: The checkpoint.
@@ -341,7 +341,7 @@ class Directory:
         """Unpublish these at once; they are deleted in a separate thread.
 
         Raises:
-            OSError: One cannot be renamed; the others are gone all the same.
+            OSError: One cannot be renamed; the others are unpublished anyway.
             CheckpointError: Another run holds the directory.
         """
         if self._janitor is None:

@@ -1,9 +1,9 @@
 """The lease: which run may write to a checkpoint directory.
 
 `owner.json` names the run, its incarnation (new at every start) and its process; the file's time of modification is the
-heartbeat. A run takes the lease at once if it is free, or if the holder is proved dead. A holder of which nothing can
-be proved is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock, it
-is dead. A live holder is refused.
+heartbeat. A run takes the lease at once if it is free, or if the holder is proved dead. If nothing can be proved about
+a holder, it is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock,
+it is dead. A live holder is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Lease", "Times", "is_held"]
 
 log = logging.getLogger(__name__)
 
-# Incarnations of this process that have let go, for directories where that could not be written down.
+# Incarnations of this process that have released the lease, for directories in which that could not be recorded.
 _RELEASED: set[str] = set()
 
 
@@ -37,9 +37,9 @@ class Times:
 
     Attributes:
         heartbeat_s: Between two signs of life.
-        stale_s: A heartbeat that does not change for so long is a dead run's: three beats and a little.
+        stale_s: A heartbeat that does not change for this long belongs to a dead run: three beats and a little.
         grace_s: How long a run that is started again waits for its own former processes to end.
-        look_s: Between two looks at a heartbeat that is watched.
+        look_s: Between two readings of a heartbeat that is watched.
     """
 
     heartbeat_s: float = 15.0
@@ -107,7 +107,7 @@ class Lease:
             What was found then, or None if there is another record by now.
 
         Raises:
-            CheckpointExistsError: It lives, or waiting is not allowed.
+            CheckpointExistsError: It is alive, or waiting is not allowed.
         """
         self._refuse_other_job(other)
         began = changed = time.monotonic()
@@ -132,7 +132,7 @@ class Lease:
         return record
 
     def _is_free(self, other: Owner) -> bool:
-        """Whether a holder has let go, or is proved to write no more."""
+        """Whether a holder has released the lease, or is proved to have stopped writing."""
         if other.released or other.incarnation in _RELEASED:
             return True
         lives = other.lives()
@@ -195,7 +195,7 @@ class Lease:
                 sweep_prepared(self._files, path)
 
     def _await_claimant(self, prepared: Path) -> None:
-        """Wait while another run takes the lease; what a dead one has left of that is removed."""
+        """Wait while another run takes the lease; what a dead one has left is removed."""
         first, began = look(prepared), time.monotonic()
         while first.raw is not None and look(prepared) == first:
             waited = time.monotonic() - began
@@ -276,7 +276,7 @@ class Lease:
             return  # the next save says what is wrong
 
     def release(self) -> None:
-        """Let go of the directory, unless somebody else has it by now. In a forked process nothing happens."""
+        """Release the directory, unless another run has it by now. In a forked process nothing happens."""
         if os.getpid() != self._owner.pid:
             return
         _RELEASED.add(self._owner.incarnation)

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, in a form in which no changed byte goes unnoticed.
+"""The manifest: what a checkpoint holds, in a form that reveals every changed byte.
 
 `manifest.json` is canonical JSON (sorted keys, one space of indent) that ends with the xxh3 of itself without that
 field. A reader serializes what it read again and compares: any difference is damage. It is written last; a directory
@@ -85,7 +85,7 @@ class Manifest:
         plan: Fingerprint of the write plan.
         topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
-        format: One of FORMATS; those of later ones hold what earlier readers would misread.
+        format: One of FORMATS; later ones contain what earlier readers would misread.
     """
 
     step: int
@@ -236,7 +236,7 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
 
 
 def _check_kinds(path: Path, manifest: Manifest) -> None:
-    """Whoever made the digest may have lied in a field that a later reader takes for granted."""
+    """Check the fields that later readers rely on: a correct digest does not make them true."""
     sound = {
         "files": all(0 <= file.bytes < _MOST and _is_digest(file.xxh3) for file in manifest.files.values()),
         "metrics": _are_metrics(manifest.metrics),

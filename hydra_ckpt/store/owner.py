@@ -44,7 +44,7 @@ class Owner:
         started: When that process started, Unix time in seconds. For people: it moves when the clock is set.
         job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
         run: The sweep and job number the directory belongs to; empty outside a sweep.
-        released: Whether it has let go of the directory; the record of who wrote last stays.
+        released: Whether it has released the directory; the record of the last writer stays.
         boot: Identity of the boot of its host; empty if it is not known.
         namespace: The namespaces in which `pid` and `ticks` are counted.
         ticks: When the process started, in clock ticks since the boot.
@@ -124,7 +124,7 @@ class Owner:
         return process[_STATE] not in "ZX" or int(process[_THREADS]) > 1
 
     def is_requeued(self, other: Owner) -> bool:
-        """Whether this is the other's job, put back into Slurm's queue: all that ran before has been ended."""
+        """Whether this is the other's job, put back into Slurm's queue: everything that ran before has been ended."""
         return _restarted(SLURM, self.restarts, other.restarts) > 0
 
     def is_restarted(self, other: Owner) -> bool:
@@ -173,7 +173,7 @@ class Record:
     """A record of ownership as it was found.
 
     Attributes:
-        raw: The file's content; None if there is not a file.
+        raw: The file's content; None if there is no file.
         beat: Its time of modification, in nanoseconds of whichever clock.
         owner: The owner it names; None if there is none, or if it is invalid.
     """
@@ -189,7 +189,7 @@ def look(path: Path) -> Record:
     A record that is not a regular file, or far too large, has no owner.
 
     Raises:
-        OSError: It is there and cannot be read: it may be a live run's.
+        OSError: It exists but cannot be read: it may belong to a live run.
     """
     try:
         with opened(path) as descriptor:

@@ -1,7 +1,7 @@
 """Pointers: names such as LATEST that lead to a checkpoint, moved atomically.
 
 A pointer is a relative symbolic link; if the file system refuses links, or a directory has that name, it is a text
-file, NAME.txt. Such a directory is what copying leaves that follows links; it is never touched.
+file, NAME.txt. Such a directory is left by a copy that followed links; it is never touched.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAX_TEXT = 4096
 
 
 def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
-    """Coordinator only: let `pointer` lead to the checkpoint `target` (a name in `root`)."""
+    """Coordinator only: make `pointer` lead to the checkpoint `target` (a name in `root`)."""
     if read_pointer(root, pointer) != target:
         point(files, root, pointer, target)
 
 
 def point(files: Files, root: Path, pointer: str, target: str) -> None:
-    """Coordinator only: let `pointer` lead anywhere, by a path seen from `root`; atomically."""
+    """Coordinator only: make `pointer` lead anywhere, by a path seen from `root`; atomically."""
     link, beside = root / pointer, root / f".{pointer}.{names.nonce()}"
     if _is_directory(link):
         log.warning(
@@ -72,7 +72,7 @@ def _unlink(files: Files, path: Path) -> None:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether a directory itself is there, not a link to one."""
+    """Whether there is a directory itself, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 

@@ -1,4 +1,4 @@
-"""Readers' leases: a checkpoint that somebody reads is not pruned.
+"""Readers' leases: a checkpoint that is being read is not pruned.
 
 A reader holds a shared lock on the manifest. It changes nothing on disk, needs no right to write, and ends with the
 reader's process. If a file system has no locks, or does not share them with other hosts, there is no lease.
@@ -55,7 +55,7 @@ def is_read(checkpoint: Path) -> bool:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was given, or there are none."""
+    """Whether the lock was granted, or the file system has none."""
     try:
         fcntl.flock(descriptor, kind)
     except BlockingIOError:

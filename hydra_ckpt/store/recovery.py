@@ -1,4 +1,4 @@
-"""What a run does to a directory before it writes there: finish what was whole, sweep what was not."""
+"""What a run does to a directory before it writes there: finish complete drafts, remove the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _sweep(files: Files, path: Path) -> None:
 
 
 def is_late(name: str, previous: str | None) -> bool:
-    """Whether a directory to be deleted was retired by a run that did not hold the lease any more.
+    """Whether a directory to be deleted was retired by a run that no longer held the lease.
 
     Every run that takes over deletes what the run before it has retired. So what an older one has retired came later.
 
@@ -61,7 +61,7 @@ def is_late(name: str, previous: str | None) -> bool:
 def put_back(files: Files, root: Path, incarnation: str, known: Collection[str]) -> None:
     """Coordinator only, holding the lease: undo what another run has retired since this run took over.
 
-    That run was stopped between its last look at the lease and the renaming, and went on later.
+    That run was stopped between its last look at the lease and the renaming, and continued later.
 
     Args:
         files: The file layer.
