@@ -343,7 +343,7 @@ class CheckpointingConfig:
         most, newest = self.max_recent_checkpoints, (self.retention or {}).get("newest")
         if most is not None and newest is not None and most != newest:
             raise CheckpointConfigError(
-                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest}contradict each "
+                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest} contradict each "
                 "other; set only one of them."
             )
 

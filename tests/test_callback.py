@@ -799,7 +799,7 @@ def test_a_tensor_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_p
         ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is not valid Unicode text"),
         ("dense", torch.eye(2).to_sparse(), r"dense: tensors of the layout sparse_coo.*\.to_dense\(\)"),
         ("later", nn.UninitializedParameter(), "later is not initialized yet"),
-        ("deep", torch.ones((1,) * 65), "deep has 65 dimensions.* up to 64, each"),
+        ("deep", torch.ones((1,) * 65), "deep has 65 dimensions.* at most 64, each"),
         ("long", nn.Parameter(torch.empty(0, 2**62)), r"long has .*each shorter than 2\*\*62"),
     ],
     ids=["metadata", "tag", "surrogate", "sparse", "lazy", "deep", "long"],

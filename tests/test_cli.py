@@ -198,7 +198,7 @@ def test_list_says_where_a_pointer_leads_nowhere(run_dir: Callable[..., Path], t
     shutil.rmtree(root / LAST)
     result = tool("list", root)
     assert result.code == 1
-    assert f"LATEST leads to {LAST}, which is not there" in result.out
+    assert f"LATEST leads to {LAST}, which does not exist" in result.out
     assert tool("list", root, "--json").data["dangling"] == {"LATEST": LAST}
 
 

@@ -787,7 +787,7 @@ def test_parameters_grouped_otherwise_are_said(tmp_path: Path) -> None:
     save(tmp_path, AppState(model, torch.optim.SGD(model.parameters(), lr=0.1)))
     split = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}], lr=0.1)
     report = load(tmp_path, AppState(model, split))
-    assert any("grouped otherwise" in note for note in report.notes)
+    assert any("grouped differently" in note for note in report.notes)
 
 
 def test_with_load_strict_false_what_fits_is_loaded_and_the_rest_is_listed(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
         engine.drain()
     assert steps_in(copy) == [4, 6]  # what BEST.txt and LATEST.txt lead to
     assert {path: path.read_bytes() for path in stands} == stands
-    assert f"{copy / 'LATEST'} is a directory and no link" in caplog.text
+    assert f"{copy / 'LATEST'} is a directory and not a link" in caplog.text
     assert [scan(copy).pointed(name).step for name in ("LATEST", "BEST")] == [6, 4]  # type: ignore[union-attr]
     remove_pointer(Files(), copy, "BEST")
     assert {path: path.read_bytes() for path in stands} == stands

@@ -261,13 +261,15 @@ def _remedy(verdict: _Verdict, verdicts: Sequence[_Verdict]) -> str:
     """What to do, in one line."""
     files = {finding.file for finding in verdict.findings}
     if files == {names.METRICS}:
-        return f"Only metrics are affected. Delete {names.METRICS}in it to continue without those added after the save."
+        return (
+            f"Only metrics are affected. Delete {names.METRICS} in it to continue without those added after the save."
+        )
     text = "Restore the checkpoint from a copy, or delete its directory."
     if all(file.startswith(f"{names.DIGESTS}/") for file in files):
         text = (
             "Digests are damaged, so it is unknown whether the tensors are intact. "
             + text
-            + "To load it anyway, without checks: checkpoint.verify_on_load=false."
+            + " To load it anyway, without checks: checkpoint.verify_on_load=false."
         )
     others = [other.path.name for other in verdicts if not other.findings]
     if others:

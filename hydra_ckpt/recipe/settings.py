@@ -201,7 +201,7 @@ def _check(settings: Settings) -> None:
             raise CheckpointConfigError(f"{key}={value} must be at least {least}")
     if settings.model.pretrained == "":
         raise CheckpointConfigError(
-            "model.pretrainedmust be set: a directory, such as .../checkpoints/LATEST/model/consolidated of another "
+            "model.pretrained must be set: a directory, such as .../checkpoints/LATEST/model/consolidated of another "
             "run, or a hub id in the cache"
         )
     _check_mesh(settings)

@@ -163,7 +163,7 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
     return CheckpointExistsError(
         f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. Set "
         "checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, or "
-        f"restore_from={paths[-1].name}to continue from the newest; to read weights only, restore_parts=[model]"
+        f"restore_from={paths[-1].name} to continue from the newest; to read weights only, restore_parts=[model]"
     )
 
 
