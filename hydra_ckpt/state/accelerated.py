@@ -21,7 +21,7 @@ def prepared(
 
     Args:
         accelerator: An Accelerator that has prepared everything.
-        extras: The user's own.
+        extras: The user's own objects.
         dataloader: The training loader; None to look for it among the prepared ones.
         models: Names of the prepared models; None for numbers.
 
@@ -51,7 +51,7 @@ def prepared(
 class Progress:
     """The Accelerator's own count of micro-batches, by which it accumulates gradients.
 
-    It also sees that nothing was prepared or registered since, which no save would hold.
+    It also checks that nothing was prepared or registered since, because no save would contain it.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -78,7 +78,7 @@ class Progress:
         return {"step": int(self._accelerator.step)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take the count over."""
+        """Load the count."""
         self._accelerator.step = state["step"]
 
 
@@ -150,7 +150,7 @@ def _by_kind(objects: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def _add(extras: dict[str, Any], name: str, objects: list[Any]) -> None:
-    """Add objects under a name, numbered where there are several or the name is taken; not what is there already."""
+    """Add objects under a name, numbered if there are several or the name is taken; skip those already present."""
     objects = [item for item in objects if not any(item is other for other in extras.values())]
     if len(objects) == 1 and name not in extras:
         extras[name] = objects[0]

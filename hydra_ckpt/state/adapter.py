@@ -1,8 +1,8 @@
 """State-dict adapters: a model's own tensors under the names and in the shapes of its Hugging Face files.
 
-A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor for each expert. An adapter
-says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again when
-shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
+A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor per expert. An adapter
+defines how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again
+when shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
 which bytes of the files its shards are, and writes and reads them through views of that memory: nothing is gathered,
 nothing copied.
 """
@@ -29,7 +29,7 @@ class StateDictAdapter(Protocol):
     """Converts between a model's own state dict and its Hugging Face form; the model carries it as an attribute.
 
     An adapter may also have `forced_hf_dtype_mapping(state_dict)`, which maps Hugging Face names to the element type
-    (`"float32"` or `"F32"`) that they have in files whatever the training's is.
+    (`"float32"` or `"F32"`) that they have in files, whatever type training uses.
     """
 
     def to_hf(self, state_dict: dict[str, Any], /) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class StackedExperts:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a model says itself what its files hold."""
+    """Whether a model itself defines what its files hold."""
     return getattr(model, "state_dict_adapter", None) is not None
 
 
@@ -133,8 +133,8 @@ def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
         specs: Its tensors.
 
     Raises:
-        TopologyError: The adapter drops or doubles something, or does more than taking tensors apart and joining them.
-            The message lists everything.
+        TopologyError: The adapter drops or doubles something, or does more than splitting and joining tensors. The
+            message lists everything.
     """
     adapter: Any = model.state_dict_adapter
     naming, problems = _traced(adapter, specs)
@@ -207,7 +207,7 @@ def _neighbours(parts: Sequence[Alias]) -> dict[Hashable, list[Alias]]:
 
 
 def _not_restored(adapter: Any, blank: Mapping[str, torch.Tensor], converted: Mapping[str, Any]) -> list[str]:
-    """Names and shapes that `from_hf` does not give back."""
+    """Names and shapes that `from_hf` does not return."""
     reverse = getattr(adapter, "from_hf", None)
     if reverse is None:
         return []

@@ -1,15 +1,15 @@
 """A DataLoader that stops and continues exactly.
 
-`resumable(loader)` takes a plain `torch.utils.data.DataLoader` and gives back a loader whose position can be saved
-and restored, so that a resumed run sees bit for bit the batches an uninterrupted one would have seen: with shuffling,
+`resumable(loader)` takes a plain `torch.utils.data.DataLoader` and returns a loader whose position can be saved and
+restored, so that a resumed run sees bit for bit the batches an uninterrupted one would have seen: with shuffling,
 worker processes and random augmentation, in the middle of an epoch.
 
 Three rules make that true:
 
 - The order of an epoch is a function of (seed, epoch) only. Continuing at a position means slicing that order; skipped
   samples are never loaded.
-- What a sample looks like is a function of (seed, epoch, its position in that order) only. It matters neither which
-  worker makes it, nor what that worker made before, nor how many ranks share the work.
+- A sample is a function of (seed, epoch, its position in that order) only. It does not depend on the worker that makes
+  it, on what that worker made before, or on how many ranks share the work.
 - Only batches handed to the caller count, not those that workers have prefetched.
 """
 
@@ -125,7 +125,7 @@ class ResumableLoader(Generic[T]):
         """Yields the batches that are left of this epoch, then moves on to the next one."""
         self.is_between_epochs = False
         if self._is_spent and not self._goes_on:
-            self.set_epoch(self.epoch + 1)  # its last batch was taken, though not what comes behind
+            self.set_epoch(self.epoch + 1)  # its last batch was taken, but the end was not reached
         if not self._goes_on:
             if self._resumed and self._position:
                 log.warning(
@@ -167,7 +167,7 @@ class ResumableLoader(Generic[T]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken, at the next `iter()`, with the seed of `state`.
+        """Continues where `state` was taken, at the next `iter()`, with the seed of `state`.
 
         Batch size and number of ranks may have changed; the remaining samples still come in the same order.
 
@@ -215,7 +215,7 @@ class ResumableLoader(Generic[T]):
             yield BatchRequest(key, [(position, order[position % len(order)]) for position in mine])
 
     def _rebuild(self, loader: DataLoader[T]) -> DataLoader[T]:
-        """The loader's twin, with our requests instead of its sampler, and whole batches instead of samples."""
+        """A copy of the loader, with our requests instead of its sampler, and whole batches instead of samples."""
         return DataLoader(
             SeededBatches(loader.dataset, loader.collate_fn, batched=self.batch_size is not None),
             batch_size=None,
@@ -267,7 +267,7 @@ def _order(sampler: Any, seed: int, epoch: int) -> Sequence[Any]:
 
 
 def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
-    """Raises CheckpointConfigError, saying what to do, for a loader whose order is not ours to reproduce."""
+    """Raises CheckpointConfigError, saying what to do, for a loader whose order cannot be reproduced."""
     kind, batching, sampler = type(loader).__name__, loader.batch_sampler, _sampler_of(loader)
     if hasattr(loader, "state_dict"):
         _refuse(f"{kind} already has a state_dict()", "pass it to AppState unchanged")

@@ -45,7 +45,7 @@ def holders(optimizers: Mapping[str, Any], known: Mapping[int, str]) -> list[Hol
     """The optimizers and those inside them, each outer one before its inner ones.
 
     Args:
-        optimizers: What each is called, to the object.
+        optimizers: Name of each, to the object.
         known: Identity of a parameter to its name. An inner optimizer over other tensors (fp32 copies of the model's
             parameters) is left to the state_dict() of the one that wraps it.
     """

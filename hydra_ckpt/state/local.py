@@ -1,4 +1,4 @@
-"""Tensors as one rank holds them: a local part with its place in the whole."""
+"""Tensors as one rank holds them: a local part with its position in the whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hydra_ckpt.storage.memory import narrow, view_as
 class Place:
     """The position of a tensor's local part in the whole: what stays the same from save to save.
 
-    A `Localizer` makes one for each, and hands out the same one again; so places are compared by identity.
+    A `Localizer` makes one for each, and returns the same one again, so places are compared by identity.
 
     Attributes:
         spec: Name, element type and global shape.
@@ -34,7 +34,7 @@ class Place:
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
         origin: Name of the live tensor it is part of, if it has another name in an export.
-        crowd: How many ranks of the mesh would meet in a file of the whole tensor.
+        crowd: How many ranks of the mesh would write to a file of the whole tensor.
         sharding: How; None for a plain tensor, and on a rank outside the mesh.
     """
 
@@ -77,13 +77,13 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A `LocalTensor` made before, and what it was made of."""
+    """A `LocalTensor` made before, and what it was made from."""
 
     tensor: torch.Tensor
     item: LocalTensor
 
     def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool) -> bool:
-        """Whether the same live tensor, with its memory where it was, would give the same again."""
+        """Whether the same live tensor, with its memory where it was, would give the same result again."""
         item = self.item
         return (
             tensor is self.tensor
@@ -101,7 +101,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Localizer:
-    """Makes `LocalTensor`s and remembers their positions: asking PyTorch's meshes takes longer than copying."""
+    """Makes `LocalTensor`s and remembers their positions: querying PyTorch's meshes takes longer than copying."""
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
@@ -138,7 +138,7 @@ class Localizer:
         return kept.item
 
     def forget(self) -> None:
-        """Let go of the live tensors remembered."""
+        """Forget the live tensors."""
         self._kept = {}
 
     def _make(
@@ -198,7 +198,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of this rank behind a tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # to_local() makes a new view, or a step of autograd, which takes longer than all that is done with it here.
+    # to_local() makes a new view, or a step of autograd, which takes longer than everything done with it here.
     local = tensor._local_tensor
     return local if type(local) in _PLAIN else tensor.to_local()
 

@@ -52,7 +52,7 @@ def _placed_as(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ModelMap:
-    """Where the tensors of one model live.
+    """The places of one model's tensors.
 
     Attributes:
         slots: One place for each stored tensor, in the model's order.
@@ -144,13 +144,13 @@ class ModelMap:
                 yield from self._walk(child, f"{prefix}{name}.")
 
     def _choose_names(self, slots: list[Slot]) -> None:
-        """Store a tied tensor under the name that transformers keeps; where it drops none, under its first."""
+        """Store a tied tensor under the name that transformers keeps; if it drops none, under its first."""
         drops = re.compile("|".join(f"(?:{pattern})" for pattern in self._dropped) or "(?!)")
         by_tensor: dict[int, list[Slot]] = {}
         for slot in slots:
             by_tensor.setdefault(id(slot.tensor), []).append(slot)
         for names in by_tensor.values():
-            # Of names that are all to be dropped, transformers keeps the last in the order of the alphabet.
+            # If all names are to be dropped, transformers keeps the last in alphabetical order.
             dropped = [slot for slot in names if drops.search(slot.name)]
             last = max(dropped, key=lambda slot: slot.name, default=names[0])
             chosen = next((slot for slot in names if slot not in dropped), last)
@@ -216,7 +216,7 @@ class ModelMap:
         Args:
             called: The model's name, for messages.
             saved: For each part its entries; or nothing.
-            metadata: What modules said of their state, versions other than 1 among it; None if that is not known.
+            metadata: Metadata of the modules' state, including versions other than 1; None if unknown.
             resized: Buffers of another size than the live ones.
 
         Returns:
@@ -313,7 +313,7 @@ class ModelMap:
         ]
 
     def reshard(self) -> None:
-        """Bring FSDP parameters that a forward pass left gathered back to their shards."""
+        """Reshard FSDP parameters that a forward pass left gathered."""
         for unit in self.units:
             unit.reshard()
 
@@ -354,7 +354,7 @@ class ModelMap:
         return {**own, **{slot.name: slot.tensor for slot in self._beside}}
 
     def set_extra_state(self, states: dict[str, Any]) -> None:
-        """Give it back to the modules that have it."""
+        """Load it into the modules that have it."""
         self.set_buffers({name: value for name, value in states.items() if isinstance(value, torch.Tensor)})
         for name, state in states.items():
             if name in self.extra_states:

@@ -29,9 +29,9 @@ class TensorDifference:
     Attributes:
         part: The part it belongs to.
         name: Its name.
-        first: Element type and shape in the first checkpoint; None if it is not there.
+        first: Element type and shape in the first checkpoint; None if it lacks the tensor.
         second: The same of the second.
-        largest: The largest absolute difference of two elements; None if element types or shapes differ, NaN where only
+        largest: The largest absolute difference of two elements; None if element types or shapes differ, NaN if only
             one of them is NaN.
         elements: How many elements differ.
     """

@@ -31,7 +31,7 @@ _RETRY_S = 0.01
 
 @dataclass(frozen=True)
 class Session:
-    """What a plan carries: the coordinator's process, by a random text."""
+    """What a plan carries: a random text that identifies the coordinator's process."""
 
     nonce: str
 
@@ -74,7 +74,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         overwrite: Accept a checkpoint, which is then replaced.
 
     Raises:
-        CheckpointExistsError: Something is there.
+        CheckpointExistsError: It exists and is not empty.
         CheckpointConfigError: It is a mount point, whose name cannot be given to another directory.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -114,7 +114,7 @@ def begin_draft(files: Files, target: Path) -> Draft:
 
 
 def announce(files: Files, draft: Draft, assignment: Assignment) -> None:
-    """Coordinator only: tell the other ranks."""
+    """Coordinator only: announce the assignment to the other ranks."""
     body = [[file.path, [[spec.name, spec.dtype, spec.shape] for spec in file.tensors]] for file in assignment.files]
     data = seal({"token": assignment.token, "files": body})
     write_atomically(files, draft.path / ASSIGNMENT, data, draft.token)
@@ -162,7 +162,7 @@ def _parse(root: Path, body: dict[str, object]) -> Assignment:
 def publish(files: Files, draft: Draft, *, overwrite: bool) -> None:
     """Coordinator only: give a complete draft its name, replacing an empty directory or an old checkpoint.
 
-    If the process dies between the two renames, both directories are there under hidden names.
+    If the process dies between the two renames, both directories remain under hidden names.
     """
     target = draft.target
     check_target(target, overwrite=overwrite)

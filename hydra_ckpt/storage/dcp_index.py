@@ -1,4 +1,4 @@
-"""The index of a DCP directory (`.metadata`), which is a pickle, read without making any object that it asks for.
+"""The index of a DCP directory (`.metadata`), which is a pickle, read without creating any object that it names.
 
 See `pickle_machine`. Source: `torch/distributed/checkpoint/metadata.py`.
 """
@@ -21,7 +21,7 @@ from hydra_ckpt.store.small_files import read_small_file
 INDEX = ".metadata"
 _MAX_BYTES = 1 << 30
 _DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in SAFETENSORS_DTYPE.items()}
-# What copies of a model are called that are not what is trained.
+# Names of copies of a model that are not the trained one.
 _AVERAGES = ("ema", "averag", "shadow", "teacher", "swa")
 
 # The keys that lead to a value in nested dictionaries and lists.
@@ -51,7 +51,7 @@ class Entry:
 
     Attributes:
         path: The keys that lead to it.
-        spec: What tensor it is; None for a value.
+        spec: The tensor's name, type and shape; None for a value.
         pieces: Where it is stored.
     """
 
@@ -109,7 +109,7 @@ def model_prefix(directory: Path, votes: Mapping[KeyPath, int], remedy: str) -> 
 
 
 def ambiguous(directory: Path, prefixes: Collection[KeyPath], remedy: str) -> CheckpointConfigError:
-    """The error where several parts may be the model."""
+    """The error if several parts may be the model."""
     found = ", ".join(sorted(map(dotted, prefixes)))
     return CheckpointConfigError(
         f"{directory} holds a model's tensors under each of {found}, and it is unclear which one is meant. {remedy}"
@@ -183,7 +183,7 @@ def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -
 
 
 def _ints(values: Any, count: int | None = None) -> tuple[int, ...]:
-    """Sizes or positions, as they can be."""
+    """Sizes or positions, if they are valid."""
     found = tuple(values)
     # Not shown in the messages: a nest of tuples would take for ever to be written out.
     if not all(type(value) is int and 0 <= value < LIMIT for value in found) or len(found) > MAX_DIMENSIONS:

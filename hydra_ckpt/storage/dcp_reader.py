@@ -49,9 +49,9 @@ class SafetensorsReader(StorageReader):
     Args:
         path: What `SafetensorsWriter` wrote, or any directory of `*.safetensors` files: whole tensors, or the shards
             of torch's `HuggingFaceStorageWriter(save_distributed=True)`.
-        verify: Check every byte against its digest, shared out over the ranks; the load fails on all of them if one
-            finds damage. One rank alone checks everything before it loads anything. Files without digests are taken as
-            they are.
+        verify: Check every byte against its digest. The ranks share this work, and the load fails on all of them if one
+            finds damage. A single rank checks everything before it loads anything. Files without digests are not
+            checked.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -112,7 +112,7 @@ class SafetensorsReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Coordinator only, called by DCP: share the checks out."""
+        """Coordinator only, called by DCP: divide the checks among the ranks."""
         return [replace(plan, storage_data=_Turn(rank, len(plans))) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

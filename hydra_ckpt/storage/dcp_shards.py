@@ -2,7 +2,7 @@
 
 `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)` gives each rank a file, whose header says
 in its metadata at which offsets of the whole tensor each part begins. It records neither the whole shape nor the number
-of files: the shape is where the last part ends, and a missing last part cannot be noticed.
+of files: the shape is where the last part ends, and a missing last part cannot be detected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_directory(root: Path, files: list[str]) -> dict[str, StoredTensor]:
 
 
 def refuse_gaps(root: Path, tensor: StoredTensor) -> None:
-    """Check that every element is stored. DCP would leave the others as they are, without a word.
+    """Check that every element is stored. DCP would silently leave the others as they are.
 
     Raises:
         CorruptCheckpointError: Some are not.

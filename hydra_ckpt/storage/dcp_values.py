@@ -24,7 +24,7 @@ _BYTES = "planner_bytes"
 
 
 def encode_item(planner: SavePlanner, item: WriteItem, tensors: dict[str, torch.Tensor]) -> tuple[Any, tuple[str, ...]]:
-    """What the planner has for an item that is not a tensor.
+    """The planner's data for an item that is not a tensor, encoded.
 
     A value is encoded. If the planner turns values into bytes in its own way, these are stored unchanged.
 
@@ -84,7 +84,7 @@ def _check_inner(name: str, tensor: torch.Tensor) -> None:
 
 
 def load_item(planner: LoadPlanner, item: ReadItem, path: Path, data: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Hand a stored value to the planner.
+    """Give a stored value to the planner.
 
     Args:
         planner: Any load planner.

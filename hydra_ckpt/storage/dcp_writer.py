@@ -94,7 +94,7 @@ class SafetensorsWriter(StorageWriter):
 
         dcp.save(state_dict, storage_writer=SafetensorsWriter("checkpoints/step_10"))
 
-    Planners that cache plans (`DefaultSavePlanner(enable_plan_caching=True)`) work, with new instances too. A save
+    Planners that cache plans (`DefaultSavePlanner(enable_plan_caching=True)`) work, also with new instances. A save
     that fails leaves nothing: its draft is removed by the next save to the same directory, by `abandon()`, or when the
     writer is deleted.
 
@@ -154,7 +154,7 @@ class SafetensorsWriter(StorageWriter):
         self._is_coordinator = is_coordinator
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Called by DCP on every rank: see that everything can be stored; the coordinator makes the draft.
+        """Called by DCP on every rank: check that everything can be stored; the coordinator creates the draft.
 
         What can fail early fails here: DCP keeps global plans in its cache whether or not the save succeeds.
 
@@ -186,9 +186,9 @@ class SafetensorsWriter(StorageWriter):
         _SAVING[path] = self._saving
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only, called by DCP: lay the files out and create them.
+        """Coordinator only, called by DCP: lay out the files and create them.
 
-        Never fails: `write_data` raises what went wrong, so that DCP's plan cache stays in step on all ranks.
+        Never fails: `write_data` raises any error, so that DCP's plan cache stays the same on all ranks.
         """
         saving = self._current()
         saving.world_size = len(plans)
@@ -333,7 +333,7 @@ class SafetensorsWriter(StorageWriter):
         return "://" not in str(checkpoint_id)
 
     def abandon(self) -> None:
-        """Remove what a failed save left. DCP has no call for that; the next save does it, too."""
+        """Remove what a failed save left. DCP never calls this; the next save also does it."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.remove()
@@ -361,7 +361,7 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
 
     Raises:
         CheckpointConfigError: It is a tensor of a kind that files cannot hold.
-        CheckpointError: It is something else: DCP's plan cache does not notice another element type, for one.
+        CheckpointError: It is something else: for example, DCP's plan cache does not notice a changed element type.
     """
     data, name = planner.resolve_data(item), item.index.fqn
     if not isinstance(data, torch.Tensor):

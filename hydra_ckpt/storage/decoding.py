@@ -1,4 +1,4 @@
-"""Values again from what `hydra_ckpt.storage.encoding` made of them. Nothing is imported or called for a checkpoint."""
+"""Decodes what `hydra_ckpt.storage.encoding` encoded. Nothing is imported or called for a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OMITTED = object()
 
 
 def fill(value: Any, live: Any) -> Any:
-    """A decoded value with what was left out taken from the live object's own state; dropped where that has none.
+    """A decoded value in which omitted values come from the live object's own state, or are dropped if it has none.
 
     Args:
         value: Decoded with OMITTED where something is missing.
@@ -62,7 +62,7 @@ def decode(
 
 
 class _Decoder:
-    """Decodes values; what is one object in several of them is one again.
+    """Decodes values; an object that is in several of them is one object again.
 
     Args:
         tensors: The tensors that are referred to, by name.

@@ -1,4 +1,4 @@
-"""Digests of what was written: one record a piece, in a binary sidecar.
+"""Digests of what was written: one record per piece, in a binary sidecar.
 
 A sidecar starts with a line of JSON, the names of the files that its records cover; the records follow. A record is 40
 bytes, little endian: file index (u32), number of runs (u32), offset, run and stride in bytes (u64 each), and the xxh3

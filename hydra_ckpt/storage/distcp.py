@@ -46,7 +46,7 @@ Row = list[Any]
 
 
 class _SharePlanner(SavePlanner):
-    """Hands this rank's shares to DCP's writer."""
+    """Gives this rank's shares to DCP's writer."""
 
     def __init__(self, shares: Mapping[int, Share], sources: Mapping[int, memoryview]) -> None:
         self._shares = {_index(share.spec.name, share.box): (share, sources[key]) for key, share in shares.items()}
@@ -55,7 +55,7 @@ class _SharePlanner(SavePlanner):
         """Nothing to set up."""
 
     def create_local_plan(self) -> SavePlan:
-        """One item a share."""
+        """One item per share."""
         return SavePlan([_item(index, share) for index, (share, _) in self._shares.items()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

@@ -31,7 +31,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 SAFETENSORS_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-# The first is the header's own key, the second marks in progress files what JSON does not know.
+# The first is the header's own key, the second marks values in progress files that JSON cannot express.
 _RESERVED_NAMES = frozenset({"__metadata__", "~"})
 
 

@@ -1,10 +1,10 @@
 """Nested Python values as JSON plus named tensors; nothing is pickled.
 
-What JSON does not know is an object with the key "~": `{"~": "tuple", "v": [...]}`. Tensors are referred to by name;
-one that is not row-major includes its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
+A value that JSON cannot express is an object with the key "~": `{"~": "tuple", "v": [...]}`. Tensors are referred to by
+name; one that is not row-major includes its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
 
-What is in two places is one object again after a load: a tensor because both places name it, a list because both say
-which one it is: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
+An object that is in two places is one object again after a load: a tensor because both places name it, a list because
+both places have its label: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part,
 TAG, STRIDES, PLACEMENTS = "~", "s", "p"
 # Values that are not in the tree: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
-# What is one object in several places; another object over the same memory; a part of that memory.
+# One object in several places; another object over the same memory; a part of that memory.
 SAME, ALIAS, VIEW = "same", "alias", "view"
 # Attributes that Python code has put on a value: `tensor.scale = 3`, or the `_metadata` of a state dict.
 ATTRIBUTES = "attributes"
@@ -136,7 +136,7 @@ class _Encoder:
         return self._once(value, name)
 
     def _repeated(self, value: Any, name: str) -> Any:
-        """What is in several places: each says what it is, and which one."""
+        """An object in several places: each place has its value and its label."""
         key = id(value)
         if key in self._known:
             return dict(self._known[key])
@@ -284,12 +284,12 @@ class _Encoder:
 
 
 def leave_out(dotted: str) -> str:
-    """The last remedy of every refusal: how to train on without a value in the checkpoint."""
+    """The last remedy of every refusal: how to continue training without a value in the checkpoint."""
     return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{dotted}"]'
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
-    """A tensor without its part in autograd; itself where it has none, so that it is known again."""
+    """A tensor detached from autograd; the tensor itself if it is not attached, so that its identity is kept."""
     return value.detach() if isinstance(value, torch.nn.Parameter) or value.requires_grad else value
 
 
@@ -323,7 +323,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether no two elements are one in memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
+    """Whether no two elements share memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
     end = 0
     for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
         if step <= end:

@@ -1,7 +1,7 @@
 """Digests of live tensors on their devices: equal bytes have equal digests on ranks with the same kind of device.
 
 Bytes in host memory are digested by xxh3. On an accelerator the digest is a polynomial that the device evaluates, so
-that 8 bytes a tensor are fetched; it cannot be compared with a digest of host memory. Untested on GPU.
+that only 8 bytes per tensor are fetched; it cannot be compared with a digest of host memory. Untested on GPU.
 """
 
 from __future__ import annotations

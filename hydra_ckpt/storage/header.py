@@ -1,4 +1,4 @@
-"""Reading safetensors headers, with nothing taken on trust."""
+"""Reading safetensors headers without trusting them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_inside(root: Path, relative: str) -> int:
     """Open a file below `root` for reading; no link on the way is followed.
 
     Raises:
-        CorruptCheckpointError: The name leads outside, passes a link, or does not name a regular file.
+        CorruptCheckpointError: The name leads outside, contains a link, or does not name a regular file.
     """
     parts = Path(relative).parts
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
@@ -46,15 +46,15 @@ def open_inside(root: Path, relative: str) -> int:
 
 
 def read_piece(root: Path, relative: str, first: int, length: int) -> bytearray:
-    """A range of a file below `root`, which an index has promised.
+    """A range of a file below `root` that an index refers to.
 
     Raises:
-        CorruptCheckpointError: See `open_inside`; or the file ends before.
+        CorruptCheckpointError: See `open_inside`; or the file is shorter.
     """
     descriptor = open_inside(root, relative)
     try:
         size = os.fstat(descriptor).st_size
-        if first < 0 or length < 0 or first + length > size:  # a promise may be larger than there is memory
+        if first < 0 or length < 0 or first + length > size:  # the length in the index may exceed the memory
             raise CorruptCheckpointError(
                 root / relative, "ends before what its index names", expected=first + length, found=size
             )
@@ -159,7 +159,7 @@ def _naturals(values: Any) -> bool:
 
 
 def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
-    """Say in a header's metadata which box of which global shape each tensor of the file is."""
+    """Record in a header's metadata which box of which global shape each tensor of the file is."""
     body = {name: [list(shape), list(box.offsets)] for name, (shape, box) in boxes.items()}
     return json.dumps(body, separators=(",", ":"))
 
