@@ -28,7 +28,7 @@ def diff(
 ) -> None:
     """List the tensors in which two checkpoints differ, bit by bit.
 
-    Exit code 1: there are some.
+    Exit code 1: some tensors differ.
     """
     from hydra_ckpt.storage.compare import compare
 

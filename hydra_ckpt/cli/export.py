@@ -62,10 +62,10 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
+    """Make a Hugging Face directory, which `from_pretrained` can open, from any checkpoint.
 
-    The files are those that the run itself would have written. Weights are streamed, whatever their size. Of what
-    `dcp.save` or accelerate has written, a model like it (--base) provides names, configuration and tokenizer.
+    The files are those that the run itself would have written. Weights are streamed, whatever their size. For a
+    checkpoint of `dcp.save` or accelerate, a model like it (--base) provides names, configuration and tokenizer.
     """
     from hydra_ckpt.hub.offline import export_checkpoint
     from hydra_ckpt.storage.pickled import is_foreign

@@ -1,4 +1,4 @@
-"""`hydra-ckpt list`: what a checkpoint directory holds. Imports no torch, so that it answers at once."""
+"""`hydra-ckpt list`: what a checkpoint directory holds. Does not import torch, so that it is fast."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class _Entry:
 
     Attributes:
         path: Where it is stored.
-        checkpoint: What its manifest says; None if that cannot be read.
+        checkpoint: The content of its manifest; None if that cannot be read.
         problem: What is wrong with it; empty if nothing is.
         pointers: Names that lead to it.
-        is_newer: Whether that is only that a newer version wrote it.
+        is_newer: Whether the only problem is that a newer version wrote it.
     """
 
     path: Path
@@ -83,7 +83,7 @@ class _Listing:
         root: The directory.
         entries: By step.
         hidden: Kind (draft, deleting, corrupt, aside) to the names of the hidden directories of that kind.
-        dangling: Pointer to the name it leads to, which is not there.
+        dangling: Pointer to the missing name that it leads to.
     """
 
     root: Path
@@ -138,7 +138,7 @@ def _read(located: Located) -> _Listing:
         paths = [located.root / located.only]  # a checkpoint under a name of the user's own
     targets = {name: read_pointer(located.root, name) for name in sorted(pointers_in(located.root))}
     entries = [_entry(path, tuple(name for name, target in targets.items() if target == path.name)) for path in paths]
-    # A run may be pruning while it is looked at: what is gone by now was never damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
     present = sorted((entry for entry in entries if entry.path.exists()), key=_step_order)
     if located.only is not None:
         return _Listing(located.root, tuple(present))

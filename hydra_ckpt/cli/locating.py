@@ -1,4 +1,4 @@
-"""From what a user names to the checkpoints that are meant. Imports no torch."""
+"""Find the checkpoints that a path from the user refers to. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULT_DIRECTORY = "checkpoints"
 
 @dataclass(frozen=True)
 class Located:
-    """What a path on the command line means.
+    """What a path on the command line refers to.
 
     Attributes:
         root: The checkpoint directory.
@@ -39,7 +39,7 @@ def locate(given: Path, *, or_else: str = "") -> Located:
 
     Args:
         given: The path.
-        or_else: What else it has been tried as, for the message.
+        or_else: What else was tried, for the message.
 
     Raises:
         CheckpointNotFoundError: The directory does not exist, or contains no checkpoint of hydra_ckpt.

@@ -1,4 +1,4 @@
-"""`hydra-ckpt prune`: deletes checkpoints that no rule keeps. Imports no torch."""
+"""`hydra-ckpt prune`: deletes checkpoints that no rule keeps. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only listed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Delete the checkpoints that no rule given here keeps; without --yes, only say which.
+    """Delete the checkpoints that no rule given here keeps; without --yes, only list them.
 
-    What LATEST, BEST or a pointer of your own leads to stays in any case, and so does what somebody reads.
+    Checkpoints that LATEST, BEST or a pointer of your own leads to are always kept, and so are those being read.
     """
     rules: dict[str, Any] = {
         "newest": newest,

@@ -1,4 +1,4 @@
-"""`hydra-ckpt show`: one checkpoint's content, and the command that continues its run. Imports no torch."""
+"""`hydra-ckpt show`: one checkpoint's content, and the command that continues its run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def show(
         print(_command(checkpoint))
         return
     problem = _problem(checkpoint)
-    # One of a newer format cannot be opened; the key is there because `list` has it too.
+    # One of a newer format cannot be opened; the key exists because `list` has it too.
     data = {**_content(checkpoint), "problem": problem, "newer_format": False}
     if as_json:
         print_json(data)

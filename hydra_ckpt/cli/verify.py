@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_checkpoints"]
 
-# Pieces read between two looks at the progress bar.
+# Pieces read between two updates of the progress bar.
 _BATCH = 16
 
 
@@ -67,8 +67,8 @@ class _Verdict:
     Attributes:
         path: The checkpoint.
         read_bytes: Bytes compared with a digest.
-        findings: All that is wrong.
-        is_newer: Whether that is only that a newer version wrote it.
+        findings: Everything that is wrong.
+        is_newer: Whether the only problem is that a newer version wrote it.
     """
 
     path: Path
@@ -112,7 +112,7 @@ def verify_checkpoints(
         raise CheckpointNotFoundError(f"{located.root} holds no checkpoints, so there is nothing to verify")
     with _bar(hidden=as_json) as bar:
         verdicts = [_verify(path, bar) for path in paths]
-    # A run may be pruning meanwhile: what is gone by now was never damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
     verdicts = [verdict for verdict in verdicts if verdict.path.exists()]
     whole = not any(verdict.findings for verdict in verdicts)
     if as_json:
@@ -186,7 +186,7 @@ def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
     from hydra_ckpt.storage.verify import findings
 
-    # What a missing or cut file lacks has been said; its remaining bytes would only repeat it.
+    # The missing part of a file has been reported; its remaining bytes would only repeat that.
     known = {finding.file for finding in verdict.findings}
     wanted = [check for check in _checks(checkpoint, verdict) if check.file not in known]
     task = bar.add_task(checkpoint.name, total=sum(check.region.nbytes for check in wanted))
@@ -211,7 +211,7 @@ def _noting(verdict: _Verdict) -> Iterator[None]:
 
 
 def _checks(checkpoint: Checkpoint, verdict: _Verdict) -> Sequence[Check]:
-    """What is to be compared; without a sidecar of digests only what the manifest itself vouches for."""
+    """The checks to make; without a sidecar of digests, only those for digests in the manifest itself."""
     from hydra_ckpt.storage.verify import checks
 
     manifest = checkpoint.manifest

@@ -1,4 +1,4 @@
-"""The command that continues a Hydra run: how its program was started is recorded, what was typed is replayed."""
+"""The command that continues a Hydra run: the start of its program is recorded, and its overrides are used again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _replayed(overrides: Iterable[object]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """A value of an override, in quotes where Hydra's grammar asks for them."""
+    """A value of an override, in quotes if Hydra's grammar requires them."""
     if all(letter.isalnum() or letter in "/_-.:" for letter in text):
         return text
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")

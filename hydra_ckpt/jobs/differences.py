@@ -16,11 +16,11 @@ from hydra_ckpt.errors import printable
 
 _ABSENT = "(absent)"
 _SHOWN_CHARACTERS = 60
-# Configurations come out of directories that anybody may have written: only this much of them is compared.
+# Configurations come from directories that anyone may have written: only this much of them is compared.
 _MAX_KEYS = 20_000
 _MAX_DEPTH = 50
 
-# What a key's last word or its path says about it. The first that matches counts.
+# Kinds of settings by a key's last word or its path. The first match counts.
 _HARMLESS = re.compile(
     r"(^|\.)(num_workers|pin_memory\w*|persistent_workers|prefetch\w*|verbose|log\w*|run_name|project|tags?)$"
     r"|(^|\.)(checkpoint|callbacks|logger|loggers|hydra|wandb|tensorboard)(\.|$)"
@@ -85,7 +85,7 @@ def kind_of(key: str) -> str:
 
 
 def about_saving(key: str) -> bool:
-    """Whether a setting says how a run is saved, and nothing of what it computes."""
+    """Whether a setting only affects how a run is saved, not what it computes."""
     return key.startswith(("checkpoint.", "callbacks.checkpoint."))
 
 

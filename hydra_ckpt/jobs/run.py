@@ -1,4 +1,4 @@
-"""What can be learned from the Hydra run this process is part of, if it is part of one."""
+"""Information about the Hydra run that this process is part of, if any."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HydraRun:
         output_dir: Its run directory, absolute.
         sweep_dir: The directory of the sweep it is a job of, absolute; None for a single run.
         number: Its number in the sweep; None for a single run.
-        overrides: What was typed for it, Hydra's own settings aside.
+        overrides: Its overrides from the command line, without Hydra's own settings.
         texts: File name and YAML text of the configuration it runs with.
         launch: How its program was started; see `program_of_this_process`.
     """
@@ -53,7 +53,7 @@ class HydraRun:
 
     @property
     def owner(self) -> str | None:
-        """Sweep directory and job number where the job is one of several, else None."""
+        """Sweep directory and job number if the job is one of several, else None."""
         return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.number}"
 
 

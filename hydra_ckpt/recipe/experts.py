@@ -1,6 +1,6 @@
 """Expert parallelism: each rank holds some of a layer's experts, and peers see equal tokens, as in tensor parallelism.
 
-Each rank sends the tokens that its own experts are chosen for through them; the sum over the ranks is the layer's
+Each rank passes the tokens for which its own experts are chosen through them; the sum over the ranks is the layer's
 output. Nothing else of the model is split.
 """
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Parallelism", "plan_parallelism", "shard_model"]
 
 _FILL = -1
-# From the outermost to the innermost dimension: what talks most has its ranks next to each other.
+# From the outermost to the innermost dimension: dimensions that communicate most have adjacent ranks.
 _DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 _TP_PLAN = {
     "self_attn.q_proj": ColwiseParallel(),

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then in the log, a summary at the end."""
+"""The output of a run: a progress bar on a terminal, occasional lines in the log, a summary at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CheckpointStats(Protocol):
 
 
 class Report:
-    """Follows a run from step to step. Only the first rank draws the bar; the log level decides whose lines show.
+    """Follows a run from step to step. Only the first rank draws the bar; the log level decides who logs lines.
 
     Args:
         max_steps: Where the run ends.
@@ -110,7 +110,7 @@ class _Mark:
 
 
 def _send_log_lines_through(stream: object, *, instead_of: object) -> None:
-    """While the bar is drawn, lines must go through it; Hydra's handler holds on to the plain stream."""
+    """While the bar is drawn, lines must go through it; Hydra's handler keeps the plain stream."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
             handler.setStream(stream)

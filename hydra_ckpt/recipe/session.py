@@ -44,7 +44,7 @@ def seed_everything(seed: int, data_rank: int) -> None:
 
 @contextmanager
 def session(trainer: TrainerSettings, run_dir: Path) -> Iterator[Accelerator]:
-    """Starts what a job needs around its training, and takes it down whatever happens.
+    """Starts what a job needs around its training, and shuts it down whatever happens.
 
     Collective: every rank of the launch.
     """

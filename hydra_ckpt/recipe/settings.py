@@ -1,4 +1,4 @@
-"""What the recipe reads from the composed configuration, typed and checked once; torch-free.
+"""The settings that the recipe reads from the composed configuration, typed and checked once; does not import torch.
 
 Defaults live in conf/hydra_ckpt_train.yaml and conf/hydra_ckpt_model/ only.
 """
@@ -115,7 +115,7 @@ class MeshSettings:
 
 @dataclass
 class PipelineSettings:
-    """How the model is cut and fed where `mesh.pp` is above 1."""
+    """How the model and its batches are split if `mesh.pp` is above 1."""
 
     parts_per_rank: int
     microbatches: int
@@ -213,7 +213,7 @@ def _check(settings: Settings) -> None:
 
 
 def _check_mesh(settings: Settings) -> None:
-    """What does not depend on how many ranks there are."""
+    """Check what does not depend on the number of ranks."""
     for name, size in (("tp", settings.mesh.tp), ("pp", settings.mesh.pp), ("ep", settings.mesh.ep)):
         if size != 1 and settings.lora is not None:
             raise CheckpointConfigError(f"mesh.{name}={size}: this recipe does not split adapters; leave it at 1")

@@ -1,4 +1,4 @@
-"""Values that JSON does not know, each as a tag and a content that JSON, or a tensor, does; types included.
+"""Values that JSON cannot express, each as a tag and a content that JSON or a tensor can express; types included.
 
 Enums and named tuples are looked up among the modules that are imported already: decoding never imports a module and
 never calls what a checkpoint names.
@@ -27,7 +27,7 @@ Tagged = tuple[str, Any]
 
 # NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
 _SHARED_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
-# Further ones, whose text says all about them: no structures, no objects, nothing of one machine's own.
+# Others that their text fully describes: no structures, no objects, nothing specific to one machine.
 _PLAIN_KINDS = "biufcmMSU"
 _PATHS = {kind.__name__: kind for kind in (PosixPath, PurePosixPath, PureWindowsPath)}
 _TIMES: dict[str, Any] = {kind.__name__: kind for kind in (dt.datetime, dt.date, dt.time)}
@@ -41,7 +41,7 @@ _TORCH_NAMES = {
 
 
 class NotExactError(Exception):
-    """A value of a kind that is known, but in a way that would be lost. The text says what would be."""
+    """A value of a known kind that could not be restored exactly. The text says what would be lost."""
 
 
 def tagged(value: Any) -> Tagged | None:
@@ -69,7 +69,7 @@ def tagged(value: Any) -> Tagged | None:
 
 
 def _found(module: str, qualname: str) -> Any:
-    """What an imported module has under a name. Looks into namespaces only, so that no code runs."""
+    """What an imported module has under a name. Reads namespaces only, so that no code runs."""
     found: Any = sys.modules.get(module)
     for name in qualname.split("."):
         found = vars(found).get(name) if hasattr(found, "__dict__") else None
@@ -96,7 +96,7 @@ def _class_at(module: str, qualname: str, base: type) -> Any:
 
 
 def _from_enum(value: Enum) -> Tagged:
-    # Of combined flags the name is none, or differs between versions of Python.
+    # Combined flags have no name, or one that differs between versions of Python.
     name = value.name if type(value).__members__.get(value.name or "") is value else None
     if name is None and not isinstance(value, Flag):
         raise NotExactError("it is not a member of its class")

@@ -40,12 +40,12 @@ class Lanes:
         )
 
     def follow(self) -> None:
-        """Let copies that are made from now on wait for the work queued so far. Does not wait itself."""
+        """Make copies from now on wait for the work queued so far. Does not wait itself."""
         for device, stream in self._streams.items():
             stream.wait_event(self._modules[device].current_stream(device).record_event())
 
     def lead(self) -> None:
-        """Let work that is queued from now on wait for the copies made so far. Does not wait itself."""
+        """Make work queued from now on wait for the copies made so far. Does not wait itself."""
         for device, stream in self._streams.items():
             self._modules[device].current_stream(device).wait_event(stream.record_event())
 

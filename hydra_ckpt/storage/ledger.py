@@ -16,7 +16,7 @@ Span = tuple[int, int]
 class Ledger:
     """The digests of one checkpoint and which of them this rank has compared.
 
-    Reading and comparing go hand in hand: a cell's bytes are digested while they are still in the processor's cache.
+    Bytes are compared as they are read: a cell's bytes are digested while they are still in the processor's cache.
 
     Args:
         checks: Everything that can be compared, in an order that is the same on all ranks.
@@ -81,7 +81,7 @@ class Ledger:
 
 
 def join(spans: Sequence[Sequence[Sequence[int]]]) -> list[Span]:
-    """Coordinator only: what any rank has done."""
+    """Coordinator only: merge what the ranks have compared."""
     return _joined((first, behind) for own in spans for first, behind in own)
 
 

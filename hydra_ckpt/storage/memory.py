@@ -19,7 +19,7 @@ _HUGE_PAGE = 2 << 20  # bytes, of most processors
 
 
 def available_bytes(cgroup: Path = _CGROUP) -> int:
-    """Host memory that can still be had: of the machine, and of this process's control group where it has a limit."""
+    """Available host memory in bytes: of the machine, and of this process's control group if it has a limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = (cgroup / "memory.max").read_text().strip()
@@ -31,10 +31,10 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def resident(nbytes: int) -> torch.Tensor:
-    """Host memory as uint8 of shape (nbytes,), whose pages are there already.
+    """Host memory as uint8 of shape (nbytes,), with resident pages.
 
-    Huge pages where the system gives them to who asks: a processor keeps few pages in mind, and copies of gigabytes
-    visit many.
+    It uses huge pages if the system offers them on request: a processor caches few page addresses, and copies of
+    gigabytes touch many pages.
     """
     return _mapped(nbytes)[:nbytes].fill_(0)
 
@@ -42,7 +42,7 @@ def resident(nbytes: int) -> torch.Tensor:
 def fresh_like(
     tensor: torch.Tensor, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """What `torch.empty_like` gives, for a tensor that is about to be filled and kept.
+    """Like `torch.empty_like`, for a tensor that is about to be filled and kept.
 
     On the CPU, a large tensor is placed in huge pages if the system offers them on request: it takes its memory from
     the system with its first use, in small pages at some 0.5 GB/s.
@@ -109,7 +109,7 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
 
 
 def view_as(alias: Alias, tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a source's tensor, seen as the part of the other tensor that it is; shares memory."""
+    """A box of a source's tensor, viewed as the part of the other tensor; shares memory."""
     tensor = narrow(tensor, box)
     kept = [dim for dim in alias.dims if dim is not None]
     dropped = [dim for dim in range(tensor.dim()) if dim not in kept]

@@ -1,4 +1,4 @@
-"""Pickles read without making any object that they ask for.
+"""Reads pickles without creating any object that they name.
 
 A pickle is a program for a small machine. This one knows the instructions that DCP's indices and the files of single
 tensors consist of, builds nothing but plain data, and records calls instead of making them; so the input need not be
@@ -21,12 +21,12 @@ _MARK = object()
 
 @dataclass(eq=False)
 class Noted:
-    """What a pickle refers to by name, or an object that it wants made of that.
+    """Something that a pickle refers to by name, or an object that it wants to create from that.
 
     Attributes:
         what: The name, without the module's.
-        arguments: What it is to be called with; None if it is not called.
-        state: What it is to be given then.
+        arguments: The arguments of the call; None if it is not called.
+        state: The state that it is then given.
     """
 
     what: str
@@ -72,7 +72,7 @@ class _Machine:
             self._top(dict).update(_pairs(items))
 
     def _note(self, name: str, argument: Any) -> None:
-        """Write down a name, or what is to be done with it."""
+        """Record a name, or what is to be done with it."""
         if name == "GLOBAL":
             self.stack.append(Noted(argument.split(" ")[-1]))
         elif name == "STACK_GLOBAL":

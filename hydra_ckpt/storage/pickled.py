@@ -32,7 +32,7 @@ class DcpDirectory:
 
     Attributes:
         tensors: Where each tensor is stored.
-        values: All else, loaded where that was wanted.
+        values: Everything else, if loading it was requested.
         lengths: File and first byte of a chunk to its length in bytes.
     """
 
@@ -42,7 +42,7 @@ class DcpDirectory:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a directory is a checkpoint of DCP's or accelerate's, and none of ours."""
+    """Whether a directory is a checkpoint of DCP or accelerate, and not one of ours."""
     # os.path, because pathlib raises where the disk fails or a name is too long
     if os.path.lexists(path / names.MANIFEST):
         return False
@@ -99,7 +99,7 @@ def read_pickle(path: Path) -> Any:
 def _unpickled(path: Path, data: io.BytesIO) -> Any:
     try:
         return torch.load(data, map_location="cpu", weights_only=False)
-    except Exception as error:  # noqa: BLE001 - pickles raise whatever they like
+    except Exception as error:  # noqa: BLE001 - pickles may raise anything
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
 
 

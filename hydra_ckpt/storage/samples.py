@@ -1,4 +1,4 @@
-"""Samples of live tensors, by which a copy made later is found to be torn.
+"""Samples of live tensors, which reveal that a copy made later is torn.
 
 PyTorch counts the changes of a tensor in place, but not those through `.data`, NumPy or the storage. Comparing
 everything would cost what copying costs; 8 bytes of each 4 KiB cost a twentieth.
@@ -17,15 +17,15 @@ from hydra_ckpt.storage.pool import Buffer
 
 _WORD = 8  # bytes
 _PAGE = 512  # words
-# Words from one sample to the next. A prime just below a page: every page has one, at another place in each, so that
-# a change of every n-th element meets some of them.
+# Words from one sample to the next. A prime just below a page: every page has one sample, at a different place in each,
+# so a change of every n-th element hits some of them.
 _STRIDE = 509
 # Moves the samples from save to save.
 _SHIFT = 197
 
 
 class Samples:
-    """Some bytes of tensors as they were at one moment. Made in the training thread; compared in any.
+    """A snapshot of some bytes of tensors. Made in the training thread; compared in any.
 
     Tensors on an accelerator are read by kernels on its current stream, and nothing waits for them.
 

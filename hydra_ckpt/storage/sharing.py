@@ -1,8 +1,8 @@
-"""What a value holds more than once: the same object in two places, or two tensors over the same memory.
+"""Finds what a value holds more than once: the same object in two places, or two tensors over the same memory.
 
-An optimizer may count all steps in one tensor, and a list may be in a state under two names. Stored apart, the two
-would go separate ways after a resume. Example: for `a = torch.zeros(6)` the value `[a, a[2:4], a]` has `a` twice, and
-its second item is a view of `a` that begins at element 2.
+An optimizer may count all steps in one tensor, and a list may be in a state under two names. Stored separately, the two
+would diverge after a resume. Example: for `a = torch.zeros(6)` the value `[a, a[2:4], a]` has `a` twice, and its second
+item is a view of `a` that begins at element 2.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class View:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a value holds more than once. It is meant for as long as the value is as it was.
+    """What a value holds more than once. It is valid only as long as the value does not change.
 
     Attributes:
         repeated: Identities of tensors, and of containers that can change, that are in more than one place.
@@ -60,7 +60,7 @@ class Sharing:
 
     @classmethod
     def of(cls, value: Any, known: Sequence[torch.Tensor] = (), passed: Collection[int] = ()) -> Sharing:
-        """Look through a value.
+        """Examine a value.
 
         Args:
             value: Plain data, tensors, and containers of both.
