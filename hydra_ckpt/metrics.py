@@ -19,7 +19,7 @@ def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     Raises:
         CheckpointConfigError: A value that `float()` does not take.
     """
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     found = {}
     for name, value in (metrics or {}).items():
         try:

@@ -200,7 +200,7 @@ def rules(nested: str, **known: Check) -> Check:
 
 
 def _plain(value: Any) -> Any:
-    """The same data without omegaconf's containers, which nobody can hold who has not imported omegaconf."""
+    """The same data without omegaconf's containers, which can exist only if omegaconf is imported."""
     omegaconf = sys.modules.get("omegaconf")
     if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
         return omegaconf.OmegaConf.to_container(value, resolve=True)

@@ -54,7 +54,7 @@ def warn_of_unused_mesh(modules: Iterable[nn.Module]) -> None:
     names = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
     if found := sorted(names & {"tp", "pp"}):
         log.warning(
-            "parameters lie on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as "
+            "parameters are on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as "
             "data parallel, for random numbers and data too. Pass mesh=",
             " and ".join(found),
         )

@@ -250,8 +250,8 @@ class Lease:
             self._raise_gone()
         holder = f"host {record.owner.host}, process {record.owner.pid}" if record.owner else "nobody"
         raise CheckpointError(
-            f"{self._root} is no longer held by this run but by {holder}; "
-            "this process was taken for dead and must not publish"
+            f"{self._root} is no longer held by this run but by {holder}; this process was presumed dead and must not "
+            "publish"
         )
 
     def _has_held_lately(self) -> bool:
