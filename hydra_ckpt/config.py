@@ -1,8 +1,8 @@
 """The settings a user types, checked once.
 
 `CheckpointingConfig` is what Hydra, YAML and Python callers fill in. It checks itself, because a configuration read
-back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: below the
-conductor nobody reads the flat settings, each part gets the few values it needs. Nothing here imports torch.
+back from plain YAML has lost its schema. `CheckpointingConfig.resolve` turns it into a `ResolvedConfig`: only the top
+level reads the flat settings; each part gets the few values it needs. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> Sa
 
 
 def _is_geq_torch_2_9() -> bool:
-    """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False where there is none."""
-    # Reading the version of the installed package spares the import; an imported torch knows better what it is.
+    """Whether torch is 2.9 or newer, pre-releases of 2.9 included; False if there is none."""
+    # Reading the version of the installed package avoids the import; if torch is imported, its own version is more
+    # reliable.
     from importlib import metadata
 
     torch = sys.modules.get("torch")
@@ -150,89 +151,91 @@ class CheckpointingConfig:
     """All settings of checkpointing. The texts here are also those of docs/configuration.md (scripts/reference.py).
 
     Attributes:
-        enabled: `false`: nothing is written, nothing is resumed, no directory appears, every hook returns at once. A
-            `restore_from` other than `auto` is then warned about.
-        checkpoint_dir: Where checkpoints lie. Relative: below Hydra's run directory when Hydra runs, else below the
-            working directory. `~` is expanded, parents are created. Rank 0 decides, the others follow. A URL (`s3://…`)
-            is refused: object stores are not supported yet.
+        enabled: `false`: nothing is written or resumed, no directory is created, and every hook returns at once. A
+            `restore_from` other than `auto` then causes a warning.
+        checkpoint_dir: Where checkpoints are stored. A relative path is below Hydra's run directory if Hydra runs, else
+            below the working directory. `~` is expanded, and parents are created. Rank 0 decides for all ranks. A URL
+            (`s3://…`) is refused: object stores are not supported yet.
         model_save_format: `safetensors`, or `torch_save`: PyTorch's own `.distcp` files for model and optimizer.
-        model_cache_dir: Where the reference model is looked for; null becomes the Hugging Face hub cache.
-        model_repo_id: The reference model: a local directory, or a hub id found in the cache (its `main` revision;
-            nothing is downloaded). A base load reads its weights; exports take its files' map, the element type of
-            each tensor, tokenizer and code. Null: exports take it from where `from_pretrained` found the model, if
-            that is still there.
+        model_cache_dir: Where to look for the reference model; null means the Hugging Face hub cache.
+        model_repo_id: The reference model: a local directory, or a hub id that is in the cache (its `main` revision;
+            nothing is downloaded). A base load reads its weights. Exports follow its assignment of tensors to files and
+            the element type of each tensor, and copy its tokenizer and code. Null: exports use the place from which
+            `from_pretrained` loaded the model, if it still exists.
         save_consolidated: When the model is written as a Hugging Face directory: `false` (also `no`, `off`, `never`,
-            `none`), `final`: by the save at the end of training, `every` (also `true`, `always`): by every save.
-            Other saves write one file of shards a rank. With `torch_save` it has no effect, and a warning says so.
-        is_peft: Only the adapter of a `PeftModel` is saved (and its `modules_to_save`), at every save, in the form
-            `peft` loads. With `torch_save` the format becomes `safetensors` and the mode `final`, warned. A
+            `none`): never, `final`: by the save at the end of training, `every` (also `true`, `always`): by every save.
+            Other saves write one file of shards per rank. With `torch_save` it has no effect, and a warning says so.
+        is_peft: Save only the adapter of a `PeftModel` (and its `modules_to_save`), at every save, in the form that
+            `peft` loads. With `torch_save`, the format becomes `safetensors` and the mode `final`, with a warning. A
             `PeftModel` with `false`, or another model with `true`, is an error.
-        model_state_dict_keys: The model's names in the order of the exported files, where ranks see only part of
-            them. All ranks together must hold exactly these.
-        is_async: Training goes on while a background thread writes; see
-            [concepts](concepts.md#saving-in-the-background). With torch older than 2.9 it is switched off with an
-            error in the log.
-        dequantize_base_checkpoint: Whether `load_base_model` may turn FP8 weights into the model's element type:
-            `true` permits, `false` forbids, null: where the reference is quantized.
-        original_model_root_dir: Where the export takes the original configuration, tokenizer and code from, if not
-            from the reference model.
-        skip_task_head_prefixes_for_base_model: `load_base_model` leaves names that begin so as they were initialized,
-            e.g. `[classifier., score.]`.
-        single_rank_consolidation: Only rank 0 writes the consolidated files: the ranks write shards, rank 0 merges
+        model_state_dict_keys: The model's names in the order of the exported files, for models of which each rank sees
+            only a part. All ranks together must hold exactly these names.
+        is_async: Training continues while a background thread writes; see
+            [concepts](concepts.md#saving-in-the-background). With torch older than 2.9 it is switched off, and an error
+            is logged.
+        dequantize_base_checkpoint: Whether `load_base_model` may convert FP8 weights to the model's element type:
+            `true` allows it, `false` forbids it, null allows it if the reference is quantized.
+        original_model_root_dir: Where the export gets the original configuration, tokenizer and code, if not from the
+            reference model.
+        skip_task_head_prefixes_for_base_model: `load_base_model` leaves tensors whose names start with one of these
+            prefixes as they were initialized, e.g. `[classifier., score.]`.
+        single_rank_consolidation: Only rank 0 writes the consolidated files: the ranks write shards, and rank 0 merges
             them.
-        staging_dir: The consolidated files are merged by rank 0 into this directory first, then copied into place
-            from front to back: for file systems without random writes.
+        staging_dir: Rank 0 first merges the consolidated files in this directory, then copies them to their place from
+            front to back: for file systems without random writes.
         v4_compatible: Export the original `config.json`, without its quantization settings; the live one becomes
             `config.v5.json`.
-        diffusers_compatible: Exported files are named `diffusion_pytorch_model*.safetensors`, their index likewise.
-        best_metric_key: The metric that decides which checkpoint is best. `default`: a metric of that name, else the
-            only one given; several are an error that lists them.
-        restore_from: `auto`: what LATEST names if it is whole, else the newest whole checkpoint, else a fresh start.
-            `null` (also `none`, `no`, `false`, `off`): a fresh start. `latest`, `best`, the name of a directory, or a
-            path (seen from `checkpoint_dir`, then from the working directory): that one, or an error.
+        diffusers_compatible: Exported files are named `diffusion_pytorch_model*.safetensors`, and so is their index.
+        best_metric_key: The metric that decides which checkpoint is best. `default`: the metric with that name, else
+            the only metric given; if there are several, an error lists them.
+        restore_from: `auto`: the checkpoint that LATEST names if it is complete and undamaged, else the newest one that
+            is, else a fresh start. `null` (also `none`, `no`, `false`, `off`): a fresh start. `latest`, `best`, the
+            name of a directory, or a path (relative to `checkpoint_dir`, then to the working directory): that
+            checkpoint, or an error.
         restore_parts: Which parts to load, a list of `model`, `optimizer`, `lr_scheduler`, `dataloader`, `rng`,
-            `extras`, `progress`; null: all. Without `progress` the run starts at step 0: `[model]` takes over weights
-            only.
-        on_conflict: A run that starts below published steps: `raise` an error, or `set_aside` the later ones
-            (renamed, not deleted). Decided at the start, never in the middle of training.
+            `extras`, `progress`; null: all. Without `progress` the run starts at step 0: `[model]` loads only the
+            weights.
+        on_conflict: What to do if a run starts below published steps: `raise` an error, or `set_aside` the later
+            checkpoints (they are renamed, not deleted). This is decided at the start, never in the middle of training.
         best_metric_mode: Whether the smallest (`min`) or the largest (`max`) value is best. NaN and infinities never
             are.
-        max_recent_checkpoints: How many of the newest checkpoints stay; null: all. Short for `retention: {newest:
+        max_recent_checkpoints: How many of the newest checkpoints to keep; null: all. Short for `retention: {newest:
             …}`.
-        retention: Further rules, see [below](#retention).
-        wait_for_staging: With `is_async`: `save()` returns only after everything is copied, instead of letting the
-            copy overlap with the next forward and backward pass.
-        cpu_offload: *No effect.* Tensors of an accelerator are moved to host memory one by one in any case; accepted
-            for configurations that set it.
-        consolidation_timeout_minutes: The longest wait of one rank for the others, at any step of a save or load. A
-            rank 0 that shows that it is at work is waited for longer.
-        allow_legacy_pickle_restore: Permit reading what other tools have pickled: see [checkpoints of other
-            tools](concepts.md#checkpoints-of-other-tools), and `.bin` files in `load_base_model`, of which nothing
-            but tensors is unpickled.
-        verify_on_load: Every byte is compared with its digest while it is loaded; what no rank needs is shared out.
+        retention: More rules, see [below](#retention).
+        wait_for_staging: With `is_async`: `save()` returns only after everything is copied, instead of letting the copy
+            overlap with the next forward and backward pass.
+        cpu_offload: *No effect.* Tensors of an accelerator are always moved to host memory one by one; the setting is
+            accepted for configurations that have it.
+        consolidation_timeout_minutes: The longest time that one rank waits for the others, at any step of a save or
+            load. If rank 0 shows that it is at work, they wait longer for it.
+        allow_legacy_pickle_restore: Allow reading what other tools have pickled: see [checkpoints of other
+            tools](concepts.md#checkpoints-of-other-tools). Also allows `.bin` files in `load_base_model`, from which
+            only tensors are unpickled.
+        verify_on_load: Compare every byte with its digest while it is loaded; the ranks divide the bytes that no rank
+            needs among themselves.
         shared_writes: Whether ranks on several hosts may fill one file together. `auto`: not on NFS, SMB, FUSE and
-            the like, which may lose neighbouring ranges; on one host always. If not, each rank writes files of its
-            own, and rank 0 merges the consolidated ones.
-        on_save_failure: A save that failed ends training (`raise`), or is logged while training goes on (`warn`). The
-            final save raises in any case, if it has failed for certain.
-        when_busy: A save that is due while the one before is still being written waits for it (`wait`) or is left out
+            similar file systems, which may lose neighbouring ranges; always on one host. If not, each rank writes its
+            own files, and rank 0 merges the consolidated ones.
+        on_save_failure: A failed save ends training (`raise`), or is logged while training continues (`warn`). The
+            final save raises in any case, if it has certainly failed.
+        when_busy: A save that is due while the previous one is still being written waits for it (`wait`) or is left out
             (`skip`); rank 0 decides for all. The last save of a run, and the one before it stops, always wait.
         export_dtype: Element type of the floating-point tensors of exports: `float32`, `float16` or `bfloat16` (also
-            `fp32`, `fp16`, `bf16`); null: the reference model's, tensor by tensor, else the training's. Other tensors
-            are untouched. Where it is not the training's, shards for resuming are written beside the export.
-        model_card: Exports have a `README.md`, a model card to be completed: library, base model, step, metrics known
-            at the save, versions, Hydra's overrides and configuration. See that nothing in these is secret before you
-            publish it.
-        load_strict: Names that a stored object lacks, names that the live one lacks, and other shapes are errors.
-            `false`: what fits is loaded, the rest stays as it was built, and `LoadReport.missing` and `skipped` list
-            it. An object that the checkpoint does not have at all is never an error.
+            `fp32`, `fp16`, `bf16`); null: the reference model's type of each tensor, else the type used in training.
+            Other tensors are unchanged. If it differs from the training type, shards for resuming are written beside
+            the export.
+        model_card: Exports have a `README.md`, a model card for you to complete: library, base model, step, metrics
+            known at the save, versions, Hydra's overrides and configuration. Check that these contain nothing secret
+            before you publish it.
+        load_strict: Names that a stored object lacks, names that the live one lacks, and different shapes are errors.
+            `false`: what matches is loaded, the rest stays as it was built, and `LoadReport.missing` and `skipped` list
+            it. An object that is completely absent from the checkpoint is never an error.
         allow_unsaved: State that may be left out of checkpoints, a list of dotted names and patterns such as
-            `[optimizer.slow_step, "model.cache.*"]`. It is warned about at every start, and listed in the manifest and
-            in `LoadReport.missing`. Errors about state that cannot be saved print the line to use.
-        on_drift: Ranks that should hold the same values (replicas) and do not: the first of them stores these whole
-            from then on, with one warning that names the tensors (`warn`), or the save fails on all ranks (`raise`).
-            See [replicas that
-            differ](parallelism.md#ranks-that-do-not-fit-together).
+            `[optimizer.slow_step, "model.cache.*"]`. A warning at every start, the manifest and `LoadReport.missing`
+            list it. Errors about state that cannot be saved print the line to use.
+        on_drift: What to do if ranks that should hold the same values (replicas) do not: `warn`: the first of them
+            stores the whole replica from then on, and one warning names the tensors; `raise`: the save fails on all
+            ranks. See [replicas that differ](parallelism.md#ranks-that-disagree).
     """
 
     enabled: bool = True
@@ -340,8 +343,8 @@ class CheckpointingConfig:
         most, newest = self.max_recent_checkpoints, (self.retention or {}).get("newest")
         if most is not None and newest is not None and most != newest:
             raise CheckpointConfigError(
-                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest} "
-                "say different things; give one of them."
+                f"checkpoint.max_recent_checkpoints={most} and checkpoint.retention.newest={newest} contradict each "
+                "other; set only one of them."
             )
 
     def _settle(self) -> None:
@@ -354,8 +357,8 @@ class CheckpointingConfig:
             self.model_save_format, self.save_consolidated = _SAFETENSORS, SaveConsolidatedMode.FINAL
         if self.model_save_format == _TORCH_SAVE and self.save_consolidated is not SaveConsolidatedMode.FALSE:
             _log.warning(
-                "checkpoint.save_consolidated=%s has no effect with checkpoint.model_save_format=torch_save; "
-                "make a Hugging Face directory of such a checkpoint with `hydra-ckpt export`.",
+                "checkpoint.save_consolidated=%s has no effect with checkpoint.model_save_format=torch_save; convert "
+                "such a checkpoint to a Hugging Face directory with `hydra-ckpt export`.",
                 _normalize_save_consolidated(self.save_consolidated).value,
             )
         if self.is_async and not _is_geq_torch_2_9():

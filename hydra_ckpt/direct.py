@@ -49,7 +49,7 @@ class DirectWriter:
         for start in range(0, _CHUNKS * _CHUNK, _CHUNK):
             self._free.put(memory[start : start + _CHUNK])
         self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
-        # A daemon: whoever writes waits for it in `flush`, so it needs no protection of its own from the program's end.
+        # A daemon: the writer waits for it in `flush`, so it needs no separate protection from the program's end.
         self._thread = threading.Thread(target=self._run, name="hydra_ckpt-direct", daemon=True)
         try:
             self._thread.start()

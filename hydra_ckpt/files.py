@@ -62,7 +62,7 @@ class OpenFile:
         self._write(offset, view)
 
     def _past_cache(self) -> DirectWriter | None:
-        """Made for the first large piece; None where there can be none, which costs time and nothing else."""
+        """Created for the first large piece; None if that is not possible, which only costs time."""
         if self._direct and self._writer is None:
             self._direct = False
             if _mounted_as(self.path, _MOUNTS) in KINDS:
@@ -97,7 +97,7 @@ class OpenFile:
         with mmap.mmap(self._descriptor, length, offset=page) as window:
             target = np.ndarray((count, run), np.uint8, buffer=window, offset=offset - page, strides=(stride, 1))
             target[...] = np.frombuffer(data, np.uint8).reshape(count, run)
-            del target  # a map cannot close while an array looks into it
+            del target  # a map cannot close while an array refers to it
 
     def sync(self) -> None:
         """Return when everything written to the file is on disk."""
@@ -159,7 +159,7 @@ class Files:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or directory a name nobody has yet."""
+        """Give a file or directory a name that does not exist yet."""
         # rename(2) of a directory silently replaces an empty one.
         if target.exists() or target.is_symlink():
             raise FileExistsError(errno.EEXIST, "already there", str(target))
@@ -221,7 +221,7 @@ def keeps_ranges_apart(path: Path, mounts: Path = _MOUNTS) -> bool:
 
 
 def _mounted_as(path: Path, mounts: Path) -> str:
-    """The kind of file system that a path lies on; empty where that cannot be told."""
+    """The kind of file system of a path; empty if unknown."""
     try:
         rows = [line.split() for line in os.fsdecode(mounts.read_bytes()).splitlines()]
     except OSError:

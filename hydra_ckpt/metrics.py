@@ -19,7 +19,7 @@ def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     Raises:
         CheckpointConfigError: A value that `float()` does not take.
     """
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     found = {}
     for name, value in (metrics or {}).items():
         try:
@@ -56,8 +56,8 @@ def absence(key: str, seen: Collection[str]) -> str:
     near = difflib.get_close_matches(key, seen, n=3, cutoff=0.68)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return (
-        f"checkpoint.best_metric_key={key}: no metric of this name has come so far, so that no checkpoint is the best; "
-        f"there are {some_of(sorted(seen), 10)}{meant}"
+        f"checkpoint.best_metric_key={key}: no metric with this name has been given so far, so no checkpoint is the "
+        f"best; the metrics given are {some_of(sorted(seen), 10)}{meant}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What Hydra is told about this package: the schemas and resolvers behind its options, and where the options lie."""
+"""What this package registers with Hydra: the schemas and resolvers for its options, and where the options are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROVIDER = "hydra_ckpt"
 
 @dataclass
 class _CheckpointTarget:
-    """Names what `instantiate` makes of the group; a base of its own, so that these keys are printed first."""
+    """Names what `instantiate` makes of the group; a separate base, so that these keys are printed first."""
 
     _target_: str = "hydra_ckpt.CheckpointingConfig"
     # Containers of omegaconf would leak into what is saved, and weights_only loading refuses them.
@@ -59,7 +59,7 @@ class CallbackSchema:
 
 
 class HydraCkptSearchPath(SearchPathPlugin):
-    """Appends our options to Hydra's search path, behind the application's own."""
+    """Appends our options to Hydra's search path, after the application's own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the directory of options once.
@@ -96,5 +96,5 @@ def register() -> None:
 def _options_location() -> str:
     if find_spec("hydra_ckpt.conf") is not None:
         return "pkg://hydra_ckpt.conf"
-    # In a bare checkout nothing maps that package onto the directory beside ours.
+    # In a bare checkout, nothing maps that package to the directory next to ours.
     return f"file://{Path(__file__).resolve().parents[1] / 'conf'}"

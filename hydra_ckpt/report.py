@@ -1,4 +1,4 @@
-"""What a load did, and what checkpointing has cost."""
+"""The result of a load, and the cost of checkpointing."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ class LoadReport:
     """The result of a load.
 
     Attributes:
-        step: Completed optimizer steps; 0 where progress was not loaded.
-        epoch: The epoch to go on in; 0 where progress was not loaded.
+        step: Completed optimizer steps; 0 if progress was not loaded.
+        epoch: The epoch to continue in; 0 if progress was not loaded.
         path: The checkpoint.
         metrics: Its metrics.
-        loaded: Parts of which anything was installed.
+        loaded: Parts of which anything was loaded.
         exact: Objects that were restored and compared with what was saved, by dotted name: `model`, `optimizer`,
-            `extras.ema`. What the other fields name inside them is excepted.
-        trusted: Objects, or parts of them, that took their state over themselves and do not show that they have it,
-            such as data loaders of other libraries.
-        rederived: What was not continued exactly but derived from the step or from another rank's: `rng`, `buffers`,
-            `dataloader`.
-        skipped: What the checkpoint has and nobody took: parts that were not asked for, or for which the AppState has
-            no object, and with `load_strict=false` single names.
-        missing: What the AppState has and the checkpoint has not, so that it is as it was built: `optimizer`,
+            `extras.ema`. Except what the other fields name inside them.
+        trusted: Objects, or parts of them, that loaded their state themselves and do not show that they have it, such
+            as data loaders of other libraries.
+        rederived: State that does not continue exactly, but was derived from the step or taken from another rank:
+            `rng`, `buffers`, `dataloader`.
+        skipped: State in the checkpoint that was not loaded: parts that were not requested, or for which the AppState
+            has no object, and with `load_strict=false` single names.
+        missing: State of the AppState that the checkpoint lacks, so it stays as it was built: `optimizer`,
             `extras.ema`, `model.head.weight`.
-        notes: What could not be continued exactly, and why.
-        passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong.
+        notes: What does not continue exactly, and why.
+        passed_over: Damaged checkpoints that an automatic choice skipped: name to what is wrong.
         read_bytes: Bytes of tensors this rank read.
     """
 
@@ -48,13 +48,13 @@ class LoadReport:
 
 @dataclass
 class Stats:
-    """What checkpointing has cost so far on this rank.
+    """The cost of checkpointing so far on this rank.
 
     Attributes:
         saves: Saves begun.
-        skipped: Saves left out because another was under way.
+        skipped: Saves left out because another one was in progress.
         blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
-        waited_s: Of these, seconds spent waiting for the save before.
+        waited_s: Of these, seconds spent waiting for the previous save.
         written_bytes: Bytes of tensors this rank wrote.
     """
 

@@ -30,7 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Where each host keeps things of its own.
+# Settings that may differ between hosts.
 _OF_EACH_RANK = frozenset({"model_cache_dir", "original_model_root_dir", "staging_dir"})
 _MAX_SHOWN = 80  # characters of a value
 _MAX_RANKS = 8
@@ -38,7 +38,7 @@ _MAX_RANKS = 8
 
 @dataclass(frozen=True)
 class Where:
-    """The directory all checkpoints of a run lie in.
+    """The directory that contains all checkpoints of a run.
 
     Attributes:
         checkpoint_dir: Absolute; below Hydra's run directory where a relative one was given and Hydra runs.
@@ -57,7 +57,7 @@ class WriteOptions:
         enabled: Whether anything is written at all.
         format: "safetensors" or "torch_save".
         consolidated: When consolidated files are written; never with "torch_save".
-        is_async: Whether training goes on while the files are written.
+        is_async: Whether training continues while the files are written.
         wait_for_staging: Whether `save()` waits until everything is copied.
         cpu_offload: As configured; nothing depends on it.
         timeout_s: Longest wait of one rank for the others.
@@ -117,7 +117,7 @@ class HubOptions:
 
     Attributes:
         repo_id: Hub id or local directory of the reference model, or None.
-        cache_dir: The hub cache the reference is looked for in.
+        cache_dir: The hub cache in which to look for the reference.
         dequantize: True permits, False forbids, None detects.
         original_model_root_dir: Where the original config, tokenizer and code come from, absolute, or None.
         skip_prefixes: Names beginning so keep their initialization in a base load.
@@ -165,8 +165,8 @@ class ResolvedConfig:
         read: For loading.
         hub: For the reference model and the export.
         keep: For pointers and retention.
-        hydra_texts: File name and YAML text of Hydra's configuration; empty where Hydra does not run.
-        launch: How the program of the Hydra run was started; None where Hydra does not run.
+        hydra_texts: File name and YAML text of Hydra's configuration; empty if Hydra does not run.
+        launch: How the program of the Hydra run was started; None if Hydra does not run.
         settings: Key to what was configured, as text, of those that all ranks have to agree about.
     """
 
@@ -245,7 +245,7 @@ def refuse_unlike(settings: Mapping[str, str], gather: Callable[[Any], list[Any]
             f"the ranks are configured differently:{''.join(lines)}\n  Give every rank the same configuration"
         )
     if place is not None:
-        log.warning("checkpoint.checkpoint_dir differs between ranks, and rank 0's counts: %s", place)
+        log.warning("checkpoint.checkpoint_dir differs between ranks; rank 0's is used: %s", place)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -105,7 +105,7 @@ def text(name: str, value: object) -> str:
     """Takes a text that is not blank; a path becomes one, because not every YAML reader understands a path."""
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(given, str) or not given.strip():
-        refuse(name, value, "a text that is not empty")
+        refuse(name, value, "a non-empty string")
     return given
 
 
@@ -145,7 +145,7 @@ def texts(*among: str) -> Check:
     def check(name: str, value: object) -> list[str]:
         items = _plain(value)
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            refuse(name, items, "a list of texts")
+            refuse(name, items, "a list of strings")
         if among and not (items and set(items) <= set(among)):
             refuse(name, items, f"a list of some of {', '.join(among)}")
         return items
@@ -156,7 +156,7 @@ def texts(*among: str) -> Check:
 def count(name: str, value: object) -> int:
     """Takes a whole number from 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        refuse(name, value, "a whole number from 1")
+        refuse(name, value, "a whole number of at least 1")
     return value
 
 
@@ -200,7 +200,7 @@ def rules(nested: str, **known: Check) -> Check:
 
 
 def _plain(value: Any) -> Any:
-    """The same data without omegaconf's containers, which nobody can hold who has not imported omegaconf."""
+    """The same data without omegaconf's containers, which can exist only if omegaconf is imported."""
     omegaconf = sys.modules.get("omegaconf")
     if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
         return omegaconf.OmegaConf.to_container(value, resolve=True)

@@ -19,7 +19,7 @@ Job = Callable[[], None]
 
 
 class _Thread(threading.Thread):
-    """A thread of ours. It is no daemon, and yet it does not keep a program alive that has ended otherwise."""
+    """A background thread. It is not a daemon, but it does not keep a program alive that has otherwise ended."""
 
 
 class _WorkerThread(_Thread):
@@ -56,7 +56,7 @@ class Worker:
         self._farewell = farewell
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._has_left = False  # changed with the lock: no job is queued that nobody will do
+        self._has_left = False  # changed with the lock: no job is queued that will not be done
         self._thread = _WorkerThread(target=self._run, name=name, daemon=False)
         self._thread.start()
 

@@ -760,8 +760,8 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"extras": {1: nn.Linear(1, 1)}}, r"extras\[1\]: the name must be a text"),
-        ({"extras": {"a/b": nn.Linear(1, 1)}}, r"extras\['a/b'\]: the name must be a text without '/'"),
+        ({"extras": {1: nn.Linear(1, 1)}}, r"extras\[1\]: the name must be a string"),
+        ({"extras": {"a/b": nn.Linear(1, 1)}}, r"extras\['a/b'\]: the name must be a string without '/'"),
         ({"extras": {"x": 1}}, r"extras\['x'\] \(int\) has no state_dict\(\)"),
         ({"extras": [nn.Linear(1, 1)]}, "extras: expected a dict of objects by name, got list"),
         ({"extras": nn.Linear(1, 1)}, "extras: expected a dict of objects by name, got Linear"),
@@ -796,10 +796,10 @@ def test_a_tensor_that_nothing_could_be_loaded_into_is_refused_at_the_save(tmp_p
     [
         ("__metadata__", torch.ones(2), "under the name '__metadata__'"),
         ("~", torch.ones(2), "under the name '~'"),
-        ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is no valid Unicode text"),
+        ("a\ud800", torch.ones(2), r"the name 'a\\ud800' of a tensor is not valid Unicode text"),
         ("dense", torch.eye(2).to_sparse(), r"dense: tensors of the layout sparse_coo.*\.to_dense\(\)"),
         ("later", nn.UninitializedParameter(), "later is not initialized yet"),
-        ("deep", torch.ones((1,) * 65), "deep has 65 dimensions.* up to 64, each"),
+        ("deep", torch.ones((1,) * 65), "deep has 65 dimensions.* at most 64, each"),
         ("long", nn.Parameter(torch.empty(0, 2**62)), r"long has .*each shorter than 2\*\*62"),
     ],
     ids=["metadata", "tag", "surrogate", "sparse", "lazy", "deep", "long"],
@@ -905,7 +905,7 @@ def test_validation_may_change_what_it_measures(tmp_path: Path) -> None:
     [
         ({"staging_dir": "file"}, r"checkpoint\.staging_dir=.*file cannot be written to"),
         ({"model_repo_id": "no/where"}, r"checkpoint\.model_repo_id=no/where"),
-        ({"original_model_root_dir": "nowhere"}, r"checkpoint\.original_model_root_dir=.*nowhere is no directory"),
+        ({"original_model_root_dir": "nowhere"}, r"checkpoint\.original_model_root_dir=.*nowhere is not a directory"),
     ],
 )
 def test_what_exports_need_is_looked_for_at_the_first_step(

@@ -198,7 +198,7 @@ def test_list_says_where_a_pointer_leads_nowhere(run_dir: Callable[..., Path], t
     shutil.rmtree(root / LAST)
     result = tool("list", root)
     assert result.code == 1
-    assert f"LATEST leads to {LAST}, which is not there" in result.out
+    assert f"LATEST leads to {LAST}, which does not exist" in result.out
     assert tool("list", root, "--json").data["dangling"] == {"LATEST": LAST}
 
 
@@ -318,8 +318,8 @@ def test_a_finding_names_file_range_and_remedy(run_dir: Callable[..., Path], too
     flip(file, position)
     result = tool("verify", root)
     assert f"{LAST}: damaged, 1 finding\n" in result.out
-    assert "Put the checkpoint back from a copy" in result.out
-    assert f"restore_from=auto passes it over; the newest whole one here is {SECOND}" in result.out
+    assert "Restore the checkpoint from a copy" in result.out
+    assert f"restore_from=auto skips it; the newest intact one here is {SECOND}" in result.out
     [finding] = tool("verify", root, "--json").data["checkpoints"][2]["findings"]
     first, end = finding["byte_range"]
     assert first <= position < end
@@ -440,7 +440,7 @@ def test_a_directory_that_is_not_there_is_misuse(verb: str, tmp_path: Path, tool
         "file": "is not a directory",
         "empty": "holds no checkpoints",
         "new": "holds no checkpoints",
-        "outputs": "It is no sweep either" if verb == "list" else "holds no checkpoints",
+        "outputs": "It is not a sweep either" if verb == "list" else "holds no checkpoints",
     }.items():
         result = tool(verb, tmp_path / name)
         assert result.code == 2

@@ -47,7 +47,7 @@ def test_show_tells_what_a_checkpoint_holds_and_what_is_damaged(run_dir: Dirs, t
     assert contents(run) == before
     refused = tool("show", run, "--command")
     assert refused.code == 2
-    assert "it was not a Hydra application's" in refused.err
+    assert "it was not written by a Hydra application" in refused.err
     next((run / "checkpoints" / LAST / "model").rglob("*.safetensors")).unlink()
     damaged = tool("show", run)
     assert damaged.code == 1
@@ -181,12 +181,12 @@ def test_prune_leaves_what_is_read_and_does_nothing_beside_a_run(run_dir: Dirs, 
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        (["--best", "3", "--metric", "ac"], "no checkpoint in .* has a finite metric 'ac'.* by --metric: val_loss$"),
+        (["--best", "3", "--metric", "ac"], "no checkpoint in .* has a finite metric 'ac'.* with --metric: val_loss$"),
         (["--newest", "1", "--best", "3", "--metric", "ac"], "--best: no checkpoint"),
         (["--younger-than-s", "nan"], "younger_than_s=nan is not valid; it takes a positive number"),
         (["--younger-than-s", "inf", "--newest", "1"], "younger_than_s=inf is not valid"),
         (["--younger-than-s", "-1"], "younger_than_s=-1.0 is not valid"),
-        (["--newest", "0"], "newest=0 is not valid; it takes a whole number from 1"),
+        (["--newest", "0"], "newest=0 is not valid; it takes a whole number of at least 1"),
     ],
 )
 def test_prune_refuses_rules_that_cannot_tell_what_stays(
@@ -204,7 +204,7 @@ def test_prune_by_best_without_any_metric_is_refused(tmp_path: Path, tool: Tool)
     save(tmp_path, weight=torch.ones(2))
     refused = tool("prune", tmp_path, "--best", "1", "--yes")
     assert refused.code == 2
-    assert "none has any; leave --best out" in refused.err
+    assert "none has any metric; leave out --best" in refused.err
 
 
 # -- repair --------------------------------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ class Buckets(BatchSampler):
     ("loader", "says"),
     [
         (DataLoader(Stream()), "map-style"),
-        (Stateful(Augmented()), "AppState as it is"),
+        (Stateful(Augmented()), "AppState unchanged"),
         (Wrapping(Augmented()), "plain DataLoader"),
         (DataLoader(Augmented(), sampler=Own()), "set_epoch"),
         (DataLoader(Augmented(), batch_sampler=Buckets(SequentialSampler(Augmented()), 2, False)), "sampler="),

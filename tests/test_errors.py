@@ -157,7 +157,7 @@ def test_an_unknown_restore_from_lists_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with (
         build(tmp_path / "run", restore_from=str(tmp_path / "empty")) as engine,
-        pytest.raises(CheckpointNotFoundError, match="it is no finished checkpoint"),
+        pytest.raises(CheckpointNotFoundError, match="it is not a finished checkpoint"),
     ):
         engine.start(state)
 
@@ -245,7 +245,7 @@ def test_automatic_resume_passes_over_damage_and_sets_it_aside_before_it_saves(
         assert set(report.passed_over) == {"epoch_0_step_3", "epoch_0_step_4"}
         assert "the bytes are not those that were written" in report.passed_over["epoch_0_step_4"]
         assert not debris(tmp_path)
-    assert "the damaged checkpoint epoch_0_step_4 is passed over" in caplog.text
+    assert "skipping the damaged checkpoint epoch_0_step_4" in caplog.text
     for selector in ("latest", "epoch_0_step_4", "epoch_0_step_3"):
         with build(tmp_path, restore_from=selector) as engine, pytest.raises(CorruptCheckpointError):
             engine.load(state)
@@ -266,7 +266,7 @@ def test_a_directory_of_checkpoints_is_no_checkpoint(tmp_path: Path, parent: str
     state = make_state()
     save(tmp_path / "checkpoints", state, 1)
     wanted = (tmp_path / "checkpoints" / parent).resolve()
-    message = r"there are some in it; the latest is .*/epoch_0_step_1$"
+    message = r"a directory with some in it; the latest is .*/epoch_0_step_1$"
     with (
         build(tmp_path / "other", restore_from=str(wanted)) as engine,
         pytest.raises(CheckpointNotFoundError, match=message),

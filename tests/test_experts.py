@@ -414,13 +414,13 @@ def test_an_adapter_that_drops_or_doubles_is_refused_on_all_ranks(tmp_path: Path
         for words in (
             "Broken",
             "stack: to_hf drops 20 of its 60 elements",
-            "upper and again: to_hf gives elements of rows twice",
-            "lower and again: to_hf gives elements of rows twice",
-            "sum: to_hf does not give it as a view of one tensor",
+            "upper and again: to_hf returns elements of rows twice",
+            "lower and again: to_hf returns elements of rows twice",
+            "sum: to_hf does not return it as a view of one tensor",
             "bias: to_hf drops it",
-            "stack: from_hf does not give it back",
-            "new: from_hf gives it, and the model has no such tensor",
-            "rows: from_hf gives it back as [2, 2] instead of [6, 2]",
+            "stack: from_hf does not return it",
+            "new: from_hf returns it, but the model has no such tensor",
+            "rows: from_hf returns it as [2, 2] instead of [6, 2]",
         ):
             assert words in text, (words, text)
     assert not list(tmp_path.glob("*epoch*"))

@@ -228,7 +228,7 @@ def test_accelerates_directory_is_gone_on_from(tmp_path: Path, readers: int) -> 
         wanted = dict(saved[rank])
         if readers != 2:  # random numbers are derived anew
             assert found.pop("drawn") != wanted.pop("drawn")
-            assert any("random numbers are derived anew" in note for note in report.notes)
+            assert any("random numbers are derived from step" in note for note in report.notes)
         assert_same(found, wanted)
         assert report.step == 0
         assert any("does not say after how many steps" in note for note in report.notes)

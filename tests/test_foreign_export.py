@@ -300,7 +300,7 @@ def test_pieces_that_overlap_are_refused(tmp_path: Path) -> None:
     entry.chunks = [type(entry.chunks[0])(torch.Size([at]), torch.Size([2])) for at in (0, 1)]
     found.storage_data = {type(key)("model.a", torch.Size([at]), None): place for at in (0, 1)}
     index.write_bytes(pickle.dumps(found))
-    with pytest.raises(CorruptCheckpointError, match="do not fit"):
+    with pytest.raises(CorruptCheckpointError, match="do not match"):
         export_foreign(theirs, tmp_path / "out", base=None)
 
 

@@ -118,7 +118,7 @@ def test_an_average_of_the_weights_is_exported_as_the_model(tmp_path: Path) -> N
             assert transformers.AutoModelForCausalLM.from_pretrained(place / "out")
             with pytest.raises(CheckpointNotFoundError, match=r"has no part 'plain' to export; it has model, ema$"):
                 export_checkpoint(checkpoint, place / "none", part="plain")
-            with pytest.raises(CheckpointNotFoundError, match=r"the extra 'norm' does not hold these of the"):
+            with pytest.raises(CheckpointNotFoundError, match=r"the extra 'norm' lacks these tensors of the"):
                 export_checkpoint(checkpoint, place / "none", part="norm")
 
 
@@ -166,7 +166,7 @@ def test_an_extra_that_lacks_a_buffer_is_told_which(tmp_path: Path) -> None:
     model.register_buffer("a", torch.zeros(1, dtype=torch.int64))
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run")).build(0, 0, 0) as engine:
         checkpoint = engine.save(AppState(model, extras={"ema": Shadow(model)}), step=1).result()
-    with pytest.raises(CheckpointNotFoundError, match=r"an export needs all: a$"):
+    with pytest.raises(CheckpointNotFoundError, match=r"an export needs all of them: a$"):
         export_checkpoint(checkpoint, tmp_path / "out", part="ema")
 
 
@@ -194,7 +194,7 @@ def test_nothing_is_written_over_and_damage_is_found_first(saved: Path, tmp_path
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").touch()
-    with pytest.raises(CheckpointExistsError, match="full is there already"):
+    with pytest.raises(CheckpointExistsError, match="full exists already"):
         export_checkpoint(checkpoint, full)
     assert run(tmp_path / "run", full).returncode == 2
     assert run(tmp_path / "run", tmp_path / "x", "--dtype", "int8").returncode == 2

@@ -524,5 +524,5 @@ def test_a_conversion_that_computes_values_is_refused_before_training_has_cost_a
 
 @pytest.mark.parametrize("content", ["{", '{"aliases": [["a"]], "dtypes": {}, "files": {}}', "[]"])
 def test_a_damaged_table_of_names_is_named(tmp_path: Path, content: str) -> None:
-    with pytest.raises(CorruptCheckpointError, match="does not tell how an export names tensors"):
+    with pytest.raises(CorruptCheckpointError, match="does not say how an export names tensors"):
         decode_naming(tmp_path / "names.json", content.encode())

@@ -505,7 +505,7 @@ def test_shards_that_overlap_are_corrupt(
         (root / file.path).write_bytes(file.header + bytes(box.numel))
     names = [str(number) for number in range(len(boxes))]
     if (seen > 1).any():
-        with pytest.raises(CorruptCheckpointError, match="do not fit"):
+        with pytest.raises(CorruptCheckpointError, match="do not match"):
             read_tensors(root, names)
     else:
         found = read_tensors(root, names)

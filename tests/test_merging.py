@@ -213,8 +213,8 @@ def test_code_of_a_base_model_is_not_run_even_where_one_would_say_yes(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no configuration of an adapter"),
-        ("[]", "no configuration of an adapter"),
+        ("{", "is not an adapter configuration"),
+        ("[]", "is not an adapter configuration"),
         ('{"base_model_name_or_path": 5}', "base_model_name_or_path is 5"),
         ('{"base_model_name_or_path": "x", "task_type": ["CAUSAL_LM"]}', "task_type"),
         ('{"base_model_name_or_path": "x", "auto_mapping": "os"}', "auto_mapping"),

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "function": (len, "builtin_function_or_method"),
     "object": (object(), "builtins.object"),
     "local enum": (_local(), "define it at the top of a module"),
-    "attributes": (_attributed(), "attributes beside its fields"),
+    "attributes": (_attributed(), "attributes besides its fields"),
     "structured array": (np.zeros(2, [("a", "f4")]), "its element type"),
     "object array": (np.array([None, {}]), "its element type is object"),
     "structured scalar": (np.zeros(2, [("a", "f4")])[0], "its element type"),
@@ -250,7 +250,7 @@ def test_a_class_that_has_changed_is_refused(changed: str, monkeypatch: pytest.M
     else:
         members = {"LOW": 1} if changed == "member" else {"LOW": 1, "HIGH": 11}
         monkeypatch.setattr(sys.modules[__name__], "Level", enum.IntEnum("Level", members))
-    with pytest.raises(CheckpointError, match="bring the class back as it was"):
+    with pytest.raises(CheckpointError, match="restore the class as it was"):
         decode(encoded, {})
 
 

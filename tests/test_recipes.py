@@ -105,4 +105,4 @@ def test_a_model_to_start_from_has_to_be_given(tmp_path: Path) -> None:
     process = start("finetune", tmp_path, "none", "mesh.dp_shard=1")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "model.pretrained has to be given: a directory" in output
+    assert "model.pretrained must be set: a directory" in output

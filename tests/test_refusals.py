@@ -43,7 +43,7 @@ WRONG = [
     ("checkpoint.model_save_format=pickle", ["checkpoint.model_save_format='pickle'", "safetensors or torch_save"]),
     ("checkpoint.retention=3", ["checkpoint.retention=3", "a mapping like {newest: 3"]),
     ("checkpoint.retention={newst:3}", ["checkpoint.retention.newst: there is no such rule; choose from newest, best"]),
-    ("checkpoint.retention={newest:0}", ["checkpoint.retention.newest=0", "a whole number from 1"]),
+    ("checkpoint.retention={newest:0}", ["checkpoint.retention.newest=0", "a whole number of at least 1"]),
     ("checkpoint.retention={any_of:[{newst:3}]}", ["checkpoint.retention.any_of[0].newst: there is no such rule"]),
     ("callbacks.checkpoint.every_n_step=3", ["callbacks.checkpoint.every_n_step: there is", "mean every_n_steps?"]),
     ("callbacks.checkpoint.every_n_steps=many", ["callbacks.checkpoint.every_n_steps", "many"]),

@@ -198,7 +198,7 @@ def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
         engine.drain()
     assert steps_in(copy) == [4, 6]  # what BEST.txt and LATEST.txt lead to
     assert {path: path.read_bytes() for path in stands} == stands
-    assert f"{copy / 'LATEST'} is a directory and no link" in caplog.text
+    assert f"{copy / 'LATEST'} is a directory and not a link" in caplog.text
     assert [scan(copy).pointed(name).step for name in ("LATEST", "BEST")] == [6, 4]  # type: ignore[union-attr]
     remove_pointer(Files(), copy, "BEST")
     assert {path: path.read_bytes() for path in stands} == stands
@@ -335,4 +335,4 @@ def test_options_of_the_group(choice: str, retention: dict[str, int] | None, opt
 def test_a_pointer_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "LATEST").symlink_to("../elsewhere")
     assert protected(tmp_path).lost == {"LATEST"}
-    assert re.search(r"LATEST leads to no checkpoint", caplog.text)
+    assert re.search(r"LATEST leads to .*, which is not a checkpoint", caplog.text)

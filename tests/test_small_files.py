@@ -193,7 +193,7 @@ def test_a_prepared_file_that_cannot_be_removed_does_not_keep_a_run_from_startin
     directory = Directory(root, stuck("unlink", name), KeepOptions("loss", "min", None, None), None)
     directory.open(None)
     directory.close()
-    assert f"{name}, which a run that died has left, cannot be removed" in caplog.text
+    assert f"{name}, left by a run that died, cannot be removed" in caplog.text
     (root / name).unlink()
     (root / name).mkdir()  # no run of ours makes one
     a_run_goes_on(root, 3, [3, 9])
@@ -219,7 +219,7 @@ def test_a_late_retirement_that_cannot_be_undone_stays_and_stops_nothing(
     directory.open(None)
     directory.close()
     assert late.is_dir()
-    assert ("it stays so" if answer == "rename" else "is left alone") in caplog.text
+    assert ("it stays retired" if answer == "rename" else "is left alone") in caplog.text
 
 
 def test_an_owner_that_is_a_link_is_replaced_and_what_it_leads_to_is_not(root: Path, tmp_path: Path) -> None:

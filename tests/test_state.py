@@ -539,8 +539,8 @@ def test_what_begins_anew_because_the_checkpoint_lacks_it_is_said(
     report = load(tmp_path, full)
     assert set(report.rederived) == {"optimizer", "lr_scheduler", "dataloader", "extras"}
     assert set(report.missing) == {"optimizer", "lr_scheduler", "dataloader", "extras.ema"}
-    assert "not in the checkpoint, and so as it was built: optimizer" in caplog.text
-    assert "not in the checkpoint, and so as it was built: extras.ema" in caplog.text
+    assert "not in the checkpoint, so left as it was built: optimizer" in caplog.text
+    assert "not in the checkpoint, so left as it was built: extras.ema" in caplog.text
     # Who asks for the weights only wants nothing else.
     assert not load(tmp_path, full, restore_parts=["model"]).rederived
 
@@ -640,7 +640,7 @@ def test_a_data_loader_that_cannot_tell_its_place_is_left_out(tmp_path: Path, ca
 
     state = AppState(nn.Linear(1, 1), dataloader=Hopeless())
     save(tmp_path, state)  # without `start`, too
-    assert "cannot tell its place (NotImplementedError: no place)" in caplog.text
+    assert "cannot report its position (NotImplementedError: no place)" in caplog.text
     assert "dataloader" not in load(tmp_path, state).loaded
 
 

@@ -72,7 +72,7 @@ def test_random_numbers_go_on_with_the_same_places_and_are_derived_otherwise(tmp
             assert mean == 2.0  # the coordinator's
             assert numbers not in (third["saved"], fourth["saved"])
             assert found[f"{name} again"] == found[f"{name} first"]
-            assert any("derived anew from step, data-parallel rank" in note for note in found[f"{name} notes"])
+            assert any("derived from step, data-parallel rank" in note for note in found[f"{name} notes"])
     assert third["saved"] != fourth["saved"]
     # Tensor-parallel peers draw the same numbers, data-parallel ranks others.
     assert third["tp2 first"] == fourth["tp2 first"]
@@ -180,7 +180,10 @@ def test_a_loader_that_knows_one_rank_s_place_goes_on_where_the_data_is_divided_
     assert [found["fsdp2"][:2] for found in results[2:]] == [(10, True), (11, True)]
     for found in results:
         assert found["fsdp4"][:2] == (-1, False)
-        assert "starts anew: its state belongs to one of 2 data-parallel ranks, and this run has 4" in found["fsdp4"][2]
+        notes = found["fsdp4"][2]
+        assert (
+            "starts from the beginning: its state belongs to one of 2 data-parallel ranks, and this run has 4" in notes
+        )
 
 
 # -- ranks that differ ---------------------------------------------------------------------------------------------

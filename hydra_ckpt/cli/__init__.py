@@ -1,8 +1,8 @@
-"""The `hydra-ckpt` tool: one module a verb, each of which parses, calls and prints.
+"""The `hydra-ckpt` tool: one module per command, each of which parses, calls and prints.
 
 Only `prune` and `repair` change a directory of checkpoints.
 
-Exit codes: 0 all is well, 1 something was found to be wrong, 2 the tool was asked for something it cannot do.
+Exit codes: 0: all is well, 1: something is wrong, 2: the tool was called for something it cannot do.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Looks into checkpoint directories, and exports models. Only prune and repair change them."""
+    """Inspect checkpoint directories, and export models. Only prune and repair change a directory."""
 
 
 app.command("list")(list_checkpoints)
@@ -64,7 +64,7 @@ app.command("repair")(repair)
 
 
 def main() -> None:
-    """Entry point of the console script. An error raised on purpose ends as its message, without a traceback."""
+    """Entry point of the console script. An error raised on purpose prints its message, without a traceback."""
     try:
         app()
     except CheckpointError as error:

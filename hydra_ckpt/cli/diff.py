@@ -20,13 +20,15 @@ __all__ = ["diff"]
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    first: Annotated[
+        Path, typer.Argument(help="A checkpoint; in a directory with several, the one that LATEST names.")
+    ],
     second: Annotated[Path, typer.Argument(help="Another one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the tensors in which two checkpoints differ, bit by bit.
 
-    Exit code 1: there are some.
+    Exit code 1: some tensors differ.
     """
     from hydra_ckpt.storage.compare import compare
 

@@ -38,14 +38,15 @@ _UNITS = {
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, of ours or of DCP or accelerate; of several, what LATEST names.")
+        Path,
+        typer.Argument(
+            help="A checkpoint of hydra_ckpt, DCP or accelerate; in a directory with several, what LATEST names."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="The directory to make.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; the run's own export type if not given.")
-    ] = None,
+    out: Annotated[Path, typer.Argument(help="The directory to create.")],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the run's own export type.")] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Where a new file begins, e.g. 5GB; the run's own files if not given.")
+        str | None, typer.Option(help="Maximum size of a file, e.g. 5GB; default: the same files as the run's.")
     ] = None,
     part: Annotated[
         str, typer.Option(help="model, one of several models, or an extra that averages the weights.")
@@ -53,15 +54,18 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="With --merge the base model, if not the adapter's own; for others' a model like it."),
+        typer.Option(
+            help="With --merge: the base model, if not the one the adapter names. For other tools' checkpoints: a "
+            "model like theirs."
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a Hugging Face directory, such as `from_pretrained` opens, from any checkpoint.
+    """Make a Hugging Face directory, which `from_pretrained` can open, from any checkpoint.
 
-    The files are those that the run itself would have written. Weights are streamed, whatever their size. Of what
-    `dcp.save` or accelerate has written, a model like it (--base) tells names, configuration and tokenizer.
+    The files are those that the run itself would have written. Weights are streamed, whatever their size. For a
+    checkpoint of `dcp.save` or accelerate, a model like it (--base) provides names, configuration and tokenizer.
     """
     from hydra_ckpt.hub.offline import export_checkpoint
     from hydra_ckpt.storage.pickled import is_foreign
@@ -82,7 +86,9 @@ def export(
             open_one(checkpoint), out, part=part, base=base, dtype=kind, max_file_bytes=limit, verify=verify
         )
     elif base is not None:
-        raise CheckpointConfigError("--base: a checkpoint of hydra_ckpt knows its model; the option goes with --merge")
+        raise CheckpointConfigError(
+            "--base: checkpoints of hydra_ckpt record their model, so this option is only for --merge"
+        )
     else:
         found = open_one(checkpoint)
         make = partial(export_checkpoint, found, part=part, dtype=kind, max_file_bytes=limit, verify=verify)
@@ -98,7 +104,7 @@ def export(
 def _refuse_merge(checkpoint: Path, merge: bool) -> None:
     if merge:
         raise CheckpointConfigError(
-            f"--merge: {checkpoint} was not written by hydra_ckpt, so that it has no adapter in peft's form"
+            f"--merge: {checkpoint} was not written by hydra_ckpt, so it has no adapter in peft's form"
         )
 
 
@@ -123,5 +129,5 @@ def _dtype(text: str) -> str:
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise CheckpointConfigError(f"--max-shard-size {text} is no size; write for example 5GB or 500MB")
+        raise CheckpointConfigError(f"--max-shard-size {text} is not a size; write, for example, 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,4 +1,4 @@
-"""The verbs that change a directory hold it as a run does: never beside one. Imports no torch."""
+"""The commands that change a directory hold its lease as a run does: never while one is running. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["decision", "held"]
 
 
 def decision(catalog: Catalog) -> KeepOptions:
-    """What decides about best checkpoints: what the run has noted, else its only metric."""
+    """The metric that decides the best checkpoint: the one that the run has recorded, else its only metric."""
     details = [item.manifest.details for item in reversed(catalog.checkpoints)]
     noted = (str(item["deciding_metric"]) for item in details if "deciding_metric" in item)
     modes = (str(item["best_metric_mode"]) for item in details if "best_metric_mode" in item)
@@ -28,13 +28,13 @@ def decision(catalog: Catalog) -> KeepOptions:
 
 @contextmanager
 def held(root: Path, keep: KeepOptions) -> Iterator[Directory]:
-    """Hold a directory as its writer, in order: whole drafts published, dead ones swept, pointers right.
+    """Hold a directory as its writer, after cleaning it up: drafts published or removed, pointers corrected.
 
     Raises:
-        CheckpointExistsError: A run writes to it, or may do so. It is not waited for.
+        CheckpointExistsError: A run writes to it, or may do so. This does not wait for it.
     """
     record = read_owner(root)
-    # The directory goes on belonging to the job of a sweep that made it.
+    # The directory still belongs to the job of the sweep that created it.
     directory = Directory(root, Files(), keep, record[0].run if record is not None else None, may_wait=False)
     directory.open(None)
     try:

@@ -1,4 +1,4 @@
-"""`hydra-ckpt list`: what a checkpoint directory holds. Imports no torch, so that it answers at once."""
+"""`hydra-ckpt list`: what a checkpoint directory holds. Does not import torch, so that it is fast."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class _Entry:
     """A directory that has a checkpoint's name.
 
     Attributes:
-        path: Where it lies.
-        checkpoint: What its manifest says; None where that cannot be read.
-        problem: What is wrong with it; empty where nothing is.
+        path: Where it is stored.
+        checkpoint: The content of its manifest; None if that cannot be read.
+        problem: What is wrong with it; empty if nothing is.
         pointers: Names that lead to it.
-        is_newer: Whether that is only that a newer version wrote it.
+        is_newer: Whether the only problem is that a newer version wrote it.
     """
 
     path: Path
@@ -51,11 +51,11 @@ class _Entry:
 
     @property
     def mark(self) -> str:
-        """What is wrong in a word; empty where nothing is."""
+        """What is wrong in a word; empty if nothing is."""
         return "" if not self.problem else "newer format" if self.is_newer else "damaged"
 
     def as_data(self) -> dict[str, Any]:
-        """For `--json`; what only the manifest knows is null where that cannot be read."""
+        """For `--json`; values that only the manifest has are null if it cannot be read."""
         known = self.checkpoint
         manifest = known.manifest if known else None
         return {
@@ -83,7 +83,7 @@ class _Listing:
         root: The directory.
         entries: By step.
         hidden: Kind (draft, deleting, corrupt, aside) to the names of the hidden directories of that kind.
-        dangling: Pointer to the name it leads to, which is not there.
+        dangling: Pointer to the missing name that it leads to.
     """
 
     root: Path
@@ -114,7 +114,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory, or_else="It is no sweep either: no job with checkpoints lies below it. "))
+    listing = _read(locate(directory, or_else="It is not a sweep either: there is no job with checkpoints below it. "))
     if as_json:
         print_json(_as_data(listing))
     else:
@@ -123,7 +123,7 @@ def list_checkpoints(
 
 
 def _list_jobs(sweep_dir: Path, as_json: bool) -> None:
-    """The sweep's summary, made anew from what lies there now; printed as JSON it is the summary's file."""
+    """The sweep's summary, newly made from its current contents; printed as JSON it is the summary's file."""
     summary = summarize(sweep_dir)
     if as_json:
         print_json(summary)
@@ -138,7 +138,7 @@ def _read(located: Located) -> _Listing:
         paths = [located.root / located.only]  # a checkpoint under a name of the user's own
     targets = {name: read_pointer(located.root, name) for name in sorted(pointers_in(located.root))}
     entries = [_entry(path, tuple(name for name, target in targets.items() if target == path.name)) for path in paths]
-    # A run may be pruning while it is looked at: what is gone by now was never damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
     present = sorted((entry for entry in entries if entry.path.exists()), key=_step_order)
     if located.only is not None:
         return _Listing(located.root, tuple(present))
@@ -206,7 +206,7 @@ def _show(listing: _Listing, out: Console) -> None:
         if entry.problem:
             print_line(out, f"{entry.mark}: {entry.problem}", "red")
     for pointer, target in listing.dangling.items():
-        text = f"{pointer} leads to {target}, which is not there; the next save moves it"
+        text = f"{pointer} leads to {target}, which does not exist; the next save moves it"
         print_line(out, text, "red")
     for kind, found in listing.hidden.items():
         for name in found:

@@ -1,4 +1,4 @@
-"""From what a user names to the checkpoints that are meant. Imports no torch."""
+"""Find the checkpoints that a path from the user refers to. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hydra_ckpt.values import refuse_url
 
 __all__ = ["Located", "holds_checkpoints", "locate", "open_one"]
 
-# Where a run keeps its checkpoints unless it is told otherwise.
+# Where a run keeps its checkpoints by default.
 _DEFAULT_DIRECTORY = "checkpoints"
 
 
 @dataclass(frozen=True)
 class Located:
-    """What a path on the command line means.
+    """What a path on the command line refers to.
 
     Attributes:
         root: The checkpoint directory.
@@ -35,14 +35,14 @@ class Located:
 
 
 def locate(given: Path, *, or_else: str = "") -> Located:
-    """Find the checkpoint directory behind a path, which may be that directory, a run's, or one checkpoint.
+    """Find the checkpoint directory for a path, which may be that directory, a run's, or one checkpoint.
 
     Args:
         given: The path.
-        or_else: What else it has been tried as, for the message.
+        or_else: What else was tried, for the message.
 
     Raises:
-        CheckpointNotFoundError: There is no such directory, or it holds nothing of ours.
+        CheckpointNotFoundError: The directory does not exist, or contains no checkpoint of hydra_ckpt.
     """
     refuse_url("DIR", given)
     path = given.resolve()

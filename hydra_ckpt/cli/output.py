@@ -1,4 +1,4 @@
-"""What the verbs share in printing. Imports no torch."""
+"""Printing for all commands. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["cell", "console", "iso_time", "parts_data", "print_json", "print_lin
 # Of the keys that JSON has; docs/format.md lists them.
 _VERSION = 1
 
-# Where nobody looks at a terminal, lines are for other programs and must not be broken.
+# If the output is not a terminal, lines are for other programs and must not be wrapped.
 _ENDLESS = 1000
 
 
 def console() -> Console:
-    """Standard output; as wide as its terminal, or without an end where it is none."""
+    """Standard output; as wide as its terminal, or of unlimited width if it is not one."""
     return Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
 
 
 def cell(text: str, style: str = "") -> Text:
-    """A text for a table, one line, in which nothing steers the terminal."""
+    """A text for a table, on one line, without control characters for the terminal."""
     return Text(printable(text).replace("\n", "\\n"), style=style)
 
 
 def print_line(out: Console, text: str, style: str | None = None) -> None:
-    """Print a line that nothing breaks, and in which nothing steers the terminal."""
+    """Print a line without wrapping, and without control characters for the terminal."""
     out.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Print data as JSON that every reader takes, in ASCII; NaN and infinities, which it does not know, become null."""
+    """Print data as JSON that every reader accepts, in ASCII; NaN and infinities, which JSON lacks, become null."""
     print(json.dumps(finite({"version": _VERSION, **data}), indent=2))
 
 

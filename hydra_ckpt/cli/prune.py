@@ -1,4 +1,4 @@
-"""`hydra-ckpt prune`: deletes checkpoints that no rule keeps. Imports no torch."""
+"""`hydra-ckpt prune`: deletes checkpoints that no rule keeps. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["prune"]
 
 def prune(
     directory: Annotated[Path, typer.Argument(help="A checkpoint directory, or a run directory with checkpoints/.")],
-    newest: Annotated[int | None, typer.Option(help="Keep so many of the newest.")] = None,
-    best: Annotated[int | None, typer.Option(help="Keep so many of the best.")] = None,
+    newest: Annotated[int | None, typer.Option(help="Keep this many of the newest.")] = None,
+    best: Annotated[int | None, typer.Option(help="Keep this many of the best.")] = None,
     every_n_steps: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple of this.")] = None,
-    younger_than_s: Annotated[float | None, typer.Option(help="Keep those younger than so many seconds.")] = None,
-    metric: Annotated[str | None, typer.Option(help="The metric of --best; the run's own if not given.")] = None,
-    mode: Annotated[str | None, typer.Option(help="min or max; the run's own if not given.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only named.")] = False,
+    younger_than_s: Annotated[float | None, typer.Option(help="Keep those younger than this many seconds.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric for --best; default: the run's own.")] = None,
+    mode: Annotated[str | None, typer.Option(help="min or max; default: the run's own.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them; without it they are only listed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Delete the checkpoints that no rule given here keeps; without --yes, only say which.
+    """Delete the checkpoints that no rule given here keeps; without --yes, only list them.
 
-    What LATEST, BEST or a pointer of your own leads to stays in any case, and so does what somebody reads.
+    Checkpoints that LATEST, BEST or a pointer of your own leads to are always kept, and so are those being read.
     """
     rules: dict[str, Any] = {
         "newest": newest,
@@ -41,7 +41,7 @@ def prune(
     }
     rules = {name: value for name, value in rules.items() if value is not None}
     if not rules or mode not in (None, "min", "max"):
-        wrong = f"--mode {mode} is neither min nor max" if rules else "nothing says what stays"
+        wrong = f"--mode {mode} is neither min nor max" if rules else "no rule says what to keep"
         raise CheckpointConfigError(f"{wrong}; give one or more of --newest, --best, --every-n-steps, --younger-than-s")
     keeping = policies(rules, None)
     root = locate(directory).root
@@ -69,16 +69,20 @@ def prune(
         print(f"kept: {name}, which is of a newer format")
     for item in going:
         print(f"{'deleted' if yes else 'would be deleted'}: {item.name}")
-    tail = "" if yes or not going else "; --yes does it"
+    tail = "" if yes or not going else "; pass --yes to delete"
     print(f"{len(going)} of {counted(len(catalog.checkpoints), 'checkpoint')}, {shown_size(nbytes)}{tail}")
 
 
 def _refuse_unmeasured(catalog: Catalog, context: Context) -> None:
-    """Raise if there are checkpoints, and none has the metric that tells the best."""
+    """Raise if there are checkpoints, but none has the metric that decides the best."""
     if not catalog.checkpoints or catalog.best(context.metric, context.mode) is not None:
         return
     measured = sorted({name for item in catalog.checkpoints for name in item.metrics})
-    instead = f"give one of these by --metric: {', '.join(measured)}" if measured else "none has any; leave --best out"
+    instead = (
+        f"choose one of these with --metric: {', '.join(measured)}"
+        if measured
+        else "none has any metric; leave out --best"
+    )
     raise CheckpointConfigError(
         f"--best: no checkpoint in {catalog.root} has a finite metric {context.metric!r} to compare; {instead}"
     )

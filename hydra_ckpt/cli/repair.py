@@ -1,4 +1,4 @@
-"""`hydra-ckpt repair`: what the next run would do to a directory first, done now. Imports no torch."""
+"""`hydra-ckpt repair`: does now what the next run would do to a directory first. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ __all__ = ["repair"]
 
 def repair(
     directory: Annotated[Path, typer.Argument(help="A checkpoint directory, or a run directory with checkpoints/.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Bring a directory into order after a crash.
+    """Clean up a directory after a crash.
 
-    Drafts that were whole are published, what else a dead run has left is removed, LATEST and BEST lead to what is
-    there. Damaged checkpoints stay as they are; `verify` finds them. Refused while a run writes to the directory.
+    Complete drafts are published, everything else that a dead run has left is removed, and LATEST and BEST are pointed
+    at existing checkpoints. Damaged checkpoints stay as they are; `verify` finds them. Refused while a run writes to
+    the directory.
     """
     root = locate(directory).root
     done = _plan(root, dry_run)
@@ -64,7 +65,7 @@ def _plan(root: Path, dry_run: bool) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool | None:
-    """Whether a draft has all its files; None where a newer version wrote it, so that it cannot be told."""
+    """Whether a draft has all its files; None if that is unknown because a newer version wrote it."""
     try:
         Checkpoint.open(path).check_files()
     except CheckpointFormatError:

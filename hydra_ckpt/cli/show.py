@@ -1,4 +1,4 @@
-"""`hydra-ckpt show`: one checkpoint's content, and the command that continues its run. Imports no torch."""
+"""`hydra-ckpt show`: one checkpoint's content, and the command that continues its run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ __all__ = ["show"]
 
 
 def show(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint; of a directory with several, what LATEST names.")],
+    directory: Annotated[
+        Path, typer.Argument(help="A checkpoint; in a directory with several, the one that LATEST names.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     command: Annotated[
         bool,
@@ -44,7 +46,7 @@ def show(
         print(_command(checkpoint))
         return
     problem = _problem(checkpoint)
-    # One of a newer format cannot be opened; the key is there because `list` has it too.
+    # One of a newer format cannot be opened; the key exists because `list` has it too.
     data = {**_content(checkpoint), "problem": problem, "newer_format": False}
     if as_json:
         print_json(data)
@@ -111,7 +113,7 @@ def _command(checkpoint: Checkpoint) -> str:
     hydra, launch = _hydra(checkpoint), checkpoint.manifest.details.get("launch")
     if hydra is None or not isinstance(launch, dict):
         raise CheckpointNotFoundError(
-            f"{checkpoint.path} says nothing of how its run was started: it was not a Hydra application's"
+            f"{checkpoint.path} does not record how its run was started: it was not written by a Hydra application"
         )
     try:
         command = resume_command(launch, hydra, _run_dir(checkpoint, hydra))
@@ -119,11 +121,11 @@ def _command(checkpoint: Checkpoint) -> str:
             raise ValueError("control characters")
         return command
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{checkpoint.path}: what it says of its run makes no sense: {error!r}") from None
+        raise CheckpointNotFoundError(f"{checkpoint.path}: its record of the run is invalid: {error!r}") from None
 
 
 def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:
-    """Where the run lies now; its directory may have been moved, with its checkpoints in it."""
+    """The run's current directory; it may have been moved, together with its checkpoints."""
     recorded = Path(hydra["runtime"]["output_dir"])
     above = [path for path in checkpoint.path.parents if (path / (hydra.get("output_subdir") or ".hydra")).is_dir()]
     return above[0] if above and not checkpoint.path.is_relative_to(recorded) else recorded

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_checkpoints"]
 
-# Pieces read between two looks at the progress bar.
+# Pieces read between two updates of the progress bar.
 _BATCH = 16
 
 
@@ -41,7 +41,7 @@ class _Finding:
     """Something that is not as it was written.
 
     Attributes:
-        file: Relative to the checkpoint; empty where the checkpoint as a whole is meant.
+        file: Relative to the checkpoint; empty if the checkpoint as a whole is meant.
         byte_range: Half-open, or None for the whole file.
         problem: What is wrong, with the place.
     """
@@ -67,8 +67,8 @@ class _Verdict:
     Attributes:
         path: The checkpoint.
         read_bytes: Bytes compared with a digest.
-        findings: All that is wrong.
-        is_newer: Whether that is only that a newer version wrote it.
+        findings: Everything that is wrong.
+        is_newer: Whether the only problem is that a newer version wrote it.
     """
 
     path: Path
@@ -112,7 +112,7 @@ def verify_checkpoints(
         raise CheckpointNotFoundError(f"{located.root} holds no checkpoints, so there is nothing to verify")
     with _bar(hidden=as_json) as bar:
         verdicts = [_verify(path, bar) for path in paths]
-    # A run may be pruning meanwhile: what is gone by now was never damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
     verdicts = [verdict for verdict in verdicts if verdict.path.exists()]
     whole = not any(verdict.findings for verdict in verdicts)
     if as_json:
@@ -165,7 +165,7 @@ def _verify(path: Path, bar: Progress) -> _Verdict:
 
 
 def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
-    """Metrics that were added later stand beside the manifest, in a file that carries its own digest."""
+    """Metrics that were added later are beside the manifest, in a file that contains its own digest."""
     try:
         read_metrics(checkpoint.path)
     except FileNotFoundError:
@@ -186,7 +186,7 @@ def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
     from hydra_ckpt.storage.verify import findings
 
-    # What a missing or cut file lacks has been said; its remaining bytes would only repeat it.
+    # The missing part of a file has been reported; its remaining bytes would only repeat that.
     known = {finding.file for finding in verdict.findings}
     wanted = [check for check in _checks(checkpoint, verdict) if check.file not in known]
     task = bar.add_task(checkpoint.name, total=sum(check.region.nbytes for check in wanted))
@@ -211,7 +211,7 @@ def _noting(verdict: _Verdict) -> Iterator[None]:
 
 
 def _checks(checkpoint: Checkpoint, verdict: _Verdict) -> Sequence[Check]:
-    """What is to be compared; without a sidecar of digests only what the manifest itself vouches for."""
+    """The checks to make; without a sidecar of digests, only those for digests in the manifest itself."""
     from hydra_ckpt.storage.verify import checks
 
     manifest = checkpoint.manifest
@@ -261,14 +261,17 @@ def _remedy(verdict: _Verdict, verdicts: Sequence[_Verdict]) -> str:
     """What to do, in one line."""
     files = {finding.file for finding in verdict.findings}
     if files == {names.METRICS}:
-        return f"Only metrics are affected. Delete {names.METRICS} in it to go on without those added after the save."
-    text = "Put the checkpoint back from a copy, or delete its directory."
+        return (
+            f"Only metrics are affected. Delete {names.METRICS} in it to continue without those added after the save."
+        )
+    text = "Restore the checkpoint from a copy, or delete its directory."
     if all(file.startswith(f"{names.DIGESTS}/") for file in files):
         text = (
-            "Digests are damaged, so nobody can tell whether the tensors are whole. " + text + " To load it all the "
-            "same, unchecked: checkpoint.verify_on_load=false."
+            "Digests are damaged, so it is unknown whether the tensors are intact. "
+            + text
+            + " To load it anyway, without checks: checkpoint.verify_on_load=false."
         )
     others = [other.path.name for other in verdicts if not other.findings]
     if others:
-        text += f" A run with restore_from=auto passes it over; the newest whole one here is {others[-1]}."
+        text += f" A run with restore_from=auto skips it; the newest intact one here is {others[-1]}."
     return text

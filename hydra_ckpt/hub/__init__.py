@@ -1,1 +1,1 @@
-"""Hugging Face in and out: what a directory needs beside weights so that `from_pretrained` opens it."""
+"""Hugging Face in and out: what a directory needs besides weights so that `from_pretrained` can open it."""

@@ -22,7 +22,7 @@ from hydra_ckpt.state.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 
-# What a tokenizer or processor consists of, wherever it is kept beside a model.
+# Names of the files of a tokenizer or processor, wherever they are stored with a model.
 _TOKENIZER_FILES = (
     "*.spm",
     "*.tiktoken",
@@ -50,7 +50,7 @@ _TOKENIZER_FILES = (
     "video_preprocessor_config.json",
     "vocab.*",
 )
-# Any of these may say that it comes with code of its own.
+# Any of these may declare custom code.
 _CODED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -61,7 +61,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
 
     Args:
         model: The model.
-        dtype: The weights' element type, where it is not the live model's.
+        dtype: The weights' element type, if it differs from the live model's.
     """
     model = unwrap(model)
     diffusers = sys.modules.get("diffusers")
@@ -74,8 +74,8 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
         return {}
     if original_class(model).save_pretrained is not transformers.PreTrainedModel.save_pretrained:
         log.warning(
-            "%s has a save_pretrained() of its own; the export holds the usual tensors and configurations, and nothing "
-            "that it may add to them",
+            "%s has its own save_pretrained(); the export has the usual tensors and configurations, but nothing that "
+            "this method may add to them",
             original_class(model).__name__,
         )
     config = copy.deepcopy(model.config)
@@ -103,7 +103,7 @@ def _generation(config: Any) -> dict[str, bytes]:
 
 
 def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
-    """The modules that a model of a class of its own needs, if that was registered; the configuration tells of them."""
+    """The modules that a model of a custom class needs, if the class was registered; the configuration names them."""
     kind: Any = original_class(model)
     if getattr(kind, "_auto_class", None) is None:
         return {}
@@ -118,7 +118,7 @@ def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
 
 
 def derives_generation(model: nn.Module) -> bool:
-    """Whether how a model generates was derived from its configuration, rather than set or read from a file."""
+    """Whether the generation settings were derived from the model's configuration, not set or read from a file."""
     model = unwrap(model)
     if not is_transformers_model(model) or not cast(Any, model).can_generate():
         return False
@@ -140,11 +140,11 @@ def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
 
 
 def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str, bytes]:
-    """The small files of a reference model that a live model does not bring along.
+    """The small files that come from the reference model, because a live model does not have them.
 
     Args:
         reference: The reference model.
-        with_tokenizer: Whether its tokenizer or processor is taken too, there being no live one.
+        with_tokenizer: Whether to include its tokenizer or processor, because there is no live one.
     """
     patterns = _TOKENIZER_FILES if with_tokenizer else ()
     wanted = [name for pattern in patterns for name in reference.matching(pattern)]
@@ -159,7 +159,7 @@ def json_bytes(body: Mapping[str, Any]) -> bytes:
 
 
 def tokenizer_assets(tokenizer: Any) -> dict[str, bytes]:
-    """The files a tokenizer or processor saves; none where there is no tokenizer."""
+    """The files a tokenizer or processor saves; none if there is no tokenizer."""
     return {} if tokenizer is None else _saved(tokenizer, "the tokenizer")
 
 
@@ -171,7 +171,7 @@ def _saved(thing: Any, what: str, **options: Any) -> dict[str, bytes]:
 
 @contextmanager
 def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
-    """Turn the error of a value that JSON does not know into one that says where it stands.
+    """Turn the error of a value that JSON cannot express into one that says where the value is.
 
     Args:
         what: The object, for the message.
@@ -189,13 +189,13 @@ def naming_unwritable(what: str, thing: Any) -> Iterator[None]:
         key, value = found
         raise CheckpointConfigError(
             f"{what}: {key} is a {type(value).__module__}.{type(value).__qualname__} ({value!r}), which its "
-            f"save_pretrained() cannot write as JSON ({error}). Make it a text, a number, a list or a dict, or take "
-            "it out before the save"
+            f"save_pretrained() cannot write as JSON ({error}). Make it a string, a number, a list or a dict, or "
+            "remove it before the save"
         ) from error
 
 
 def _unwritable(thing: Any) -> tuple[str, Any] | None:
-    """The first value that JSON does not know, and its key. A tokenizer saves the arguments it was made with."""
+    """The first value that JSON cannot express, and its key. A tokenizer saves the arguments it was created with."""
     for held in (getattr(thing, "init_kwargs", None), vars(thing) if hasattr(thing, "__dict__") else None, thing):
         found = _beyond_json(held, "") if isinstance(held, Mapping) else None
         if found is not None:

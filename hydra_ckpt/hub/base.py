@@ -54,14 +54,14 @@ class BaseReport:
 
 @dataclass
 class _Fit:
-    """How names of the reference and of the model go together.
+    """How names of the reference and of the model correspond.
 
     Attributes:
         stored: Name that `exported` gives a piece to the reference's name for it.
         missing: Names of the model with nothing to read.
         unexpected: Names of the reference without a place.
-        different: Name to what does not fit about its shape.
-        doubled: Name that `exported` gives a piece, and another name of the reference for it: the model has tied what
+        different: Name to how its shape differs.
+        doubled: Name that `exported` gives a piece to another name of the reference for it: the model ties tensors that
             the reference stores twice.
     """
 
@@ -77,8 +77,8 @@ def load_base(
 ) -> BaseReport:
     """Collective: fill a model with the weights of its reference model.
 
-    A model on the meta device is brought to its device first, and what is not in the reference is initialized. Element
-    types stay those of the model.
+    A model on the meta device is first moved to its device, and tensors that are not in the reference are initialized.
+    Element types stay those of the model.
 
     Args:
         model: The model, or the parts of it that this rank holds.
@@ -88,7 +88,7 @@ def load_base(
 
     Raises:
         CheckpointConfigError: No reference is configured, or its weights are of a kind that may not or cannot be read.
-        CheckpointNotFoundError: The reference, or one of its files, is not there.
+        CheckpointNotFoundError: The reference, or one of its files, does not exist.
         KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
     """
     repo_id = options.repo_id
@@ -98,8 +98,8 @@ def load_base(
         )
     if any(is_peft_model(part) for part in (model if isinstance(model, list) else [model])):
         raise CheckpointConfigError(
-            "load_base_model was given a PeftModel, whose tensors have other names than the base model's files: load "
-            "the base model first, then wrap it with peft.get_peft_model"
+            "load_base_model was given a PeftModel, whose tensors have different names than those in the base "
+            "model's files: load the base model first, then wrap it with peft.get_peft_model"
         )
     found = channel.coordinator_step("looking for the base model", lambda: _located(repo_id, options.cache_dir))
     reference = Reference(Path(found["directory"]), Path(found["root"]))
@@ -117,7 +117,7 @@ def load_base(
     except Exception as failure:
         error = failure
     channel.raise_together(f"reading {reference.directory}", _known(error))
-    assert report is not None  # raise_together has raised otherwise
+    assert report is not None  # if there was an error, raise_together has raised it
     return report
 
 
@@ -185,7 +185,7 @@ class _Loader:
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:
-        """What does not fit, if anything."""
+        """What does not match, if anything."""
         if not self._fit.missing and not self._fit.different:
             return None
         return KeyMismatchError(
@@ -193,8 +193,9 @@ class _Loader:
             missing=self._fit.missing,
             mismatched=self._fit.different,
             unexpected=self._fit.unexpected if self._fit.missing else (),
-            remedy="Name what is to keep its initialization in checkpoint.skip_task_head_prefixes_for_base_model, "
-            "or build the model from the reference's config.json.",
+            remedy="List the prefixes of names that should keep their initialization in "
+            "checkpoint.skip_task_head_prefixes_for_base_model, or build the model from the reference's "
+            "config.json.",
         )
 
     @torch.no_grad()
@@ -234,7 +235,7 @@ class _Loader:
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
 
     def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
-        """See that weights which are one tensor in the model, and stored under two names, are the same."""
+        """Check that weights that are one tensor in the model but stored under two names are equal."""
         others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
         for item in wanted:
             other = others.get(item.name)
@@ -246,11 +247,11 @@ class _Loader:
                 self._weights.read([replace(item, name=name, into=into) for name, into in found.items()])
             bits = [bytes_of(tensor) for tensor in found.values()]
             if specs[other].shape != specs[item.name].shape or bits[0] != bits[1]:
-                remedy = "Build the model with tie_word_embeddings=False in its configuration: so does transformers"
+                remedy = "Build the model with tie_word_embeddings=False in its configuration, as transformers does"
                 tied = other in self._mapped.aliases or item.name in self._mapped.aliases
                 raise CheckpointConfigError(
                     f"{self._reference.directory}: {item.name} and {other} differ, and the model has one tensor for "
-                    f"both. {remedy if tied else 'Take one of them out of the files'}"
+                    f"both. {remedy if tied else 'Remove one of them from the files'}"
                 )
 
 
@@ -268,12 +269,12 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
         stored = PickledWeights(reference)
     quantization = reference.config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise CorruptCheckpointError(reference.directory / "config.json", "its quantization_config is no mapping")
+        raise CorruptCheckpointError(reference.directory / "config.json", "its quantization_config is not a mapping")
     return Dequantized(stored, quantization, permitted)
 
 
 def _kind(dtype: str) -> str:
-    """What an element type's values are: numbers of one kind are not made of those of another."""
+    """The kind of numbers of an element type: numbers of one kind are not converted to another."""
     if dtype.startswith(("F", "BF")):
         return "floating point"
     return "integer" if dtype.startswith(("I", "U")) else dtype

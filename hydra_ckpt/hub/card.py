@@ -1,4 +1,4 @@
-"""Model cards: a README.md that says how an export was made, to be completed by whoever publishes it."""
+"""Model cards: a README.md that says how an export was made, to be completed by the person who publishes it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_card(model: nn.Module, made: Made, base_model: str | None) -> bytes:
     Args:
         model: What is exported.
         made: When and how.
-        base_model: What it was trained from; named only where it can be a hub id.
+        base_model: The model it was trained from; named only if it can be a hub id.
     """
     front = {"library_name": _library(model), "base_model": _hub_id(base_model), "tags": ["hydra_ckpt"]}
     # JSON is YAML; a text in its quotes needs no thought about YAML's own words.

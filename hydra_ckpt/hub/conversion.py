@@ -1,9 +1,9 @@
 """Hub names: how transformers itself would name and lay out a model's tensors when saving it.
 
-In memory a model may hold its weights otherwise than its files do: experts fused into one tensor, projections split
-or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. Here
-they are applied once to tensors without data, and what comes out is read off as boxes of the model's tensors, which
-then serve every shard of them.
+In memory a model may hold its weights in a different form than its files do: experts fused into one tensor, projections
+split or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. Here
+they are applied once to tensors without data, and the result is read as boxes of the model's tensors, which then apply
+to every shard of them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether it is a transformers model; importing transformers is left to whoever made it."""
+    """Whether it is a transformers model; transformers is not imported for this."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(unwrap(model), transformers.PreTrainedModel)
 
 
 def original_class(model: nn.Module) -> type[Any]:
-    """The class a module was made of; `fully_shard` gives it one of its own."""
+    """The original class of a module; `fully_shard` replaces it by a new one."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
@@ -53,7 +53,7 @@ class Tables:
 
     @cached_property
     def are_empty(self) -> bool:
-        """Whether there is no entry for it or any model inside: its files hold its tensors as it does."""
+        """Whether there is no entry for it or any model inside: its files hold its tensors as they are in memory."""
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -101,7 +101,7 @@ class Tables:
     def targets(
         self, names: Collection[str], prefix: str, known: dict[str, bool]
     ) -> dict[str, tuple[str, str | None, int]]:
-        """What loading makes of the tensors of these names: two that give the same are the same tensor.
+        """What loading makes of tensors with these names: two with the same result are the same tensor.
 
         Args:
             names: All of a model's files.
@@ -150,7 +150,7 @@ def tables_of(model: nn.Module) -> Tables | None:
 
 
 def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
-    """How the files of a live model call these tensors of it: as its adapter says, else as transformers would.
+    """The names of these tensors in the files of a live model: from its adapter, else as transformers names them.
 
     Raises:
         CheckpointConfigError: See `hub_naming`.
@@ -166,7 +166,7 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | N
     Args:
         model: Any model; one that is not of transformers keeps its names.
         specs: All of its stored tensors, in order; tied ones once.
-        tables: What `tables_of` gives for it, if that is there already.
+        tables: What `tables_of` returned for it, if it was called already.
 
     Raises:
         CheckpointConfigError: transformers computes new values on the way, and would take the model's own for these.
@@ -194,7 +194,7 @@ def _converted(tables: Tables, specs: Sequence[TensorSpec]) -> Naming:
 
 
 def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str]) -> list[Alias]:
-    """Tensors whose conversion moves elements about keep their names, if loading then takes them as they are."""
+    """Tensors whose conversion permutes elements keep their names, if loading then takes them unchanged."""
     wrong = [spec.name for spec in left if tables.converts(spec.name)]
     if wrong:
         raise CheckpointConfigError(
@@ -202,8 +202,8 @@ def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str
             "which cannot be done on shards. Set checkpoint.save_consolidated=false, and export with save_pretrained"
         )
     log.warning(
-        "transformers would write %s otherwise than the model holds them; the export has them as in memory, which "
-        "transformers opens and other programs may not",
+        "transformers would write %s in a different form than the model holds them; the export has them as they are "
+        "in memory, which transformers can open but other programs may not",
         ", ".join(spec.name for spec in left),
     )
     log.debug("not rearrangements: %s", lost)

@@ -1,4 +1,4 @@
-"""What an export is made like: names and layout as transformers has them, element types and files as asked for."""
+"""How an export is made: names and layout as transformers has them, element types and files as requested."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reference model says about an export; plain data, so that rank 0 can tell the others.
+    """What an export takes from a reference model; plain data, so that rank 0 can send it to the other ranks.
 
     Attributes:
         dtypes: Element type by tensor.
@@ -73,7 +73,8 @@ class ModelExport:
         quantized = integer if reference.config.get("quantization_config") else packed
         if quantized:
             log.warning(
-                "the reference model %s is quantized (%s, ...); the export keeps the training's element types there",
+                "the reference model %s is quantized (%s, ...); for these tensors the export keeps the element types "
+                "of training",
                 reference.directory,
                 quantized[0],
             )
@@ -91,7 +92,7 @@ class ModelExport:
             adapted: What the model's adapter says, if it has one; element types that it asks for go before all others.
 
         Raises:
-            CheckpointConfigError: transformers stores the model otherwise than can be done on shards.
+            CheckpointConfigError: transformers stores the model in a form that shards cannot be converted to.
         """
         try:
             refuse_adapters(model)
@@ -133,14 +134,14 @@ class ModelExport:
             has_tokenizer: Whether there is a live tokenizer.
 
         Raises:
-            CheckpointConfigError: The original configuration is asked for, and there is none.
+            CheckpointConfigError: The original configuration is required, but does not exist.
         """
         if adapter:
             return adapter_assets(model, adapter)
         found = model_assets(model, _main_dtype(naming))
         original = self._options.original_model_root_dir
         if original is not None and not original.is_dir():
-            raise CheckpointConfigError(f"checkpoint.original_model_root_dir={original} is no directory")
+            raise CheckpointConfigError(f"checkpoint.original_model_root_dir={original} is not a directory")
         reference = self._reference(model) if original is None else at(original)
         if self._options.v4_compatible and is_transformers_model(model):
             found.update(self._version_4(reference, found["config.json"]))

@@ -1,7 +1,7 @@
 """Exports from checkpoints of other tools: `dcp.save` directories, and accelerate's under FSDP2.
 
-They say nothing of the model but its tensors' names. A reference model tells the rest: what transformers calls the
-tensors, their element types, the configuration. No pickle is run: see `storage.dcp_index`.
+They contain nothing about the model except the names of its tensors. A reference model provides the rest: what
+transformers calls the tensors, their element types, the configuration. No pickle is run: see `storage.dcp_index`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPTIMIZER_KEYS = {"state", "param_groups"}
 
 @dataclass(frozen=True)
 class _Model:
-    """What a reference model tells.
+    """What a reference model provides.
 
     Attributes:
         name: A directory, or a hub id.
@@ -77,18 +77,18 @@ def export_foreign(
 
     Args:
         directory: What `dcp.save` or `Accelerator.save_state` has written.
-        out: The directory to make; it must not exist, or be empty. A crash leaves nothing in its place.
-        base: A transformers model of the same architecture, a directory or a hub id in the cache, of which names,
-            element types, configuration and tokenizer are taken; None leaves names and types as they are stored.
+        out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
+        base: A transformers model of the same architecture, a directory or a hub id in the cache, which provides names,
+            element types, configuration and tokenizer; None keeps the stored names and types.
         part: `model`, or the keys that lead to the tensors, such as `ema` or `app.ema`.
         dtype: Element type of floating-point tensors; None for the reference's, else the stored.
         max_file_bytes: Size at which a new file begins; None for the reference's files, else 5 GB.
         progress: Called with bytes written so far and in all.
 
     Raises:
-        CheckpointExistsError: There is something at `out`.
-        CheckpointNotFoundError: There is no such part, or no reference model.
-        CheckpointConfigError: The reference model is none that transformers has a class for.
+        CheckpointExistsError: `out` exists and is not empty.
+        CheckpointNotFoundError: The part does not exist, or no reference model.
+        CheckpointConfigError: transformers has no class for the reference model.
         KeyMismatchError: The tensors are not those of the reference model.
         CorruptCheckpointError: The index is damaged.
     """
@@ -111,7 +111,7 @@ def export_foreign(
 def _tensors(
     directory: Path, stored: Mapping[KeyPath, StoredTensor], part: str, known: Collection[str] | None
 ) -> dict[str, StoredTensor]:
-    """The tensors of one part by their names: in the model, or as they are stored where that is not known."""
+    """The tensors of one part by their names in the model, or by their stored names if the model is unknown."""
     prefix = _prefix(directory, stored, part, known)
     found: dict[str, StoredTensor] = {}
     left: Counter[str] = Counter()
@@ -122,9 +122,7 @@ def _tensors(
         name = dotted(path[len(prefix) :])
         name = name if known is None else canonical(name)
         if name in found:
-            raise CheckpointConfigError(
-                f"{directory} holds two tensors that both are {name}; name one part with --part"
-            )
+            raise CheckpointConfigError(f"{directory} holds two tensors named {name}; choose one part with --part")
         check_name(name)
         found[name] = replace(item, spec=replace(item.spec, name=name))
     if left:
@@ -163,7 +161,7 @@ def _prefix(
 
 
 def _common(stored: Collection[KeyPath]) -> KeyPath:
-    """The one key that all of it lies under, but optimizers' state; empty where there are several."""
+    """The one key that contains everything except optimizer state; empty if there are several."""
     firsts = {path[:-1][:1] for path in stored if not _is_optimizer(path[:-1])}
     return firsts.pop() if len(firsts) == 1 else ()
 
@@ -205,7 +203,8 @@ def _matched(
             missing=missing,
             unexpected=unexpected,
             mismatched=different,
-            remedy="Name a model of the same architecture with --base, or none: then tensors keep their names.",
+            remedy="Name a model of the same architecture with --base, or leave --base out: then tensors keep their "
+            "names.",
         )
     return found
 
@@ -213,7 +212,7 @@ def _matched(
 def _as_reference(
     model: _Model, tensors: Mapping[str, StoredTensor], dtype: str | None
 ) -> tuple[Naming, dict[str, bytes]]:
-    """Names, element types, files and small files as a run would have exported them that began with the reference."""
+    """Names, element types, files and small files as exported by a run that started from the reference."""
     export = ModelExport(
         HubOptions(
             repo_id=model.name,

@@ -1,4 +1,4 @@
-"""Which tensor of a reference's files is which of a model's, whatever names the two have for it."""
+"""Which tensor in a reference's files is which tensor of a model, whatever its two names are."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Matching:
         self._as_in_memory: set[str] = set()
 
     def __call__(self, name: str) -> str | None:
-        """The piece that a name of the reference means; None where the model has none."""
+        """The piece that a name of the reference refers to; None if the model has none."""
         pieces = self._naming.by_name
         if name in pieces:
             return name

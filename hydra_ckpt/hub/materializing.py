@@ -1,4 +1,7 @@
-"""Models on the meta device: memory for what lies there, and values for what no file holds. The rest stays as it is."""
+"""Models on the meta device: memory for the tensors there, and values for those that no file holds.
+
+Other tensors stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,12 @@ class Home:
         return cast(torch.Tensor, self._there[self.name])
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Let this one live there."""
+        """Put this one there."""
         self._there[self.name] = tensor
 
 
 def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection[str]) -> list[Home]:
-    """Give what is on the meta device memory, where the model's mesh is or else on the CPU.
+    """Allocate memory for tensors on the meta device, on the device of the model's mesh or else on the CPU.
 
     Args:
         parts: The parts of a model.
@@ -51,7 +54,7 @@ def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection
         Where the new tensors live; their values are arbitrary.
 
     Raises:
-        CheckpointConfigError: Something is neither read nor initialized by anybody.
+        CheckpointConfigError: A tensor is neither read nor initialized.
         CheckpointError: So is a buffer that is in no file.
     """
     fresh = []
@@ -72,7 +75,7 @@ def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection
 
 
 def initialize(parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[Home], loaded: Collection[str]) -> None:
-    """Let transformers initialize what was neither there before nor read: heads, and buffers in no file.
+    """Let transformers initialize what neither existed before nor was read: heads, and buffers in no file.
 
     Args:
         parts: The parts of a model.

@@ -38,8 +38,8 @@ from hydra_ckpt.store.small_files import read_small_file
 # What peft puts before the names of the base model's own tensors.
 _PREFIX = "base_model.model."
 _MAX_SETTINGS_BYTES = 16 << 20
-# The class that an adapter of a task was trained over, where the base model's files may hold another one: those of
-# language models serve these tasks with a head of their own. As peft's Auto classes have it.
+# The class that an adapter for a task was trained on, if the base model's files may hold another one: the classes of
+# language models have their own heads for these tasks. As peft's Auto classes have it.
 _MAPPINGS = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -58,11 +58,11 @@ def merge_adapter(
     max_file_bytes: int | None = None,
     verify: bool = True,
 ) -> list[str]:
-    """Write the full model that an adapter and its base model make; all of it is held in memory.
+    """Write the full model that results from an adapter and its base model; all of it is held in memory.
 
     Args:
         checkpoint: One with an adapter.
-        out: The directory to make; it must not exist, or be empty. A failure leaves nothing in its place.
+        out: The directory to create; it must not exist, or must be empty. A failure leaves nothing in its place.
         part: `model`, or the name of one of several adapters.
         base: The base model, a hub id in the cache or a directory; None for the one that the adapter names.
         dtype: Element type that the merged model is converted to; None for the base model's.
@@ -74,7 +74,7 @@ def merge_adapter(
 
     Raises:
         CheckpointNotFoundError: The adapter, or its base model, is not there.
-        CheckpointExistsError: There is something at `out`.
+        CheckpointExistsError: `out` exists and is not empty.
         CheckpointConfigError: The adapter names no base model, one that cannot be opened, or one of another shape; or a
             package is missing.
         KeyMismatchError: The adapter is not one of this base model.
@@ -103,7 +103,7 @@ def merge_adapter(
 
 
 def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, bytes]) -> list[str]:
-    """A model as transformers writes it, with further files where it has none of the name."""
+    """A model as transformers writes it, plus files whose names it does not have."""
     files = Files()
     with drafted(out, files) as draft:
         try:
@@ -111,7 +111,7 @@ def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, byt
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the merged model cannot be written to {out}: {error}") from error
         weights = sorted(path.name for path in draft.glob("*.safetensors"))
-        for name in weights:  # safetensors keeps them from everybody else
+        for name in weights:  # safetensors makes them readable by their owner only
             (draft / name).chmod((draft / "config.json").stat().st_mode)
         for name, data in beside.items():
             if not (draft / name).exists():
@@ -129,7 +129,7 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
     place = f"{model}/{names.CONSOLIDATED}/"
     manifest = checkpoint.manifest
     if f"{place}adapter_config.json" not in manifest.files:
-        raise CheckpointNotFoundError(f"{model} of {checkpoint.path} is no adapter: export it without --merge")
+        raise CheckpointNotFoundError(f"{model} of {checkpoint.path} is not an adapter: export it without --merge")
     if verify:
         found = [check for check in checks(checkpoint.path, manifest.files, manifest.digests) if place in check.file]
         for error in findings(checkpoint.path, found):
@@ -138,16 +138,16 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """An adapter's configuration, of which the keys that are used here are what they should be."""
+    """An adapter's configuration; the keys that are used here have been checked."""
     path = adapter / "adapter_config.json"
     kinds = {"base_model_name_or_path": str, "task_type": str, "revision": str, "auto_mapping": dict}
     try:
         found = json.loads(read_small_file(path, _MAX_SETTINGS_BYTES))
         wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind | None)]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {error}") from None
+        raise CorruptCheckpointError(path, f"is not an adapter configuration: {error}") from None
     if wrong:
-        raise CorruptCheckpointError(path, f"is no configuration of an adapter: {wrong[0]} is {found[wrong[0]]!r}")
+        raise CorruptCheckpointError(path, f"is not an adapter configuration: {wrong[0]} is {found[wrong[0]]!r}")
     return dict(found)
 
 
@@ -164,13 +164,13 @@ def _merged(adapted: Any, adapter: Path) -> Any:
 def _refuse_quantized(base: str, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointConfigError(
-            f"the base model {base} is quantized, so that an adapter cannot be merged into its weights: name a copy "
-            "that is not, with --base. A training run with model_repo_id makes one: load_base_model, then a save"
+            f"the base model {base} is quantized, so an adapter cannot be merged into its weights: name an "
+            "unquantized copy with --base. A training run with model_repo_id makes one: load_base_model, then a save"
         )
 
 
 def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Any:
-    """The base model, of the class that the adapter was trained over."""
+    """The base model, with the class that the adapter was trained on."""
     kind, config = configured(base, "--base", revision)
     _refuse_quantized(base, config)
     mapping, task = settings.get("auto_mapping"), settings.get("task_type")
@@ -181,8 +181,8 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
             kind = getattr(transformers, _MAPPINGS[task])[type(config)]
         except KeyError:
             raise CheckpointConfigError(
-                f"{base} is a {config.model_type}, of which transformers has no model for the adapter's task {task}; "
-                "name the model it was trained over with --base"
+                f"{base} is a {config.model_type}, for which transformers has no model for the adapter's task {task}; "
+                "name the model it was trained on with --base"
             ) from None
         kind = kind[0] if isinstance(kind, tuple) else kind
     elif task is None and mapping:
@@ -212,7 +212,7 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
             base,
             missing=sorted(missing),
             remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter does not bring them: "
-            "name the model it was trained over with --base.",
+            "name the model it was trained on with --base.",
         )
     return model
 
@@ -222,7 +222,7 @@ def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
     library = str(mapping.get("parent_library"))
     if library.split(".", maxsplit=1)[0] != "transformers":
         raise CheckpointConfigError(
-            f"the adapter was trained over {mapping.get('base_model_class')} of {library}; models of transformers can "
+            f"the adapter was trained on {mapping.get('base_model_class')} of {library}; models of transformers can "
             "be merged. Merge it in Python: model.merge_and_unload()"
         )
     try:
@@ -233,7 +233,7 @@ def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
 
 
 def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | None:
-    """Rows of a head that an adapter brings along, where they are more or fewer than the configuration's labels."""
+    """Rows of a head that an adapter includes, if they are more or fewer than the configuration's labels."""
     for name, parameter in model.named_parameters():
         spec = stored.get(_PREFIX + name)
         if spec is not None and spec.shape != tuple(parameter.shape) and parameter.shape[0] == config.num_labels:
@@ -242,7 +242,7 @@ def _labels(model: Any, config: Any, stored: Mapping[str, TensorSpec]) -> int | 
 
 
 def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
-    """Rows of the embedding that an adapter brings along, its vocabulary having been resized; None if it has none."""
+    """Rows of the embedding that an adapter includes because its vocabulary was resized; None if it has none."""
     embeddings = embeddings_of(model)
     places = [name for name, module in model.named_modules() if any(module is each for each in embeddings)]
     found = [stored[f"{_PREFIX}{place}.weight"] for place in places if f"{_PREFIX}{place}.weight" in stored]
@@ -250,7 +250,7 @@ def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
 
 
 def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSpec]) -> Any:
-    """The base model with its adapter, every tensor of which has found its place."""
+    """The base model with its adapter; every tensor of the adapter has a place."""
     try:
         import peft
     except ImportError:
@@ -260,10 +260,10 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
     except Exception as error:
         raise CheckpointConfigError(
             f"the adapter {adapter} does not fit the base model {base}: {type(error).__name__}: {error}. Name the one "
-            "it was trained over with --base"
+            "it was trained on with --base"
         ) from error
     wanted = peft.get_peft_model_state_dict(found, save_embedding_layers=False)
-    # Embeddings are stored beside the adapter's own tensors, in names of peft's or of the model's.
+    # Embeddings are stored beside the adapter's own tensors, under names from peft or from the model.
     known = {*wanted, *found.state_dict()}
     if embeddings_of(model):
         known |= peft.get_peft_model_state_dict(found, save_embedding_layers=True).keys()
@@ -273,7 +273,7 @@ def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSp
             str(adapter),
             missing=missing,
             unexpected=unexpected,
-            remedy=f"It was trained over another model than {base}: name that one with --base.",
+            remedy=f"It was trained on a different model than {base}: name that one with --base.",
         )
     _refuse_tied(model, stored)
     return found

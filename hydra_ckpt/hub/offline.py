@@ -39,7 +39,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: Any of ours; its model as shards, consolidated, or in `.distcp` files (these tensor by tensor).
-        out: The directory to make; it must not exist, or be empty. A crash leaves nothing in its place.
+        out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
         part: `model`, the name of one of several models, or of an extra that holds tensors under the model's names
             (an average of the weights).
         dtype: Element type of floating-point tensors; None for what the run would have exported.
@@ -48,7 +48,7 @@ def export_checkpoint(
         progress: Called with bytes written so far and in all.
 
     Raises:
-        CheckpointExistsError: There is something at `out`.
+        CheckpointExistsError: `out` exists and is not empty.
         CheckpointNotFoundError: The checkpoint has no such part.
         CorruptCheckpointError: The checkpoint is damaged.
     """
@@ -58,14 +58,16 @@ def export_checkpoint(
     source, model = _source(checkpoint, part, ledger)
     source = source if dtype is None else source.cast(dtype)
     if max_file_bytes is not None and source.stem == names.ADAPTER:
-        raise CheckpointConfigError(f"{model} is an adapter, which peft reads from one file: no --max-shard-size")
+        raise CheckpointConfigError(
+            f"{model} is an adapter, which peft reads from one file: leave out --max-shard-size"
+        )
     small = _small_files(checkpoint, model, dtype)
     rest = (lambda: None) if ledger is None else partial(_verify_rest, checkpoint, source, ledger)
     return write_export(source, small, out, max_file_bytes=max_file_bytes, check=rest, progress=progress)
 
 
 def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None:
-    """Compare what was not read in whole digests; nobody has seen the export yet."""
+    """Compare the digests whose bytes were not all read; the export is not visible yet."""
     read = {chunk.file for item in source.tensors.values() for chunk in item.chunks}
     for error in findings(checkpoint.path, [check for check in ledger.left(ledger.done()) if check.file in read]):
         raise error
@@ -118,7 +120,7 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
     ends = (
         {held.removesuffix(name) for held in extra if held.endswith((f".{name}", f":{name}"))}
-        for name in sorted(sizes, key=len, reverse=True)  # a long name is hardly the end of another one
+        for name in sorted(sizes, key=len, reverse=True)  # a long name is unlikely to be the end of another one
     )
     prefixes = next(filter(None, ends), set())
 
@@ -129,8 +131,8 @@ def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> di
     best = min(sorted(prefixes, key=len), key=lambda prefix: len(lacking(prefix)), default="")
     if missing := lacking(best):
         raise CheckpointNotFoundError(
-            f"the extra {part!r} does not hold these of the model's tensors under their names and in their shapes, and "
-            f"an export needs all: {', '.join(missing)}"
+            f"the extra {part!r} lacks these tensors of the model, or has them in other shapes, and an export needs "
+            f"all of them: {', '.join(missing)}"
         )
     return {name: extra[best + name] for name in sizes}
 
@@ -148,7 +150,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> Source:
 
 
 def _is_whole(record: PartRecord) -> bool:
-    """Whether a part lies in the files of an export, under its names."""
+    """Whether a part is stored in the files of an export, under the export's names."""
     return all(Path(file).parent.name == names.CONSOLIDATED for file in record.files)
 
 

@@ -1,4 +1,4 @@
-"""The reference model: where it lies on disk, and what its files hold. The network is never touched."""
+"""The reference model: its place on disk, and the contents of its files. The network is never touched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reference:
 
     Attributes:
         directory: The local directory, or the snapshot in the hub cache.
-        root: What its files must lie in once links are followed: a snapshot's are links into the cache.
+        root: The directory that must contain its files once links are followed: a snapshot's are links into the cache.
     """
 
     directory: Path
@@ -46,7 +46,7 @@ class Reference:
         """A small file.
 
         Raises:
-            CorruptCheckpointError: It is a link that leads out of the directory, no regular file, or far too large.
+            CorruptCheckpointError: It is a link that leads out of the directory, not a regular file, or far too large.
         """
         return read_small_file(self.root / self.inside(name), _MAX_BYTES)
 
@@ -54,7 +54,7 @@ class Reference:
         """A small JSON file; empty if there is none.
 
         Raises:
-            CorruptCheckpointError: It is no JSON object, or far too large.
+            CorruptCheckpointError: It is not a JSON object, or far too large.
         """
         if not self.has(name):
             return {}
@@ -62,7 +62,7 @@ class Reference:
         try:
             return dict(json.loads(self.read(name)))
         except (ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise CorruptCheckpointError(path, f"is no JSON object: {error}") from None
+            raise CorruptCheckpointError(path, f"is not a JSON object: {error}") from None
 
     def inside(self, name: str) -> str:
         """The path of a file below `root`, links followed.
@@ -83,10 +83,10 @@ class Reference:
 
     @cached_property
     def file_map(self) -> Mapping[str, str]:
-        """Name of a tensor to the file it lies in, as its index says; empty for a single file.
+        """Name of a tensor to its file, as given by the index; empty for a single file.
 
         Raises:
-            CorruptCheckpointError: The index makes no sense.
+            CorruptCheckpointError: The index is invalid.
         """
         for index in _INDICES:
             if self.has(index):
@@ -123,8 +123,8 @@ class Reference:
         missing = [name for name in self.weight_files if not self.has(name)]
         if missing and complete:
             raise CheckpointNotFoundError(
-                f"{self.directory}: the index lists files that are not there: {', '.join(missing)}. "
-                "The download is incomplete; repeat it"
+                f"{self.directory}: the index lists files that do not exist: {', '.join(missing)}. The download is "
+                "incomplete; repeat it"
             )
         found: dict[str, StoredTensor] = {}
         for name in self.weight_files:
@@ -153,9 +153,9 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
         if snapshot.is_dir():
             return Reference(snapshot, repository.resolve())
     raise CheckpointNotFoundError(
-        f"checkpoint.model_repo_id={repo_id} is no directory, and {cache_dir} has no complete copy of it "
-        f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, "
-        "or give a directory"
+        f"checkpoint.model_repo_id={repo_id} is not a directory, and {cache_dir} has no complete copy of it "
+        f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, or "
+        "give a directory"
     )
 
 

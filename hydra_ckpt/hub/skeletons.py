@@ -15,7 +15,7 @@ def skeleton(kind: type[Any], config: Any) -> Any:
     """A model of a class on the meta device; the configuration is not touched.
 
     Raises:
-        Exception: Whatever the class raises, where it cannot be built without data.
+        Exception: Whatever the class raises, if it cannot be built without data.
     """
     from transformers.initialization import no_init_weights
 
@@ -24,7 +24,7 @@ def skeleton(kind: type[Any], config: Any) -> Any:
 
 
 def configured(base: str, option: str, revision: str | None = None) -> tuple[type[Any], Any]:
-    """The class and the configuration of a model on this machine. Code that it brings along is not run.
+    """The class and the configuration of a model on this machine. Custom code is not run.
 
     Args:
         base: A directory, or a hub id of which the cache has the configuration.

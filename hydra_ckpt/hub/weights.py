@@ -1,4 +1,4 @@
-"""The weights of a reference model, read box by box, dequantized on the way where they are FP8."""
+"""The weights of a reference model, read box by box, and dequantized on the way if they are FP8."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hydra_ckpt.storage.read import Fetch, fetch
 
 _BLOCK_BYTES = 64 << 20
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-# Quantizations whose FP8 weights have a scale beside them; others pack their values in ways of their own.
+# Quantizations whose FP8 weights have separate scales; others pack their values in their own ways.
 _FP8_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}
 _SCALES = ("_scale_inv", "_scale")
-# What quantized models keep for activations; nothing that a dequantized model needs.
+# What quantized models store for activations; a dequantized model does not need it.
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 
@@ -57,7 +57,7 @@ class SafetensorsWeights:
     """Weights in safetensors files.
 
     Args:
-        reference: Where they lie.
+        reference: Where they are stored.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -85,7 +85,7 @@ class PickledWeights:
     """Weights in PyTorch's `.bin` files.
 
     Args:
-        reference: Where they lie.
+        reference: Where they are stored.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -128,7 +128,7 @@ def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
 
 
 class Dequantized:
-    """FP8 weights with the values they stand for.
+    """Convert FP8 weights to the values that they represent.
 
     Args:
         weights: As they are stored.
@@ -148,25 +148,25 @@ class Dequantized:
             for end in _SCALES
             if spec.dtype in _FP8 and name + end in specs
         }
-        # The first way of spelling wins where both are there.
+        # The first spelling wins if both exist.
         method = config.get("quant_method")
         if method is not None and (method not in _FP8_METHODS or not self._scales):
             raise CheckpointConfigError(
                 f"the reference model is quantized by {method} (quantization_config.quant_method in its config.json) "
                 "in a way this version does not read; it reads FP8 with scales per block, per channel or per tensor. "
-                "Take a copy of the model that is not quantized"
+                "Use a copy of the model that is not quantized"
             )
         if self._scales and permitted is False:
             raise CheckpointConfigError(
                 "checkpoint.dequantize_base_checkpoint=false, but the reference model is quantized "
-                f"({next(iter(self._scales))}); set it to null or true, or take a copy that is not quantized"
+                f"({next(iter(self._scales))}); set it to null or true, or use a copy that is not quantized"
             )
         self._block = _block_size(config)
         for name, scale in self._scales.items():
             self._check_scale(name, specs[name].shape, specs[scale].shape)
 
     def _check_scale(self, name: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
-        """See that a weight's scales are of a shape that can be read, before anything is."""
+        """Check that a weight's scales have a readable shape, before anything is read."""
         rows = scale == shape[:1]
         if prod(scale) == 1 or rows:
             return
@@ -177,8 +177,7 @@ class Dequantized:
             raise CorruptCheckpointError(
                 self._scales[name],
                 f"its shape {list(scale)} fits neither blocks of {list(self._block)} nor the rows of {name}, whose "
-                f"shape is {list(shape)}. The blocks' size stands in config.json (quantization_config."
-                "weight_block_size)",
+                f"shape is {list(shape)}. The block size is set in config.json (quantization_config.weight_block_size)",
             )
 
     @cached_property
@@ -237,7 +236,7 @@ class Dequantized:
         return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
 
     def _factors(self, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
-        """The scales with one dimension for each of the weight's; None where one number serves all."""
+        """The scales with one dimension for each of the weight's; None if one number serves all."""
         if scales.numel() == 1:
             return None
         return scales.reshape(-1, *[1] * (len(spec.shape) - 1)) if tuple(scales.shape) == spec.shape[:1] else scales

@@ -1,4 +1,4 @@
-"""Writing an export from stored tensors, in bounded memory; it appears when all of it is there."""
+"""Writing an export from stored tensors, in bounded memory; it appears when it is complete."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Source:
     Attributes:
         tensors: By name.
         naming: From these to the export's.
-        stem: How weight files are called.
+        stem: Name of the weight files without suffixes.
         read: Reads boxes.
         block_bytes: The largest block to read at once.
     """
@@ -56,7 +56,7 @@ class Source:
         """The same with all floating-point tensors in one element type.
 
         Raises:
-            CheckpointConfigError: It is none of those that are known.
+            CheckpointConfigError: It is not one of the known types.
         """
         if dtype not in FLOATS:
             raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
@@ -66,7 +66,7 @@ class Source:
 
     def layouts(self, max_file_bytes: int | None) -> list[FileLayout]:
         """The files to write: as named, unless a size is given."""
-        # An average's tensors are called otherwise in their file than here.
+        # The tensors of an average have other names in their file than here.
         specs = self.naming.specs([replace(item.spec, name=name) for name, item in self.tensors.items()])
         by_map = self.naming.files and max_file_bytes is None
         groups = by_file(specs, self.naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
@@ -74,24 +74,24 @@ class Source:
 
 
 def refuse_occupied(out: Path) -> None:
-    """See that a directory can be made here; an empty one may be there already.
+    """Check that a directory can be created here; an empty one may already exist.
 
     Raises:
-        CheckpointExistsError: There is something, or it would lie within a checkpoint.
+        CheckpointExistsError: It exists already, or would be inside a checkpoint.
         CheckpointConfigError: Nothing can be made here.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise CheckpointExistsError(f"{out} is there already; name a directory that does not exist, or an empty one")
+        raise CheckpointExistsError(f"{out} exists already; name a directory that does not exist, or an empty one")
     place = out.absolute()
     if out.exists() and place.samefile(Path.cwd()):
         raise CheckpointConfigError(f"{out} is the working directory, which cannot be replaced; name one below it")
     above = next(parent for parent in place.parents if parent.exists())
     if not above.is_dir():
-        raise CheckpointConfigError(f"{out} lies below {above}, which is a file; name another directory")
+        raise CheckpointConfigError(f"{out} is below {above}, which is a file; name another directory")
     for parent in (place, *place.resolve().parents):
         if (parent / names.MANIFEST).exists():
             raise CheckpointExistsError(
-                f"{out} lies within the checkpoint {parent}, which is not changed; name another"
+                f"{out} is inside the checkpoint {parent}, which must not be changed; name another directory"
             )
 
 
@@ -108,10 +108,10 @@ def write_export(
 
     Args:
         source: The tensors.
-        small: Further files by name; the index of several weight files is added.
+        small: Other files by name; the index of several weight files is added.
         out: The directory to make; see `refuse_occupied`.
         max_file_bytes: Size at which a new file begins; None for the source's own files.
-        check: Called when all is written and nobody has seen it; what it raises takes the export back.
+        check: Called when everything is written but not visible yet; if it raises, the export is discarded.
         progress: Called with bytes written so far and in all.
     """
     layouts = source.layouts(max_file_bytes)
@@ -141,7 +141,7 @@ def write_export(
 
 @contextmanager
 def drafted(out: Path, files: Files) -> Iterator[Path]:
-    """A directory beside `out` that takes its name when all went well, durably, and is removed when it did not."""
+    """A directory beside `out` that is durably renamed to it on success, and removed on failure."""
     draft = out.absolute().with_name(f".{out.name}.draft-{names.nonce()}")
     files.make_dir(draft)
     try:

@@ -1,4 +1,4 @@
-"""The command that continues a Hydra run: how its program was started is recorded, what was typed is replayed."""
+"""The command that continues a Hydra run: the start of its program is recorded, and its overrides are used again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["program_of_this_process", "resume_command"]
 
-# Where a run lies and how many jobs it has is said anew.
+# The run's directory and its number of jobs are set again.
 _REPLACED = ("hydra.run.dir=", "hydra.sweep.", "hydra.mode=", "hydra/launcher=", "hydra/sweeper=", "hydra.launcher.")
 _FOUND_ANEW = "checkpoint.restore_from="
 
@@ -36,7 +36,7 @@ def resume_command(launch: Mapping[str, Any], hydra: Mapping[str, Any], run_dir:
     Args:
         launch: What `program_of_this_process` said in the run.
         hydra: The run's `hydra.yaml`, below its key `hydra`.
-        run_dir: Where the run lies now.
+        run_dir: The run's current directory.
     """
     job, runtime = hydra.get("job") or {}, hydra.get("runtime") or {}
     typed = hydra.get("overrides") or {}
@@ -63,13 +63,13 @@ def _launcher(launch: Mapping[str, Any]) -> list[str]:
 
 
 def _replayed(overrides: Iterable[object]) -> list[str]:
-    """What was typed, but for the place of the run; one that went back to a checkpoint goes on from its newest now."""
+    """The original overrides, but for the run's directory; a run that went back now continues from its newest."""
     texts = [str(item) for item in overrides]
     return [text for text in texts if not text.startswith((*_REPLACED, _FOUND_ANEW))]
 
 
 def _quoted(text: str) -> str:
-    """A value of an override, in quotes where Hydra's grammar asks for them."""
+    """A value of an override, in quotes if Hydra's grammar requires them."""
     if all(letter.isalnum() or letter in "/_-.:" for letter in text):
         return text
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")

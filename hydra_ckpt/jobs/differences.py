@@ -1,6 +1,6 @@
 """What differs between two configurations, key by key, and which differences make an exact resume impossible.
 
-Applications name things as they like, so kinds of settings are told from their names: `trainer.batch_size`,
+Applications name things as they like, so kinds of settings are recognized by their names: `trainer.batch_size`,
 `per_device_train_batch_size` and `data.loader.bs` are all sizes of batches.
 """
 
@@ -16,11 +16,11 @@ from hydra_ckpt.errors import printable
 
 _ABSENT = "(absent)"
 _SHOWN_CHARACTERS = 60
-# Configurations come out of directories that anybody may have written: no more of them is looked at.
+# Configurations come from directories that anyone may have written: only this much of them is compared.
 _MAX_KEYS = 20_000
 _MAX_DEPTH = 50
 
-# What a key's last word or its path says about it. The first that matches counts.
+# Kinds of settings by a key's last word or its path. The first match counts.
 _HARMLESS = re.compile(
     r"(^|\.)(num_workers|pin_memory\w*|persistent_workers|prefetch\w*|verbose|log\w*|run_name|project|tags?)$"
     r"|(^|\.)(checkpoint|callbacks|logger|loggers|hydra|wandb|tensorboard)(\.|$)"
@@ -77,7 +77,7 @@ def differences(before: Any, now: Any) -> list[Difference]:
 
 
 def kind_of(key: str) -> str:
-    """What depends on a setting in an exact resume, told from its key; empty where nothing does."""
+    """What depends on a setting in an exact resume, judged by its key; empty if nothing does."""
     lower = key.lower()
     if _HARMLESS.search(lower):
         return ""
@@ -85,7 +85,7 @@ def kind_of(key: str) -> str:
 
 
 def about_saving(key: str) -> bool:
-    """Whether a setting says how a run is saved, and nothing of what it computes."""
+    """Whether a setting only affects how a run is saved, not what it computes."""
     return key.startswith(("checkpoint.", "callbacks.checkpoint."))
 
 

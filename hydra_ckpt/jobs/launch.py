@@ -1,11 +1,13 @@
-"""What the ranks of one launch agree on before there is a process group; torch-free unless ranks must be asked.
+"""What the ranks of one launch agree on before there is a process group.
 
-Hydra starts in every rank by itself: left alone, each would choose its own timestamped run directory and write its own
+torch is imported only if the ranks have to communicate.
+
+Hydra starts separately in every rank: left alone, each would choose its own timestamped run directory and write its own
 copies of the configuration and the log. Three resolvers prevent that; the options `hydra/output=hydra_ckpt` and
 `hydra/job_logging=hydra_ckpt` use them:
 
 - `${hydra_ckpt.launch_time:FORMAT}`: one time for all ranks, which also outlives restarts by torchrun;
-- `${hydra_ckpt.run_directory:NAME}`: NAME where there is one, else the launch time;
+- `${hydra_ckpt.run_directory:NAME}`: NAME if given, else the launch time;
 - `${hydra_ckpt.rank0:VALUE,OTHERWISE}`: VALUE on the first rank, OTHERWISE (null) on the others.
 """
 
@@ -34,8 +36,8 @@ _said = count()
 
 
 def register_resolvers() -> None:
-    """Registers the resolvers; again changes nothing."""
-    # Cached, because Hydra hands only cached values on to the jobs of a sweep.
+    """Registers the resolvers; calling it again changes nothing."""
+    # Cached, because Hydra passes only cached values to the jobs of a sweep.
     for name, resolver in (("launch_time", _launch_time), ("run_directory", _run_directory), ("rank0", _rank0)):
         OmegaConf.register_new_resolver(f"hydra_ckpt.{name}", resolver, use_cache=True, replace=True)
 
@@ -68,17 +70,17 @@ def _first_to_say(now: str) -> str:
     if not _is_torchrun():
         raise TopologyError(
             "several ranks were started, but not by torchrun, so they cannot agree on a timestamped run directory; "
-            "give its name (hydra.run.dir=..., in hydra-ckpt-train run_name=...), or set "
-            f"{_TIME_VARIABLE} to one ISO time for all of them"
+            f"give its name (hydra.run.dir=..., in hydra-ckpt-train run_name=...), or set {_TIME_VARIABLE} to the "
+            "same ISO time for all of them"
         )
     said: bytes = _agents_store().compare_set(_STORE_KEY, "", now)
     return said.decode()
 
 
 def first_rank_says(what: str, say: Callable[[], str]) -> str:
-    """Collective: what the first rank of this launch says, on all ranks; works before there is a process group.
+    """Collective: the first rank's answer, on all ranks of this launch; works before there is a process group.
 
-    Where ranks have no way to talk (several that torchrun has not started) each has to find the answer itself.
+    If ranks cannot communicate (several ranks not started by torchrun), each has to find the answer itself.
 
     Args:
         what: Names the question.
@@ -93,7 +95,7 @@ def first_rank_says(what: str, say: Callable[[], str]) -> str:
         return answer[0]
     if not _is_torchrun():
         return say()
-    # The store outlives a restart, whose ranks must not hear what was said before it.
+    # The store outlives a restart, and the restarted ranks must not read earlier answers.
     key = f"hydra_ckpt/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_said)}"
     store = _agents_store()
     if os.environ.get("RANK") == "0":

@@ -17,13 +17,13 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
     torchrun's store outlives a restart, and a sweep's jobs share it, so a plain call may find the addresses of ranks
     that are gone, and fail or hang (pytorch issue 135712, seen with torch 2.13). Here each attempt and each job has its
     own part of the store.
-    Without torchrun's variables, or where the group is up already, nothing happens.
+    Without torchrun's variables, or if the group exists already, nothing happens.
 
     Collective: every rank of the launch.
 
     Args:
         backend: As `init_process_group` takes it.
-        **options: Its further arguments, but none about stores and ranks.
+        **options: Its other arguments, except those about stores and ranks.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore

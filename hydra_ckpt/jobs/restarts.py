@@ -15,7 +15,7 @@ __all__ = ["ELASTIC", "SLURM", "job_of_this_process", "launch_of_this_process", 
 SLURM, ELASTIC = "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"
 # Identity of a job that schedulers keep when they start it again.
 _JOB_VARIABLES = (SLURM, "PBS_JOBID", "LSB_JOBID", "JOB_ID", ELASTIC)
-# How often it has been started again, where that is counted.
+# How often it has been started again, if that is counted.
 _COUNTS = {SLURM: "SLURM_RESTART_COUNT", ELASTIC: "TORCHELASTIC_RESTART_COUNT"}
 
 

@@ -1,4 +1,4 @@
-"""What can be learned from the Hydra run this process is part of, if it is part of one."""
+"""Information about the Hydra run that this process is part of, if any."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class HydraRun:
         output_dir: Its run directory, absolute.
         sweep_dir: The directory of the sweep it is a job of, absolute; None for a single run.
         number: Its number in the sweep; None for a single run.
-        overrides: What was typed for it, Hydra's own settings aside.
+        overrides: Its overrides from the command line, without Hydra's own settings.
         texts: File name and YAML text of the configuration it runs with.
         launch: How its program was started; see `program_of_this_process`.
         launcher: What runs it beside its siblings, or after them.
@@ -82,12 +82,12 @@ class HydraRun:
 
     @property
     def owner(self) -> str | None:
-        """Sweep directory and name of the job where it is one of several, else None."""
+        """Sweep directory and name of the job if it is one of several, else None."""
         return None if self.sweep_dir is None else f"{self.sweep_dir}, job {self.name}"
 
 
 def goes_by_results(hydra: Any) -> bool:
-    """Whether a sweeper proposes values by what jobs have returned, as far as is known; Hydra's own does not.
+    """Whether a sweeper chooses values by the results of jobs, as far as is known; Hydra's own does not.
 
     Args:
         hydra: Hydra's own settings.
@@ -113,7 +113,7 @@ def _name(hydra: Any, sweep_dir: Path, output_dir: Path) -> str:
 
 def _hydra() -> Any:
     """Hydra's own settings; None outside a job."""
-    # Hydra cannot be running where nobody imported it, and importing it here would cost time.
+    # Hydra cannot be running if it has not been imported, and importing it here would take time.
     module = sys.modules.get("hydra.core.hydra_config")
     return None if module is None or not module.HydraConfig.initialized() else module.HydraConfig.get()
 

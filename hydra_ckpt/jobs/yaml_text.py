@@ -12,7 +12,7 @@ _MAX_DEPTH = 64
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML as plain data, interpolations as they are written; None where it cannot be read.
+    """YAML as plain data, interpolations as they are written; None if it cannot be read.
 
     Aliases, by which a few lines become gigabytes, are refused, and so is what is nested too deeply. Nothing is called.
     """
@@ -25,7 +25,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_config(text: str) -> dict[str, Any] | None:
-    """A configuration's YAML as plain data; None where it is none."""
+    """A configuration's YAML as plain data; None if it is none."""
     data = parse_yaml(text)
     return data if isinstance(data, dict) else None
 

@@ -1,8 +1,8 @@
-"""Aliases: the elements of a model's tensors under the names, and in the shapes, that others know them by.
+"""Aliases: the elements of a model's tensors under other names and in other shapes, as exports have them.
 
 A tensor of the model may be several tensors of an export (experts fused in memory), a part of one (projections split
-in memory), or one whose dimensions stand in another order. Each alias is one box of one tensor and where it lies in
-the other, so that it applies to shards as it does to whole tensors, and in both directions.
+in memory), or one whose dimensions are in another order. Each alias is one box of one tensor and its position in the
+other, so it applies to shards as it does to whole tensors, and in both directions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class Alias:
 
     Attributes:
         name: The other tensor.
-        shape: Its global shape; a finer grid of it, where the tensor's own dimensions are no boxes' (see `grids`).
+        shape: Its global shape, or a finer grid of it if the box cannot be expressed in the tensor's own dimensions
+            (see `grids`).
         corner: Where in it the box begins.
         source: The tensor the elements belong to.
         box: Which of its elements.
-        dims: For each dimension of the other tensor the source's dimension it is; None for one of a single element.
+        dims: For each dimension of the other tensor, the corresponding dimension of the source; None for one of a
+            single element.
         grid: The grid of the source that the box is given in; empty for the source's own shape.
     """
 
@@ -53,10 +55,10 @@ class Alias:
         return not self.grid and self.dims == tuple(range(len(self.shape))) and self.box == Box.whole(self.shape)
 
     def part(self, held: Box) -> tuple[Box, Box] | None:
-        """The elements of the alias that lie in a box of the source.
+        """The elements of the alias that are in a box of the source.
 
         Returns:
-            Their box in the source and their box in the other tensor; None where there are none.
+            Their box in the source and their box in the other tensor; None if there are none.
         """
         inner = self.box.intersect(held)
         return None if inner is None else (inner, self.placed(inner))
@@ -85,10 +87,10 @@ class Alias:
         return Alias(theirs.source, shape, place[0].offsets, self.source, ours[0], dims, self.grid)
 
     def sought(self, wanted: Box) -> tuple[Box, Box] | None:
-        """The elements of the alias that lie in a box of the other tensor.
+        """The elements of the alias that are in a box of the other tensor.
 
         Returns:
-            Their box in the source and their box in the other tensor; None where there are none.
+            Their box in the source and their box in the other tensor; None if there are none.
         """
         common = self.placed(self.box).intersect(wanted)
         if common is None:
@@ -103,13 +105,13 @@ class Alias:
 
 @dataclass(frozen=True)
 class Naming:
-    """How a model's tensors are called, laid out and typed in an export.
+    """The names, layout and element types of a model's tensors in an export.
 
     Attributes:
         aliases: In the order of the files; all pieces of one tensor follow each other.
         dtypes: Element types by exported name, where they are not the source's.
-        files: A text by exported name, equal for those of one file; empty where files are cut by size.
-        shapes: Shapes by exported name, where the aliases give a finer grid of them.
+        files: A text by exported name, equal for those of one file; empty if files are cut by size.
+        shapes: Shapes by exported name, if the aliases give a finer grid of them.
     """
 
     aliases: tuple[Alias, ...]
@@ -145,7 +147,7 @@ class Naming:
         return cls(tuple(sorted(aliases, key=lambda alias: first[alias.name])), dtypes, shapes=finer)
 
     def completed(self, specs: Sequence[TensorSpec]) -> Naming:
-        """The same for these tensors and no others; those it does not know keep their names."""
+        """The same for these tensors only; tensors without an alias keep their names."""
         known = {spec.name for spec in specs}
         aliases = [alias for alias in self.aliases if alias.source in known]
         aliases += [Alias.same(spec) for spec in specs if spec.name not in self.by_source]
@@ -189,7 +191,7 @@ class Naming:
         return not self.dtypes and all(alias.is_whole and alias.name == alias.source for alias in self.aliases)
 
     def keeps(self, specs: Iterable[TensorSpec]) -> bool:
-        """Whether every element of these tensors stands in the export bit for bit, so that it can be read back."""
+        """Whether every element of these tensors is in the export bit for bit, so that it can be read back."""
         return all(
             sum({(alias.grid, alias.box): alias.box.numel for alias in self.by_source.get(spec.name, ())}.values())
             == prod(spec.shape)
@@ -222,7 +224,7 @@ class Naming:
         """What `to_data` returned.
 
         Raises:
-            ValueError: It makes no sense.
+            ValueError: It is invalid.
         """
         try:
             aliases = tuple(
@@ -265,7 +267,7 @@ def _check(alias: Alias, shape: tuple[int, ...]) -> None:
     lengths = {len(alias.box.offsets), len(alias.box.sizes), len(alias.grid or alias.box.sizes)}
     negative = any(number < 0 for number in (*numbers, *alias.grid, *shape))
     if len(ranks) != 1 or len(lengths) != 1 or negative or prod(shape) != prod(alias.shape):
-        raise ValueError(f"{alias.name}: an alias of {alias.source} that makes no sense")
+        raise ValueError(f"{alias.name}: an invalid alias of {alias.source}")
     placed = alias.placed(alias.box)
     inside = all(a + n <= m for a, n, m in zip(placed.offsets, placed.sizes, alias.shape, strict=True))
     if len(set(used)) != len(used) or not inside or placed.numel != alias.box.numel:

@@ -1,8 +1,8 @@
-"""Blocks: files for neighbouring shards, so that few ranks meet in one of them, however many there are.
+"""Blocks: files for neighbouring shards, so that few ranks write to each of them, however many ranks there are.
 
-A tensor on more ranks than should write to one file is cut into boxes: what up to so many neighbours along one
-dimension of the device mesh hold together. All boxes of the same neighbours fill files of their own. Each rank computes
-those of its own block only, from mesh and placements; it needs to know nothing of the others.
+A tensor on more ranks than should write to one file is cut into boxes: what up to this many neighbours along one
+dimension of the device mesh hold together. All boxes of the same neighbours fill separate files. Each rank computes
+only those of its own block, from mesh and placements; it needs no information about the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_size, lay
 from hydra_ckpt.layout.replicas import stretches
 from hydra_ckpt.layout.specs import TensorSpec
 
-# Neighbours that fill files together. Two replicas may meet in a file: then it has twice as many writers.
+# Neighbours that fill files together. Two replicas may share a file: then it has twice as many writers.
 BLOCK_SHARDS = 32
 
 
@@ -30,7 +30,7 @@ class Member:
         sharding: How it is spread.
         replicas: How many ranks hold the same shard.
         leads: Whether this rank is the first of these.
-        mesh: Tells the device meshes apart.
+        mesh: Identifies the device mesh.
     """
 
     spec: TensorSpec
@@ -45,8 +45,8 @@ class Block:
     """Neighbours on a device mesh, and what they hold of a tensor.
 
     Attributes:
-        key: Equal on those ranks only: the coordinates along each mesh dimension, `x` where it replicates.
-        box: Together; a rank's own part lies in it.
+        key: Equal on those ranks only: the coordinates along each mesh dimension, `x` for one that replicates.
+        box: What they hold together; it contains a rank's own part.
         shards: Into how many shards it is cut.
         first: Whether this rank is the first of the neighbours.
     """
@@ -77,7 +77,7 @@ def block_of(sharding: Sharding, shape: tuple[int, ...], limit: int) -> Block:
     """The block of at most `limit` neighbours that a rank belongs to with a sharded tensor.
 
     Neighbours follow along the longest mesh dimension whose split is the last one of its tensor dimension: there
-    neighbouring shards lie side by side, so that what they hold together is a box.
+    neighbouring shards are adjacent, so that together they form a box.
     """
     last = {sharding.dims[mesh_dim]: mesh_dim for mesh_dim in sharding.order}
     along = max(last.values(), key=lambda mesh_dim: sharding.mesh_shape[mesh_dim])
@@ -103,12 +103,12 @@ def block_of(sharding: Sharding, shape: tuple[int, ...], limit: int) -> Block:
 def block_files(members: Iterable[Member], limit: int, directory: str, stem: str) -> list[BlockFiles]:
     """The files of the blocks that this rank belongs to.
 
-    A block has about a file for each stretch that its replicas divide it into, so that two replicas meet in a file.
+    A block has about a file for each stretch that its replicas divide it into, so that two replicas share a file.
 
     Args:
         members: The tensors to lay out; equal, but for the coordinates, on all ranks of a block.
         limit: Neighbours in a block.
-        directory: Where the files go.
+        directory: Directory for the files.
         stem: What their names begin with.
     """
     blocks: dict[str, list[tuple[Member, Block]]] = defaultdict(list)

@@ -12,7 +12,7 @@ from hydra_ckpt.errors import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-aligned part of a tensor: `sizes` elements from `offsets` on, one number a dimension."""
+    """An axis-aligned part of a tensor: `sizes` elements starting at `offsets`, one number per dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -32,7 +32,7 @@ class Box:
         return Box((self.offsets[0] + start, *self.offsets[1:]), (stop - start, *self.sizes[1:]))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, or None where there is no common element."""
+        """The common part, or None if there is no common element."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -52,7 +52,7 @@ class Sharding:
     Attributes:
         mesh_shape: Ranks along each mesh dimension.
         coordinate: This rank's position in the mesh.
-        dims: For each mesh dimension the tensor dimension it splits, or None where it replicates.
+        dims: For each mesh dimension the tensor dimension it splits, or None if it replicates.
         strided: For each mesh dimension whether its split comes after those of the mesh dimensions to its right
             (`_StridedShard` of PyTorch: FSDP applied to a tensor that TP had already split).
     """
@@ -119,7 +119,7 @@ class Region:
 
     @property
     def end(self) -> int:
-        """First byte behind the last run."""
+        """First byte after the last run."""
         return self.offset + (self.count - 1) * self.stride + self.run
 
 

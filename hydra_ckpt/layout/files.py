@@ -1,4 +1,4 @@
-"""Files: which tensor lies in which safetensors file, and where.
+"""Files: which tensor is in which safetensors file, and where.
 
 The safetensors format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian;
 a JSON header; the tensors' bytes, row-major, without holes. The header may end in spaces, which we use to start the
@@ -20,10 +20,10 @@ DEFAULT_FILE_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One safetensors file: all of its bytes but the tensors' values.
+    """One safetensors file: all of its bytes except the tensors' values.
 
     Attributes:
-        path: Where it lies, relative to the checkpoint's directory.
+        path: Its path, relative to the checkpoint's directory.
         tensors: Its tensors in the order of their bytes.
         metadata: The header's `__metadata__`.
     """
@@ -60,7 +60,7 @@ class FileLayout:
 
 
 def by_size(specs: Iterable[TensorSpec], max_bytes: int = DEFAULT_FILE_BYTES) -> list[list[TensorSpec]]:
-    """Cut a sequence of tensors into groups of at most `max_bytes`; a larger tensor has a group of its own."""
+    """Cut a sequence of tensors into groups of at most `max_bytes`; a larger tensor forms a group alone."""
     groups: list[list[TensorSpec]] = []
     filled = 0
     for spec in specs:
@@ -73,7 +73,7 @@ def by_size(specs: Iterable[TensorSpec], max_bytes: int = DEFAULT_FILE_BYTES) ->
 
 
 def by_file(specs: Iterable[TensorSpec], file_of: Mapping[str, str]) -> list[list[TensorSpec]]:
-    """Put tensors together as in other files, in the order of their names; those it does not know into the last."""
+    """Group tensors as in other files, in the order of the file names; unknown tensors go into the last group."""
     groups: dict[str, list[TensorSpec]] = {name: [] for name in sorted(set(file_of.values()))}
     for spec in specs:
         groups[file_of.get(spec.name, max(groups))].append(spec)
@@ -88,7 +88,7 @@ def file_names(stem: str, count: int) -> list[str]:
 
 
 def lay_out(groups: Sequence[Sequence[TensorSpec]], directory: str, stem: str) -> list[FileLayout]:
-    """One file a group. Wide elements come first, so that every tensor's offset is a multiple of its element size.
+    """One file per group. Wide elements come first, so that every tensor's offset is a multiple of its element size.
 
     Among these, tensors of whole pages come first, so that they and their shards begin and end with a page: two ranks
     that write to one file got 1.6 times slower by sharing pages (ext4, 2 ranks, 1 GB).

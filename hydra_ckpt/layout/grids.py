@@ -1,8 +1,8 @@
-"""Grids: finer shapes in which elements that a conversion permutes within a tensor lie in boxes again.
+"""Grids: finer shapes in which elements that a conversion permutes within a tensor form boxes again.
 
 Rotary weights whose rows are interleaved, projections whose gate and up rows alternate, kernels flattened into
-matrices: in the tensors' own shapes such parts are no boxes. Cut both tensors' dimensions finely enough, `(rows, c)`
-into `(heads, 2, half, c)` say, and they are: a transposed box. So shards of them need no gathering either.
+matrices: in the tensors' own shapes such parts are not boxes. Cut both tensors' dimensions finely enough, say `(rows,
+    c)` into `(heads, 2, half, c)`, and they become a transposed box. So shards of them need no gathering either.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Walk:
 
 
 class NoGridError(ValueError):
-    """The parts are boxes in no common grid."""
+    """No grid makes boxes of all parts."""
 
 
 def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) -> list[Alias]:
@@ -58,7 +58,7 @@ def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) ->
         walks: Its parts.
 
     Raises:
-        NoGridError: There is no such grid.
+        NoGridError: Such a grid does not exist.
     """
     cuts: list[set[int]] = [{1} for _ in shape]
     while True:
@@ -74,16 +74,16 @@ def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) ->
 
 
 def aliases_through(name: str, shape: tuple[int, ...], walk: Walk, parts: Sequence[Walk]) -> list[Alias]:
-    """The same for a tensor that is moved about after it was joined of others.
+    """The same for a tensor that is permuted after it was joined from others.
 
     Args:
         name: The tensor.
         shape: Its shape.
         walk: How it is found in the joined tensor.
-        parts: What that is joined of.
+        parts: The parts that it is joined from.
 
     Raises:
-        NoGridError: There is no such grid.
+        NoGridError: Such a grid does not exist.
     """
     middle = walk.source
     while True:

@@ -45,9 +45,9 @@ class WritePlan:
         led: Those of `block_files` that this rank creates, by their position there.
         shares: What this rank writes, by the position of the holding it is taken from.
         pieces: Where; file indices count through `files`, `own_files`, `block_files`.
-        fingerprint: Equal on ranks whose plans fit together.
-        foreign: Part to the shares that are written in a format of its own, by position.
-        direct: Indices of the files that are written past the page cache: nobody maps them, or reads them again soon.
+        fingerprint: Equal on ranks whose plans match.
+        foreign: Part to the shares that are written in a separate format, by position.
+        direct: Indices of the files that are written past the page cache: no rank maps them, or reads them again soon.
     """
 
     files: tuple[FileLayout, ...]
@@ -81,7 +81,7 @@ class WritePlan:
     def coverage(self) -> int:
         """A sum over this rank's byte ranges of the files that ranks fill together; see `full_coverage`.
 
-        What a block's file must add up to is taken off by the rank that creates it: only its block knows the file.
+        The rank that creates a block's file subtracts what that file must add up to: only its block knows the file.
         """
         first = len(self.files) + len(self.own_files)
         seeds = [_seed(file.path) for file in self.block_files]
@@ -110,7 +110,7 @@ def _data_region(file: FileLayout) -> Region:
 
 
 def _seed(path: str) -> int:
-    """Stands for a file's index where not all ranks count it."""
+    """Replaces a file's index if not all ranks count the file."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "little") + (1 << 32)
 
 
@@ -173,7 +173,7 @@ def describe(specs: Iterable[TensorSpec]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A box of a tensor as it lies in a file: row-major from byte `offset` on."""
+    """A box of a tensor as it is stored in a file: row-major from byte `offset` on."""
 
     box: Box
     file: str

@@ -1,4 +1,4 @@
-"""Who writes what: ranks that hold the same values divide the work among themselves, without talking."""
+"""Who writes what: ranks that hold the same values divide the work among themselves, without communication."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.specs import TensorSpec
 
-# So many replicas always share the work: about a node's.
+# This many replicas always share the work: about the number on one node.
 _ALWAYS = 8
-# Further ones join as long as each writes this much, and this much of a file goes to each replica with its peers:
-# files of 5 GB then have about 64 writers where tensors are not sharded.
+# More join as long as each writes this much, and this much of a file goes to each replica with its peers: files of 5 GB
+# then have about 64 writers where tensors are not sharded.
 _LEAST_BYTES = 1 << 20
 _FILE_STRETCH_BYTES = 64 << 20
 
@@ -26,7 +26,7 @@ class Holding:
         box: The part held.
         replica: This rank's index among the ranks holding the same box, and their number.
         group: Equal for tensors replicated over the same ranks; these are divided together.
-        divisible: False where replicas may differ (buffers): then the first of them writes it all.
+        divisible: False if replicas may differ (buffers): then the first of them writes it all.
     """
 
     spec: TensorSpec
@@ -49,7 +49,7 @@ class Share:
         spec: The whole tensor.
         box: The part to write, in the whole tensor's coordinates.
         start: First row, counted within the holding. 0 for a scalar.
-        stop: Row behind the last one. 1 for a scalar.
+        stop: Row after the last one. 1 for a scalar.
     """
 
     spec: TensorSpec
@@ -67,14 +67,14 @@ def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
     """This rank's shares by the position of the holding; a holding that others write has none.
 
     The holdings of a group, laid end to end in the order given (the order of the files), are cut into equal
-    stretches, one a replica; so replicas meet in few files. Cuts fall between rows, which keeps shares boxes. Of many
-    replicas only so many write as get a stretch worth writing.
+    stretches, one per replica, so few replicas share a file. Cuts fall between rows, which keeps shares boxes. If there
+    are many replicas, only as many write as get a stretch large enough to be worth it.
     """
     mine: dict[int, Share] = {}
     divided: dict[Hashable, list[int]] = defaultdict(list)
     for position, holding in enumerate(holdings):
         if holding.box.numel == 0:
-            # Others hold the tensor's elements; if it has none at all, it is still to be found again.
+            # Other ranks hold the tensor's elements; a tensor without elements must still be stored.
             if holding.spec.nbytes == 0 and holding.replica[0] == 0:
                 mine[position] = _rows(holding, 0, _row_count(holding))
             continue
@@ -112,7 +112,7 @@ def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, 
 
 
 def stretches(replicas: int, held: int, whole: int) -> int:
-    """Into how many stretches a group is cut: not all of many replicas are worth a file's attention.
+    """Into how many stretches a group is cut: if there are many replicas, not all of them should write to a file.
 
     Args:
         replicas: How many hold the same.
@@ -124,7 +124,7 @@ def stretches(replicas: int, held: int, whole: int) -> int:
 
 
 def crowd(sharding: Sharding) -> int:
-    """How many ranks would meet in a file of a sharded tensor: of each shard as many replicas as always share it."""
+    """How many ranks would write to a file of a sharded tensor: of each shard as many replicas as always share it."""
     return sharding.shards * min(sharding.replica[1], _ALWAYS) if sharding.order else 1
 
 

@@ -1,4 +1,4 @@
-"""What the layout knows of a tensor: its name, element type and global shape."""
+"""What the layout needs of a tensor: its name, element type and global shape."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TensorSpec:
         name: Its key in the file.
         dtype: Element type in safetensors' spelling, a key of `ITEMSIZE`.
         shape: Global shape; `()` for a scalar.
-        flat: The shape that a file gives it, where `shape` is a finer grid of the same elements (see `grids`).
+        flat: The shape that a file gives it, if `shape` is a finer grid of the same elements (see `grids`).
     """
 
     name: str

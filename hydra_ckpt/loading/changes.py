@@ -1,4 +1,4 @@
-"""What has changed since a checkpoint was saved: shown setting by setting, and warned about where it matters."""
+"""What has changed since a checkpoint was saved: shown setting by setting, with a warning if it matters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 30
 
 
 def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str], world_size: int) -> list[Difference]:
-    """The settings, and the facts about the run, that differ from a checkpoint's; none where it has no manifest.
+    """The settings, and the facts about the run, that differ from a checkpoint's; none if it has no manifest.
 
     Args:
         checkpoint: Its directory.
@@ -57,7 +57,7 @@ def differing(checkpoint: Path, texts: Mapping[str, str]) -> list[Difference]:
 
 
 def saved_config(checkpoint: Path) -> Any:
-    """Hydra's configuration of the run that saved a checkpoint, as plain data; None where there is none."""
+    """Hydra's configuration of the run that saved a checkpoint, as plain data; None if there is none."""
     path = checkpoint / names.CONFIG / CONFIG_TEXT
     try:
         return parse_config(read_small_file(path, MAX_BYTES).decode())
@@ -66,7 +66,7 @@ def saved_config(checkpoint: Path) -> Any:
 
 
 def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
-    """Log what differs, once; a warning has what keeps a resumed run from going on exactly as it would have."""
+    """Log the differences once; those that prevent an exact continuation are a warning."""
     harmless = [str(item) for item in found if not item.kind]
     if harmless:
         more = [f"and {len(harmless) - _SHOWN} more"] if len(harmless) > _SHOWN else []
@@ -75,7 +75,7 @@ def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
     decisive = [f"{item} ({item.kind})" for item in found if item.kind]
     if decisive:
         log.warning(
-            "this run does not go on from %s exactly as it would have gone on then, because of: %s",
+            "this run does not continue from %s exactly as the original run would have, because of: %s",
             checkpoint.name,
             "; ".join(decisive),
         )

@@ -1,4 +1,4 @@
-"""Checkpoints of other tools as if they were ours: plain `dcp.save` directories, and accelerate's under FSDP2.
+"""Read checkpoints of other tools like ours: plain `dcp.save` directories, and accelerate's under FSDP2.
 
 Their small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
 brought into the form that a load of our own checkpoints compares, reads and installs.
@@ -39,7 +39,7 @@ _SCHEDULERS = ("lr_scheduler", "lr_schedulers", "scheduler", "schedulers")
 
 
 def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
-    """A foreign directory as a checkpoint of which nothing is known but its path.
+    """A foreign directory as a checkpoint of which only the path is known.
 
     Raises:
         CheckpointConfigError: Pickles may not be read.
@@ -48,7 +48,8 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
         raise CheckpointConfigError(
             f"{path} was written by torch.distributed.checkpoint or accelerate, and its small values are pickled: "
             "reading them runs code they contain. If you trust where it comes from, set "
-            "checkpoint.allow_legacy_pickle_restore=true. Its weights alone can be had without: hydra-ckpt export"
+            "checkpoint.allow_legacy_pickle_restore=true. Without that setting you can still export its weights: "
+            "hydra-ckpt export"
         )
     checkpoint = Checkpoint(path, 0, 0)
     states = len(list(path.glob("random_states_*.pkl")))
@@ -58,17 +59,17 @@ def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
 
 @dataclass
 class ForeignSource(Source):
-    """Such a directory, opened for one load; its bytes have no digests and are taken as they are."""
+    """Such a directory, opened for one load; its bytes have no digests and are not checked."""
 
     _pools: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
 
     @property
     def same_ranks(self) -> bool:
-        """Nothing is known of the places its ranks had; as many count as the same."""
+        """The places of its ranks are unknown; an equal number of ranks counts as the same places."""
         return self.checkpoint.manifest.world_size == self.channel.world_size
 
     def read(self) -> None:
-        """Read what is no tensor, as far as pickles may be read."""
+        """Read the values that are not tensors, as far as pickles are allowed."""
         self.shared = {"extras": {}, "extra_state": {}, "lr_scheduler": []}
         self._pools = {names.OPTIMIZER: {}, names.EXTRAS: {}}
         self.own = {}
@@ -77,11 +78,9 @@ class ForeignSource(Source):
         else:
             self._read_accelerate()
         self.optimized = stages.optimized([self.shared])
-        self.notes.texts.append(
-            "it was not written by hydra_ckpt: it has no digests, and its bytes are taken as they are"
-        )
+        self.notes.texts.append("it was not written by hydra_ckpt: it has no digests, so its bytes are not checked")
 
-    # -- where things lie ----------------------------------------------------------------------------------------
+    # -- where things are stored ---------------------------------------------------------------------------------
 
     def _read_plain(self) -> None:
         """One directory with everything, nested as its writer liked."""
@@ -147,7 +146,7 @@ class ForeignSource(Source):
         return found
 
     def _model_prefix(self, found: DcpDirectory) -> KeyPath:
-        """What leads to the model's tensors: where most of its names are."""
+        """The prefix of the model's tensors: the one with most of its names."""
         known = self._live_names()
         votes = Counter(path[:-1] for path in found.tensors if canonical(path[-1]) in known)
         remedy = "Save it again with the model's state dict under the key `model`"
@@ -163,7 +162,7 @@ class ForeignSource(Source):
     # -- into our form -------------------------------------------------------------------------------------------
 
     def _take_model(self, name: str, found: DcpDirectory, prefix: KeyPath) -> KeyPath:
-        """The model's tensors, by name; a tied one stands in it under each of its names."""
+        """The model's tensors, by name; a tied one appears under each of its names."""
         mapped = self.extractor.maps(self.state)[name]
         pool = self._pools.setdefault(part_of(name), {})
         for path, stored in found.tensors.items():
@@ -290,7 +289,7 @@ def _numbered(root: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _subtree(found: DcpDirectory, prefix: KeyPath) -> Any:
-    """What lies behind a prefix, nested again; None if there is nothing."""
+    """The values under a prefix, nested again; None if there are none."""
     tree: dict[Any, Any] = {}
     for path, leaf in (*found.tensors.items(), *found.values.items()):
         if path[: len(prefix)] != prefix:
@@ -305,7 +304,7 @@ def _subtree(found: DcpDirectory, prefix: KeyPath) -> Any:
 
 
 def _with_lists(tree: Any) -> Any:
-    """DCP numbers a list's elements with integers; a dictionary's keys are texts."""
+    """DCP numbers a list's elements with integers; a dictionary's keys are strings."""
     if not isinstance(tree, dict):
         return tree
     items = {key: _with_lists(value) for key, value in tree.items()}
@@ -313,7 +312,7 @@ def _with_lists(tree: Any) -> Any:
 
 
 def _optimizer_prefixes(found: DcpDirectory) -> list[KeyPath]:
-    """What leads to each optimizer's state dict: where there are parameter groups."""
+    """The prefixes of the optimizers' state dicts: those with parameter groups."""
     prefixes = {
         path[:position]
         for path in (*found.tensors, *found.values)

@@ -27,15 +27,15 @@ _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 
 @dataclass
 class Notes:
-    """What a load report says beside the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
+    """What a load report contains besides the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
 
     Attributes:
         texts: In words.
         exact: Objects restored and compared.
-        trusted: What took its state over itself and does not show that it has it.
-        rederived: The parts that could not be taken over as they were.
+        trusted: Objects that loaded their state themselves and do not show that they have it.
+        rederived: The parts that could not be restored exactly.
         missing: What the checkpoint does not have.
-        skipped: What nobody took.
+        skipped: What was not loaded into anything.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -46,23 +46,24 @@ class Notes:
     skipped: list[str] = field(default_factory=list)
 
     def derived(self, what: str, why: str) -> None:
-        """Note a part that is not as it was, and why."""
+        """Note a part that was not restored exactly, and why."""
         self.rederived += [what] if what not in self.rederived else []
         self.texts.append(why)
 
     def took(self, what: str, unlike: Collection[str]) -> None:
-        """Note an object that took its state over itself.
+        """Note an object that loaded its state itself.
 
         Args:
             what: The object.
-            unlike: What its state_dict() reports otherwise afterwards than it was given.
+            unlike: Where its state_dict() afterwards differs from what it was given.
         """
         if not unlike:
             self.exact.append(what)
             return
         self.trusted.append(what)
         self.texts.append(
-            f"{what} took its state over, but its state_dict() reports otherwise afterwards: {some_of(sorted(unlike))}"
+            f"{what} loaded its state, but its state_dict() reports different values afterwards: "
+            f"{some_of(sorted(unlike))}"
         )
 
 
@@ -72,15 +73,15 @@ class Installer:
 
     Args:
         state: The objects.
-        extractor: Knows the models' maps.
-        shared: What is the same on all ranks, encoded.
+        extractor: Provides the models' maps.
+        shared: The state that is equal on all ranks, encoded.
         own: What this rank, or its counterpart, had for itself; None if there is nothing.
         tensors: The tensors that encoded values refer to, read.
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
         resized: For each model the buffers, read, that had another size than the live ones.
-        notes: Takes what is to be told.
+        notes: Collects what the report will list.
     """
 
     state: AppState
@@ -95,7 +96,7 @@ class Installer:
     notes: Notes
 
     def models(self, absent: Collection[str]) -> None:
-        """What models have beside the tensors that were read into them.
+        """What models have besides the tensors that were read into them.
 
         Args:
             absent: Objects that the checkpoint does not have, by dotted name.
@@ -120,10 +121,10 @@ class Installer:
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
-            self.notes.derived("buffers", "buffers, which each rank had for itself, are those of rank 0 on all ranks")
+            self.notes.derived("buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks")
 
     def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-        """Extra states that modules report otherwise than they were given; those of one side only are noted."""
+        """Extra states that modules report differently than they were given; those of one side only are noted."""
         if not self.other_stages:
             for names, found in (
                 (saved.keys() - live.keys(), self.notes.skipped),
@@ -138,7 +139,7 @@ class Installer:
 
         Args:
             found: What of the saved description fits.
-            empty: Parameters that had a state without anything in it, by the path of the optimizer that held it.
+            empty: Parameters whose state was empty, by the path of the optimizer that held it.
         """
         parameters = self.extractor.parameter_names(self.state)
         live = {name: parameter for parameter, name in self._parameters(parameters)}
@@ -166,7 +167,7 @@ class Installer:
                 yield from ((item, known[id(item)]) for item in module.parameters() if id(item) in known)
 
     def _decoded(self, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS) -> Any:
-        """Saved data with tensors in place; what is this rank's alone comes from its own file."""
+        """Saved data with tensors in place; values of this rank only come from its own file."""
         return decode(tree, self.tensors, {OWN: self._shard, **others})
 
     def _shard(self, name: str) -> torch.Tensor:
@@ -177,7 +178,7 @@ class Installer:
         )
 
     def objects(self, available: Collection[str]) -> None:
-        """Schedulers, extras and data loader, as far as they are wanted and there."""
+        """Schedulers, extras and data loader, as far as they are requested and stored."""
         if "lr_scheduler" in available:
             pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
             for (name, scheduler), tree in pairs:
@@ -201,7 +202,7 @@ class Installer:
         return lambda: fill(self._decoded(tree, others), live)
 
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
-        """Let an object take its state over, and see whether it reports it afterwards."""
+        """Let an object load its state, and check whether it reports the same state afterwards."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out as a whole: it stays as it was built
         whole = self._whole(dotted, item, tree)
@@ -219,7 +220,7 @@ class Installer:
         self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
-        """The random generators: as they were, or derived anew on other ranks."""
+        """The random generators: as they were, or newly derived on other ranks."""
         if self.own is not None and self.same_ranks:
             rng.restore(self.own["rng"])
             self.notes.exact.append("rng")
@@ -228,18 +229,18 @@ class Installer:
         rng.derive(checkpoint.step, topology.place.dp, topology.place.pp)
         self.notes.derived(
             "rng",
-            "random numbers are derived anew from step, data-parallel rank and stage: the checkpoint was written by "
-            f"{counted(checkpoint.manifest.world_size, 'rank')}, this run has {world_size}, or they are arranged "
-            "otherwise",
+            "random numbers are derived from step, data-parallel rank and stage: the checkpoint was written by "
+            f"{counted(checkpoint.manifest.world_size, 'rank')}, this run has {world_size}, or its ranks are arranged "
+            "differently",
         )
 
     def note_new(self, wanted: Collection[str], available: Collection[str], absent: Collection[str]) -> None:
-        """Say which objects find nothing in the checkpoint, and so begin as they were built.
+        """Report the objects that have no state in the checkpoint and so stay as they were built.
 
         Args:
             wanted: The parts to load.
-            available: Those that are there.
-            absent: Single objects of available parts that are not there, by dotted name.
+            available: Those that the checkpoint has.
+            absent: Single objects of available parts that the checkpoint lacks, by dotted name.
         """
         state, notes = self.state, self.notes
         here = {
@@ -253,14 +254,14 @@ class Installer:
         if "extras" in available:
             left = [name for name in saved["extras"] if name not in here["extras"]]
             notes.skipped += left
-            notes.texts += [f"in the checkpoint, and nothing here takes it: {', '.join(left)}"] if left else []
+            notes.texts += [f"in the checkpoint, but not used here: {', '.join(left)}"] if left else []
         for part, dotted in here.items():
             known = saved.get(part, dotted if part in available else [])
             new = [name for name in dotted if name not in known or name in absent]
             if part not in wanted or not new or part in notes.rederived:
                 continue
             notes.missing += new
-            notes.derived(part, f"not in the checkpoint, and so as it was built: {', '.join(new)}")
+            notes.derived(part, f"not in the checkpoint, so left as it was built: {', '.join(new)}")
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]

@@ -1,4 +1,4 @@
-"""One load: read what is small, plan, read and verify the rest, install. Nothing is changed before everything fits."""
+"""One load: read the small files, plan, read and verify the rest, install. Nothing changes until all of it matches."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Load:
     Args:
         checkpoint: What to load.
         state: Into what.
-        extractor: Knows the models' maps.
+        extractor: Provides the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
-        strict: Whether what does not fit is an error, or left as it was built.
+        strict: Whether a mismatch is an error; if not, the object stays as it was built.
         kind: What reads this kind of checkpoint.
 
     Attributes:
@@ -87,7 +87,7 @@ class Load:
         return self._report(source, plan, read_bytes[0])
 
     def _report(self, source: Source, plan: LoadPlan, read_bytes: int) -> LoadReport:
-        # A foreign directory tells its step only when it is read.
+        # The step of a foreign directory is known only when it is read.
         checkpoint, notes, available = source.checkpoint, self._notes, source.available()
         step, epoch = (checkpoint.step, checkpoint.epoch) if "progress" in self.parts else (0, 0)
         loaded = (part for part in PARTS if part in available and plan.takes_any(part, len(self.state.optimizers)))
@@ -121,7 +121,7 @@ class Load:
         return self.channel.conclude(what, error, given, decide)
 
     def _plan(self, source: Source) -> LoadPlan:
-        """Collective: find out what to read, and list everything that does not fit."""
+        """Collective: find out what to read, and list everything that does not match."""
         plans: list[LoadPlan] = []
 
         def compare() -> dict[str, Any]:
@@ -141,21 +141,21 @@ class Load:
                 unexpected=found["unexpected"],
                 mismatched=found["different"],
                 remedy="Load it into the model and optimizer it was saved from, choose another checkpoint or fewer "
-                "parts (restore_from, restore_parts), or take over what fits with checkpoint.load_strict=false.",
+                "parts (restore_from, restore_parts), or load only what fits with checkpoint.load_strict=false.",
             )
         return plans[0]
 
     def _leave(self, found: Mapping[str, Any]) -> None:
-        """Note what stays as it was built, and what nobody takes; equal on all ranks."""
+        """Note what stays as it was built, and what is not used; equal on all ranks."""
         self._notes.missing += found["left"]
         self._notes.skipped += found["unexpected"]
         if found["left"]:
             self._notes.texts.append(f"left as built (checkpoint.load_strict=false): {', '.join(found['left'])}")
         if found["unexpected"]:
-            self._notes.texts.append(f"not taken over: {', '.join(found['unexpected'])}")
+            self._notes.texts.append(f"not loaded: {', '.join(found['unexpected'])}")
 
     def _verify_headers(self) -> None:
-        """Collective: see that it is not a damaged name that fits nothing: headers are compared with their digests."""
+        """Collective: check that the mismatch is not due to a damaged name: headers are compared with their digests."""
 
         def verify() -> None:
             manifest = self.checkpoint.manifest
@@ -225,7 +225,7 @@ class Load:
             for item in (item for module in modules for item in module.parameters()):
                 if known.get(id(item)) == parameter and isinstance(item, DTensor):
                     return item
-        raise CheckpointError(f"{name}: a shard of a tensor subclass, and no sharded parameter here that it belongs to")
+        raise CheckpointError(f"{name}: a shard of a tensor subclass that belongs to no sharded parameter here")
 
 
 def _merge_mismatches(found: list[dict[str, Any]]) -> dict[str, Any]:

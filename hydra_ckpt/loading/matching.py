@@ -1,4 +1,4 @@
-"""Live objects beside a checkpoint: what is read into which tensor, and everything that does not fit."""
+"""Live objects compared with a checkpoint: what is read into which tensor, and everything that does not match."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hydra_ckpt.store import names
 
 @dataclass
 class Mismatch:
-    """What does not fit between a checkpoint and the live objects.
+    """The mismatches between a checkpoint and the live objects.
 
     Attributes:
         missing: Names that the checkpoint lacks.
@@ -56,9 +56,9 @@ class LoadPlan:
         fetches: Boxes of stored tensors, with the tensors that receive them.
         tensors: The tensors that encoded values refer to, by name; to be filled.
         resized: For each model the buffers that have another size than the live ones, which their modules will take.
-        fit: What of the optimizers' state fits; None where none is loaded.
+        fit: What of the optimizers' state fits; None if none is loaded.
         absent: Single objects that the checkpoint does not have, by dotted name.
-        mismatch: Everything that does not fit.
+        mismatch: All mismatches.
     """
 
     fetches: list[Fetch] = field(default_factory=list)
@@ -105,7 +105,7 @@ class _Matcher:
         self._note_plain()
 
     def _note_plain(self) -> None:
-        """Say of which plain data all ranks get what rank 0 had."""
+        """Report the plain data for which all ranks get rank 0's values."""
         kinds = {"extra_state": "model"}
         available = self.source.available()
         for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
@@ -115,11 +115,11 @@ class _Matcher:
 
     def _derived_from_rank_0(self, label: str) -> None:
         self.source.notes.derived(
-            label, f"{label}: each rank had values of its own; those of rank 0 are taken on all ranks"
+            label, f"{label}: each rank had its own values; those of rank 0 are used on all ranks"
         )
 
     def _leave_own(self, label: str, dotted: str) -> None:
-        """Note values that each rank had for itself and that nobody gets here: an error, or left as built."""
+        """Note values that each rank had for itself and that no rank gets here: an error, or left as built."""
         self.plan.mismatch.different[label] = ELSEWHERE
         self.plan.mismatch.left.append(dotted)
 
@@ -181,7 +181,7 @@ class _Matcher:
             if buffers:
                 self.source.notes.derived(
                     "buffers",
-                    f"buffers, which each rank had for itself, are those of rank 0 on all ranks: {some_of(buffers)}",
+                    f"buffers, which differed between the ranks, are those of rank 0 on all ranks: {some_of(buffers)}",
                 )
             experts = wanted & {slot.name for slot in mapped.slots} - set(buffers)
             for name in sorted(experts):
@@ -199,13 +199,13 @@ class _Matcher:
             return
         if item.box.numel and fits.chunks[0].box != item.box:
             self.plan.mismatch.different[prefix + item.spec.name] = (
-                "each rank had another part of its own values; shard it as then"
+                "each rank had a different part of its own values; shard it as it was when it was saved"
             )
             return
         self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
 
     def _note_adapters(self) -> None:
-        """Say where an adapter's weights will mean something else than they did."""
+        """Report where an adapter's weights will have a different meaning than before."""
         for name, [model, *_] in self.source.state.models.items() if self.source.extractor.is_peft else ():
             for key, adapter in adapters(name, model).items():
                 file = f"{part_of(key)}/{names.CONSOLIDATED}/adapter_config.json"
@@ -216,7 +216,7 @@ class _Matcher:
                     ]
 
     def _naming(self, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]) -> Naming | None:
-        """From a model's live tensors to the stored ones; None where the names are the same."""
+        """From a model's live tensors to the stored ones; None if the names are the same."""
         mapped, part = self.source.extractor.maps(self.source.state)[name], part_of(name)
         saved = Saved(stored, self.source.naming(part), self.source.is_export(part))
         if self.source.extractor.is_peft:
@@ -231,7 +231,7 @@ class _Matcher:
         return found.naming
 
     def _match_tensor(self, prefix: str, item: LocalTensor, stored: StoredTensor | None) -> StoredTensor | None:
-        """The stored tensor that fits a live one; None where none does."""
+        """The stored tensor that fits a live one; None if none does."""
         key = prefix + item.spec.name
         left = f"model.{key.replace('/', '.', 1) if prefix else key}"
         if stored is None and left in self.source.shared.get("unsaved", ()):
@@ -264,7 +264,7 @@ class _Matcher:
         if len(found.absent) < len(named):
             self.plan.mismatch.unexpected += [f"optimizer: {name}" for name in self.source.optimized - found.held]
         for name in self.source.shared.get("of_other_stages", []):
-            found.different[name] = "it is of other pipeline stages, and fits only the same ones"
+            found.different[name] = "it belongs to other pipeline stages, and fits only the same stages"
         if own_names(found.trees()) and not self.source.same_ranks:
             found.different["optimizer"] = (
                 "it holds shards of a tensor subclass, which fit only the ranks that had them"
@@ -274,7 +274,7 @@ class _Matcher:
         self.source.notes.texts += found.notes
         self.source.notes.missing += found.lacking
         if found.lacking:
-            self.source.notes.texts.append(f"not in the checkpoint, and so as it was built: {some_of(found.lacking)}")
+            self.source.notes.texts.append(f"not in the checkpoint, so left as it was built: {some_of(found.lacking)}")
         if self.strict and (found.missing or found.different):
             return
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
@@ -283,7 +283,7 @@ class _Matcher:
         self._want(stored, set(tensor_names(found.trees())), into)
 
     def _leave_own_state(self, found: Fit) -> None:
-        """Refuse the optimizers' tensors that each rank had for itself, or begin without them."""
+        """Refuse the optimizers' tensors that each rank had for itself, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
         if not own:
             return
@@ -323,17 +323,17 @@ class _Matcher:
             )
         stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
         wanted = set(tensor_names(trees))
-        # Never into the live tensors: the objects take their state over themselves.
+        # Never into the live tensors: the objects load their state themselves.
         places = Places(self.source.state, live, placements(trees), strides(trees))
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
     def _match_schedulers(self) -> list[Any]:
-        """The saved states that live schedulers take, in order; further live ones begin as they were built."""
+        """The saved states that live schedulers load, in order; further live ones stay as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
         self.plan.absent.update(live[len(saved) :])
         if (moved := self._moved_groups()) and saved and live:
             self.plan.mismatch.different["lr_scheduler"] = (
-                f"it counts groups by their position, and these had another one: {some_of(moved)}. Build optimizers "
+                f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
                 "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
             )
         if len(saved) > len(live):
@@ -357,7 +357,7 @@ class _Matcher:
     def _want(
         self, stored: Mapping[str, StoredTensor], wanted: Collection[str], targets: Mapping[str, torch.Tensor]
     ) -> None:
-        """Read stored tensors into the targets that fit; into whole ones of their own where none does."""
+        """Read stored tensors into the targets that match; into new whole tensors if none does."""
         given = self.source.given
         self.plan.tensors.update({name: given[name] for name in wanted if name in given})
         for name in sorted(set(wanted) - given.keys()):

@@ -16,7 +16,7 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import PartRecord
 
 ELSEWHERE = (
-    "the ranks that saved it had different values of it, and this run's ranks are arranged otherwise; with "
+    "the ranks that saved it had different values of it, and this run's ranks are arranged differently; with "
     "checkpoint.load_strict=false it is left as built"
 )
 
@@ -52,8 +52,8 @@ class PerRank:
             root: The checkpoint.
             shared: What the ranks share, encoded.
             own: What this rank had for itself.
-            record: Where the ranks' own tensors lie; None if there are none.
-            rank: This rank; None where the ranks are arranged otherwise.
+            record: Where the ranks' own tensors are stored; None if there are none.
+            rank: This rank; None if the ranks are arranged differently.
 
         Raises:
             CorruptCheckpointError: Something is missing.
@@ -82,7 +82,7 @@ class PerRank:
         return {label.removeprefix(f"{part}/") for label in self.tensors if label.startswith(f"{part}/")}
 
     def overlay(self, part: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The stored tensors of a part, with this rank's own in place of what the ranks share."""
+        """The stored tensors of a part, with this rank's own instead of those that the ranks share."""
         if not self.stored:
             return stored
         own = {name: self.stored[f"{part}/{name}"] for name in self.names_in(part)}

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: what was asked for, or the best one that is whole."""
+"""Which checkpoint a run resumes from: the requested one, or the best one that is intact."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Restorer:
 
     Args:
         options: What is configured.
-        directory: Where checkpoints lie; used by the coordinator only.
+        directory: The directory of the checkpoints; used by the coordinator only.
         extractor: Knows the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
@@ -74,7 +74,7 @@ class Restorer:
         """The parts to load: those given, else those configured, else all.
 
         Raises:
-            CheckpointConfigError: There is no such part.
+            CheckpointConfigError: The part does not exist.
         """
         wanted = tuple(parts) if parts is not None else self._options.parts or PARTS
         unknown = sorted(set(wanted) - set(PARTS))
@@ -105,14 +105,15 @@ class Restorer:
             state: The objects to load into.
             selector: As `selector` returns it.
             parts: What to load.
-            begin_at: Told the step that training will go on from, before anything is installed; may refuse it.
+            begin_at: Called with the step that training will continue from, before anything is loaded; may refuse it by
+                raising.
 
         Returns:
             What was loaded, or None for a fresh start.
 
         Raises:
-            CorruptCheckpointError: The checkpoint asked for is damaged, or all are and live tensors have been
-                overwritten before that showed.
+            CorruptCheckpointError: The requested checkpoint is damaged, or all are and live tensors were overwritten
+                before that was detected.
         """
         if selector is None:
             begin_at(0)
@@ -170,7 +171,7 @@ class Restorer:
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)) if self._channel.is_coordinator else ():
-            log.warning("the damaged checkpoint %s is passed over: %s", name, damaged[name])
+            log.warning("skipping the damaged checkpoint %s: %s", name, damaged[name])
         self.passed_over.update(damaged)
 
     def _open(self, state: AppState, path: Path, parts: tuple[str, ...], lease: ExitStack) -> Load:
@@ -236,7 +237,7 @@ class Restorer:
 
 def _undefined(error: CorruptCheckpointError) -> CorruptCheckpointError:
     text = (
-        f"{error}. Tensors have been overwritten before this showed: the state of model and optimizer is undefined. "
-        "Load another checkpoint, or build them anew, before training goes on"
+        f"{error}. Tensors were overwritten before this was detected: the state of model and optimizer is undefined. "
+        "Load another checkpoint, or rebuild them, before training continues"
     )
     return rebuild(CorruptCheckpointError, text, vars(error))

@@ -96,7 +96,7 @@ class Source:
         return {part for part in self.parts if takers[part] and self.has(part)}
 
     def read(self) -> None:
-        """Read what is no tensor of a part.
+        """Read the values of a part that are not tensors.
 
         Raises:
             CorruptCheckpointError: It is damaged, or not there.
@@ -130,9 +130,9 @@ class Source:
         if "dataloader" in self.parts:
             self.notes.derived(
                 "dataloader",
-                f"the data loader starts anew: its state belongs to one of "
+                "the data loader starts from the beginning: its state belongs to one of "
                 f"{len(self.checkpoint.manifest.topology.get('leaders', []))} data-parallel ranks, and this run has "
-                f"{len(self.topology.leaders)}. A loader that resumable() made goes on with any number of ranks",
+                f"{len(self.topology.leaders)}. A loader made by resumable() continues with any number of ranks",
             )
 
     def document(self, name: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Source:
         try:
             return dict(json.loads(data))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(self.root / name, f"is not JSON of ours: {error}") from None
+            raise CorruptCheckpointError(self.root / name, f"is not JSON that hydra_ckpt wrote: {error}") from None
 
     def stored(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a part in its files, by name."""
@@ -163,7 +163,7 @@ class Source:
         return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
 
     def naming(self, part: str) -> Naming | None:
-        """How the saved model's tensors are called in its export, where they are called otherwise."""
+        """The names of the saved model's tensors in its export, if they differ."""
         name = f"{part}/{names.NAMING}"
         listed = self.checkpoint.manifest.files
         return decode_naming(self.root / name, read_small(self.root, name, listed[name])) if name in listed else None

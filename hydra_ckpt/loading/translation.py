@@ -1,7 +1,7 @@
-"""From a live model's tensors to the stored ones, where these are called, or laid out, otherwise.
+"""Map a live model's tensors to the stored ones, if these have other names or another layout.
 
-Files hold a model's tensors as the saved one had them in memory, or as its export has them. A model that holds its own
-otherwise in memory meets the saved one at the tensors of their exports.
+Files hold a model's tensors as the saved one had them in memory, or as its export has them. If a model holds its
+tensors differently in memory, the two are matched through the tensors of their exports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Translation:
     """The way from live tensors to stored ones.
 
     Attributes:
-        naming: From the ones to the others; None where the names are the same.
+        naming: From the ones to the others; None if the names are the same.
         missing: Names of tensors that are not to be found.
         different: Name to what does not fit about a tensor's shape.
     """
@@ -48,11 +48,11 @@ def translate(names: Collection[str], saved: Saved, live: Callable[[], Naming]) 
 
     Args:
         names: The live tensors.
-        saved: What they are looked for in.
-        live: How the live model's export calls them; asked only if they are not found.
+        saved: Where to look for them.
+        live: Returns the names in the live model's export; called only if the tensors are not found.
 
     Raises:
-        CheckpointConfigError: The live model's export cannot be told.
+        CheckpointConfigError: The live model's export cannot be determined.
         TopologyError: The live model's adapter does not fit.
     """
     direct = saved.naming if saved.is_export else None

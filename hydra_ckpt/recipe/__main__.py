@@ -43,7 +43,7 @@ def _job(cfg: DictConfig) -> float:
             raise
         log.error(line)
         _said.add(line)
-        # In a sweep Hydra has to see the error itself, or the jobs behind this one would not run.
+        # In a sweep Hydra has to see the error itself, or the following jobs would not run.
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         sys.exit(1)
@@ -62,7 +62,7 @@ def _training() -> Callable[[DictConfig], float]:
 def main() -> None:
     """Composes the configuration and trains; see `--help`.
 
-    What is refused is said in one line. For everything else, or with HYDRA_FULL_ERROR=1, there is the stack.
+    A refused setting is reported in one line. Any other error, or HYDRA_FULL_ERROR=1, shows the stack trace.
     """
     register()
     if os.environ.get(_FULL_ERROR) == "1":

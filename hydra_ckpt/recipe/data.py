@@ -1,4 +1,4 @@
-"""Text as windows of bytes, from files that are always there or from your own."""
+"""Text as windows of bytes, from files that always exist or from your own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Windows", "load_windows"]
 
-# Other people's packages and tests say nothing about the standard library's own prose.
+# Third-party packages and tests are not part of the standard library's own text.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 _BETWEEN_FILES = b"\n\n"
 

@@ -1,6 +1,6 @@
 """Expert parallelism: each rank holds some of a layer's experts, and peers see equal tokens, as in tensor parallelism.
 
-Each rank sends the tokens that its own experts are chosen for through them; the sum over the ranks is the layer's
+Each rank passes the tokens for which its own experts are chosen through them; the sum over the ranks is the layer's
 output. Nothing else of the model is split.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["LocalExperts"]
 
 
 class LocalExperts(nn.Module):
-    """This rank's share of a layer's stacked experts, in place of `MixtralExperts` and with its parameters' names.
+    """This rank's share of a layer's stacked experts, replacing `MixtralExperts`, with the same parameter names.
 
     Collective: every rank of the mesh, here and in each forward and backward pass.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Parallelism", "plan_parallelism", "shard_model"]
 
 _FILL = -1
-# From the outermost to the innermost dimension: what talks most has its ranks next to each other.
+# From the outermost to the innermost dimension: dimensions that communicate most have adjacent ranks.
 _DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 _TP_PLAN = {
     "self_attn.q_proj": ColwiseParallel(),
@@ -70,7 +70,7 @@ class Parallelism:
     def place(self, rank: int) -> tuple[int, int, int]:
         """For `CheckpointingConfig.build`: a rank's batches, its number among those that see the same, its stage.
 
-        Peers that see equal batches must draw equal random numbers, also where these are derived anew.
+        Peers that see equal batches must draw equal random numbers, also if these are newly derived.
         """
         alike = self.ep * self.tp
         return self.data_rank(rank), rank % alike, rank // (alike * self.data_ranks)

@@ -27,7 +27,7 @@ _ARCHITECTURES: dict[str, tuple[Any, Any]] = {
 
 
 def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
-    """The model with its initial weights, equal on every rank; the process's generators stay where they were.
+    """The model with its initial weights, equal on every rank; the state of the process's generators does not change.
 
     With `pretrained` it is on the meta device and waits for `load_pretrained`.
     """
@@ -46,7 +46,8 @@ def build_model(settings: ModelSettings, seed: int) -> PreTrainedModel:
 
 def _pretrained_config(pretrained: str, architecture: str) -> Any:
     if Path(pretrained).is_dir():
-        # What is trained from it remembers it, and is opened elsewhere; LATEST will lead to another one.
+        # The trained model records this path, and may be opened elsewhere; LATEST will lead to another checkpoint by
+        # then.
         pretrained = str(Path(pretrained).resolve())
     try:
         config = AutoConfig.from_pretrained(pretrained, local_files_only=True, trust_remote_code=False)

@@ -24,7 +24,7 @@ _LOWEST = 0.1
 def build_optimizer(parts: Sequence[nn.Module], settings: OptimizerSettings) -> AdamW:
     """AdamW over all parameters that are trained, of a model or of the parts of it that this rank holds."""
     first, second = settings.betas
-    # One parameter at a time: under tensor parallelism the parameters lie on different meshes, and a fused step over
+    # One parameter at a time: under tensor parallelism the parameters are on different meshes, and a fused step over
     # such a list is refused.
     return AdamW(
         [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad],

@@ -1,6 +1,6 @@
 """A batch through the model and back: in one piece, or from stage to stage of a pipeline.
 
-The loop sees no difference: both forms learn from a batch, evaluate one, and clip gradients.
+The loop treats both alike: both learn from a batch, evaluate one, and clip gradients.
 """
 
 from __future__ import annotations

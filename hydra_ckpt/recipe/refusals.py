@@ -1,7 +1,7 @@
-"""One line for everything that is refused before training: which key, what is wrong with it, what it takes.
+"""One line for everything that is refused before training: the key, what is wrong with it, and what it accepts.
 
-Hydra and OmegaConf say the same in several lines, or as a stack; here their errors are read, not their texts, except
-where there is nothing else.
+Hydra and OmegaConf say the same in several lines, or as a stack; here the error objects are read, and their texts only
+if there is nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONSTRUCTED = {"CheckpointingConfig": (_GROUP, CheckpointingConfig), "Checkpoin
 
 
 def refusal(error: BaseException) -> str | None:
-    """The line for an error that is a refusal; None for any other error, whose stack is wanted.
+    """The line for an error that is a refusal; None for any other error, whose stack trace is needed.
 
     Args:
         error: What composing, instantiating or training has raised.
@@ -61,7 +61,7 @@ def refusal(error: BaseException) -> str | None:
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
     while error is not None:
         yield error
-        # A resolver's refusal stands behind the interpolation that called it.
+        # A resolver's refusal is the cause of the error of the interpolation that called it.
         error = error.__cause__ or (error.__context__ if isinstance(error, InterpolationResolutionError) else None)
 
 
@@ -81,7 +81,7 @@ def _wrong_type(error: ValidationError) -> str:
 
 
 def _unexpected_argument(error: TypeError) -> str | None:
-    """A key that no schema has refused, because it was added, or the configuration was read back from plain YAML."""
+    """A key that no schema refused, because it was added or the configuration was read from plain YAML."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if found is None or found[1] not in _CONSTRUCTED:
         return None
@@ -91,7 +91,7 @@ def _unexpected_argument(error: TypeError) -> str | None:
 
 
 def _choice(wrong: str, names: Iterable[Any], place: str) -> str:
-    """What could be meant: the keys nearest to it, and where all of them stand."""
+    """What could be meant: the keys nearest to it, and where all of them are listed."""
     known = [name for name in names if not name.startswith(("_", "base_"))]
     close = get_close_matches(wrong, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""

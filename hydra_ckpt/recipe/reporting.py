@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then in the log, a summary at the end."""
+"""The output of a run: a progress bar on a terminal, occasional lines in the log, a summary at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CheckpointStats(Protocol):
 
 
 class Report:
-    """Follows a run from step to step. Only the first rank draws the bar; the log level decides whose lines show.
+    """Follows a run from step to step. Only the first rank draws the bar; the log level decides who logs lines.
 
     Args:
         max_steps: Where the run ends.
@@ -64,7 +64,7 @@ class Report:
         self._bar.stop()
 
     def begin(self, step: int) -> None:
-        """Starts the clock at the step the run goes on from."""
+        """Starts the clock at the step the run continues from."""
         self._started = self._marked = _Mark(step)
         self._bar.update(self._task, completed=step)
 
@@ -86,11 +86,11 @@ class Report:
         log.info("step %*d/%d  val_loss %.4f", width, step, self._max_steps, loss)
 
     def summary(self, step: int, checkpoints: CheckpointStats, written_bytes: int) -> None:
-        """Logs what the run cost, the price of its checkpoints beside it; `written_bytes` are those of all ranks."""
+        """Logs the cost of the run and, separately, of its checkpoints; `written_bytes` are those of all ranks."""
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%s in %.1f s: %.2f steps/s", counted(done, "step"), took_s, self._started.speed(step))
         log.info(
-            "%s: training stood still for %.2f s (%.1f %%), %.1f MiB written",
+            "%s: training was blocked for %.2f s (%.1f %%), %.1f MiB written",
             counted(checkpoints.saves, "save"),
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,
@@ -110,7 +110,7 @@ class _Mark:
 
 
 def _send_log_lines_through(stream: object, *, instead_of: object) -> None:
-    """While the bar is drawn, lines must go through it; Hydra's handler holds on to the plain stream."""
+    """While the bar is drawn, lines must go through it; Hydra's handler keeps the plain stream."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
             handler.setStream(stream)

@@ -1,6 +1,6 @@
 """The process-wide state of one training job: process group, accelerate, seeds. All of it is undone at its end.
 
-Hydra runs the jobs of a sweep one after the other in one process, so nothing may be left behind for the next one.
+Hydra runs the jobs of a sweep one after the other in one process, so a job must leave nothing behind for the next one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seed_everything(seed: int, data_rank: int) -> None:
 
 @contextmanager
 def session(trainer: TrainerSettings, run_dir: Path) -> Iterator[Accelerator]:
-    """Starts what a job needs around its training, and takes it down whatever happens.
+    """Starts what a job needs around its training, and shuts it down whatever happens.
 
     Collective: every rank of the launch.
     """

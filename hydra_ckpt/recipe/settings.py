@@ -1,4 +1,4 @@
-"""What the recipe reads from the composed configuration, typed and checked once; torch-free.
+"""The settings that the recipe reads from the composed configuration, typed and checked once; does not import torch.
 
 Defaults live in conf/hydra_ckpt_train.yaml and conf/hydra_ckpt_model/ only.
 """
@@ -57,7 +57,7 @@ class ModelSettings:
 
 @dataclass
 class LoraSettings:
-    """An adapter of low rank in place of training all weights; names as in `peft.LoraConfig`."""
+    """A low-rank adapter, instead of training all weights; names as in `peft.LoraConfig`."""
 
     r: int
     lora_alpha: int
@@ -115,7 +115,7 @@ class MeshSettings:
 
 @dataclass
 class PipelineSettings:
-    """How the model is cut and fed where `mesh.pp` is above 1."""
+    """How the model and its batches are split if `mesh.pp` is above 1."""
 
     parts_per_rank: int
     microbatches: int
@@ -186,8 +186,8 @@ def check_together(settings: Settings, checkpoint: CheckpointingConfig) -> None:
         )
     if settings.lora is not None and settings.model.pretrained is None:
         log.warning(
-            "an adapter beside random weights, which are stored nowhere, is of no use after this run; "
-            "give model.pretrained=<a directory, or a hub id in the cache>"
+            "an adapter on top of random weights, which are not stored, is useless after this run; give "
+            "model.pretrained=<a directory, or a hub id in the cache>"
         )
 
 
@@ -201,8 +201,8 @@ def _check(settings: Settings) -> None:
             raise CheckpointConfigError(f"{key}={value} must be at least {least}")
     if settings.model.pretrained == "":
         raise CheckpointConfigError(
-            "model.pretrained has to be given: a directory, such as .../checkpoints/LATEST/model/consolidated of "
-            "another run, or a hub id in the cache"
+            "model.pretrained must be set: a directory, such as .../checkpoints/LATEST/model/consolidated of another "
+            "run, or a hub id in the cache"
         )
     _check_mesh(settings)
     if settings.data.seq_len > settings.model.max_position_embeddings:
@@ -213,7 +213,7 @@ def _check(settings: Settings) -> None:
 
 
 def _check_mesh(settings: Settings) -> None:
-    """What does not depend on how many ranks there are."""
+    """Check what does not depend on the number of ranks."""
     for name, size in (("tp", settings.mesh.tp), ("pp", settings.mesh.pp), ("ep", settings.mesh.ep)):
         if size != 1 and settings.lora is not None:
             raise CheckpointConfigError(f"mesh.{name}={size}: this recipe does not split adapters; leave it at 1")

@@ -14,10 +14,10 @@ __all__ = ["cut"]
 
 
 class _Elsewhere(nn.Module):
-    """In the place of a layer that another stage has."""
+    """Replaces a layer that another stage has."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What came in."""
+        """Returns its input."""
         return hidden_states
 
 
@@ -25,8 +25,8 @@ def cut(model: Any, stages: int, wanted: list[int]) -> list[Any]:
     """Stages of a language model, each with a run of its layers; the first embeds, the last has norm and head.
 
     Args:
-        model: The whole model; it is left as it is.
-        stages: Into how many it is cut.
+        model: The whole model; it is not changed.
+        stages: The number of stages.
         wanted: The numbers of those that are returned.
     """
     return [_stage(copy.deepcopy(model), stages, number) for number in wanted]

@@ -1,4 +1,4 @@
-"""A tokenizer that needs no download: one token a byte, ByT5's, opened again by `AutoTokenizer`."""
+"""A tokenizer that needs no download: ByT5's, with one token per byte; `AutoTokenizer` can open it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: the one the library asks for, written out for a small language model."""
+"""The training loop that the library requires, for a small language model."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ __all__ = ["train"]
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains as the configuration says, going on from a checkpoint where there is one.
+    """Trains according to the configuration, and continues from a checkpoint if there is one.
 
     Collective: every rank of the launch.
 
     Returns:
-        The best validation metric, which is the objective of a sweep; NaN where none was measured.
+        The best validation metric, which is the objective of a sweep; NaN if none was measured.
     """
     settings = read_settings(cfg)
     parallelism = plan_parallelism(settings.mesh, world_size(), settings.model)
@@ -71,11 +71,12 @@ class _Run:
         settings: The recipe's part of the configuration.
         accelerator: Drives device, precision, gradient accumulation, clipping and trackers.
         place: Data-parallel rank, number among the ranks that see equal batches, and stage.
-        model: What holds the parameters, and what checkpoints see; of a pipeline the parts that this rank has.
+        model: The object that holds the parameters and that checkpoints save; in a pipeline, the parts that this rank
+            has.
         passing: How a batch goes through it and back.
-        optimizer: What checkpoints see.
+        optimizer: The optimizer that checkpoints save.
         stepper: The optimizer as accelerate wraps it: it does nothing while gradients accumulate.
-        schedule: Of the learning rate, one step an optimizer step.
+        schedule: The learning-rate schedule, one step per optimizer step.
         training: Shuffled batches of this data-parallel rank, without end over the epochs.
         validation: The batches of this rank, in order.
     """
@@ -216,7 +217,7 @@ def _train(run: _Run, checkpoints: CheckpointCallback, report: Report) -> None:
 
 
 def _train_on(batch: Tensor, run: _Run, meter: _Meter) -> bool:
-    """Learns from one micro-batch; True where that completed an optimizer step."""
+    """Learns from one micro-batch; True if that completed an optimizer step."""
     accelerator = run.accelerator
     with accelerator.accumulate(*run.passing.modules):
         meter.add(run.passing.learn(batch.to(accelerator.device)))

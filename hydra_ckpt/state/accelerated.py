@@ -21,7 +21,7 @@ def prepared(
 
     Args:
         accelerator: An Accelerator that has prepared everything.
-        extras: The user's own.
+        extras: The user's own objects.
         dataloader: The training loader; None to look for it among the prepared ones.
         models: Names of the prepared models; None for numbers.
 
@@ -51,7 +51,7 @@ def prepared(
 class Progress:
     """The Accelerator's own count of micro-batches, by which it accumulates gradients.
 
-    It also sees that nothing was prepared or registered since, which no save would hold.
+    It also checks that nothing was prepared or registered since, because no save would contain it.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -66,24 +66,24 @@ class Progress:
         """
         known = {id(item) for item in self._known}
         later = [item for item in _everything(self._accelerator) if id(item) not in known]
-        # Loaders without a place of their own, such as those of each validation, have nothing to lose.
+        # Loaders without a position, such as those of each validation, have nothing to lose.
         loaders = self._accelerator._dataloaders
         later = [item for item in later if is_stateful(item) or not any(item is loader for loader in loaders)]
         if later:
             kinds = ", ".join(type(item).__name__ for item in later)
             raise CheckpointConfigError(
-                f"AppState.from_accelerator: the Accelerator got {kinds} after it was called, so that a checkpoint "
-                "would lack it. Call it after the last prepare() and register_for_checkpointing()"
+                f"AppState.from_accelerator: the Accelerator got {kinds} after it was called, so a checkpoint would "
+                "lack it. Call it after the last prepare() and register_for_checkpointing()"
             )
         return {"step": int(self._accelerator.step)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take the count over."""
+        """Load the count."""
         self._accelerator.step = state["step"]
 
 
 class UndecidedLoader:
-    """Stands for the training loader where it cannot be told which of the prepared loaders that is."""
+    """Takes the place of the training loader if it is unknown which of the prepared loaders that is."""
 
     def __init__(self, loaders: Sequence[Any]) -> None:
         self._count = len(loaders)
@@ -95,8 +95,7 @@ class UndecidedLoader:
             CheckpointConfigError: Always.
         """
         raise CheckpointConfigError(
-            f"of the loaders that were prepared ({self._count}) it cannot be told which one training reads; "
-            f"name it: {_REMEDY}"
+            f"it is unknown which of the {self._count} prepared loaders training reads; name it: {_REMEDY}"
         )
 
     def load_state_dict(self, state: Any) -> None:
@@ -104,7 +103,7 @@ class UndecidedLoader:
 
 
 def is_stateful(loader: Any) -> bool:
-    """Whether a loader can tell its place; accelerate's have a `state_dict()` that may not work."""
+    """Whether a loader can report its position; accelerate's have a `state_dict()` that may not work."""
     if not hasattr(loader, "load_state_dict"):
         return False
     try:
@@ -115,7 +114,7 @@ def is_stateful(loader: Any) -> bool:
 
 
 def _training_loader(loaders: Sequence[Any]) -> Any:
-    """The only loader that shuffles, else the only one that can tell its place."""
+    """The only loader that shuffles, else the only one that can report its position."""
     for found in (list(filter(_shuffles, loaders)), list(filter(is_stateful, loaders))):
         if len(found) == 1:
             return found[0]
@@ -137,7 +136,7 @@ def _named_models(models: list[Any], given: Mapping[str, nn.Module] | None) -> A
     nameless = [type(unwrap(by_core[core])).__name__ for core in by_core if core not in wanted.values()]
     if strange or nameless:
         raise CheckpointConfigError(
-            "AppState.from_accelerator: models= has to name each model that the Accelerator has prepared: "
+            "AppState.from_accelerator: models= must name each model that the Accelerator has prepared: "
             + "; ".join([*strange, *(f"a {kind} has no name" for kind in nameless)])
         )
     return {name: by_core[core] for name, core in wanted.items()}
@@ -151,7 +150,7 @@ def _by_kind(objects: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def _add(extras: dict[str, Any], name: str, objects: list[Any]) -> None:
-    """Add objects under a name, numbered where there are several or the name is taken; not what is there already."""
+    """Add objects under a name, numbered if there are several or the name is taken; skip those already present."""
     objects = [item for item in objects if not any(item is other for other in extras.values())]
     if len(objects) == 1 and name not in extras:
         extras[name] = objects[0]

@@ -1,10 +1,10 @@
 """State-dict adapters: a model's own tensors under the names and in the shapes of its Hugging Face files.
 
-A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor for each expert. An adapter
-says how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again when
-shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
-which bytes of the files its shards are, and writes and reads them through views of its own memory: nothing is
-gathered, nothing copied.
+A model that keeps its experts stacked, `(experts, out, in)`, is published with one tensor per expert. An adapter
+defines how: `model.state_dict_adapter.to_hf(state_dict)`. It is never given the weights, but called once, and again
+when shapes have changed, with tensors that have shapes and no memory (`hydra_ckpt.state.tracing`). So every rank knows
+which bytes of the files its shards are, and writes and reads them through views of that memory: nothing is gathered,
+nothing copied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StateDictAdapter(Protocol):
     """Converts between a model's own state dict and its Hugging Face form; the model carries it as an attribute.
 
     An adapter may also have `forced_hf_dtype_mapping(state_dict)`, which maps Hugging Face names to the element type
-    (`"float32"` or `"F32"`) that they have in files whatever the training's is.
+    (`"float32"` or `"F32"`) that they have in files, whatever type training uses.
     """
 
     def to_hf(self, state_dict: dict[str, Any], /) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class StateDictAdapter(Protocol):
         """
 
     def from_hf(self, hf_state_dict: dict[str, Any], /) -> dict[str, Any]:
-        """The reverse. Only names and shapes of its result are looked at: they must be those `to_hf` was given."""
+        """The reverse. Only names and shapes of its result are checked: they must be those `to_hf` was given."""
 
 
 class StackedExperts:
@@ -121,7 +121,7 @@ class StackedExperts:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a model says itself what its files hold."""
+    """Whether a model itself defines what its files hold."""
     return getattr(model, "state_dict_adapter", None) is not None
 
 
@@ -133,8 +133,8 @@ def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
         specs: Its tensors.
 
     Raises:
-        TopologyError: The adapter drops or doubles something, or does more than taking tensors apart and joining them.
-            The message lists everything.
+        TopologyError: The adapter drops or doubles something, or does more than splitting and joining tensors. The
+            message lists everything.
     """
     adapter: Any = model.state_dict_adapter
     naming, problems = _traced(adapter, specs)
@@ -165,8 +165,8 @@ def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[Naming, list[str
         pieces = trace.pieces_of(name, item)
         if pieces is None:
             problems.append(
-                f"{name}: to_hf does not give it as a view of one tensor of the model along its dimensions, or as "
-                "several of these joined"
+                f"{name}: to_hf does not return it as a view of one tensor of the model along its dimensions, or as "
+                "several such views joined"
             )
             continue
         aliases += pieces
@@ -186,7 +186,7 @@ def _uncovered(spec: TensorSpec, parts: Sequence[Alias]) -> list[str]:
     if not parts:
         return [f"{spec.name}: to_hf drops it"]
     problems = [
-        f"{one.name} and {other.name}: to_hf gives elements of {spec.name} twice"
+        f"{one.name} and {other.name}: to_hf returns elements of {spec.name} twice"
         for group in _neighbours(parts).values()
         for one, other in combinations(group, 2)
         if one.box.intersect(other.box) is not None
@@ -207,7 +207,7 @@ def _neighbours(parts: Sequence[Alias]) -> dict[Hashable, list[Alias]]:
 
 
 def _not_restored(adapter: Any, blank: Mapping[str, torch.Tensor], converted: Mapping[str, Any]) -> list[str]:
-    """Names and shapes that `from_hf` does not give back."""
+    """Names and shapes that `from_hf` does not return."""
     reverse = getattr(adapter, "from_hf", None)
     if reverse is None:
         return []
@@ -215,13 +215,13 @@ def _not_restored(adapter: Any, blank: Mapping[str, torch.Tensor], converted: Ma
         with torch.no_grad():
             restored = reverse(dict(converted))
     except Exception as error:  # noqa: BLE001 - foreign code
-        return [f"from_hf fails on what to_hf gives: {type(error).__name__}: {error}"]
-    problems = [f"{name}: from_hf does not give it back" for name in blank if name not in restored]
+        return [f"from_hf fails on what to_hf returns: {type(error).__name__}: {error}"]
+    problems = [f"{name}: from_hf does not return it" for name in blank if name not in restored]
     problems += [
-        f"{name}: from_hf gives it, and the model has no such tensor" for name in restored if name not in blank
+        f"{name}: from_hf returns it, but the model has no such tensor" for name in restored if name not in blank
     ]
     return problems + [
-        f"{name}: from_hf gives it back as {list(restored[name].shape)} instead of {list(tensor.shape)}"
+        f"{name}: from_hf returns it as {list(restored[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in blank.items()
         if name in restored and restored[name].shape != tensor.shape
     ]

@@ -1,4 +1,4 @@
-"""What a checkpoint is taken of."""
+"""The live objects that a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hydra_ckpt.errors import CheckpointConfigError
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything with a state that can be taken and given back."""
+    """Anything with a state that can be saved and loaded."""
 
     def state_dict(self) -> Any:
         """The state as plain data and tensors."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Take a state over."""
+        """Load a state."""
 
 
 @dataclass
@@ -30,11 +30,12 @@ class AppState:
     Attributes:
         model: A module, a list of modules (pipeline parts of one model), or a dict of independent models.
         optimizer: One, a list or a dict; a parameter's state belongs to the optimizer that holds it. Wrappers that
-            are not a `torch.optim.Optimizer` but have `state_dict` and `load_state_dict` are taken by these.
+            are not a `torch.optim.Optimizer` but have `state_dict` and `load_state_dict` are saved and loaded through
+            these.
         lr_scheduler: One, a list or a dict.
         dataloader: Resumable if its `state_dict()` works; see `hydra_ckpt.resumable`.
         tokenizer: Saved with the export by its `save_pretrained`.
-        extras: Further objects with `state_dict` and `load_state_dict`, by name.
+        extras: Other objects with `state_dict` and `load_state_dict`, by name.
     """
 
     model: nn.Module | list[nn.Module] | dict[str, nn.Module]
@@ -69,7 +70,7 @@ class AppState:
         extras: dict[Any, Any] = dict(given or {})
         for name, extra in extras.items():
             if not isinstance(name, str) or "/" in name or ":" in name:
-                raise CheckpointConfigError(f"extras[{name!r}]: the name must be a text without '/' and ':'")
+                raise CheckpointConfigError(f"extras[{name!r}]: the name must be a string without '/' and ':'")
             if not isinstance(extra, Stateful):
                 raise CheckpointConfigError(
                     f"extras[{name!r}] ({type(extra).__name__}) has no state_dict() and load_state_dict(); "
@@ -89,18 +90,17 @@ class AppState:
     ) -> AppState:
         """Everything that `accelerator.save_state` would save. Call it after the last `prepare`.
 
-        Objects of `register_for_checkpointing` are extras under their class's name in lower case, with a number where
+        Objects of `register_for_checkpointing` are extras under their class's name in lower case, with a number if
         there are several (`counter_0`, `counter_1`) or the name is taken. So are the gradient scaler (`grad_scaler`)
-        and, by their index, the prepared loaders beside the training loader that can tell their place
-        (`dataloader_1`).
+        and, by their index, the other prepared loaders that can report their position (`dataloader_1`).
 
         Args:
             accelerator: The Accelerator.
-            extras: Further objects, under names of your own.
+            extras: Other objects, by names that you choose.
             tokenizer: Saved with the export.
             dataloader: The training loader, prepared or not. Without it, it is the only prepared loader that shuffles,
-                else the only one that can tell its place; where that leaves a doubt, a resumed run starts its data
-                anew, with a warning.
+                else the only one that can report its position; if that is ambiguous, a resumed run starts its data from
+                the beginning, with a warning.
             models: Names of the prepared models. Without it, several are `model_0`, `model_1` and so on.
 
         Raises:
@@ -148,7 +148,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def _called(kind: str, value: Any) -> list[str]:
-    """What the members of one field are called."""
+    """The names of the members of one field."""
     if isinstance(value, Mapping):
         return [f"{kind}.{key}" for key in value]
     count = len(as_list(value))

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Packed:
-    """Plain data as it was at one moment, turned into bytes when they are asked for: in the background.
+    """A snapshot of plain data, turned into bytes only when they are needed: in the background.
 
     Attributes:
         make: Gives the bytes.
@@ -57,14 +57,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class Captured:
-    """An AppState taken apart.
+    """The extracted state of an AppState.
 
     Attributes:
         parts: Name of a part (`model`, `model/<name>`, `optim`, `extras`) to its tensors, live.
-        shared: What should be the same on all ranks of a pipeline stage, as JSON data.
-        plain: Of this, what ranks may have different values of, by a dotted label; see `put_plain`.
-        own: What belongs to this rank alone: generators and the place in the data.
-        adapted: Part to what its files hold, for models that say it themselves by an adapter.
+        shared: State that should be equal on all ranks of a pipeline stage, as JSON data.
+        plain: The parts of it that may differ between ranks, by a dotted label; see `put_plain`.
+        own: What belongs to this rank alone: generators and the position in the data.
+        adapted: Part to what its files hold, for models that define it by an adapter.
         omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
     """
 
@@ -83,13 +83,13 @@ class Captured:
 
 @dataclass
 class Extractor:
-    """Takes AppStates apart; keeps the map of a model, which is walked only when it has changed.
+    """Extracts the state of AppStates; keeps the map of a model, which is walked only when it has changed.
 
     Args:
         is_peft: Whether models are PeftModels, of which only the adapter is stored.
-        stage: The pipeline stage. What has no name of its own beside the model's is kept apart by it.
+        stage: The pipeline stage. It distinguishes state that has no name besides the model's.
         unsaved: Patterns of dotted names that are left out.
-        localize: Knows where tensors lie.
+        localize: Finds the positions of tensors.
     """
 
     is_peft: bool = False
@@ -102,7 +102,7 @@ class Extractor:
     _apart: list[Apart] = field(default_factory=list)
 
     def check(self, state: AppState) -> None:
-        """See that the models are of kinds that can be saved; nothing is asked for its state.
+        """Check that the models are of kinds that can be saved; no `state_dict()` is called.
 
         Raises:
             CheckpointConfigError: One is not.
@@ -110,7 +110,7 @@ class Extractor:
         refuse_fsdp1(module for modules in state.models.values() for module in modules)
 
     def refresh(self, state: AppState) -> None:
-        """Walk the models anew if modules were exchanged, taken away or added since the last time."""
+        """Walk the models again if modules were replaced, removed or added since the last time."""
         if not all(mapped.is_current() for mapped in self.maps(state).values()):
             self._mapped = ()
 
@@ -130,7 +130,7 @@ class Extractor:
         return self._maps
 
     def try_dataloader(self, state: AppState) -> None:
-        """See once whether the data loader can tell its place; if not, say so and leave it out."""
+        """Check once whether the data loader can report its position; if not, warn and leave it out."""
         self._resumable = True
         if state.dataloader is None:
             return
@@ -139,9 +139,9 @@ class Extractor:
         except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
             self._resumable = False
             log.warning(
-                "the data loader (%s) cannot tell its place (%s: %s): a resumed run starts its data anew. "
-                "Give AppState one that can, by dataloader=: hydra_ckpt.resumable(loader, seed=...) makes one of a "
-                "plain DataLoader, in place of what accelerate prepares",
+                "the data loader (%s) cannot report its position (%s: %s): a resumed run starts its data from the "
+                "beginning. Pass one that can as dataloader= to AppState: hydra_ckpt.resumable(loader, seed=...) "
+                "makes one from a plain DataLoader, instead of what accelerate prepares",
                 type(state.dataloader).__name__,
                 type(error).__name__,
                 error,
@@ -164,7 +164,7 @@ class Extractor:
         return is_left_out(f"{called(model)}.{name}", self.unsaved)
 
     def parameter_names(self, state: AppState) -> dict[int, str]:
-        """Identity of every parameter to its name, with the model's name before it where there are several."""
+        """Identity of every parameter to its name, preceded by the model's name if there are several."""
         return {
             identity: f"{model}/{name}" if model else name
             for model, mapped in self.maps(state).items()
@@ -183,14 +183,14 @@ class Extractor:
 
     @torch.no_grad()
     def capture(self, state: AppState) -> Captured:
-        """Take the state apart as it is now; tensors stay live, all else is fixed.
+        """Extract the current state; tensors stay live, everything else is copied.
 
         Raises:
             CheckpointError: Something can be stored neither as JSON nor as a tensor.
         """
         self.refresh(state)
         maps = self.maps(state)
-        # Hooks that run when a module is asked for its state may write to its buffers.
+        # Hooks that run in a module's `state_dict()` may write to its buffers.
         told = {name: mapped.told(called(name)) for name, mapped in maps.items()}
         stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:
@@ -260,7 +260,7 @@ class Extractor:
 
 @dataclass
 class Sinks:
-    """Encodes the states of several objects; what their tensors are called says whose they are.
+    """Encodes the states of several objects; the names of their tensors say whose they are.
 
     Args:
         stage: The pipeline stage, which keeps the names apart.
@@ -284,7 +284,7 @@ class Sinks:
         Args:
             dotted: What messages call it.
             name: What the names of its tensors begin with.
-            ask: Gives its state; not called where it is left out as a whole.
+            ask: Returns its state; not called if it is left out as a whole.
 
         Raises:
             CheckpointError: A value in it can be stored neither as JSON nor as a tensor.
@@ -296,7 +296,9 @@ class Sinks:
         try:
             encoded = encode(None if is_out else ask(), inside, sink)
         except RecursionError:
-            raise CheckpointError(f"{dotted}: its state holds itself, or is nested too deeply to be stored") from None
+            raise CheckpointError(
+                f"{dotted}: its state contains itself, or is nested too deeply to be stored"
+            ) from None
         self.tensors.update(sink)
         self.own.update(sink.own)
         self.omitted += sink.omitted
@@ -358,7 +360,7 @@ def part_of(model: str) -> str:
 
 @dataclass(frozen=True)
 class Taken:
-    """A nested dict as it was at one moment.
+    """A snapshot of a nested dict.
 
     Attributes:
         tree: The dict as JSON data.
@@ -379,7 +381,7 @@ class Taken:
 
 
 def take(value: dict[str, Any]) -> Taken:
-    """Fix a nested dict: its tensors are copied."""
+    """Take a snapshot of a nested dict: its tensors are copied."""
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(value, "", tensors)
     return Taken(tree, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
@@ -398,7 +400,7 @@ def unpack(path: Path, data: bytes) -> Any:
     """The dict that `take` was given, from the bytes that `Taken.packed` made.
 
     Raises:
-        CorruptCheckpointError: The data was not made so.
+        CorruptCheckpointError: The data was not made that way.
     """
     try:
         tensors = safetensors_load(data)
@@ -412,9 +414,9 @@ def unpack(path: Path, data: bytes) -> Any:
 
 
 def templates(state: AppState) -> Mapping[str, torch.Tensor]:
-    """The live tensors of extras by their names in a checkpoint, as far as these have any yet."""
+    """The live tensors of extras by their names in a checkpoint, as far as they exist yet."""
     tensors: dict[str, torch.Tensor] = {}
     for name, extra in state.extras.items():
-        with suppress(CheckpointError):  # what cannot be saved may well be loaded into
+        with suppress(CheckpointError):  # an object that cannot be saved may still be loaded into
             encode(extra.state_dict(), f"{name}:", tensors)
     return tensors

@@ -1,15 +1,15 @@
-"""A DataLoader that stops and goes on exactly.
+"""A DataLoader that stops and continues exactly.
 
-`resumable(loader)` takes a plain `torch.utils.data.DataLoader` and gives back a loader whose position can be saved
-and restored, so that a resumed run sees bit for bit the batches an uninterrupted one would have seen: with shuffling,
+`resumable(loader)` takes a plain `torch.utils.data.DataLoader` and returns a loader whose position can be saved and
+restored, so that a resumed run sees bit for bit the batches an uninterrupted one would have seen: with shuffling,
 worker processes and random augmentation, in the middle of an epoch.
 
 Three rules make that true:
 
-- The order of an epoch is a function of (seed, epoch) only. Going on at a position is slicing that order; samples
-  passed over are never loaded.
-- What a sample looks like is a function of (seed, epoch, its position in that order) only. It matters neither which
-  worker makes it, nor what that worker made before, nor how many ranks share the work.
+- The order of an epoch is a function of (seed, epoch) only. Continuing at a position means slicing that order; skipped
+  samples are never loaded.
+- A sample is a function of (seed, epoch, its position in that order) only. It does not depend on the worker that makes
+  it, on what that worker made before, or on how many ranks share the work.
 - Only batches handed to the caller count, not those that workers have prefetched.
 """
 
@@ -73,22 +73,22 @@ def resumable(loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size
 
     Raises:
         CheckpointConfigError: The loader's order cannot be reproduced; the message says what to do instead.
-        TopologyError: `rank` does not lie below `world_size`.
+        TopologyError: `rank` is not below `world_size`.
     """
     return ResumableLoader(loader, seed, rank=rank, world_size=world_size)
 
 
 class ResumableLoader(Generic[T]):
-    """Iterates like the DataLoader it was made from, and knows where it is.
+    """Iterates like the DataLoader it was made from, and keeps track of its position.
 
     A new `iter()` starts the current epoch from its beginning, also after a loop was left with `break`, unless that had
-    its last batch; only after `load_state_dict()` it goes on at the loaded position. When an iteration ends, `epoch`
-    moves on by one.
+    its last batch; only after `load_state_dict()` does it continue at the loaded position. When an iteration ends,
+    `epoch` moves on by one.
 
     Attributes:
         state_is_global: Says that its state is equal on all ranks and fits any number of them; of its class.
         dataset: The dataset of the loader it was made from.
-        batch_size: Samples in a batch of this rank; None where the loader does not batch.
+        batch_size: Samples in a batch of this rank; None if the loader does not batch.
         drop_last: Whether a last, shorter global batch is left out.
         seed: Decides order and random choices; a loaded state brings its own.
         epoch: The epoch being iterated, or the next one between two iterations.
@@ -99,7 +99,7 @@ class ResumableLoader(Generic[T]):
 
     def __init__(self, loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise TopologyError(f"resumable(): rank={rank} must lie between 0 and world_size - 1 = {world_size - 1}")
+            raise TopologyError(f"resumable(): rank={rank} must be between 0 and world_size - 1 = {world_size - 1}")
         _refuse_what_cannot_be_exact(loader)
         batching = loader.batch_sampler
         self.dataset = loader.dataset
@@ -125,12 +125,12 @@ class ResumableLoader(Generic[T]):
         """Yields the batches that are left of this epoch, then moves on to the next one."""
         self.is_between_epochs = False
         if self._is_spent and not self._goes_on:
-            self.set_epoch(self.epoch + 1)  # its last batch was taken, though not what comes behind
+            self.set_epoch(self.epoch + 1)  # its last batch was taken, but the end was not reached
         if not self._goes_on:
             if self._resumed and self._position:
                 log.warning(
-                    "The resumed dataloader was left at batch %d of epoch %d and begins that epoch anew: an iterator "
-                    "that is given up takes the place in the data with it.",
+                    "The resumed dataloader was abandoned at batch %d of epoch %d and restarts that epoch: when an "
+                    "iterator is dropped, its position in the data is lost.",
                     self._batches,
                     self.epoch,
                 )
@@ -141,7 +141,7 @@ class ResumableLoader(Generic[T]):
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
         left = self._batches_in(len(order) - self._position)
         for number, batch in enumerate(self._loader, start=1):
-            # Counted before the caller works on it: a save made in the loop's body has this batch behind it.
+            # Counted before the caller works on it: a save made in the loop's body includes this batch.
             self._position = min(self._position + self._global_batch, len(order))
             self._batches += 1
             self._is_spent = number == left
@@ -156,7 +156,7 @@ class ResumableLoader(Generic[T]):
             self._goes_on = self._is_spent = False
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands, as plain data, equal on every rank. `position` counts the samples of all ranks."""
+        """The stream's position, as plain data, equal on every rank. `position` counts the samples of all ranks."""
         return {
             "version": _STATE_VERSION,
             "seed": self.seed,
@@ -167,17 +167,17 @@ class ResumableLoader(Generic[T]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken, at the next `iter()`, with the seed of `state`.
+        """Continues where `state` was taken, at the next `iter()`, with the seed of `state`.
 
         Batch size and number of ranks may have changed; the remaining samples still come in the same order.
 
         Raises:
-            CheckpointConfigError: The state is of another kind, or stands within an epoch of another length.
+            CheckpointConfigError: The state is of another kind, or belongs to an epoch of another length.
         """
         self._check(state)
         self.is_between_epochs = self._is_spent = False
         if state["seed"] != self.seed:
-            log.info("The dataloader goes on with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
+            log.info("The dataloader continues with the checkpoint's seed %s, not %s.", state["seed"], self.seed)
         self.seed, self.epoch = state["seed"], state["epoch"]
         self._position, self._batches = state["position"], state["batches"]
         self._goes_on = True
@@ -191,8 +191,8 @@ class ResumableLoader(Generic[T]):
         samples = len(self._sampler)
         if state["position"] and state["samples"] != samples:
             raise CheckpointConfigError(
-                f"the checkpoint stands at sample {state['position']} of an epoch of {state['samples']} samples, but "
-                f"the dataset now gives {samples}: the remaining ones would be others. Bring the data back, or resume "
+                f"the checkpoint is at sample {state['position']} of an epoch of {state['samples']} samples, but the "
+                f"dataset now gives {samples}: the remaining samples would be different. Restore the data, or resume "
                 "without the dataloader"
             )
 
@@ -215,7 +215,7 @@ class ResumableLoader(Generic[T]):
             yield BatchRequest(key, [(position, order[position % len(order)]) for position in mine])
 
     def _rebuild(self, loader: DataLoader[T]) -> DataLoader[T]:
-        """The loader's twin, with our requests in place of its sampler and whole batches in place of samples."""
+        """A copy of the loader, with our requests instead of its sampler, and whole batches instead of samples."""
         return DataLoader(
             SeededBatches(loader.dataset, loader.collate_fn, batched=self.batch_size is not None),
             batch_size=None,
@@ -267,10 +267,10 @@ def _order(sampler: Any, seed: int, epoch: int) -> Sequence[Any]:
 
 
 def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
-    """Raises CheckpointConfigError, saying what to do, for a loader whose order is not ours to reproduce."""
+    """Raises CheckpointConfigError, saying what to do, for a loader whose order cannot be reproduced."""
     kind, batching, sampler = type(loader).__name__, loader.batch_sampler, _sampler_of(loader)
     if hasattr(loader, "state_dict"):
-        _refuse(f"{kind} already has a state_dict()", "give it to AppState as it is")
+        _refuse(f"{kind} already has a state_dict()", "pass it to AppState unchanged")
     if type(loader).__iter__ is not DataLoader.__iter__:
         _refuse(f"{kind} iterates in its own way", "make the plain DataLoader resumable, not what wraps it")
     if isinstance(loader.dataset, IterableDataset):
@@ -295,4 +295,4 @@ def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
 
 
 def _refuse(reason: str, remedy: str) -> NoReturn:
-    raise CheckpointConfigError(f"resumable(): {reason}, so it cannot go on exactly; {remedy}.")
+    raise CheckpointConfigError(f"resumable(): {reason}, so it cannot continue exactly; {remedy}.")

@@ -1,6 +1,6 @@
 """Who holds optimizer state: the optimizers of an AppState, and those that they wrap.
 
-Lookahead, SAM and their like keep an optimizer of their own in an attribute and let it do the work. Its state belongs
+Lookahead, SAM and similar optimizers keep another optimizer in an attribute and let it do the work. Its state belongs
 to parameters as any optimizer's does, so it is walked in the same way and reshards with them.
 """
 
@@ -25,10 +25,10 @@ class Holder:
         called: What messages call that one: `optimizer`, `optimizer.0`, `optimizer.generator`.
         path: Attributes that lead from there to it, with dots; empty for the AppState's own optimizer.
         optimizer: The object.
-        groups: Its parameter groups; empty where an outer holder has the same list.
-        state: Its state by parameter; empty where an outer holder has the same object.
-        parameters: The parameters of all its groups, whoever has these.
-        outer: Number and path of the outer holder that has the same state; None where its state is its own.
+        groups: Its parameter groups; empty if an outer holder has the same list.
+        state: Its state by parameter; empty if an outer holder has the same object.
+        parameters: The parameters of all its groups, also of groups that an inner optimizer has.
+        outer: Number and path of the outer holder that has the same state; None if its state is its own.
     """
 
     number: int
@@ -45,7 +45,7 @@ def holders(optimizers: Mapping[str, Any], known: Mapping[int, str]) -> list[Hol
     """The optimizers and those inside them, each outer one before its inner ones.
 
     Args:
-        optimizers: What each is called, to the object.
+        optimizers: Name of each, to the object.
         known: Identity of a parameter to its name. An inner optimizer over other tensors (fp32 copies of the model's
             parameters) is left to the state_dict() of the one that wraps it.
     """

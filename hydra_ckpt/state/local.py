@@ -1,4 +1,4 @@
-"""Tensors as one rank holds them: a local part with its place in the whole."""
+"""Tensors as one rank holds them: a local part with its position in the whole."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from hydra_ckpt.storage.memory import narrow, view_as
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where a tensor's local part lies in the whole: what stays the same from save to save.
+    """The position of a tensor's local part in the whole: what stays the same from save to save.
 
-    A `Localizer` makes one for each, and hands out the same one again; so places are compared by identity.
+    A `Localizer` makes one for each, and returns the same one again, so places are compared by identity.
 
     Attributes:
         spec: Name, element type and global shape.
-        box: The part held here; empty where the rank holds nothing.
+        box: The part held here; empty if the rank holds nothing.
         mesh: Digest of the device mesh it is spread over; empty for a plain tensor, replicated by convention.
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
-        origin: Name of the live tensor it is part of, where it is called otherwise in an export.
-        crowd: How many ranks of the mesh would meet in a file of the whole tensor.
+        origin: Name of the live tensor it is part of, if it has another name in an export.
+        crowd: How many ranks of the mesh would write to a file of the whole tensor.
         sharding: How; None for a plain tensor, and on a rank outside the mesh.
     """
 
@@ -53,7 +53,7 @@ class LocalTensor:
     """This rank's part of a named tensor.
 
     Attributes:
-        place: Where it lies in the whole.
+        place: Its position in the whole.
         tensor: That part, of the sizes of the place's box, sharing memory with the live object.
         divisible: Whether all replicas certainly hold the same values.
         late: Whether nothing but an optimizer step changes it, so that copying it may wait until then.
@@ -77,13 +77,13 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A `LocalTensor` made before, and what it was made of."""
+    """A `LocalTensor` made before, and what it was made from."""
 
     tensor: torch.Tensor
     item: LocalTensor
 
     def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool) -> bool:
-        """Whether the same live tensor, with its memory where it was, would give the same again."""
+        """Whether the same live tensor, with its memory where it was, would give the same result again."""
         item = self.item
         return (
             tensor is self.tensor
@@ -96,12 +96,12 @@ class _Kept:
         )
 
 
-# Other kinds may be results that are still to come, whose memory cannot be asked for.
+# Other kinds may be pending results, whose memory cannot be accessed.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Localizer:
-    """Makes `LocalTensor`s and remembers where each lies: asking PyTorch's meshes takes longer than copying."""
+    """Makes `LocalTensor`s and remembers their positions: querying PyTorch's meshes takes longer than copying."""
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
@@ -138,7 +138,7 @@ class Localizer:
         return kept.item
 
     def forget(self) -> None:
-        """Let go of the live tensors remembered."""
+        """Forget the live tensors."""
         self._kept = {}
 
     def _make(
@@ -198,7 +198,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of this rank behind a tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # to_local() makes a new view, or a step of autograd, which takes longer than all that is done with it here.
+    # to_local() makes a new view, or a step of autograd, which takes longer than everything done with it here.
     local = tensor._local_tensor
     return local if type(local) in _PLAIN else tensor.to_local()
 
@@ -222,7 +222,7 @@ def _sharded_dim(name: str, placement: Placement, ndim: int) -> int | None:
 class Exporter:
     """Shows what a rank holds as the exported tensors it is part of: views of the same memory.
 
-    Where each lies is worked out once.
+    Each position is computed once.
 
     Args:
         naming: How the tensors are exported.
@@ -257,13 +257,13 @@ class Exporter:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of an exported tensor that lies in a rank's part of a live one.
+    """A part of an exported tensor that is in a rank's part of a live one.
 
     Attributes:
         number: The alias's in the naming.
         alias: How it is exported.
-        place: Where it lies in the exported tensor.
-        own: The box of the rank's part that it lies in.
+        place: Its position in the exported tensor.
+        own: The box of the rank's part that contains it.
         grid: The shape of that box in the alias's grid.
         inner: The piece, in that grid.
     """

@@ -36,7 +36,7 @@ MAX_OWN_BUFFER_BYTES = 16 << 20
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
     """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
-    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only tells the possible ones
+    declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only names the possible ones
     if declared is None:
         declared = getattr(model, "_tied_weights_keys", None)
     return declared if isinstance(declared, Mapping) else {}
@@ -52,7 +52,7 @@ def _placed_as(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ModelMap:
-    """Where the tensors of one model live.
+    """The places of one model's tensors.
 
     Attributes:
         slots: One place for each stored tensor, in the model's order.
@@ -122,7 +122,7 @@ class ModelMap:
             self._walked.append(Walked.of(prefix, module, is_wrapper=True))
             module = inner
         if isinstance(module, FSDPModule):
-            self.units.append(Unit.of(module))  # before its parameters are looked at, which it may have gathered
+            self.units.append(Unit.of(module))  # before its parameters are read, which it may have gathered
         self._walked.append(Walked.of(prefix, module))
         self._dropped += [prefix + key for key in getattr(module, "_tied_weights_keys", None) or ()]
         here: list[tuple[str, torch.Tensor | None, bool]] = [(*item, True) for item in module._parameters.items()]
@@ -144,13 +144,13 @@ class ModelMap:
                 yield from self._walk(child, f"{prefix}{name}.")
 
     def _choose_names(self, slots: list[Slot]) -> None:
-        """Store a tied tensor under the name that transformers keeps; where it drops none, under its first."""
+        """Store a tied tensor under the name that transformers keeps; if it drops none, under its first."""
         drops = re.compile("|".join(f"(?:{pattern})" for pattern in self._dropped) or "(?!)")
         by_tensor: dict[int, list[Slot]] = {}
         for slot in slots:
             by_tensor.setdefault(id(slot.tensor), []).append(slot)
         for names in by_tensor.values():
-            # Of names that are all to be dropped, transformers keeps the last in the order of the alphabet.
+            # If all names are to be dropped, transformers keeps the last in alphabetical order.
             dropped = [slot for slot in names if drops.search(slot.name)]
             last = max(dropped, key=lambda slot: slot.name, default=names[0])
             chosen = next((slot for slot in names if slot not in dropped), last)
@@ -168,13 +168,13 @@ class ModelMap:
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
     def _adapts_as_it_did(self) -> bool:
-        """Whether adapters would be told what they were told."""
+        """Whether adapters would get the same input as before."""
         return self._adapted_specs is None or (
             self._adapted_specs == self.specs() and all(has_adapter(core) for core, _ in self._adapting)
         )
 
     def told(self, called: str) -> Told:
-        """What the model's own state_dict tells beyond what was walked; nothing for most.
+        """What the model's own state_dict returns beyond what was walked; nothing for most.
 
         Args:
             called: The model's name, for messages.
@@ -211,16 +211,16 @@ class ModelMap:
         metadata: Mapping[str, Any] | None,
         resized: Mapping[str, torch.Tensor],
     ) -> list[str]:
-        """Hand each part its entries, or let it do what it does beside when it loads; see `give_back`.
+        """Give each part its entries, or let it do what else it does when it loads; see `give_back`.
 
         Args:
             called: The model's name, for messages.
             saved: For each part its entries; or nothing.
-            metadata: What modules said of their state, versions other than 1 among it; None where that is not known.
+            metadata: Metadata of the modules' state, including versions other than 1; None if unknown.
             resized: Buffers of another size than the live ones.
 
         Returns:
-            Names of those that the module reports otherwise afterwards.
+            Names of those that the module reports differently afterwards.
         """
         known = {} if metadata is None or self._ours is not None else metadata
         versions = {
@@ -273,20 +273,20 @@ class ModelMap:
 
         Args:
             renamed: A tensor's name to all names that it is stored under.
-            buffers: Whether what a forward pass may change beside is kept as extra state: other buffers, but tables,
-                and the modules' own.
+            buffers: Whether the other state that a forward pass may change is kept as extra state: other buffers, but
+                tables, and the modules' own.
         """
         left = [slot for slot in self.slots if slot.name not in renamed and not slot.is_parameter]
         self._beside = [slot for slot in left if buffers and slot.tensor.nbytes <= MAX_OWN_BUFFER_BYTES]
         self.slots = [replace(slot, name=name) for slot in self.slots for name in renamed.get(slot.name, ())]
         self.extra_states = self.extra_states if buffers else {}
         self._adapting = []
-        # What modules of the base model tell beside is not the adapter's.
+        # Other state of the base model's modules does not belong to the adapter.
         self._ours = tuple({name.rpartition(".")[0] for name in renamed}) if buffers else ()
 
     @cached_property
     def adapted(self) -> Naming | None:
-        """What the files hold according to the parts' adapters; None where no part has one.
+        """What the files hold according to the parts' adapters; None if no part has one.
 
         Raises:
             TopologyError: An adapter does not fit.
@@ -313,7 +313,7 @@ class ModelMap:
         ]
 
     def reshard(self) -> None:
-        """Bring FSDP parameters that a forward pass left gathered back to their shards."""
+        """Reshard FSDP parameters that a forward pass left gathered."""
         for unit in self.units:
             unit.reshard()
 
@@ -321,7 +321,7 @@ class ModelMap:
         """This rank's part of every stored tensor, as it is now.
 
         Args:
-            localize: Knows where tensors lie.
+            localize: Finds the positions of tensors.
             late: Identities of parameters that only a hooked optimizer changes.
         """
         self.reshard()
@@ -349,12 +349,12 @@ class ModelMap:
                 live[name].copy_(_placed_as(live[name], value))
 
     def extra_state(self) -> dict[str, Any]:
-        """What is stored beside the tensors: the modules' own extra state, and buffers that `keep` has left out."""
+        """What is stored besides the tensors: the modules' own extra state, and buffers that `keep` has left out."""
         own = {name: module.get_extra_state() for name, module in self.extra_states.items()}
         return {**own, **{slot.name: slot.tensor for slot in self._beside}}
 
     def set_extra_state(self, states: dict[str, Any]) -> None:
-        """Give it back to the modules that have it."""
+        """Load it into the modules that have it."""
         self.set_buffers({name: value for name, value in states.items() if isinstance(value, torch.Tensor)})
         for name, state in states.items():
             if name in self.extra_states:

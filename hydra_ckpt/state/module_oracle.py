@@ -1,9 +1,9 @@
 """What a module's own `state_dict` has beyond parameters, buffers and extra state: hooks and overrides add it.
 
-A model is walked, tensor by tensor. Whether that is everything, only its `state_dict` knows, so it is asked at each
-save where anything in the model customizes it. An entry that is the very tensor the walk has found is covered, whatever
-its name. All others are stored as they are and go back through `load_state_dict`. Example: a layer whose hook adds
-`{"fc.seen": tensor(7)}` to `fc.weight` and `fc.bias` has one entry of its own, `fc.seen`.
+A model is walked, tensor by tensor. Only its `state_dict` shows whether that is everything, so it is called at each
+save if anything in the model customizes it. An entry that is the same tensor as one found by the walk is covered,
+whatever its name. All others are stored as they are and restored through `load_state_dict`. Example: a layer whose hook
+adds `{"fc.seen": tensor(7)}` to `fc.weight` and `fc.bias` has one entry beyond its tensors, `fc.seen`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MODULE = "torch.nn.modules.module"
 
 
 def customizes(module: nn.Module) -> bool:
-    """Whether a module itself, not its children, has a say in what `state_dict` returns."""
+    """Whether a module itself, not its children, customizes what `state_dict` returns."""
     if not all(is_own_method(module, name, _MODULE) for name in ("state_dict", "_save_to_state_dict")):
         return True
     return _any_foreign((*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()))
 
 
 def customizes_loading(module: nn.Module) -> bool:
-    """Whether a module itself, not its children, does more when it is loaded than to take tensors over."""
+    """Whether a module itself, not its children, does more in loading than copying tensors."""
     # PyTorch's own modules read older versions.
     if not all(is_own_method(module, name, "torch.nn.") for name in ("load_state_dict", "_load_from_state_dict")):
         return True
@@ -51,7 +51,7 @@ def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
     """What `state_dict` returns, with the live tensors themselves where it passes them through.
 
     Raises:
-        CheckpointConfigError: It raises, or returns something else than a mapping from names.
+        CheckpointConfigError: It raises, or returns something other than a mapping from names.
     """
     try:
         try:
@@ -73,11 +73,11 @@ def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a model's own state_dict tells beyond its tensors.
+    """What a model's own state_dict returns beyond its tensors.
 
     Attributes:
         entries: For each part of the model the entries that the walk does not cover, by name.
-        metadata: Name of a module to what it says of its state: its version where it is not 1, and what hooks add.
+        metadata: Name of a module to the metadata of its state: its version if it is not 1, and what hooks add.
         resized: Buffers that were saved with another size than the live ones have.
     """
 
@@ -94,7 +94,7 @@ def own_entries(
     Args:
         told: What `state_dict` returns.
         walked: The tensors found by the walk, by each of their names.
-        extra_states: Names of the modules' extra states, which are stored apart.
+        extra_states: Names of the modules' extra states, which are stored separately.
     """
     known = {_memory(tensor) for tensor in walked.values()}
     apart = set(extra_states)
@@ -104,7 +104,7 @@ def own_entries(
             continue
         here = walked.get(_plain(name))
         if here is not None and isinstance(value, torch.Tensor) and same_tensor(value.detach(), here.detach()):
-            continue  # a copy, as of a hook that offloads
+            continue  # a copy, for example by a hook that offloads
         found[name] = value
     return found
 
@@ -137,19 +137,19 @@ def give_back(
     is_ours: Callable[[str], bool],
     older: Collection[str],
 ) -> Iterator[str]:
-    """Hand a module its own entries through its `load_state_dict`, whose tensors have been loaded already.
+    """Give a module its own entries through its `load_state_dict`; its tensors have been loaded already.
 
     Args:
         module: The module.
         called: Its name, for messages.
-        told: Its entries, of which there may be none, and what modules said of their state.
+        told: Its entries (possibly none), and the metadata of the modules' state.
         walked: The tensors found by the walk, by each of their names.
         apart: Names of the modules' extra states.
         is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
         older: Modules whose state was saved by another version of them. They convert their tensors themselves.
 
     Yields:
-        Names of the entries that the module reports otherwise afterwards.
+        Names of the entries that the module reports differently afterwards.
 
     Raises:
         CheckpointError: It refuses them.
@@ -157,7 +157,7 @@ def give_back(
     saved = {**told.entries[0], **told.resized}
     put_back = _remember(walked)
     live = told_by(module, called)
-    put_back(())  # what hooks write when the state is asked for is not what was loaded
+    put_back(())  # what hooks write in state_dict() is not what was loaded
     beside = {name for name in own_entries(live, walked, apart) if is_ours(name)}
     given: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
@@ -181,7 +181,7 @@ def give_back(
 
 
 def _metadata(live: Mapping[str, Any], saved: Mapping[str, Any], older: Collection[str]) -> Any:
-    """What `load_state_dict` is to know of the state: as it was saved, where that is not as it would be now."""
+    """The metadata for `load_state_dict`: as saved, if that differs from what it would be now."""
     found = getattr(live, "_metadata", None)
     if found is None:
         return None
@@ -219,12 +219,12 @@ def _load(
     walked: Mapping[str, torch.Tensor],
     saved: Mapping[str, Any],
 ) -> str | None:
-    """Call load_state_dict with what the module tells; where it refuses that, with the names of its tensors' places.
+    """Call load_state_dict with what the module returned; if it refuses that, with the names of its tensors' places.
 
     A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless.
 
     Returns:
-        Why it refuses everything, where it had no entries of its own, and so has all its tensors; None if it does not.
+        Why it refuses everything, if it had no further entries and so has all its tensors; None if it does not refuse.
     """
     absent = {name: item for name, item in walked.items() if name not in set(map(_plain, given))}
     placed = {name: item for name, item in given.items() if name in saved or not isinstance(item, torch.Tensor)}

@@ -1,8 +1,8 @@
 """Optimizers taken apart: state by parameter name, read off without ever stepping or creating state.
 
 Going through the optimizers' own `state_dict` would number the parameters, and PyTorch's helper for names steps a
-fresh optimizer to make it have a state. Here absent state is recorded as absent. What only the optimizer's own
-`state_dict` tells is asked for beside it; see `hydra_ckpt.state.optimizer_oracle`.
+fresh optimizer to make it have a state. Here absent state is recorded as absent. State that only the optimizer's own
+`state_dict` returns is collected separately; see `hydra_ckpt.state.optimizer_oracle`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart
 SEPARATOR = ":"
 OPTIONS = "options"
 AS_PARAMETER = "parameter"
-"""What stands for the placements of a state that is placed as its parameter is."""
+"""Represents the placements of a state that is placed as its parameter is."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _describe_state(
     for parameter, held in holder.state.items():
         known = names.get(id(parameter)) if id(parameter) in here_too else None
         if known is None or not (type(held) is dict or isinstance(held, Mapping)):
-            continue  # for its state_dict to tell
+            continue  # its state_dict returns this
         if takes_short_cut and not isinstance(parameter, DTensor):
             section["state"][known] = encoded = _ordinary(held, f"{known}{inside}", sink)
             if encoded:
@@ -192,7 +192,7 @@ def _mesh_and_placements(tensor: DTensor) -> tuple[Any, ...]:
 def _add_own(
     found: Described, number: int, optimizer: Any, inside: Sequence[Holder], names: Mapping[int, str], sink: Sink
 ) -> None:
-    """Add what only the optimizer's own state_dict tells, if it tells anything."""
+    """Add what only the optimizer's own state_dict returns, if there is anything."""
     if is_plain(optimizer):
         return
     parameters = {id(parameter): parameter for holder in inside for parameter in holder.parameters}

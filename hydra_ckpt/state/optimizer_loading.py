@@ -1,4 +1,4 @@
-"""Saved optimizer state beside live optimizers: what fits, where it is read into, and how it is put back."""
+"""Saved optimizer state compared with live optimizers: what fits, where it is read into, and how it is put back."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BESIDE = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_mom
 
 @dataclass(frozen=True)
 class Fit:
-    """A saved description beside live optimizers, parameter by parameter.
+    """A saved description compared with live optimizers, parameter by parameter.
 
-    Optimizers may be numbered and grouped otherwise than in the run that saved, as other pipeline stages have them.
+    Optimizers may be numbered and grouped differently than in the run that saved, for example on other pipeline stages.
 
     Attributes:
         live: The optimizers and those inside them.
@@ -37,13 +37,13 @@ class Fit:
             it is.
         state: For each of these the saved state of its parameters, encoded.
         own: Number of an optimizer to its own saved state_dict, encoded.
-        absent: Numbers of optimizers of whose parameters the description knows none.
+        absent: Numbers of optimizers none of whose parameters is in the description.
         refused: Numbers of optimizers that the description does not fit; they stay as they are.
         missing: Parameters of the other live optimizers that the description lacks.
         left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
         lacking: Live options that the saved groups lack, by dotted name; they stay as they are.
-        notes: What is otherwise than it was, in words.
+        notes: What has changed, in words.
     """
 
     live: list[Holder]
@@ -121,7 +121,7 @@ def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapp
             found.own[number] = tree
         else:
             found.different[_called(found.live, number)] = (
-                "it has state of its own beside that of its parameters, which fits only the same parameters in the "
+                "it has state of its own besides that of its parameters, which fits only the same parameters in the "
                 "same groups"
             )
     return found
@@ -174,7 +174,7 @@ def _fit_holder(
     found.state.append({name: state for name, state in described["state"].items() if name in held})
     if any(row is not None for row in rows) and _splits(described, holder, names):
         found.notes.append(
-            f"{_place(holder)}: its parameters are grouped otherwise than in the checkpoint; each group takes the "
+            f"{_place(holder)}: its parameters are grouped differently than in the checkpoint; each group gets the "
             "options that its parameters had there"
         )
 
@@ -224,7 +224,7 @@ def _place(holder: Holder, index: int | None = None) -> str:
 
 
 def _empty_group(described: Mapping[str, Any], holder: Holder, index: int, optimizers: int) -> dict[str, Any] | None:
-    """The options of a group without parameters, which only its number can tell."""
+    """The options of a group without parameters, which only its number identifies."""
     saved = described["optimizers"]
     if len(saved) != optimizers or len(saved[holder.number]["groups"]) != len(holder.groups):
         return None
@@ -257,10 +257,10 @@ def _fit_group(
 
 
 def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> str | None:
-    """Why the options, and so the state, of a saved optimizer are not a live one's; None where they may be.
+    """Why the options, and so the state, of a saved optimizer are not a live one's; None if they may be.
 
     Args:
-        saved: Its class; empty where nothing says it.
+        saved: Its class; empty if nothing says it.
         options: Names of its options.
         live: The live optimizer.
         here: Names of the live group's options.
@@ -275,7 +275,7 @@ def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> s
     sides = [f"only {where}: {', '.join(sorted(names))}" for where, names in (("there", gone), ("here", new)) if names]
     return (
         f"{saved or 'another optimizer'} in the checkpoint, {name} in the AppState, with other options "
-        f"({'; '.join(sides)}). To start with a new optimizer, name the other parts alone: "
+        f"({'; '.join(sides)}). To start with a new optimizer, load only the other parts: "
         "restore_parts=[model,dataloader,rng,extras,progress]"
     )
 
@@ -323,7 +323,7 @@ def targets(
 def _wanted(
     described: Mapping[str, Any], found: Fit, names: Mapping[int, str]
 ) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
-    """The names of tensors to install, with the parameter that each belongs to, and whether its counters lie there."""
+    """The names of tensors to load, each with its parameter, and whether its counters are on that device."""
     parameters = {names[id(item)]: item for holder in found.live for item in holder.parameters}
     counters: set[str] = set()  # of parameters whose optimizer keeps them on the device
     for holder, options, state in zip(found.live, found.options, found.state, strict=True):
@@ -356,7 +356,7 @@ class _Wanted:
     Attributes:
         shape: Its global shape.
         dtype: Its element type.
-        strides: Its global strides; None where it lies row by row.
+        strides: Its global strides; None if it is row-major.
         device: Where it is.
         placed: The mesh and placements of a DTensor; None for a plain tensor.
     """
@@ -408,7 +408,7 @@ def _wanted_as(
     # The state of a parameter that is a number looks like a counter; all of PyTorch's call theirs `step`.
     is_alike = shape == tuple(parameter.shape) and not name.endswith(f"{SEPARATOR}step")
     if saved is None and shape == () and not is_alike:
-        # A counter: beside the parameter only where the optimizer's kernels want it there.
+        # A counter: on the parameter's device only if the optimizer's kernels require it there.
         return _Wanted(shape, dtype, lies, parameter.device if on_device else torch.device("cpu"))
     if not isinstance(parameter, DTensor) or (
         saved is None and (name in described.get("plain", ()) or (_is_single(shape) and not is_alike))
@@ -502,11 +502,11 @@ def give_back(
         raise CheckpointError(
             f"{called} ({type(optimizer).__qualname__}): its load_state_dict() refuses what its state_dict() returned "
             f"when it was saved: {type(error).__name__}: {error}. Build it as in the run that saved; to start with a "
-            "new one, name the other parts alone: restore_parts=[model,dataloader,rng,extras,progress]"
+            "new one, load only the other parts: restore_parts=[model,dataloader,rng,extras,progress]"
         ) from error
     for one, other in shared:
         if not _share_groups(one, other):
-            with suppress(AttributeError):  # it shows the other's groups by itself
+            with suppress(AttributeError):  # it shows the groups of the other one
                 one.param_groups = other.param_groups
     walk()
     return list(differing(decoded(), optimizer.state_dict(), called))

@@ -1,4 +1,4 @@
-"""What an optimizer knows beyond the state and options of its parameters: its own `state_dict` is the judge.
+"""What an optimizer holds beyond the state and options of its parameters: its own `state_dict` is the judge.
 
 Most optimizers keep everything in `.state[parameter]` and `.param_groups`, where it is read off. Some override
 `state_dict`, hook it, keep state under other keys, or wrap another optimizer. Their `state_dict` is stored as it is,
@@ -36,7 +36,7 @@ _HOOKS = (
 
 
 def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.Tensor], sink: Sink) -> Any | None:
-    """An optimizer's own state_dict, encoded; None where it tells nothing but what its holders do.
+    """An optimizer's own state_dict, encoded; None if it returns nothing beyond what its holders have.
 
     Args:
         optimizer: The optimizer of an AppState.
@@ -67,7 +67,7 @@ def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.T
 
 
 def is_plain(optimizer: Any) -> bool:
-    """Whether an optimizer's state_dict() is PyTorch's own, and so tells nothing beyond state and options."""
+    """Whether an optimizer's state_dict() is PyTorch's own, and so returns nothing beyond state and options."""
     return (
         isinstance(optimizer, Optimizer)
         and is_own_method(optimizer, "state_dict", "torch.optim.")
@@ -97,7 +97,7 @@ def _strange_keys(optimizer: Optimizer) -> bool:
 
 
 def _customizes_loading(optimizer: Any) -> bool:
-    """Whether loading does more than to take over state and options."""
+    """Whether loading does more than set state and options."""
     return (
         not isinstance(optimizer, Optimizer)
         or not all(is_own_method(optimizer, name, "torch.optim.") for name in ("load_state_dict", "__setstate__"))
@@ -161,14 +161,15 @@ def differing(saved: Any, live: Any, place: str = "", memory: dict[int, int] | N
         saved: What was loaded, decoded.
         live: What state_dict() returns afterwards.
         place: The name of both.
-        memory: Addresses of tensors seen, of the first to that of the second: what shared memory has to share it.
+        memory: Addresses of tensors seen, of the first to that of the second: tensors that shared memory have to share
+            it again.
     """
     memory = {} if memory is None else memory
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
         if not same_tensor(saved, live) or _facts(saved) != _facts(live):
             yield place
         elif _address(saved) and memory.setdefault(_address(saved), _address(live)) != _address(live):
-            yield f"{place} (shares no memory any more)"
+            yield f"{place} (no longer shares memory)"
     elif isinstance(saved, Mapping) and isinstance(live, Mapping):
         yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
         for key in saved.keys() & live.keys():
@@ -195,7 +196,7 @@ def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What belongs to a tensor beside its type, shape and bits."""
+    """What belongs to a tensor besides its type, shape and bits."""
     placed = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
     lies = tensor.stride() if tensor.numel() else None
     return lies, placed, tensor.requires_grad and tensor.is_leaf, sorted(tensor.__dict__)

@@ -42,7 +42,7 @@ _DIRECTORY = re.compile(r"\w[\w-]*", re.ASCII)
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether peft wraps this model; importing peft is left to whoever did the wrapping."""
+    """Whether peft wraps this model; peft is not imported for this."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(unwrap(model), peft.PeftModel)
 
@@ -83,17 +83,17 @@ def refuse_adapters(model: nn.Module) -> None:
     layer = peft.tuners.tuners_utils.BaseTunerLayer
     if any(isinstance(module, layer) for module in model.modules()):
         raise CheckpointConfigError(
-            "the model has adapters that no PeftModel holds (add_adapter(), load_adapter(), inject_adapter_in_model(), "
-            "a PeftMixedModel), and an export would hold the base model's weights under names that nothing opens. Wrap "
-            "it with peft.get_peft_model instead and set checkpoint.is_peft=true, or set "
-            "checkpoint.save_consolidated=false, which saves and resumes all of it"
+            "the model has adapters that no PeftModel holds (add_adapter(), load_adapter(), "
+            "inject_adapter_in_model(), a PeftMixedModel), and an export would hold the base model's weights under "
+            "names that nothing can open. Wrap it with peft.get_peft_model instead and set checkpoint.is_peft=true, "
+            "or set checkpoint.save_consolidated=false, which saves and resumes all of it"
         )
 
 
 def adapters(name: str, model: nn.Module) -> dict[str, str]:
     """The adapters of a model: the name under which a checkpoint holds each, to peft's name of it.
 
-    The one called `default`, or else the first, has the model's own name; others have theirs behind it.
+    The one called `default`, or else the first, has the model's own name; others append theirs to it.
     """
     held = list(_core(model).peft_config)
     first = "default" if "default" in held else held[0]
@@ -108,10 +108,10 @@ def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *
         mapped: The map.
         modules: The parts.
         adapter: peft's name of it.
-        buffers: Whether the base model's buffers, which are in no adapter's file, are kept beside it.
+        buffers: Whether the base model's buffers, which are in no adapter's file, are stored separately.
 
     Raises:
-        CheckpointConfigError: peft stores of it what is no tensor of the model.
+        CheckpointConfigError: peft stores values for it that are not tensors of the model.
     """
     names: defaultdict[int, list[str]] = defaultdict(list)
     for module in modules:
@@ -121,12 +121,12 @@ def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *
     mapped.keep(kept, buffers=buffers)
 
 
-# Stands for entries that hooks of an adapter's modules add. They are no tensors of it; see `module_oracle`.
+# Stands for entries that hooks of an adapter's modules add. They are not tensors of it; see `module_oracle`.
 _NO_TENSOR = torch.empty(0)
 
 
 def _added_names(core: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The names that an adapter's modules tell by themselves, each with the tensor that stands for none."""
+    """The names that an adapter's modules return themselves, each with the tensor that represents none."""
     own = [
         (place, module)
         for place, module in core.named_modules(remove_duplicate=False)
@@ -147,7 +147,7 @@ def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
         for place, module in core.named_modules(remove_duplicate=False)
         for name, tensor in _held(module)
     )
-    # It only filters and renames then, so that the tensors tell which name became which.
+    # It only filters and renames then, so the tensors show which name became which.
     select = partial(get_peft_model_state_dict, core, state_dict=live, adapter_name=adapter)
     try:
         with _unpruned(core.peft_config[adapter]):
@@ -165,14 +165,14 @@ def _adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     if computed:
         raise CheckpointConfigError(
             f"{some_of(computed)}: peft computes these when it saves the adapter {adapter!r} "
-            f"({core.peft_config[adapter].peft_type}), so that training could not go on from them. Adapters of this "
+            f"({core.peft_config[adapter].peft_type}), so training could not continue from them. Adapters of this "
             "kind cannot be saved; choose another one, or another way of storing it in its configuration"
         )
     return {canonical(name): tensor for name, tensor in found.items()}
 
 
 def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
-    """Refuse parameters that are trained and stand in no adapter's files.
+    """Refuse parameters that are trained but are in no adapter's files.
 
     Args:
         mapped: The adapters' maps, reduced.
@@ -186,8 +186,8 @@ def refuse_lost(mapped: Collection[ModelMap], trained: Collection[int]) -> None:
     lost = [name for identity, name in names.items() if identity in trained and identity not in stored]
     if lost:
         raise CheckpointConfigError(
-            f"{some_of(lost)}: trained, but in no adapter's "
-            "files, so that a checkpoint would lose them. Freeze them, or name their modules in peft's modules_to_save"
+            f"{some_of(lost)}: trained, but in no adapter's files, so a checkpoint would lose them. Freeze them, or "
+            "name their modules in peft's modules_to_save"
         )
 
 
@@ -276,9 +276,9 @@ def _is_resized(base: Any, name: str | None, revision: str | None) -> bool:
             stored = type(config).from_pretrained(name, revision=revision or "main", local_files_only=True)
         except (OSError, ValueError):
             log.warning(
-                "the configuration of the base model %s is not on this machine, so that it cannot be told whether the "
-                "vocabulary was resized: if it was, train the embeddings or name them in modules_to_save, or they are "
-                "not saved with the adapter",
+                "the configuration of the base model %s is not on this machine, so it is unknown whether the "
+                "vocabulary was resized: if it was, train the embeddings or name them in modules_to_save, or they "
+                "are not saved with the adapter",
                 name,
             )
             return False
@@ -304,7 +304,7 @@ def _plain(value: Any) -> Any:
 
 
 def changed_settings(model: nn.Module, adapter: str, saved: Mapping[str, Any]) -> list[str]:
-    """What a live adapter would make of the same weights otherwise than the one that was saved, in words.
+    """How a live adapter would interpret the same weights differently than the saved one, in words.
 
     Args:
         model: The model.

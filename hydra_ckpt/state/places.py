@@ -22,9 +22,9 @@ class Places:
 
     Args:
         state: The live objects.
-        live: The tensors that live extras have now, by name; they tell device and mesh.
+        live: The tensors that live extras have now, by name; they determine device and mesh.
         placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
-        strides: Name to strides, of those that did not lie row by row.
+        strides: Name to strides, for those that were not row-major.
     """
 
     state: AppState
@@ -60,7 +60,7 @@ class Places:
         return tensor if lies is None else strided_like(tensor, lies)
 
     def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
-        """A DTensor on the model's mesh; None where the model is not sharded like this."""
+        """A DTensor on the model's mesh; None if the model is not sharded like this."""
         dims = self.placed[name]
         parameters = (
             item for modules in self.state.models.values() for module in modules for item in module.parameters()
@@ -69,8 +69,8 @@ class Places:
         fitting = [mesh for mesh in meshes if mesh.ndim == len(dims)]
         if len(fitting) > 1:
             raise TopologyError(
-                f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and nothing says "
-                "which; let the object's state_dict() return a DTensor before the load, too"
+                f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and it is not "
+                "recorded which one; let the object's state_dict() return a DTensor before the load, too"
             )
         if not fitting:
             return None

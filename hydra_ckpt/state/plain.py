@@ -1,9 +1,9 @@
-"""What a shared document holds beside tensors, by a dotted label: ranks may have different values of it.
+"""What a shared document holds besides tensors, by a dotted label: ranks may have different values of it.
 
 `optimizer.param_groups.<optimizer>.<group>` is a group's description, `optimizer.state.<parameter>` the state of a
 parameter that has more than tensors, `optimizer.inner.<attributes>` both of optimizers inside others, and
 `optimizer.own.<optimizer>` an optimizer's own `state_dict()`. Schedulers, extra state, extras and entries of modules
-have labels of their own.
+have separate labels.
 """
 
 from __future__ import annotations

@@ -49,13 +49,13 @@ class Ranks:
 
 
 def warn_of_unused_mesh(modules: Iterable[nn.Module]) -> None:
-    """Say that parameters lie on a mesh with tensor-parallel ranks or stages, where nobody has passed the mesh."""
+    """Warn if parameters are on a mesh with tensor-parallel ranks or stages, but the mesh was not passed."""
     meshes = (item.device_mesh for module in modules for item in module.parameters() if isinstance(item, DTensor))
     names = {name for mesh in meshes for name in mesh.mesh_dim_names or ()}
     if found := sorted(names & {"tp", "pp"}):
         log.warning(
-            "parameters lie on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as a "
-            "data-parallel one, for random numbers and data too. Pass mesh=",
+            "parameters are on a mesh with the dimension %s, but on_train_begin() got no mesh: every rank counts as "
+            "data parallel, for random numbers and data too. Pass mesh=",
             " and ".join(found),
         )
 
@@ -83,7 +83,7 @@ class Topology:
         found = channel.agree("comparing the ranks' places", astuple(place), _arrange)
         if not found["distinct"]:
             log.warning(
-                "several ranks have dp_rank=%d, tp_rank=%d and pp_rank=%d: all ranks are taken for data-parallel ones. "
+                "several ranks have dp_rank=%d, tp_rank=%d and pp_rank=%d: all ranks are treated as data parallel. "
                 "Pass each rank its own place to build(), or the device mesh to on_train_begin()",
                 *astuple(place),
             )
@@ -99,7 +99,7 @@ class Topology:
         return recorded.get("fingerprint") == self.fingerprint
 
     def counterpart(self, recorded: Mapping[str, Any]) -> int | None:
-        """The rank of the other run that saw the same part of the data; None where the data was divided otherwise."""
+        """The rank of the other run that saw the same part of the data; None if the data was divided differently."""
         leaders = recorded.get("leaders", [])
         return int(leaders[self.place.dp]) if len(leaders) == len(self.leaders) > self.place.dp else None
 

@@ -1,4 +1,4 @@
-"""Batches whose random choices depend on where they stand, not on who makes them.
+"""Batches whose random choices depend on their position, not on the process that makes them.
 
 The inner loader of `hydra_ckpt.state.dataloader` asks its workers for whole batches; here they are made. Before each
 sample the CPU generators of torch, `random` and NumPy are seeded from (seed, epoch, position in the epoch), which
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What a worker is asked for: one batch.
+    """A request to a worker: one batch.
 
     Attributes:
         key: Seed and epoch.
@@ -48,7 +48,7 @@ class SeededBatches(Dataset[T]):
         self._batched = batched
 
     def __getitem__(self, request: BatchRequest) -> T:
-        """Makes the batch; in the process that trains, the generators afterwards stand where they stood."""
+        """Makes the batch; in the training process, the generators afterwards are in the same state as before."""
         with generators_kept():
             samples = self._load(request)
             seed_generators(*request.key, request.samples[0][0], "collate")

@@ -112,7 +112,7 @@ class Walked:
 
 
 def _identities(module: nn.Module) -> dict[str, int]:
-    """Which parameters a module has. They tell whose state an optimizer keeps."""
+    """Which parameters a module has. They identify the owner of an optimizer's state."""
     return {name: id(parameter) for name, parameter in module._parameters.items() if parameter is not None}
 
 

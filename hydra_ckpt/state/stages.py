@@ -1,4 +1,4 @@
-"""Pipeline stages: what each knows beside its tensors, kept apart on disk and brought together for other stages.
+"""Pipeline stages: the data of each besides its tensors, kept separate on disk and merged for other stages.
 
 A stage writes one document with its optimizers' options, its schedulers, extra state and extras. A run with the same
 stages finds its own; any other takes all of them together, parameter by parameter and key by key.
@@ -15,7 +15,7 @@ from hydra_ckpt.storage.stages import unqualified
 
 Document = dict[str, Any]
 
-# What stands around one value, with more data beside it in a list.
+# Tags that wrap one value in a list, together with more data.
 _AROUND_ONE = {ATTRIBUTES, SAME, VIEW, "parameter"}
 _DROPPED = object()
 
@@ -101,7 +101,7 @@ def _schedulers(documents: Sequence[Document], wanted: int, notes: list[str]) ->
     if len(kinds) == 1:
         return list(kinds.values()) * wanted
     if any(pool != pools[0] for pool in pools):
-        notes.append("the pipeline stages' schedulers differ; those of the first stage are taken")
+        notes.append("the pipeline stages' schedulers differ; those of the first stage are used")
     return list(pools[0])
 
 
@@ -126,7 +126,7 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
         keys = dict.fromkeys(key for tree in trees for key in tree)
         return {key: _merge([tree[key] for tree in trees if key in tree], f"{path}.{key}", notes) for key in keys}
     if any(tree != first for tree in trees):
-        notes.append(f"the pipeline stages have different values of {path}; the first stage's is taken")
+        notes.append(f"the pipeline stages have different values of {path}; the first stage's is used")
     return first
 
 

@@ -2,7 +2,7 @@
 
 Conversions between a model's own tensors and those of its files (transformers' tables, state-dict adapters) are
 written for whole tensors. Run on tensors that have shapes and no memory, what they return are views: offsets and
-strides tell which box of which tensor each is. Read off once, that serves every shard, in both directions.
+strides show which box of which tensor each is. Read off once, that serves every shard, in both directions.
 """
 
 from __future__ import annotations

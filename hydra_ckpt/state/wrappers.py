@@ -33,7 +33,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def inside(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for what is no wrapper."""
+    """The module that a wrapper holds; None if it is not a wrapper."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     inner: nn.Module | None = None
     if isinstance(module, DistributedDataParallel | DataParallel):
@@ -54,11 +54,11 @@ _TRANSPARENT: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary
 
 
 def refuse_fsdp1(modules: Iterable[nn.Module]) -> None:
-    """Refuse FSDP's first version, whose flat parameters tell nobody which part of which tensor a rank holds.
+    """Refuse FSDP version 1, whose flat parameters do not show which part of which tensor a rank holds.
 
     Raises:
-        CheckpointConfigError: A module, or one in it, is wrapped in it. Nothing was asked for its state, which would
-            gather it.
+        CheckpointConfigError: A module, or one in it, is wrapped in it. No `state_dict()` was called, because that
+            would gather it.
     """
     for outer in modules:
         for name, module in outer.named_modules():

@@ -1,4 +1,4 @@
-"""Bytes to and from files: safetensors headers, digests, staging, and the writer and reader built of them.
+"""Bytes to and from files: safetensors headers, digests, staging, and the writer and reader built on them.
 
 `SafetensorsWriter`, `SafetensorsReader` and `PooledStager` plug into `torch.distributed.checkpoint` on their own:
 

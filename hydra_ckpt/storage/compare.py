@@ -29,10 +29,10 @@ class TensorDifference:
     Attributes:
         part: The part it belongs to.
         name: Its name.
-        first: Element type and shape in the first checkpoint; None where it is not there.
+        first: Element type and shape in the first checkpoint; None if it lacks the tensor.
         second: The same of the second.
-        largest: The largest absolute difference of two elements; None where element types or shapes differ, NaN where
-            only one of them is NaN.
+        largest: The largest absolute difference of two elements; None if element types or shapes differ, NaN if only
+            one of them is NaN.
         elements: How many elements differ.
     """
 
@@ -68,7 +68,7 @@ def _open(checkpoint: Checkpoint, part: str) -> Part:
     whole = all(Path(file).parent.name == names.CONSOLIDATED for file in checkpoint.manifest.parts[part].files)
     if record is None or whole:
         return opened
-    # Shards under the model's own names: whole tensors that the export merely calls otherwise are called so here.
+    # Shards under the model's own names: whole tensors that only have another name in the export have that name here.
     path = f"{part}/{names.NAMING}"
     naming = decode_naming(checkpoint.path / path, read_small(checkpoint.path, path, record))
     called = {alias.source: alias.name for alias in naming.aliases if alias.is_whole}

@@ -27,7 +27,7 @@ class Contents:
         tensors: By name.
         values: Encoded values by name.
         inner: Tensors that these refer to.
-        planner_data: What the save planner wants to be told; None if nothing is stored.
+        planner_data: The data that the save planner stored for its load planner; None if nothing is stored.
         manifest: None for a directory of safetensors files alone.
     """
 
@@ -77,4 +77,4 @@ def _small_json(path: Path, file: str, manifest: Manifest) -> dict[str, Any] | N
     try:
         return dict(json.loads(read_small(path, file, manifest.files[file])))
     except (ValueError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(path / file, f"is not JSON of ours: {error}") from None
+        raise CorruptCheckpointError(path / file, f"is not JSON that hydra_ckpt wrote: {error}") from None

@@ -1,9 +1,9 @@
 """The draft of a save through DCP: the coordinator makes it, the other ranks find it, and a failed save removes it.
 
-DCP's plan cache keeps what a writer puts into a plan and hands it back at later saves, so nothing that belongs to one
-save may travel in a plan. A plan carries only the coordinator's session, which stays the same as long as its process
-lives; the session and the target name the draft. What belongs to one save is in the draft: a token, and the layout of
-the files, which the ranks read. `finish` accepts only results that bear the token.
+DCP's plan cache keeps what a writer puts into a plan and hands it back at later saves, so a plan must not contain
+anything that belongs to one save. A plan carries only the coordinator's session, which stays the same as long as its
+process lives; the session and the target name the draft. What belongs to one save is in the draft: a token, and the
+layout of the files, which the ranks read. `finish` accepts only results that bear the token.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _RETRY_S = 0.01
 
 @dataclass(frozen=True)
 class Session:
-    """What a plan carries: the coordinator's process, by a random text."""
+    """What a plan carries: a random text that identifies the coordinator's process."""
 
     nonce: str
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the coordinator tells the ranks in one save.
+    """What the coordinator sends to the ranks in one save.
 
     Attributes:
         root: The draft's directory.
@@ -52,7 +52,7 @@ class Assignment:
 
 
 def session() -> Session:
-    """This process's session. A forked process has one of its own."""
+    """This process's session. A forked process has its own."""
     return _session_of(os.getpid())
 
 
@@ -62,19 +62,19 @@ def _session_of(process: int) -> Session:  # noqa: ARG001 - what the cache goes 
 
 
 def draft_path(target: Path, session: Session) -> Path:
-    """Where the draft of a target lies."""
+    """The path of a target's draft."""
     return target.parent / names.hidden_name(target.name, "draft", session.nonce)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """See that a directory can be published here.
+    """Check that a directory can be published here.
 
     Args:
         target: It must not exist, or be an empty directory.
         overwrite: Accept a checkpoint, which is then replaced.
 
     Raises:
-        CheckpointExistsError: Something is there.
+        CheckpointExistsError: It exists and is not empty.
         CheckpointConfigError: It is a mount point, whose name cannot be given to another directory.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -100,7 +100,7 @@ def _is_ours(target: Path) -> bool:
 
 
 def begin_draft(files: Files, target: Path) -> Draft:
-    """Coordinator only: make an empty draft with a fresh token, in place of what a failed save left."""
+    """Coordinator only: make an empty draft with a fresh token, replacing what a failed save left."""
     path = draft_path(target, session())
     discard(files, path)
     draft = Draft(path, target.name, names.nonce())
@@ -114,7 +114,7 @@ def begin_draft(files: Files, target: Path) -> Draft:
 
 
 def announce(files: Files, draft: Draft, assignment: Assignment) -> None:
-    """Coordinator only: tell the other ranks."""
+    """Coordinator only: announce the assignment to the other ranks."""
     body = [[file.path, [[spec.name, spec.dtype, spec.shape] for spec in file.tensors]] for file in assignment.files]
     data = seal({"token": assignment.token, "files": body})
     write_atomically(files, draft.path / ASSIGNMENT, data, draft.token)
@@ -130,7 +130,7 @@ def await_assignment(path: Path) -> Assignment | None:
     """Any other rank: what the coordinator has announced in the draft at `path`; None if it gave up.
 
     Raises:
-        CheckpointError: There is no such draft, or nothing is announced.
+        CheckpointError: The draft does not exist, or nothing was announced.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -141,9 +141,9 @@ def await_assignment(path: Path) -> Assignment | None:
                 return None
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"{path} is not there, or rank 0 has announced nothing in it. All ranks must save to the same "
-                "directory, shared by all hosts, not on a local disk; and a planner class that caches plans must save "
-                "in one process group only"
+                f"{path} does not exist, or rank 0 has announced nothing in it. All ranks must save to the same "
+                "directory, shared by all hosts, not on a local disk; and a planner class that caches plans must "
+                "save in one process group only"
             )
         time.sleep(_RETRY_S)
 
@@ -160,9 +160,9 @@ def _parse(root: Path, body: dict[str, object]) -> Assignment:
 
 
 def publish(files: Files, draft: Draft, *, overwrite: bool) -> None:
-    """Coordinator only: give a whole draft its name, in place of an empty directory or a replaced checkpoint.
+    """Coordinator only: give a complete draft its name, replacing an empty directory or an old checkpoint.
 
-    If the process dies between the two renames, both directories are there under hidden names.
+    If the process dies between the two renames, both directories remain under hidden names.
     """
     target = draft.target
     check_target(target, overwrite=overwrite)

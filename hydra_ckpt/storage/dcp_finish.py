@@ -32,7 +32,7 @@ def complete(
     results: Sequence[Sequence[WriteResult]],
     sidecar: Sidecar,
 ) -> None:
-    """Coordinator only: write what only it can write, the manifest last; from here on the draft is whole.
+    """Coordinator only: write what only it can write, the manifest last; from here on the draft is complete.
 
     Args:
         files: The file layer.

@@ -1,4 +1,4 @@
-"""The index of a DCP directory (`.metadata`), which is a pickle, read without making any object that it asks for.
+"""The index of a DCP directory (`.metadata`), which is a pickle, read without creating any object that it names.
 
 See `pickle_machine`. Source: `torch/distributed/checkpoint/metadata.py`.
 """
@@ -21,7 +21,7 @@ from hydra_ckpt.store.small_files import read_small_file
 INDEX = ".metadata"
 _MAX_BYTES = 1 << 30
 _DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in SAFETENSORS_DTYPE.items()}
-# What copies of a model are called that are not what is trained.
+# Names of copies of a model that are not the trained one.
 _AVERAGES = ("ema", "averag", "shadow", "teacher", "swa")
 
 # The keys that lead to a value in nested dictionaries and lists.
@@ -51,8 +51,8 @@ class Entry:
 
     Attributes:
         path: The keys that lead to it.
-        spec: What tensor it is; None for a value.
-        pieces: Where it lies.
+        spec: The tensor's name, type and shape; None for a value.
+        pieces: Where it is stored.
     """
 
     path: KeyPath
@@ -71,7 +71,7 @@ def read_index(directory: Path) -> list[Entry]:
     try:
         found = run(read_small_file(path, _MAX_BYTES, follow=True))
         if not isinstance(found, Noted) or found.what != "Metadata":
-            raise ValueError("it is no index of torch.distributed.checkpoint")
+            raise ValueError("it is not an index of torch.distributed.checkpoint")
         return list(_entries(directory, found.state))
     except CheckpointError:
         raise
@@ -88,12 +88,12 @@ def model_prefix(directory: Path, votes: Mapping[KeyPath, int], remedy: str) -> 
     """The keys that lead to a model's tensors.
 
     Args:
-        directory: Where they lie, for the message.
+        directory: Where they are stored, for the message.
         votes: By prefix the number of tensors below it that have a name of the model's; not empty.
-        remedy: What to do where it cannot be told.
+        remedy: What to do if that is unclear, for the message.
 
     Raises:
-        CheckpointConfigError: Several have as many, and none of them is called a model.
+        CheckpointConfigError: Several have the same number of tensors, and none of them is called a model.
     """
 
     def rank(prefix: KeyPath) -> tuple[int, bool, int]:
@@ -109,10 +109,10 @@ def model_prefix(directory: Path, votes: Mapping[KeyPath, int], remedy: str) -> 
 
 
 def ambiguous(directory: Path, prefixes: Collection[KeyPath], remedy: str) -> CheckpointConfigError:
-    """The error where several parts may be the model."""
+    """The error if several parts may be the model."""
     found = ", ".join(sorted(map(dotted, prefixes)))
     return CheckpointConfigError(
-        f"{directory} holds a model's tensors under each of {found}, and nothing tells which is meant. {remedy}"
+        f"{directory} holds a model's tensors under each of {found}, and it is unclear which one is meant. {remedy}"
     )
 
 
@@ -127,7 +127,7 @@ def _entries(directory: Path, index: dict[str, Any]) -> Iterator[Entry]:
     seen: set[KeyPath] = set()
     for name, entry in index["state_dict_metadata"].items():
         if type(name) is not str:
-            raise TypeError("the name of an entry is no text")
+            raise TypeError("the name of an entry is not a string")
         if name not in places:
             raise CorruptCheckpointError(directory / INDEX, f"does not say where {name} lies")
         path = _path(paths.get(name, (name,)))
@@ -142,7 +142,7 @@ def _entries(directory: Path, index: dict[str, Any]) -> Iterator[Entry]:
 
 def _path(value: Any) -> KeyPath:
     if not isinstance(value, tuple | list) or not value or not all(type(key) in (str, int) for key in value):
-        raise ValueError("the keys that lead to an entry are no texts or numbers")
+        raise ValueError("the keys that lead to an entry are not strings or numbers")
     return tuple(value)
 
 
@@ -162,7 +162,7 @@ def _tensor(
     for offset, place in places:
         corner = (0,) * len(shape) if offset is None else _ints(offset, len(shape))
         if corner not in sizes or any(a + n > m for a, n, m in zip(corner, sizes[corner], shape, strict=True)):
-            raise ValueError(f"it does not say rightly which part of {name} begins at {list(corner)}")
+            raise ValueError(f"it wrongly describes the part of {name} that begins at {list(corner)}")
         piece = _piece(directory, name, Box(corner, sizes[corner]), place)
         if Box(corner, sizes[corner]).numel * spec.itemsize > piece.length:
             raise ValueError(f"it names too few bytes for a piece of {name}")
@@ -183,11 +183,11 @@ def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -
 
 
 def _ints(values: Any, count: int | None = None) -> tuple[int, ...]:
-    """Sizes or positions, as they can be."""
+    """Sizes or positions, if they are valid."""
     found = tuple(values)
     # Not shown in the messages: a nest of tuples would take for ever to be written out.
     if not all(type(value) is int and 0 <= value < LIMIT for value in found) or len(found) > MAX_DIMENSIONS:
-        raise ValueError("a size or position is no number that it can be")
+        raise ValueError("a size or position is not a valid number")
     if count is not None and len(found) != count:
-        raise ValueError(f"a size or position has not {count} dimensions")
+        raise ValueError(f"a size or position does not have {count} dimensions")
     return found

@@ -1,4 +1,4 @@
-"""What DCP's plans and metadata say of tensors, as file layouts; and whether what was written is all of it."""
+"""DCP's plans and metadata of tensors as file layouts, and checks that everything was written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Written:
     """What a rank reports of an item that it wrote.
 
     Attributes:
-        token: The draft's that it was written to.
+        token: The token of the draft that it was written to.
         sidecar: File, size and digest of the rank's digests.
         box: Which part of the tensor; None for a value.
         value: An encoded value; None for a tensor.
@@ -114,7 +114,7 @@ def plan_of(
 
 
 def check_planned(plan: WritePlan) -> None:
-    """See that every share has its place in the plan's files, all of it.
+    """Check that every share has a place for all of it in the plan's files.
 
     Raises:
         CheckpointError: One has not: a cached plan no longer fits what the other ranks save.
@@ -132,7 +132,7 @@ def check_planned(plan: WritePlan) -> None:
 
 
 def check_complete(metadata: Metadata, results: Iterable[WriteResult], token: str) -> None:
-    """See that exactly what the metadata lists was written, entry by entry and chunk by chunk, in this save.
+    """Check that exactly what the metadata lists was written, entry by entry and chunk by chunk, in this save.
 
     Raises:
         CheckpointError: Something is missing, was written twice or to another draft, or is not listed.

@@ -35,7 +35,7 @@ from hydra_ckpt.values import refuse_url
 
 @dataclass(frozen=True)
 class _Turn:
-    """Which part of the checks a rank makes, told by the coordinator: the number of ranks is known to it alone."""
+    """The part of the checks that a rank makes, sent by the coordinator, which alone knows the number of ranks."""
 
     rank: int
     world_size: int
@@ -49,9 +49,9 @@ class SafetensorsReader(StorageReader):
     Args:
         path: What `SafetensorsWriter` wrote, or any directory of `*.safetensors` files: whole tensors, or the shards
             of torch's `HuggingFaceStorageWriter(save_distributed=True)`.
-        verify: Check every byte against its digest, shared out over the ranks; the load fails on all of them if one
-            finds damage. One rank alone checks everything before it loads anything. Files without digests are taken as
-            they are.
+        verify: Check every byte against its digest. The ranks share this work, and the load fails on all of them if one
+            finds damage. A single rank checks everything before it loads anything. Files without digests are not
+            checked.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -86,8 +86,8 @@ class SafetensorsReader(StorageReader):
         except CheckpointError:
             if "rank" not in kwargs:
                 raise
-            # DCP has asked a second time, for metadata of this rank's own, and would now hide the error under one of
-            # its own; it is raised again by `set_up_storage_reader`, which comes next.
+            # DCP has asked a second time, for this rank's own metadata, and would now hide the error behind another
+            # one; it is raised again by `set_up_storage_reader`, which comes next.
             self.reset()
             return Metadata({})
         known: dict[str, Any] = {name: _metadata_of(stored) for name, stored in found.tensors.items()}
@@ -112,7 +112,7 @@ class SafetensorsReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Coordinator only, called by DCP: share the checks out."""
+        """Coordinator only, called by DCP: divide the checks among the ranks."""
         return [replace(plan, storage_data=_Turn(rank, len(plans))) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -144,7 +144,7 @@ class SafetensorsReader(StorageReader):
         everything = checks(self._path, found.manifest.files, found.manifest.digests)
         for error in findings(self._path, share_out(everything, turn.rank, turn.world_size)):
             raise error
-        # Other ranks compare the rest at the same time; what is about to be used is compared here, too.
+        # Other ranks compare the rest at the same time; what is about to be used is also compared here.
         return Ledger(everything) if turn.world_size > 1 else None
 
     def _load_value(self, found: Contents, item: ReadItem, planner: LoadPlanner, ledger: Ledger | None) -> None:
@@ -153,7 +153,7 @@ class SafetensorsReader(StorageReader):
             inner = {name: found.inner[name] for name in tensor_names(data)}
         except (KeyError, TypeError) as error:
             raise CorruptCheckpointError(
-                self._path / VALUES, f"refers to a tensor that is not there: {error}"
+                self._path / VALUES, f"refers to a tensor that does not exist: {error}"
             ) from None
         tensors = {
             name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype]) for name, stored in inner.items()

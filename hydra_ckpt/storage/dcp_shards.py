@@ -2,7 +2,7 @@
 
 `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)` gives each rank a file, whose header says
 in its metadata at which offsets of the whole tensor each part begins. It records neither the whole shape nor the number
-of files: the shape is where the last part ends, and a missing last part cannot be noticed.
+of files: the shape is where the last part ends, and a missing last part cannot be detected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_directory(root: Path, files: list[str]) -> dict[str, StoredTensor]:
 
 
 def refuse_gaps(root: Path, tensor: StoredTensor) -> None:
-    """See that every element is stored. DCP would leave the others as they are, without a word.
+    """Check that every element is stored. DCP would silently leave the others as they are.
 
     Raises:
         CorruptCheckpointError: Some are not.
@@ -67,7 +67,7 @@ def _offsets(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _placed(path: Path, tensor: StoredTensor, offsets: Mapping[str, Any]) -> StoredTensor:
-    """A part where it belongs in its tensor; as far as this file tells, the tensor ends with it."""
+    """A part at its position in its tensor; as far as this file shows, the tensor ends with it."""
     spec, (chunk,) = tensor.spec, tensor.chunks
     corner = offsets.get(spec.name, ())
     if len(corner) != len(spec.shape) or not all(type(start) is int and 0 <= start < LIMIT for start in corner):
@@ -82,7 +82,7 @@ def _joined(root: Path, tensors: list[StoredTensor]) -> StoredTensor:
     for tensor, chunk in zip(tensors, chunks, strict=True):
         if (tensor.spec.dtype, len(tensor.spec.shape)) != (first.dtype, len(first.shape)):
             raise CorruptCheckpointError(
-                root / chunk.file, f"{first.name} is in {chunks[0].file} too, and the two do not fit"
+                root / chunk.file, f"{first.name} is in {chunks[0].file} too, and the two do not match"
             )
     refuse_overlap(root, first.name, chunks)
     shape = tuple(max(sizes) for sizes in zip(*(tensor.spec.shape for tensor in tensors), strict=True))

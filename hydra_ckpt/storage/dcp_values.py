@@ -1,4 +1,4 @@
-"""Values in DCP state dicts that are not tensors: JSON, and tensors of their own; nothing is pickled on disk."""
+"""Values in DCP state dicts that are not tensors: JSON, and separate tensors; nothing is pickled on disk."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BYTES = "planner_bytes"
 
 
 def encode_item(planner: SavePlanner, item: WriteItem, tensors: dict[str, torch.Tensor]) -> tuple[Any, tuple[str, ...]]:
-    """What the planner has for an item that is not a tensor.
+    """The planner's data for an item that is not a tensor, encoded.
 
-    A value is encoded. If the planner turns values into bytes of its own, these are stored as they are.
+    A value is encoded. If the planner turns values into bytes in its own way, these are stored unchanged.
 
     Args:
         planner: Any save planner.
@@ -79,12 +79,12 @@ def _check_inner(name: str, tensor: torch.Tensor) -> None:
         kind = type(tensor).__name__ if type(tensor) is not torch.Tensor else "tensor that requires grad"
         raise CheckpointError(
             f"{name}: a {kind} inside another value would come back as a plain tensor. Save it under a key of its own "
-            "(DefaultSavePlanner(flatten_state_dict=True) takes dicts and lists apart), or save it detached"
+            "(DefaultSavePlanner(flatten_state_dict=True) flattens dicts and lists), or save it detached"
         )
 
 
 def load_item(planner: LoadPlanner, item: ReadItem, path: Path, data: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Hand a stored value to the planner.
+    """Give a stored value to the planner.
 
     Args:
         planner: Any load planner.
@@ -101,8 +101,8 @@ def load_item(planner: LoadPlanner, item: ReadItem, path: Path, data: Any, tenso
     if isinstance(data, dict) and data.get("~") == _BYTES:
         if type(planner).load_bytes is DefaultLoadPlanner.load_bytes:
             raise CheckpointConfigError(
-                f"{name}: {path} has it as bytes of a save planner's own making, which DefaultLoadPlanner would "
-                "unpickle. Load with a planner whose load_bytes() reads what the save planner wrote"
+                f"{name}: {path} has it as bytes that a save planner made, which DefaultLoadPlanner would unpickle. "
+                "Load with a planner whose load_bytes() reads what the save planner wrote"
             )
         planner.load_bytes(item, io.BytesIO(tensors[data["v"]].numpy().tobytes()))
         return

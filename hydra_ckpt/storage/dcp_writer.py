@@ -63,10 +63,10 @@ class _Saving:
 
     Attributes:
         draft: Where it is written.
-        remove: Removes the draft; runs by itself when the writer is gone.
+        remove: Removes the draft; runs automatically when the writer is garbage collected.
         thread: The thread that saves.
         world_size: Ranks that save.
-        assignment: What the ranks are told, once it is known.
+        assignment: What is sent to the ranks, once it is known.
         headers: Digests of the files' headers.
         sidecar: This rank's digests, once they are written.
         failure: Why there is none.
@@ -90,12 +90,11 @@ class SafetensorsWriter(StorageWriter):
     """Writes a state dict once, in parallel, into final safetensors files of whole tensors.
 
     The directory appears when everything in it is durable, or not at all. Values that are not tensors go to JSON, with
-    tensors inside them in files of their own; nothing is pickled. One instance serves any number of saves, one at a
-    time:
+    tensors inside them in separate files; nothing is pickled. One instance serves any number of saves, one at a time:
 
         dcp.save(state_dict, storage_writer=SafetensorsWriter("checkpoints/step_10"))
 
-    Planners that cache plans (`DefaultSavePlanner(enable_plan_caching=True)`) work, with new instances too. A save
+    Planners that cache plans (`DefaultSavePlanner(enable_plan_caching=True)`) work, also with new instances. A save
     that fails leaves nothing: its draft is removed by the next save to the same directory, by `abandon()`, or when the
     writer is deleted.
 
@@ -155,7 +154,7 @@ class SafetensorsWriter(StorageWriter):
         self._is_coordinator = is_coordinator
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Called by DCP on every rank: see that everything can be stored; the coordinator makes the draft.
+        """Called by DCP on every rank: check that everything can be stored; the coordinator creates the draft.
 
         What can fail early fails here: DCP keeps global plans in its cache whether or not the save succeeds.
 
@@ -187,13 +186,13 @@ class SafetensorsWriter(StorageWriter):
         _SAVING[path] = self._saving
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only, called by DCP: lay the files out and create them.
+        """Coordinator only, called by DCP: lay out the files and create them.
 
-        Never fails: `write_data` raises what went wrong, so that DCP's plan cache stays in step on all ranks.
+        Never fails: `write_data` raises any error, so that DCP's plan cache stays the same on all ranks.
         """
         saving = self._current()
         saving.world_size = len(plans)
-        # A plan that is not usable stands for a cached one; then only the planner's metadata tells what is saved.
+        # A plan that is not usable represents a cached one; then only the planner's metadata says what is saved.
         if all(plan.usable for plan in plans):
             shares = (share_of(item) for plan in plans for item in plan.items)
             self._assign(saving, (share for share in shares if share is not None))
@@ -237,9 +236,9 @@ class SafetensorsWriter(StorageWriter):
         if not self._is_coordinator:
             if not isinstance(plan.storage_data, Session):
                 raise CheckpointError(
-                    f"the plan that {type(planner).__name__} has cached was made by another storage writer, for DCP "
-                    "keeps one plan for all planners of a class name. Give SafetensorsWriter a planner class of its "
-                    "own: class Planner(DefaultSavePlanner): pass"
+                    f"the plan that {type(planner).__name__} has cached was made by another storage writer, because "
+                    "DCP keeps one plan for all planners with the same class name. Give SafetensorsWriter a planner "
+                    "class of its own: class Planner(DefaultSavePlanner): pass"
                 )
             return await_assignment(draft_path(self._target, plan.storage_data))
         saving = self._current()
@@ -268,7 +267,7 @@ class SafetensorsWriter(StorageWriter):
         own = {len(plan.items) + number: _whole(name, tensor) for number, (name, tensor) in enumerate(inner.items())}
         written = plan_of(assignment.files, self._own_files(own), shares, own)
         check_planned(written)
-        # Tensors on an accelerator are brought over; those in host memory are written from where they lie.
+        # Tensors on an accelerator are copied to the host; those in host memory are written directly from there.
         held = {key: _host_tensor(planner, plan.items[key], share) for key, share in shares.items()}
         held.update(zip(own, map(_on_host, inner.values()), strict=True))
         sidecar = self._write_files(assignment, written, held)
@@ -334,7 +333,7 @@ class SafetensorsWriter(StorageWriter):
         return "://" not in str(checkpoint_id)
 
     def abandon(self) -> None:
-        """Remove what a failed save left. DCP has no call for that; the next save does it, too."""
+        """Remove what a failed save left. DCP never calls this; the next save also does it."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.remove()
@@ -362,7 +361,7 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
 
     Raises:
         CheckpointConfigError: It is a tensor of a kind that files cannot hold.
-        CheckpointError: It is something else: DCP's plan cache does not notice another element type, for one.
+        CheckpointError: It is something else: for example, DCP's plan cache does not notice a changed element type.
     """
     data, name = planner.resolve_data(item), item.index.fqn
     if not isinstance(data, torch.Tensor):
@@ -371,7 +370,7 @@ def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.T
     if dtype != share.spec.dtype:
         raise CheckpointError(
             f"{name}: planned as {share.spec.dtype}, but the planner gave {dtype}. A planner that converts tensors "
-            "must plan them as what they become; one that caches plans does not notice another element type: use one "
+            "must plan them with their new type; one that caches plans does not notice another element type: use one "
             "without plan caching, or of another class name"
         )
     if shape != share.box.sizes:

@@ -1,4 +1,4 @@
-"""Values again from what `hydra_ckpt.storage.encoding` made of them. Nothing is imported or called for a checkpoint."""
+"""Decodes what `hydra_ckpt.storage.encoding` encoded. Nothing is imported or called for a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hydra_ckpt.storage.subclasses import put_together
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
 OMITTED = object()
-"""What takes the place of a value that was left out, until `fill` knows better."""
+"""Placeholder for a value that was left out, until `fill` replaces it."""
 
 
 def fill(value: Any, live: Any) -> Any:
-    """A decoded value with what was left out taken from the live object's own state; dropped where that has none.
+    """A decoded value in which omitted values come from the live object's own state, or are dropped if it has none.
 
     Args:
         value: Decoded with OMITTED where something is missing.
@@ -56,13 +56,13 @@ def decode(
 
     Raises:
         CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
-        CheckpointError: It holds an enum or a named tuple whose class this program has not, or has otherwise.
+        CheckpointError: It holds an enum or a named tuple whose class this program lacks, or has in another form.
     """
     return _Decoder(tensors, others, {} if made is None else made).value(data)
 
 
 class _Decoder:
-    """Decodes values; what is one object in several of them is one again.
+    """Decodes values; an object that is in several of them is one object again.
 
     Args:
         tensors: The tensors that are referred to, by name.
@@ -110,10 +110,10 @@ def _view(content: list[Any]) -> torch.Tensor:
     """A part of a tensor's memory."""
     base, offset, shape, stride = content
     if not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
-        raise ValueError("a view with sizes that are none")
+        raise ValueError("a view with invalid sizes")
     end = offset + sum(step * (size - 1) for step, size in zip(stride, shape, strict=True))
     if not base.is_contiguous() or end >= base.numel():
-        raise ValueError("a view that reaches beyond its tensor")
+        raise ValueError("a view that extends beyond its tensor")
     return torch.as_strided(base, shape, stride, base.storage_offset() + offset)
 
 
@@ -121,7 +121,7 @@ def _with_attributes(pair: list[Any]) -> Any:
     found, beside = pair
     for name in beside:
         if not name.isidentifier() or hasattr(type(found), name):
-            raise ValueError(f"an attribute {name!r}, which would hide one that is there")
+            raise ValueError(f"an attribute {name!r}, which would hide an existing one")
     found.__dict__.update(beside)
     return found
 
@@ -151,17 +151,17 @@ def own_names(data: Any) -> list[str]:
 
 
 def strides(data: Any) -> dict[str, tuple[int, ...]]:
-    """The strides of the tensors that encoded data refers to, by name, of those that do not lie row by row.
+    """The strides of the tensors that encoded data refers to, by name, for those that are not row-major.
 
     Raises:
-        CorruptCheckpointError: They are no strides.
+        CorruptCheckpointError: They are not valid strides.
     """
     found: dict[str, tuple[int, ...]] = {}
     for item in _nodes(data, "tensor"):
         if STRIDES in item:
             given = item[STRIDES]
             if type(given) is not list or not all(type(step) is int and 0 <= step < 1 << 48 for step in given):
-                raise CorruptCheckpointError("progress", f"{item['v']!r} has strides that are none")
+                raise CorruptCheckpointError("progress", f"{item['v']!r} has invalid strides")
             found[item["v"]] = tuple(given)
     return found
 
@@ -170,12 +170,12 @@ def placements(data: Any) -> dict[str, list[int | None]]:
     """For DTensors the sharded dimension of each mesh dimension, by name.
 
     Raises:
-        CorruptCheckpointError: They are no dimensions.
+        CorruptCheckpointError: They are not valid dimensions.
     """
     found = {item["v"]: item[PLACEMENTS] for item in _nodes(data, "tensor") if PLACEMENTS in item}
     for name, dims in found.items():
         if type(dims) is not list or not all(dim is None or (type(dim) is int and 0 <= dim < 64) for dim in dims):
-            raise CorruptCheckpointError("progress", f"{name!r} has placements that are none")
+            raise CorruptCheckpointError("progress", f"{name!r} has invalid placements")
     return found
 
 

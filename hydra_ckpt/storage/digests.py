@@ -1,9 +1,9 @@
-"""Digests of what was written: one record a piece, in a binary sidecar.
+"""Digests of what was written: one record per piece, in a binary sidecar.
 
-A sidecar begins with a line of JSON, the names of the files its records speak of; the records follow.
-A record is 40 bytes, little endian: file index (u32), number of runs (u32), offset, run and stride in bytes (u64 each),
-and the xxh3 64-bit digest of the runs' bytes joined (u64). The manifest holds the digest of the sidecar itself.
-Each rank's records form one file, so that nobody has to know how many the others wrote.
+A sidecar starts with a line of JSON, the names of the files that its records cover; the records follow. A record is 40
+bytes, little endian: file index (u32), number of runs (u32), offset, run and stride in bytes (u64 each), and the xxh3
+64-bit digest of the runs' bytes joined (u64). The manifest holds the digest of the sidecar itself. Each rank's records
+form one file, so no rank has to know how many the others wrote.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
     """Files and records of a sidecar, checked against the sizes of the checkpoint's files.
 
     Raises:
-        CorruptCheckpointError: The sidecar is torn, or a record lies outside its file.
+        CorruptCheckpointError: The sidecar is incomplete, or a record is outside its file.
     """
     line, _, body = data.partition(b"\n")
     try:
@@ -96,11 +96,13 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"its list of files cannot be read: {error!r}") from None
     if len(body) % _RECORD.itemsize:
-        raise CorruptCheckpointError(path, f"its records are no multiple of {_RECORD.itemsize} bytes", found=len(body))
+        raise CorruptCheckpointError(
+            path, f"its records are not a multiple of {_RECORD.itemsize} bytes", found=len(body)
+        )
     records = []
     for file, count, offset, run, stride, digest in np.frombuffer(body, _RECORD).tolist():
         region = Region(offset, run, count, stride)
         if file >= len(limits) or not count or not run or region.end > limits[file] or (count > 1 and stride < run):
-            raise CorruptCheckpointError(path, f"a digest speaks of bytes that do not exist: file {file}, {region}")
+            raise CorruptCheckpointError(path, f"a digest covers bytes that do not exist: file {file}, {region}")
         records.append(Digested(file, region, digest))
     return files, records

@@ -1,8 +1,8 @@
 """`model_save_format=torch_save`: PyTorch's own `.distcp` files, written by its `FileSystemWriter`.
 
-The ranks do not plan through DCP's collectives: each writes its shares and tells the coordinator where they came to
-lie. Beside the pickled `.metadata`, which plain DCP needs, the same index stands as JSON in the manifest; that is the
-one we read. Tensors are read without unpickling them.
+The ranks do not plan through DCP's collectives: each writes its shares and reports to the coordinator where they are
+stored. Plain DCP needs the pickled `.metadata`. The manifest has the same index as JSON, and that is the one we read.
+Tensors are read without unpickling them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Row = list[Any]
 
 
 class _SharePlanner(SavePlanner):
-    """Hands this rank's shares to DCP's writer."""
+    """Gives this rank's shares to DCP's writer."""
 
     def __init__(self, shares: Mapping[int, Share], sources: Mapping[int, memoryview]) -> None:
         self._shares = {_index(share.spec.name, share.box): (share, sources[key]) for key, share in shares.items()}
@@ -55,7 +55,7 @@ class _SharePlanner(SavePlanner):
         """Nothing to set up."""
 
     def create_local_plan(self) -> SavePlan:
-        """One item a share."""
+        """One item per share."""
         return SavePlan([_item(index, share) for index, (share, _) in self._shares.items()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -145,7 +145,7 @@ def stored_tensors(path: Path, directory: str, rows: Sequence[Row]) -> dict[str,
     """The tensors that rows of the manifest describe.
 
     Raises:
-        CorruptCheckpointError: A row makes no sense.
+        CorruptCheckpointError: A row is invalid.
     """
     found: dict[str, StoredTensor] = {}
     for row in rows:
@@ -225,5 +225,7 @@ def _load(root: Path, chunk: StoredChunk, length: int, dtype: torch.dtype) -> to
     except Exception as error:  # noqa: BLE001 - whatever the damage leads to
         raise CorruptCheckpointError(root / chunk.file, f"cannot be read: {error}", byte_range=where) from None
     if tuple(tensor.shape) != chunk.box.sizes or tensor.dtype != dtype:
-        raise CorruptCheckpointError(root / chunk.file, "holds another tensor than the index says", byte_range=where)
+        raise CorruptCheckpointError(
+            root / chunk.file, "holds a different tensor than the index says", byte_range=where
+        )
     return tensor

@@ -31,12 +31,12 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 SAFETENSORS_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-# The first is the header's own key, the second marks in progress files what JSON does not know.
+# The first is the header's own key, the second marks values in progress files that JSON cannot express.
 _RESERVED_NAMES = frozenset({"__metadata__", "~"})
 
 
 def check_name(name: str) -> None:
-    """See that files can hold a tensor of this name.
+    """Check that files can hold a tensor of this name.
 
     Raises:
         CheckpointConfigError: They cannot.
@@ -47,11 +47,11 @@ def check_name(name: str) -> None:
             "buffer, or keep it in a submodule"
         )
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise CheckpointConfigError(f"the name {name!a} of a tensor is no valid Unicode text; rename it")
+        raise CheckpointConfigError(f"the name {name!a} of a tensor is not valid Unicode text; rename it")
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """See that a tensor has elements that lie in memory one by one, and a name and a shape that a file can hold.
+    """Check that a tensor's elements are separate in memory, and that a file can hold its name and its shape.
 
     Raises:
         CheckpointConfigError: It has not.
@@ -69,13 +69,13 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.dim() > MAX_DIMENSIONS or max(tensor.shape, default=0) >= LIMIT:
         raise CheckpointConfigError(
-            f"{name} has {tensor.dim()} dimensions, the longest of {max(tensor.shape)}; what can be stored has up to "
+            f"{name} has {tensor.dim()} dimensions, the longest of {max(tensor.shape)}; a stored tensor has at most "
             f"{MAX_DIMENSIONS}, each shorter than 2**{LIMIT.bit_length() - 1}. Reshape it"
         )
 
 
 def check_elements_apart(kind: str, name: str, tensor: torch.Tensor) -> None:
-    """See that no two elements of a live tensor are one in memory, as in an expanded view.
+    """Check that no two elements of a live tensor are one in memory, as in an expanded view.
 
     Args:
         kind: What it is, for the message.

@@ -1,10 +1,10 @@
 """Nested Python values as JSON plus named tensors; nothing is pickled.
 
-What JSON does not know is an object with the key "~": `{"~": "tuple", "v": [...]}`. Tensors are referred to by name;
-one that does not lie row by row says its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
+A value that JSON cannot express is an object with the key "~": `{"~": "tuple", "v": [...]}`. Tensors are referred to by
+name; one that is not row-major includes its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
 
-What is in two places is one object again after a load: a tensor because both places name it, a list because both say
-which one it is: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
+An object that is in two places is one object again after a load: a tensor because both places name it, a list because
+both places have its label: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
 
 TAG, STRIDES, PLACEMENTS = "~", "s", "p"
-# What is not in the tree but beside it: left out, or in the file of each rank.
+# Values that are not in the tree: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
-# What is one object in several places; another object over the same memory; a part of that memory.
+# One object in several places; another object over the same memory; a part of that memory.
 SAME, ALIAS, VIEW = "same", "alias", "view"
-# What Python code has put beside a value: `tensor.scale = 3`, or the `_metadata` of a state dict.
+# Attributes that Python code has put on a value: `tensor.scale = 3`, or the `_metadata` of a state dict.
 ATTRIBUTES = "attributes"
 _AS_THEY_ARE = {int, str, bool, type(None)}
 # What `tagged` makes of a value, and what Python code can put attributes on.
@@ -41,7 +41,7 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Sink(dict[str, torch.Tensor]):
-    """Takes the tensors of one object's state by name, and knows what is stored elsewhere and what is left out.
+    """Collects the tensors of one object's state by name, and records what is stored elsewhere and what is left out.
 
     Args:
         inside: What the names of its tensors begin with.
@@ -136,12 +136,12 @@ class _Encoder:
         return self._once(value, name)
 
     def _repeated(self, value: Any, name: str) -> Any:
-        """What is in several places: each says what it is, and which one."""
+        """An object in several places: each place has its value and its label."""
         key = id(value)
         if key in self._known:
             return dict(self._known[key])
         if key in self._open:
-            raise self._refused(name, "its state holds itself; let state_dict() return something that does not")
+            raise self._refused(name, "its state contains itself; let state_dict() return something that does not")
         if key not in self._made:
             self._open.add(key)
             label = f"{name}#{len(self._made)}"
@@ -190,7 +190,7 @@ class _Encoder:
             return dict(known)
         if name in self._tensors:
             raise CheckpointError(
-                f"{name}: two tensors would have this name; let no key contain a dot, or be a text of digits"
+                f"{name}: two tensors would have this name; let no key contain a dot, or be a string of digits"
             )
         local = local_part(value)
         if is_wrapper(local):
@@ -221,14 +221,14 @@ class _Encoder:
         return _tagged(VIEW, [base, view.offset, list(value.shape), list(value.stride())])
 
     def _base(self, base: torch.Tensor, name: str) -> Any:
-        """What views are made of, stored where it is met first, under whatever name that has."""
+        """The base of views, stored where it is encountered first, under the name it has there."""
         known = self._known.get(id(base)) or self._made.get(-id(base))
         if known is None:
             known = self._made[-id(base)] = self._strided(_plain(base), name)
         return known
 
     def _strided(self, value: torch.Tensor, name: str) -> dict[str, Any]:
-        """A tensor with memory of its own, by its name, and how it lies and is placed."""
+        """A tensor with its own memory: its name, and its strides and placements if needed."""
         found = _tagged("tensor", name)
         if (lies := value.stride()) != row_major(value.shape):
             if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
@@ -255,7 +255,7 @@ class _Encoder:
         return _tagged("expanded", [self._strided(narrow, name), list(value.shape)])
 
     def _wrapped(self, value: torch.Tensor, local: torch.Tensor, name: str) -> dict[str, Any]:
-        """A tensor subclass by its inner tensors. Those of a shard are this rank's alone: nobody can cut them."""
+        """A tensor subclass by its inner tensors. Those of a shard stay with this rank: they cannot be cut."""
         try:
             check_wrapper(local)
         except CheckpointError as error:
@@ -271,8 +271,8 @@ class _Encoder:
         kind = type(value)
         return self._refused(
             name,
-            f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. "
-            "Let state_dict() return numbers, texts, lists, dicts and tensors only",
+            f"a {kind.__module__}.{kind.__qualname__} can be stored neither as JSON nor as a tensor{why}. Let "
+            "state_dict() return numbers, strings, lists, dicts and tensors only",
         )
 
     def _refused(self, name: str, why: str) -> CheckpointError:
@@ -284,12 +284,12 @@ class _Encoder:
 
 
 def leave_out(dotted: str) -> str:
-    """The last remedy of every refusal: how to train on without a value in the checkpoint."""
+    """The last remedy of every refusal: how to continue training without a value in the checkpoint."""
     return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{dotted}"]'
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
-    """A tensor without its part in autograd; itself where it has none, so that it is known again."""
+    """A tensor detached from autograd; the tensor itself if it is not attached, so that its identity is kept."""
     return value.detach() if isinstance(value, torch.nn.Parameter) or value.requires_grad else value
 
 
@@ -302,7 +302,7 @@ def _tagged(tag: str, content: Any) -> dict[str, Any]:
 
 
 def is_ordinary(value: Any) -> bool:
-    """Whether a value is a plain tensor that lies row by row, as nearly all are: its name says everything."""
+    """Whether a value is a plain row-major tensor, as nearly all are: its name says everything."""
     return (
         type(value) is torch.Tensor
         and value.dtype in SAFETENSORS_DTYPE
@@ -314,7 +314,7 @@ def is_ordinary(value: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor that lies row by row. Example: (12, 4, 1) for the shape (2, 3, 4)."""
+    """The strides of a row-major tensor. Example: (12, 4, 1) for the shape (2, 3, 4)."""
     found, step = [], 1
     for size in reversed(shape):
         found.append(step)
@@ -323,7 +323,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether no two elements are one in memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
+    """Whether no two elements share memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
     end = 0
     for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
         if step <= end:

@@ -1,7 +1,7 @@
-"""Digests of live tensors, wherever they lie: equal bytes have equal digests on ranks with the same kind of device.
+"""Digests of live tensors on their devices: equal bytes have equal digests on ranks with the same kind of device.
 
 Bytes in host memory are digested by xxh3. On an accelerator the digest is a polynomial that the device evaluates, so
-that 8 bytes a tensor are fetched; it cannot be compared with a digest of host memory. Untested on GPU.
+that only 8 bytes per tensor are fetched; it cannot be compared with a digest of host memory. Untested on GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def whole(tensor: torch.Tensor) -> Stretch:
 
 
 def digest(small: Iterable[torch.Tensor], stretches: Iterable[Stretch]) -> int:
-    """One digest of tensors and of stretches of others; it depends on their order, not on where they lie in memory.
+    """One digest of tensors and of stretches of others; it depends on their order, not on their place in memory.
 
     Args:
         small: Tensors without gradients, of fewer than `SMALL_BYTES` each: they are copied together first.
@@ -103,7 +103,7 @@ def _digest(stretch: Stretch) -> torch.Tensor | int:
 
 
 def fold(tensor: torch.Tensor) -> torch.Tensor:
-    """A polynomial of a tensor's bytes, modulo 2**64, where the tensor lies.
+    """A polynomial of a tensor's bytes, modulo 2**64, computed on the tensor's device.
 
     Args:
         tensor: Any element type, shape and device.

@@ -1,4 +1,4 @@
-"""Reading safetensors headers, with nothing taken on trust."""
+"""Reading safetensors headers without trusting them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def open_inside(root: Path, relative: str) -> int:
     """Open a file below `root` for reading; no link on the way is followed.
 
     Raises:
-        CorruptCheckpointError: The name leads outside, passes a link, or names no regular file.
+        CorruptCheckpointError: The name leads outside, contains a link, or does not name a regular file.
     """
     parts = Path(relative).parts
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
         raise CorruptCheckpointError(root, f"the file name {relative!r} leads out of the checkpoint")
     for depth in range(1, len(parts) + 1):
         if os.path.islink(root.joinpath(*parts[:depth])):  # noqa: PTH114 - pathlib raises where the disk fails
-            raise CorruptCheckpointError(root / relative, "is, or lies behind, a symbolic link, which is not followed")
+            raise CorruptCheckpointError(root / relative, "is, or is below, a symbolic link, which is not followed")
     path = root / relative
     try:
         return open_regular(path)
@@ -46,15 +46,15 @@ def open_inside(root: Path, relative: str) -> int:
 
 
 def read_piece(root: Path, relative: str, first: int, length: int) -> bytearray:
-    """A range of a file below `root`, which an index has promised.
+    """A range of a file below `root` that an index refers to.
 
     Raises:
-        CorruptCheckpointError: See `open_inside`; or the file ends before.
+        CorruptCheckpointError: See `open_inside`; or the file is shorter.
     """
     descriptor = open_inside(root, relative)
     try:
         size = os.fstat(descriptor).st_size
-        if first < 0 or length < 0 or first + length > size:  # a promise may be larger than there is memory
+        if first < 0 or length < 0 or first + length > size:  # the length in the index may exceed the memory
             raise CorruptCheckpointError(
                 root / relative, "ends before what its index names", expected=first + length, found=size
             )
@@ -83,7 +83,7 @@ def read_header(root: Path, relative: str) -> tuple[list[StoredTensor], dict[str
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if os.pread(descriptor, len(_POINTER), 0) == _POINTER:
-            raise CorruptCheckpointError(path, "is a pointer of git-lfs in place of the file: run `git lfs pull`")
+            raise CorruptCheckpointError(path, "is a git-lfs pointer instead of the file: run `git lfs pull`")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CorruptCheckpointError(
                 path,
@@ -112,7 +112,7 @@ def _parse(
         raise fail("the header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fail("__metadata__ must map texts to texts")
+        raise fail("__metadata__ must map strings to strings")
     found = sorted((_entry(name, entry, fail) for name, entry in entries.items()), key=lambda item: item[1:])
     position = 0
     for spec, start, end in found:
@@ -121,7 +121,7 @@ def _parse(
         position = end
     if position != size - data_start:
         raise CorruptCheckpointError(
-            path, "the file has not the size its header says", expected=data_start + position, found=size
+            path, "the file does not have the size that its header gives", expected=data_start + position, found=size
         )
     boxes = _boxes(metadata, fail)
     return [_stored(spec, relative, data_start + start, boxes, fail) for spec, start, _ in found], metadata
@@ -134,7 +134,7 @@ def _failure(path: Path, byte_range: tuple[int, int]) -> Callable[[str], Corrupt
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return unique
 
 
@@ -159,7 +159,7 @@ def _naturals(values: Any) -> bool:
 
 
 def encode_boxes(boxes: dict[str, tuple[tuple[int, ...], Box]]) -> str:
-    """Say in a header's metadata which box of which global shape each tensor of the file is."""
+    """Record in a header's metadata which box of which global shape each tensor of the file is."""
     body = {name: [list(shape), list(box.offsets)] for name, (shape, box) in boxes.items()}
     return json.dumps(body, separators=(",", ":"))
 
@@ -193,7 +193,7 @@ def _stored(
         start + size <= whole for start, size, whole in zip(corner, spec.shape, shape, strict=True)
     )
     if not inside or prod(shape) >= LIMIT:
-        raise fail(f"{spec.name}: the part at {corner} does not lie within shape {shape}")
+        raise fail(f"{spec.name}: the part at {corner} is not within shape {shape}")
     whole = TensorSpec(spec.name, spec.dtype, shape)
     return StoredTensor(whole, (StoredChunk(Box(corner, spec.shape), file, offset),))
 
@@ -218,7 +218,7 @@ def read_tensors(root: Path, files: list[str]) -> dict[str, StoredTensor]:
 
 
 def refuse_overlap(root: Path, name: str, chunks: Sequence[StoredChunk]) -> None:
-    """See that no element is stored twice.
+    """Check that no element is stored twice.
 
     Raises:
         CorruptCheckpointError: One is.
@@ -240,4 +240,4 @@ def refuse_overlap(root: Path, name: str, chunks: Sequence[StoredChunk]) -> None
 
 
 def _unfit(root: Path, name: str, one: StoredChunk, other: StoredChunk) -> CorruptCheckpointError:
-    return CorruptCheckpointError(root / other.file, f"{name} stands in {one.file} too, and the two do not fit")
+    return CorruptCheckpointError(root / other.file, f"{name} is in {one.file} too, and the two do not match")

@@ -1,4 +1,4 @@
-"""Values that JSON does not know, each as a tag and a content that JSON, or a tensor, does; types included.
+"""Values that JSON cannot express, each as a tag and a content that JSON or a tensor can express; types included.
 
 Enums and named tuples are looked up among the modules that are imported already: decoding never imports a module and
 never calls what a checkpoint names.
@@ -27,7 +27,7 @@ Tagged = tuple[str, Any]
 
 # NumPy's element types that torch and safetensors share; byte orders other than the machine's are not among them.
 _SHARED_DTYPES = set(map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "c8")))
-# Further ones, whose text says all about them: no structures, no objects, nothing of one machine's own.
+# Others that their text fully describes: no structures, no objects, nothing specific to one machine.
 _PLAIN_KINDS = "biufcmMSU"
 _PATHS = {kind.__name__: kind for kind in (PosixPath, PurePosixPath, PureWindowsPath)}
 _TIMES: dict[str, Any] = {kind.__name__: kind for kind in (dt.datetime, dt.date, dt.time)}
@@ -41,11 +41,11 @@ _TORCH_NAMES = {
 
 
 class NotExactError(Exception):
-    """A value of a kind that is known, but in a way that would be lost. The text says what would be."""
+    """A value of a known kind that could not be restored exactly. The text says what would be lost."""
 
 
 def tagged(value: Any) -> Tagged | None:
-    """A value as a tag and its content; None where its kind is not known.
+    """A value as a tag and its content; None if its kind is not known.
 
     Raises:
         NotExactError: It could not be restored as it is.
@@ -69,7 +69,7 @@ def tagged(value: Any) -> Tagged | None:
 
 
 def _found(module: str, qualname: str) -> Any:
-    """What an imported module has under a name. Looks into namespaces only, so that no code runs."""
+    """What an imported module has under a name. Reads namespaces only, so that no code runs."""
     found: Any = sys.modules.get(module)
     for name in qualname.split("."):
         found = vars(found).get(name) if hasattr(found, "__dict__") else None
@@ -79,8 +79,8 @@ def _found(module: str, qualname: str) -> Any:
 def _place(kind: type) -> list[str]:
     if _found(kind.__module__, kind.__qualname__) is not kind:
         raise NotExactError(
-            f"its class {kind.__module__}.{kind.__qualname__} is not what a module has under that name, so that it "
-            "could not be found again; define it at the top of a module"
+            f"its class {kind.__module__}.{kind.__qualname__} is not what a module has under that name, so it could "
+            "not be found again; define it at the top of a module"
         )
     return [kind.__module__, kind.__qualname__]
 
@@ -96,10 +96,10 @@ def _class_at(module: str, qualname: str, base: type) -> Any:
 
 
 def _from_enum(value: Enum) -> Tagged:
-    # Of combined flags the name is none, or differs between versions of Python.
+    # Combined flags have no name, or one that differs between versions of Python.
     name = value.name if type(value).__members__.get(value.name or "") is value else None
     if name is None and not isinstance(value, Flag):
-        raise NotExactError("it is no member of its class")
+        raise NotExactError("it is not a member of its class")
     return "enum", [*_place(type(value)), name, value.value]
 
 
@@ -110,7 +110,7 @@ def _to_enum(content: list[Any]) -> Enum:
     if member is None or repr(member.value) != repr(value):
         raise CheckpointError(
             f"the checkpoint holds {module}.{qualname}.{name or ''} with the value {value!r}, which it does not have "
-            "in this program; bring the class back as it was"
+            "in this program; restore the class as it was"
         )
     return member
 
@@ -124,7 +124,7 @@ def _flags(kind: type[Enum], value: Any) -> Enum | None:
 
 def _from_named_tuple(value: Any) -> Tagged:
     if getattr(value, "__dict__", None):
-        raise NotExactError("it has attributes beside its fields")
+        raise NotExactError("it has attributes besides its fields")
     return "namedtuple", [*_place(type(value)), list(type(value)._fields), list(value)]
 
 
@@ -134,7 +134,7 @@ def _to_named_tuple(content: list[Any]) -> Any:
     if list(getattr(kind, "_fields", ())) != fields:
         raise CheckpointError(
             f"the checkpoint holds a {module}.{qualname} with the fields {', '.join(fields)}, which it does not have "
-            "in this program; bring the class back as it was"
+            "in this program; restore the class as it was"
         )
     return tuple.__new__(kind, values)
 
@@ -178,8 +178,8 @@ def _from_scalar(value: np.generic) -> Tagged:
 
 def _from_time(value: Any) -> Tagged:
     content = [type(value).__name__, value.isoformat(), getattr(value, "fold", 0)]
-    if repr(_to_time(content)) != repr(value):  # a time zone has a name of its own
-        raise NotExactError(f"its text, {content[1]}, does not say all about its time zone; convert it to UTC")
+    if repr(_to_time(content)) != repr(value):  # a time zone has its own name
+        raise NotExactError(f"its text, {content[1]}, does not fully describe its time zone; convert it to UTC")
     return "time", content
 
 
@@ -209,7 +209,7 @@ def _to_stream(pair: list[Any]) -> io.BytesIO:
 
 def _from_generator(value: torch.Generator) -> Tagged:
     if value.device.type != "cpu":
-        raise NotExactError(f"it is a generator of {value.device}; put its get_state() there")
+        raise NotExactError(f"it is a generator of {value.device}; store its get_state() instead")
     return "generator", value.get_state()
 
 

@@ -12,7 +12,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Lanes:
-    """For each device a stream of its own, on which copies run beside the work of the training thread's stream.
+    """A separate stream for each device, on which copies run concurrently with the training thread's stream.
 
     `follow` and `lead` refer to the stream that is current in the calling thread, so the training thread calls them.
 
@@ -40,12 +40,12 @@ class Lanes:
         )
 
     def follow(self) -> None:
-        """Let copies that are made from now on wait for the work queued so far. Does not wait itself."""
+        """Make copies from now on wait for the work queued so far. Does not wait itself."""
         for device, stream in self._streams.items():
             stream.wait_event(self._modules[device].current_stream(device).record_event())
 
     def lead(self) -> None:
-        """Let work that is queued from now on wait for the copies made so far. Does not wait itself."""
+        """Make work queued from now on wait for the copies made so far. Does not wait itself."""
         for device, stream in self._streams.items():
             self._modules[device].current_stream(device).wait_event(stream.record_event())
 
@@ -65,7 +65,7 @@ class Lanes:
                 with self._modules[source.device].stream(self._streams[source.device]):
                     target.copy_(source, non_blocking=True)
         if here:
-            # All in one call: beside a busy training thread, each return to the interpreter may wait for its lock.
+            # All in one call: while a training thread is busy, each return to the interpreter may wait for its lock.
             torch._foreach_copy_([target for target, _ in here], [source for _, source in here])
 
     def synchronize(self) -> None:

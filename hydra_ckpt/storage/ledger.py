@@ -16,7 +16,7 @@ Span = tuple[int, int]
 class Ledger:
     """The digests of one checkpoint and which of them this rank has compared.
 
-    Reading and comparing go hand in hand: a cell's bytes are digested while they are still in the processor's cache.
+    Bytes are compared as they are read: a cell's bytes are digested while they are still in the processor's cache.
 
     Args:
         checks: Everything that can be compared, in an order that is the same on all ranks.
@@ -37,7 +37,7 @@ class Ledger:
             starts.sort()
 
     def pieces(self, file: str, region: Region) -> Iterator[tuple[Region, int | None]]:
-        """A region cut so that each piece is the bytes of one digest, or lies outside of whole ones (None)."""
+        """A region cut so that each piece has the bytes of one digest, or belongs to no complete digest (None)."""
         if region.count > 1:
             for cell in cells(region):
                 yield cell, self._strided.get((file, cell))
@@ -67,7 +67,7 @@ class Ledger:
         self._done.add(index)
 
     def done(self) -> list[Span]:
-        """The digests this rank has compared: first and behind the last of each unbroken row."""
+        """The digests this rank has compared: first byte and the byte after the last of each unbroken row."""
         return _joined((index, index + 1) for index in self._done)
 
     def left(self, done: Iterable[Span]) -> list[Check]:
@@ -81,7 +81,7 @@ class Ledger:
 
 
 def join(spans: Sequence[Sequence[Sequence[int]]]) -> list[Span]:
-    """Coordinator only: what any rank has done."""
+    """Coordinator only: merge what the ranks have compared."""
     return _joined((first, behind) for own in spans for first, behind in own)
 
 

@@ -19,7 +19,7 @@ _HUGE_PAGE = 2 << 20  # bytes, of most processors
 
 
 def available_bytes(cgroup: Path = _CGROUP) -> int:
-    """Host memory that can still be had: of the machine, and of this process's control group where it has a limit."""
+    """Available host memory in bytes: of the machine, and of this process's control group if it has a limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = (cgroup / "memory.max").read_text().strip()
@@ -31,10 +31,10 @@ def available_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def resident(nbytes: int) -> torch.Tensor:
-    """Host memory as uint8 of shape (nbytes,), whose pages are there already.
+    """Host memory as uint8 of shape (nbytes,), with resident pages.
 
-    Huge pages where the system gives them to who asks: a processor keeps few pages in mind, and copies of gigabytes
-    visit many.
+    It uses huge pages if the system offers them on request: a processor caches few page addresses, and copies of
+    gigabytes touch many pages.
     """
     return _mapped(nbytes)[:nbytes].fill_(0)
 
@@ -42,10 +42,10 @@ def resident(nbytes: int) -> torch.Tensor:
 def fresh_like(
     tensor: torch.Tensor, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """What `torch.empty_like` gives, for a tensor that is about to be filled and kept.
+    """Like `torch.empty_like`, for a tensor that is about to be filled and kept.
 
-    On the CPU a large one lies in huge pages where the system gives them to who asks: it takes its memory from the
-    system with its first use, in small pages at some 0.5 GB/s.
+    On the CPU, a large tensor is placed in huge pages if the system offers them on request: it takes its memory from
+    the system with its first use, in small pages at some 0.5 GB/s.
 
     Args:
         tensor: Any tensor, on the meta device too.
@@ -66,10 +66,10 @@ def fresh_like(
 
 
 def strided_like(tensor: DTensor, strides: tuple[int, ...]) -> DTensor:
-    """An empty DTensor of this one's kind whose dimensions lie in memory in the order of these global strides.
+    """An empty DTensor like this one whose dimensions are ordered in memory by these global strides.
 
-    Example: a (4, 6) tensor with strides (1, 4) lies column by column; of two ranks that share its rows each gets a
-    (2, 6) part with strides (1, 2).
+    Example: a (4, 6) tensor with strides (1, 4) is column-major; if two ranks share its rows, each gets a (2, 6) part
+        with strides (1, 2).
     """
     local = tensor.to_local()
     order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
@@ -81,9 +81,9 @@ def strided_like(tensor: DTensor, strides: tuple[int, ...]) -> DTensor:
 
 
 def _mapped(nbytes: int) -> torch.Tensor:
-    """Memory of its own, as uint8, which goes back to the system with the last tensor in it."""
-    # Addresses for whole pages, so that the system begins them where a page can be huge; the last one stays of small
-    # ones, of which there are no more than are used.
+    """A separate allocation, as uint8, which returns to the system when the last tensor in it is gone."""
+    # Request whole pages, so that the system aligns them for huge pages; the last part stays in small pages, and only
+    # as many as are used.
     memory = mmap.mmap(-1, max(-(-nbytes // _HUGE_PAGE), 1) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
     if sys.platform == "linux" and whole:
@@ -104,12 +104,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:
-    """Whether `bytes_of` can look at this tensor where it lies."""
+    """Whether `bytes_of` can view this tensor without a copy."""
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
 
 
 def view_as(alias: Alias, tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a source's tensor, seen as the part of the other tensor that it is; shares memory."""
+    """A box of a source's tensor, viewed as the part of the other tensor; shares memory."""
     tensor = narrow(tensor, box)
     kept = [dim for dim in alias.dims if dim is not None]
     dropped = [dim for dim in range(tensor.dim()) if dim not in kept]

@@ -1,7 +1,7 @@
-"""The second road to consolidated files: one rank merges the ranks' shard files, in bounded memory.
+"""The second way to write consolidated files: one rank merges the ranks' shard files, in bounded memory.
 
-For file systems that do not keep byte ranges of different hosts apart, and where only one rank may write the export.
-Files are written from front to back; with a staging directory they are built there and then copied into place.
+For file systems on which several hosts cannot write ranges of one file, and for settings where only one rank writes the
+export. Files are written from front to back; with a staging directory they are built there and then copied into place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hydra_ckpt.storage.memory import bytes_of, narrow, view_as
 from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.store import names
 
-# Small enough that the allocator gives the same memory again; larger blocks cost fresh pages each time.
+# Small enough that the allocator reuses the same memory; larger blocks cost fresh pages each time.
 BLOCK_BYTES = 16 << 20
 
 
@@ -47,7 +47,7 @@ def merge_shards(
         source: The checkpoint or draft that holds the shards.
         shards: Their names in it.
         target: The draft that gets the whole files.
-        layouts: What these are to hold.
+        layouts: The contents of these files.
         naming: From the shards' tensors to theirs.
         staging_dir: Where to build them first, if not in place.
         first_file: Index of the first whole file in the digests.
@@ -120,7 +120,7 @@ def _block(
 
 
 def _part(source: StoredTensor, alias: Alias, box: Box, read: Callable[[list[Fetch]], int]) -> torch.Tensor:
-    """A box of a source; where it is a box of a grid only, the whole source is read for it."""
+    """A box of a source; if it is a box only in a grid, the whole source is read for it."""
     sizes = source.spec.shape if alias.grid else box.sizes
     part = torch.empty(sizes, dtype=TORCH_DTYPE[source.spec.dtype])
     read([Fetch(source, Box.whole(sizes) if alias.grid else box, part)])

@@ -1,4 +1,4 @@
-"""The file that tells how an export calls the tensors of a model, where it calls them otherwise."""
+"""The file that maps a model's tensors to their names in an export, if these differ."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def decode_naming(path: Path, data: bytes) -> Naming:
     try:
         return Naming.from_data(json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"does not tell how an export names tensors: {error}") from None
+        raise CorruptCheckpointError(path, f"does not say how an export names tensors: {error}") from None

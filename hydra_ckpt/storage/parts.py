@@ -36,7 +36,7 @@ class Part:
 
 
 def open_part(checkpoint: Checkpoint, part: str, ledger: Ledger | None = None) -> Part:
-    """Read the headers of a part's files. What pipeline stages have named apart is brought together by its names.
+    """Read the headers of a part's files. Tensors that pipeline stages have named separately are merged by their names.
 
     Args:
         checkpoint: The checkpoint.

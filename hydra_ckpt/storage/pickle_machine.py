@@ -1,8 +1,8 @@
-"""Pickles read without making any object that they ask for.
+"""Reads pickles without creating any object that they name.
 
 A pickle is a program for a small machine. This one knows the instructions that DCP's indices and the files of single
-tensors consist of, builds nothing but plain data, and writes down what is to be called instead of calling it; so there
-is nothing to be trusted. Source: `pickletools`.
+tensors consist of, builds nothing but plain data, and records calls instead of making them; so the input need not be
+trusted. Source: `pickletools`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 __all__ = ["PERSISTENT", "Noted", "run"]
 
 PERSISTENT = "(persistent)"
-"""What an object is called that lies outside the pickle."""
+"""The name of an object outside the pickle."""
 _MARK = object()
 
 
 @dataclass(eq=False)
 class Noted:
-    """What a pickle refers to by name, or an object that it wants made of that.
+    """Something that a pickle refers to by name, or an object that it wants to create from that.
 
     Attributes:
         what: The name, without the module's.
-        arguments: What it is to be called with; None where it is not called.
-        state: What it is to be given then.
+        arguments: The arguments of the call; None if it is not called.
+        state: The state that it is then given.
     """
 
     what: str
@@ -72,7 +72,7 @@ class _Machine:
             self._top(dict).update(_pairs(items))
 
     def _note(self, name: str, argument: Any) -> None:
-        """Write down a name, or what is to be done with it."""
+        """Record a name, or what is to be done with it."""
         if name == "GLOBAL":
             self.stack.append(Noted(argument.split(" ")[-1]))
         elif name == "STACK_GLOBAL":
@@ -84,7 +84,7 @@ class _Machine:
         else:
             called, arguments = self._popped(2)
             if not isinstance(called, Noted) or called.arguments is not None or not isinstance(arguments, tuple):
-                raise ValueError("it calls what is no class")
+                raise ValueError("it calls something that is not a class")
             self.stack.append(arguments[0] if called.what == "Size" else Noted(called.what, arguments))
 
     def _popped(self, count: int) -> list[Any]:
@@ -96,7 +96,7 @@ class _Machine:
 
     def _top(self, kind: type[Any]) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise TypeError(f"it takes something else for a {kind.__name__}")
+            raise TypeError(f"it uses something else as a {kind.__name__}")
         return self.stack[-1]
 
     def _since_mark(self) -> list[Any]:

@@ -31,8 +31,8 @@ class DcpDirectory:
     """A directory that `dcp.save` has written.
 
     Attributes:
-        tensors: Where each tensor lies.
-        values: All else, loaded where that was wanted.
+        tensors: Where each tensor is stored.
+        values: Everything else, if loading it was requested.
         lengths: File and first byte of a chunk to its length in bytes.
     """
 
@@ -42,7 +42,7 @@ class DcpDirectory:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a directory is a checkpoint of DCP's or accelerate's, and none of ours."""
+    """Whether a directory is a checkpoint of DCP or accelerate, and not one of ours."""
     # os.path, because pathlib raises where the disk fails or a name is too long
     if os.path.lexists(path / names.MANIFEST):
         return False
@@ -51,11 +51,11 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_dcp(root: Path, relative: str, *, values: bool) -> DcpDirectory:
-    """Where the tensors of a DCP directory lie, by its index.
+    """Where the tensors of a DCP directory are stored, according to its index.
 
     Args:
         root: The directory that file names are given from.
-        relative: Where in it the DCP directory lies; empty for itself.
+        relative: The path of the DCP directory in it; empty for the directory itself.
         values: Whether its values are loaded too, which runs the pickles that they are. Without them nothing is run.
 
     Raises:
@@ -99,7 +99,7 @@ def read_pickle(path: Path) -> Any:
 def _unpickled(path: Path, data: io.BytesIO) -> Any:
     try:
         return torch.load(data, map_location="cpu", weights_only=False)
-    except Exception as error:  # noqa: BLE001 - pickles raise whatever they like
+    except Exception as error:  # noqa: BLE001 - pickles may raise anything
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
 
 
@@ -107,9 +107,9 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, mapped into memory rather than read.
 
     Raises:
-        CorruptCheckpointError: It is no state dict of tensors.
+        CorruptCheckpointError: It is not a state dict of tensors.
     """
-    # Older files are no archives, which alone can be mapped.
+    # Older files are not archives, and only archives can be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -117,5 +117,5 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
         what = str(error).partition("\n")[0]  # what follows advises to run the pickle
         raise CorruptCheckpointError(path, f"cannot be read as tensors alone: {what}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise CorruptCheckpointError(path, "is no state dict of tensors")
+        raise CorruptCheckpointError(path, "is not a state dict of tensors")
     return {str(name): tensor for name, tensor in loaded.items()}

@@ -1,7 +1,7 @@
-"""Host memory for snapshots, allocated once and used from save to save, and where the tensors lie in it.
+"""Host memory for snapshots, allocated once and reused from save to save, and the positions of the tensors in it.
 
-Pages touched for the first time cost five to twenty times the copy itself; a pool that keeps its buffers pays once.
-A buffer is lent to one snapshot at a time and comes back when that snapshot is released.
+Pages touched for the first time cost five to twenty times the copy itself; a pool that keeps its buffers pays this cost
+once. A buffer is lent to one snapshot at a time and comes back when that snapshot is released.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALL_BYTES = 32 << 10
 
 # Starts of tensors in a buffer: a cache line, and a multiple of every element size.
 _ALIGNMENT = 64
-# Fewer small tensors of a kind are not worth a call of their own.
+# Fewer small tensors of a kind are not worth a separate call.
 _LEAST_PACKED = 4
 # One sample of a page, and a few at the ends of tensors.
 _BYTES_A_WORD = 2048
@@ -56,10 +56,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a snapshot lie in a buffer.
+    """The positions of a snapshot's tensors in a buffer.
 
     Attributes:
-        kinds: What it depends on: key, element type there and here, shape and device of each tensor.
+        kinds: What it depends on: the key, element type in the buffer and of the tensor, shape and device of each
+            tensor.
         packs: Small tensors of one kind, which one call copies: their keys and their place.
         single: Key to place, of all others.
         nbytes: Size of the buffer.
@@ -178,7 +179,7 @@ class Buffer:
         return self._slots
 
     def words(self, number: int) -> torch.Tensor:
-        """Memory for so many samples of the snapshot, int64 of shape (number,); kept like the rest."""
+        """Memory for this many samples of the snapshot, int64 of shape (number,); kept like the rest."""
         if self._words.numel() < number:
             self._words = self._allocate(8 * number).view(torch.int64)
         return self._words[:number]
@@ -205,8 +206,8 @@ class BufferPool:
         Args:
             tensors: Tensors by key.
             casts: Element types of the copies, where they are not the tensors' own.
-            plan: What fixes keys, element types and shapes. Layouts are remembered by the identity of this object:
-                asking thousands of tensors for their shapes takes longer than copying small ones.
+            plan: The object that determines keys, element types and shapes. Layouts are cached by the identity of this
+                object, because reading the shapes of thousands of tensors takes longer than copying small ones.
         """
         if plan is None:
             return Layout.of(tensors, casts)
@@ -234,12 +235,12 @@ class BufferPool:
         """A buffer of at least `nbytes`; its pages are resident."""
         with self._lock:
             fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
-            # Only buffers that fit are worth keeping: what a larger state outgrew goes back to the system.
+            # Only buffers that fit are worth keeping: buffers that became too small are freed.
             self._free = fitting[1:]
         return fitting[0] if fitting else Buffer(nbytes, pinned=self._pinned)
 
     def give_back(self, buffer: Buffer) -> None:
-        """Return a buffer nobody looks at any more."""
+        """Return a buffer that is no longer in use."""
         with self._lock:
             self._free.append(buffer)
 

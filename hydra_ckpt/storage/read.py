@@ -108,7 +108,7 @@ def fetch(root: Path, wanted: Iterable[Fetch], ledger: Ledger | None = None) -> 
 
     Raises:
         CorruptCheckpointError: A file is missing, too short, does not hold the whole box, or its bytes are not those
-            that were written. What was fetched before stays where it was put.
+            that were written. Boxes fetched before that are not undone.
     """
     total = 0
     with OpenFiles(root) as files:

@@ -1,4 +1,4 @@
-"""Samples of live tensors, by which a copy made later is found to be torn.
+"""Samples of live tensors, which reveal that a copy made later is torn.
 
 PyTorch counts the changes of a tensor in place, but not those through `.data`, NumPy or the storage. Comparing
 everything would cost what copying costs; 8 bytes of each 4 KiB cost a twentieth.
@@ -17,15 +17,15 @@ from hydra_ckpt.storage.pool import Buffer
 
 _WORD = 8  # bytes
 _PAGE = 512  # words
-# Words from one sample to the next. A prime just below a page: every page has one, at another place in each, so that
-# a change of every n-th element meets some of them.
+# Words from one sample to the next. A prime just below a page: every page has one sample, at a different place in each,
+# so a change of every n-th element hits some of them.
 _STRIDE = 509
 # Moves the samples from save to save.
 _SHIFT = 197
 
 
 class Samples:
-    """Some bytes of tensors as they were at one moment. Made in the training thread; compared in any.
+    """A snapshot of some bytes of tensors. Made in the training thread; compared in any.
 
     Tensors on an accelerator are read by kernels on its current stream, and nothing waits for them.
 
@@ -116,7 +116,7 @@ def _is_in_words(tensor: torch.Tensor) -> bool:
 
 
 def _joined(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """The memory of parts that lie end to end."""
+    """The memory of parts that are contiguous with each other."""
     first = next(iter(parts.values()))
     return first.as_strided((sum(part.numel() for part in parts.values()),), (1,))
 
@@ -141,7 +141,7 @@ def _gather(tensors: Mapping[int, torch.Tensor], found: Mapping[int, list[range]
 
 
 def _places(words: int, phase: int) -> list[range]:
-    """One word of each page of so many words; the last page may be a part of one."""
+    """One word of each page of this many words; the last page may be incomplete."""
     spread = range(phase, words, _STRIDE)
     return [spread, range(words - 1, words)] if words % _PAGE else [spread]
 
@@ -175,5 +175,5 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the values are equal; what is no number may have come out with other bits."""
+    """Whether the values are equal; a NaN may have different bits afterwards."""
     return torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)

@@ -1,8 +1,8 @@
-"""What a value holds more than once: the same object in two places, or two tensors over the same memory.
+"""Finds what a value holds more than once: the same object in two places, or two tensors over the same memory.
 
-An optimizer may count all steps in one tensor, and a list may be in a state under two names. Stored apart, the two
-would go separate ways after a resume. Example: for `a = torch.zeros(6)` the value `[a, a[2:4], a]` has `a` twice, and
-its second item is a view of `a` that begins at element 2.
+An optimizer may count all steps in one tensor, and a list may be in a state under two names. Stored separately, the two
+would diverge after a resume. Example: for `a = torch.zeros(6)` the value `[a, a[2:4], a]` has `a` twice, and its second
+item is a view of `a` that begins at element 2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LEAVES = {bool, bytes, complex, float, int, str, type(None)}
 _MUTABLE = (list, torch.Tensor, deque, set, bytearray, np.ndarray, io.BytesIO, torch.Generator)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SIMPLE = {torch.Tensor, DTensor, bool, float, int, str, type(None)}
-# Elements of a cluster that are looked at one by one.
+# Elements of a cluster that are examined one by one.
 _MOST_ELEMENTS = 1 << 26
 
 
@@ -46,11 +46,11 @@ class View:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a value holds more than once. It is meant for as long as the value is as it was.
+    """What a value holds more than once. It is valid only as long as the value does not change.
 
     Attributes:
         repeated: Identities of tensors, and of containers that can change, that are in more than one place.
-        views: Identity of a tensor to where it lies in memory that it shares with others.
+        views: Identity of a tensor to its position in memory that it shares with others.
         clashes: Identity of a tensor that shares memory in a way that cannot be stored, to why.
     """
 
@@ -60,7 +60,7 @@ class Sharing:
 
     @classmethod
     def of(cls, value: Any, known: Sequence[torch.Tensor] = (), passed: Collection[int] = ()) -> Sharing:
-        """Look through a value.
+        """Examine a value.
 
         Args:
             value: Plain data, tensors, and containers of both.
@@ -131,7 +131,7 @@ class Apart:
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the memory of each begins; None where one has no memory of its own."""
+    """Where the memory of each begins; None for one that has no memory itself."""
     parts = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]  # noqa: SLF001
     if not set(map(type, parts)) <= _PLAIN:
         return None

@@ -1,4 +1,4 @@
-"""Names of tensors that belong to one pipeline stage, or to one rank, and have no name of their own."""
+"""Names of tensors that belong to one pipeline stage, or to one rank, and are not unique by themselves."""
 
 from __future__ import annotations
 

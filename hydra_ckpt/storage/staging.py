@@ -1,4 +1,4 @@
-"""Staging: copies of tensors in buffers that are allocated once, so that training may go on."""
+"""Staging: copies of tensors in buffers that are allocated once, so that training can continue."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def borrow(
     casts: Mapping[int, torch.dtype] = _NO_CASTS,
     pool: BufferPool | None = None,
 ) -> Snapshot:
-    """Look at tensors where they lie, copying only those not in plain host memory, or wanted in another element type.
+    """View tensors in place, copying only those outside plain host memory or needed in another element type.
 
     For synchronous saves: nothing may change the tensors until the snapshot is released.
 
@@ -139,7 +139,7 @@ class Staging:
             self._samples.pending = []
 
     def changed(self) -> list[int]:
-        """Keys of late tensors that PyTorch knows to have been changed since the beginning.
+        """Keys of late tensors that have changed since the beginning, according to PyTorch's version counters.
 
         A change counts only when it is complete, so one that was under way during the copy may show later.
         """
@@ -160,7 +160,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _pack(slots: Slots, tensors: Mapping[int, torch.Tensor]) -> list[Pair]:
-    """Put small tensors of a kind side by side, where they lie; returns what has to go on to host memory."""
+    """Gather small tensors of a kind side by side, on their device; returns what remains to be copied to the host."""
     pairs = []
     for keys, target in slots.packs:
         sources = [tensors[key] for key in keys]

@@ -26,7 +26,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no memory of its own but wraps tensors that have."""
+    """Whether a tensor has no memory itself but wraps tensors that have."""
     if type(tensor) in _PLAIN or isinstance(tensor, DTensor | AsyncCollectiveTensor):
         return False  # the last is the result of a collective that is still under way
     return bool(is_traceable_wrapper_subclass(tensor))
@@ -46,7 +46,7 @@ def inner_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_wrapper(tensor: torch.Tensor) -> None:
-    """See that a wrapper can be found again by the name of its class.
+    """Check that a wrapper can be found again by the name of its class.
 
     Raises:
         CheckpointError: It cannot.
@@ -75,13 +75,14 @@ def put_together(data: Any) -> torch.Tensor:
     """The wrapper that `take_apart` was given.
 
     Raises:
-        CorruptCheckpointError: The class is not imported here, or is no such wrapper.
+        CorruptCheckpointError: The class is not imported here, or is not such a wrapper.
     """
     module, name = data["class"]
     kind = _find(module, name)
     if not (isinstance(kind, type) and issubclass(kind, torch.Tensor) and hasattr(kind, "__tensor_unflatten__")):
         raise CorruptCheckpointError(
-            "progress", f"{module}.{name} is no tensor subclass that is imported here; import its module before loading"
+            "progress",
+            f"{module}.{name} is not a tensor subclass that is imported here; import its module before loading",
         )
     found: torch.Tensor = kind.__tensor_unflatten__(
         data["inner"], data["context"], torch.Size(data["size"]), tuple(data["stride"])

@@ -43,18 +43,18 @@ def read_tensor(data: bytearray) -> torch.Tensor:
     """The tensor in a file; it shares the memory of `data`.
 
     Raises:
-        Exception: Of any kind, where this is no file of one tensor.
+        Exception: Of any kind, if this is not a file of one tensor.
     """
     entries = _entries(data)
     if entries.get("byteorder", b"little") != b"little":
-        raise ValueError("it was written on a machine of the other byte order")
+        raise ValueError("it was written on a machine with the other byte order")
     if len(entries["data.pkl"]) > _MAX_PICKLE_BYTES:
         raise ValueError("its pickle is larger than a tensor needs")
     return _built(run(bytes(entries["data.pkl"])), entries)
 
 
 def _entries(data: bytearray) -> dict[str, memoryview]:
-    """The bytes of an archive's entries, by name without the directory that all lie in."""
+    """The bytes of an archive's entries, by name without the directory that contains them all."""
     view = memoryview(data)
     with zipfile.ZipFile(io.BufferedReader(_Reader(view))) as archive:
         infos = archive.infolist()
@@ -140,5 +140,5 @@ def _storage(noted: Any) -> tuple[str, str]:
 def _naturals(values: Any) -> tuple[int, ...]:
     found = tuple(values)
     if not all(type(value) is int and 0 <= value < LIMIT for value in found) or len(found) > MAX_DIMENSIONS:
-        raise ValueError("a size or position is no number that it can be")
+        raise ValueError("a size or position is not a valid number")
     return found

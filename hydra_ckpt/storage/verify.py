@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def read_small(root: Path, file: str, record: FileRecord) -> bytes:
-    """A file whose digest stands in the manifest, read whole and checked.
+    """Read and check a whole file whose digest is in the manifest.
 
     Raises:
         CorruptCheckpointError: It is missing or its bytes differ.

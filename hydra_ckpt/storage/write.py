@@ -65,7 +65,7 @@ def create_own_files(files: Files, root: Path, plan: WritePlan, *, patience_s: f
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{path} did not appear within {patience_s:g} s: the first rank of its block has not created it. "
-                    "That rank has failed or is late; if it is alive, see that all hosts share the directory"
+                    "That rank has failed or is late; if it is alive, check that all hosts share the directory"
                 )
             time.sleep(_RETRY_S)
     return records

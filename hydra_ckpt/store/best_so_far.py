@@ -1,4 +1,4 @@
-"""The best metric so far, as it travels in checkpoints: it may have been measured at a step that was not saved."""
+"""The best metric so far, as checkpoints record it: it may have been measured at a step that was not saved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BestSoFar:
 
 
 def opened(path: Path | None) -> Checkpoint | None:
-    """The checkpoint a run goes on from; None for a fresh start, and for some other tool's."""
+    """The checkpoint a run continues from; None for a fresh start, or if another tool wrote it."""
     try:
         return None if path is None else Checkpoint.open(path)
     except (CheckpointError, OSError):
@@ -47,8 +47,8 @@ def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | No
     """The best value that was known when a checkpoint got its last metrics.
 
     Args:
-        checkpoint: The one a run goes on from, if any.
-        key: The metric that decides now; another one's value says nothing.
+        checkpoint: The one a run continues from, if any.
+        key: The metric that decides now; a value of another metric is ignored.
         mode: "min" or "max".
     """
     if checkpoint is None:

@@ -47,7 +47,7 @@ class Checkpoint:
                 a new directory, or the new name of an old one, late.
 
         Raises:
-            CheckpointNotFoundError: The directory is no finished checkpoint.
+            CheckpointNotFoundError: The directory is not a finished checkpoint.
             CheckpointFormatError: A newer version wrote it.
             CorruptCheckpointError: The manifest is damaged.
         """
@@ -88,7 +88,7 @@ class Checkpoint:
         return os.path.isfile(self.path / names.TOKEN)  # noqa: PTH113 - pathlib raises where the disk fails
 
     def check_files(self) -> None:
-        """Compare presence and size of every file with the manifest; contents are not read.
+        """Compare the presence and size of every file with the manifest; contents are not read.
 
         Raises:
             CorruptCheckpointError: A file is missing, no plain file, or of another size.
@@ -120,10 +120,10 @@ class Catalog:
 
     Attributes:
         root: The directory.
-        checkpoints: Those with a whole manifest, by step.
+        checkpoints: Those with a complete manifest, by step.
         damaged: Name to what is wrong, for directories that have a checkpoint's name.
-        newer: Name to the error that tells of it, for checkpoints of a newer format. They are left alone by all that
-            changes a directory.
+        newer: Name to the error that describes it, for checkpoints of a newer format. Nothing that changes a directory
+            touches them.
     """
 
     root: Path
@@ -141,14 +141,14 @@ class Catalog:
         return self.find(target) if target else None
 
     def refuse_newer(self, pointer: str | None, beyond: int | None) -> None:
-        """Raise if a choice would pass over a checkpoint of a newer format.
+        """Raise if a choice would skip a checkpoint of a newer format.
 
         Args:
             pointer: The pointer that was followed, if any.
-            beyond: The step that was chosen instead; None where nothing was.
+            beyond: The step that was chosen instead; None if nothing was.
 
         Raises:
-            CheckpointFormatError: The pointer names such a checkpoint, or one lies beyond the step.
+            CheckpointFormatError: The pointer names such a checkpoint, or there is one after the step.
         """
         target = read_pointer(self.root, pointer) if pointer else None
         if target in self.newer:
@@ -158,7 +158,7 @@ class Catalog:
                 raise self.newer[name]
 
     def best(self, key: str, mode: str, *, after: int = 0) -> Checkpoint | None:
-        """The checkpoint with the best value of a metric, of those after a step; the earlier one of equals."""
+        """The checkpoint with the best value of a metric, of those after a step; of equals, the earlier one."""
         sign = 1.0 if mode == "min" else -1.0
         known = [item for item in self.checkpoints if item.step > after or not after]
         rated = [(sign * item.metrics[key], item.step, item) for item in known if _rates(item, key)]
@@ -198,7 +198,7 @@ def is_checkpoint_directory(path: Path) -> bool:
 
 
 def scan(root: Path) -> Catalog:
-    """Look through a directory; one that does not exist holds nothing."""
+    """Read a directory; one that does not exist is empty."""
     found, damaged, newer = [], {}, {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if not is_checkpoint_directory(path):
@@ -214,18 +214,18 @@ def scan(root: Path) -> Catalog:
 
 
 def listing(root: Path) -> tuple[object, ...]:
-    """What is seen of a directory without opening a checkpoint; whether it changes is told by comparing two."""
+    """What is visible of a directory without opening a checkpoint; compare two to see whether it has changed."""
     below = sorted(path.name for path in root.iterdir() if names.is_checkpoint_name(path.name)) if root.is_dir() else []
     return (*below, read_pointer(root, names.LATEST), read_pointer(root, names.BEST))
 
 
 def _refuse_parents(path: Path, selector: str) -> None:
-    """Tell a directory of checkpoints, or the run directory around it, from one checkpoint."""
+    """Distinguish a directory of checkpoints, or the run directory around it, from one checkpoint."""
     for root in () if (path / names.MANIFEST).exists() else (path, path / "checkpoints"):
         latest = scan(root).pointed(names.LATEST)
         if latest is not None:
             raise CheckpointNotFoundError(
-                f"restore_from={selector}: this is no checkpoint, but there are some in it; the latest is "
+                f"restore_from={selector}: this is not a checkpoint, but a directory with some in it; the latest is "
                 f"restore_from={latest.path}"
             )
 
@@ -234,16 +234,16 @@ def select(catalog: Catalog, selector: str, key: str, mode: str) -> Checkpoint:
     """The one checkpoint an explicit selector means: latest, best, a name, or a path.
 
     Raises:
-        CheckpointNotFoundError: It is not there; the message lists what is.
+        CheckpointNotFoundError: It does not exist; the message lists those that do.
         CheckpointFormatError: A newer version wrote it.
-        CorruptCheckpointError: It is there, damaged.
+        CorruptCheckpointError: It exists, but is damaged.
     """
     pointer = {"latest": names.LATEST, "best": names.BEST}.get(selector)
     target = read_pointer(catalog.root, pointer) if pointer else None
     if target in catalog.damaged:
         raise CorruptCheckpointError(catalog.root / target, f"{pointer} leads here, but {catalog.damaged[target]}")
     if selector == "latest":
-        # What a crash kept from being pointed to is the latest all the same.
+        # A checkpoint that a crash left without a pointer is still the latest.
         candidates = catalog.candidates()
         catalog.refuse_newer(names.LATEST, candidates[0].step if candidates else None)
         if candidates and (catalog.pointed(names.LATEST) or candidates[0].pointers_pending):

@@ -15,14 +15,14 @@ from hydra_ckpt.store.strangers import refuse_strangers
 
 __all__ = ["choose", "deciding_metric"]
 
-# At a directory that changes while it is looked at.
+# Number of attempts at a directory that changes while it is read.
 _LOOKS = 5
 
 
 def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tuple[str, str]) -> dict[str, Any]:
-    """The checkpoint a selector means, as plain data; for `auto` the best one not passed over, or none.
+    """The checkpoint a selector means, as plain data; for `auto` the best one that is not skipped, or none.
 
-    Looks again where the directory has changed meanwhile: a live run may be pruning it.
+    Tries again if the directory has changed meanwhile: a live run may be pruning it.
 
     Args:
         root: The checkpoint directory.
@@ -31,8 +31,8 @@ def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tupl
         best: The configured metric and its mode, min or max.
 
     Raises:
-        CheckpointNotFoundError: An explicit one is not there.
-        CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to pass over.
+        CheckpointNotFoundError: An explicit one does not exist.
+        CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to skip.
         CorruptCheckpointError: An explicit one is damaged.
     """
     for _ in range(_LOOKS - 1):

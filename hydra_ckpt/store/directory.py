@@ -48,14 +48,14 @@ class Directory:
     Args:
         root: The directory, absolute.
         files: The file layer.
-        keep: What decides about best and superfluous checkpoints.
+        keep: The rules for the best checkpoint and for retention.
         run: The sweep and job number it belongs to, if any.
         times: Of the lease.
         may_wait: Whether to wait for a holder that may be dead.
 
     Attributes:
-        best_so_far: The best value of the run, which may be of a step that is not saved; it stands in what is saved
-            from then on. None where nobody tells it.
+        best_so_far: The best value of the run, which may belong to a step that is not saved; later checkpoints record
+            it. None if it is unknown.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Directory:
         return choose(self.root, selector, passed_over, (self._configured, self._keep.best_metric_mode))
 
     def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
-        """Under the default key, go on with the metric that has decided before."""
+        """Under the default key, continue with the metric that decided before."""
         if self._configured == metric.DEFAULT_KEY:
             known = [*([before] if before is not None else []), *reversed(catalog.checkpoints)]
             decided = (item.manifest.details.get("deciding_metric") for item in known)
@@ -119,8 +119,8 @@ class Directory:
             raise  # some of ours are OSErrors too
         except OSError as error:
             raise CheckpointConfigError(
-                f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); "
-                "choose another directory, or mend its permissions or space"
+                f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); choose another directory, or fix "
+                "its permissions or free some space"
             ) from error
         self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
 
@@ -133,14 +133,14 @@ class Directory:
         *,
         is_another: bool = False,
     ) -> dict[str, Any]:
-        """Move out of the way what is damaged, or lies beyond the step the run starts from.
+        """Move checkpoints out of the way that are damaged, or later than the step the run starts from.
 
         Args:
-            start_step: The step the run starts from; None where it starts nowhere.
+            start_step: The step the run starts from; None if it starts nowhere.
             corrupt: Names of damaged checkpoints.
             on_conflict: What happens to later steps: see `refuse_later`.
-            resumed: The checkpoint the run goes on from.
-            is_another: Whether what lies here was trained with other values, whose results are not this run's.
+            resumed: The checkpoint the run continues from.
+            is_another: Whether the checkpoints here were trained with other values; their results are not this run's.
 
         Returns:
             Names of the published checkpoints that stay, those with an export, the best metric so far, and the key
@@ -192,7 +192,7 @@ class Directory:
         return value if value is not None and metric.is_better(value, saved, mode) else saved
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
-        """Raise if sound published steps lie beyond the start and are not to be set aside. Changes nothing."""
+        """Raise if there are sound published steps after the start that are not to be set aside. Changes nothing."""
         if start_step is None:
             return
         catalog = scan(self.root)
@@ -207,7 +207,7 @@ class Directory:
         self._lease.check()
 
     def close(self) -> None:
-        """Let go of the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
+        """Release the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
         if os.getpid() != self._owner.pid:
             return
         if self._janitor is not None:
@@ -229,9 +229,9 @@ class Directory:
     # -- a checkpoint is published -------------------------------------------------------------------------------
 
     def point_to(self, name: str) -> None:
-        """Move the pointers to a new checkpoint; failing to never takes the checkpoint back.
+        """Move the pointers to a new checkpoint; a failure never takes the checkpoint back.
 
-        What a run that had lost the directory has retired or moved meanwhile is put right first.
+        First, what a run that had lost the directory has retired or moved meanwhile is put right.
         """
         try:
             self._point_latest(name)
@@ -251,7 +251,7 @@ class Directory:
             put_back(self._held, self.root, self._owner.incarnation, self._hidden)
             self._point_best()
         except (OSError, CheckpointError) as error:
-            log.debug("%s was not looked through at the end: %s", self.root, error)
+            log.debug("%s could not be checked at the end: %s", self.root, error)
 
     def _point_latest(self, name: str) -> None:
         """Move LATEST, but never to an earlier step: only `settle` goes back."""
@@ -263,7 +263,7 @@ class Directory:
         self._latest = step
 
     def _point_best(self) -> None:
-        """Let BEST lead to what this run knows as the best, if another run has moved it elsewhere."""
+        """Make BEST lead to the best checkpoint that this run knows, if another run has moved it."""
         best, found = self._best_name, read_pointer(self.root, names.BEST)
         if best is not None and found not in {None, best} and (self.root / best).is_dir():
             move_pointer(self._held, self.root, names.BEST, best)
@@ -284,7 +284,7 @@ class Directory:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a manifest says of the run, for the next run and for people."""
+        """What a manifest records about the run, for the next run and for people."""
         known = self._configured != metric.DEFAULT_KEY
         deciding = {"deciding_metric": self._configured} if known else {}
         return {
@@ -303,7 +303,7 @@ class Directory:
     def add_metrics(self, name: str, metrics: Mapping[str, float], best: BestSoFar | None = None) -> None:
         """Add metrics that arrived after the save, atomically, and move BEST if they are better.
 
-        What cannot be written now is kept, and tried again with the next metrics, the next save and at the end.
+        Metrics that cannot be written now are kept, and written with the next metrics, at the next save or at the end.
 
         Args:
             name: The checkpoint.
@@ -323,7 +323,11 @@ class Directory:
             except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
-                log.warning("metrics of %s cannot be written now (%s); they are kept, and tried again", name, error)
+                log.warning(
+                    "metrics of %s cannot be written now (%s); they are kept, and the write will be tried again",
+                    name,
+                    error,
+                )
                 continue
             del self._owed[name]
 
@@ -338,7 +342,7 @@ class Directory:
         self._consider(checkpoint)
 
     def prune(self) -> None:
-        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a thread of its own."""
+        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a separate thread."""
         if self._policies:
             catalog = scan(self.root)
             self.fence()  # all that is listed was there while the lease was held
@@ -346,10 +350,10 @@ class Directory:
             self.retire(superfluous(catalog, self._policies, context))
 
     def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Unpublish these at once; they are deleted in a thread of its own.
+        """Unpublish these at once; they are deleted in a separate thread.
 
         Raises:
-            OSError: One cannot be renamed; the others are gone all the same.
+            OSError: One cannot be renamed; the others are unpublished anyway.
             CheckpointError: Another run holds the directory.
         """
         if self._janitor is None:
@@ -369,4 +373,4 @@ class Directory:
         try:
             discard(self._held, hidden)
         except (OSError, CheckpointError) as error:
-            log.warning("%s could not be deleted; the next run does it: %s", hidden, error)
+            log.warning("%s could not be deleted; the next run will do it: %s", hidden, error)

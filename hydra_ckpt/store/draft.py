@@ -4,7 +4,7 @@
     (write)  every rank, having read the token back
     publish  manifest written whole; directories flushed; renamed; parent flushed
 
-A draft with a whole manifest has everything: whoever finds it may finish it. Any other draft is debris.
+A draft with a complete manifest is complete: any run that finds it may finish it. Any other draft is debris.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Draft:
 
     Attributes:
         path: The hidden directory.
-        name: What it will be called.
+        name: Its name once published.
         token: The random text in it.
     """
 
@@ -73,7 +73,7 @@ def join_draft(path: Path, name: str, token: str, *, patience_s: float) -> Draft
     """Find the coordinator's draft from another process, perhaps on another host.
 
     Raises:
-        CheckpointError: It does not show up: the directory is not the coordinator's.
+        CheckpointError: It does not appear: the directory is not the coordinator's.
     """
     deadline = time.monotonic() + patience_s
     while True:

@@ -1,6 +1,6 @@
-"""The file layer of a run that may lose its directory: it looks at the lease before every change it could regret.
+"""The file layer of a run that may lose its directory: it checks the lease before every change that could do harm.
 
-A process can still be stopped between the look and the change. A late change does no harm:
+A process can still be stopped between the check and the change. A late change does no harm:
 
 - What replaces another file is prepared in the checkpoint directory itself, under a hidden name. A run that takes over
   removes such files after it has taken the lease, so a replacement that comes later finds nothing to put in place.
@@ -80,7 +80,7 @@ class FencedFiles(Files):
 
 
 def replace_prepared(files: Files, prepared: Path, target: Path, data: bytes) -> None:
-    """Replace or create a small file, from one that is prepared at a place a run that takes over sweeps.
+    """Replace or create a small file, prepared under a name that is removed by a run that takes over.
 
     Args:
         files: The file layer.

@@ -1,9 +1,9 @@
 """The lease: which run may write to a checkpoint directory.
 
 `owner.json` names the run, its incarnation (new at every start) and its process; the file's time of modification is the
-heartbeat. A run takes the lease at once if nobody holds it, or the holder is proved dead. A holder of which nothing can
-be proved is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock, it
-is dead. A live holder is refused.
+heartbeat. A run takes the lease at once if it is free, or if the holder is proved dead. If nothing can be proved about
+a holder, it is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock,
+it is dead. A live holder is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Lease", "Times", "is_held"]
 
 log = logging.getLogger(__name__)
 
-# Incarnations of this process that have let go, for directories where that could not be written down.
+# Incarnations of this process that have released the lease, for directories in which that could not be recorded.
 _RELEASED: set[str] = set()
 
 
@@ -37,9 +37,9 @@ class Times:
 
     Attributes:
         heartbeat_s: Between two signs of life.
-        stale_s: A heartbeat that does not change for so long is a dead run's: three beats and a little.
+        stale_s: A heartbeat that does not change for this long belongs to a dead run: three beats and a little.
         grace_s: How long a run that is started again waits for its own former processes to end.
-        look_s: Between two looks at a heartbeat that is watched.
+        look_s: Between two readings of a heartbeat that is watched.
     """
 
     heartbeat_s: float = 15.0
@@ -102,7 +102,7 @@ class Lease:
             What was found then, or None if there is another record by now.
 
         Raises:
-            CheckpointExistsError: It lives, or waiting is not allowed.
+            CheckpointExistsError: It is alive, or waiting is not allowed.
         """
         self._refuse_other_job(other)
         began = changed = time.monotonic()
@@ -127,7 +127,7 @@ class Lease:
         return record
 
     def _is_free(self, other: Owner) -> bool:
-        """Whether a holder has let go, or is proved to write no more."""
+        """Whether a holder has released the lease, or is proved to have stopped writing."""
         if other.released or other.incarnation in _RELEASED:
             return True
         lives = other.lives()
@@ -146,17 +146,17 @@ class Lease:
             )
         else:
             log.warning(
-                "%s is held by a run on host %s, process %d, and it cannot be told from here whether that still lives. "
+                "%s is held by a run on host %s, process %d, and this process cannot tell whether it is still alive. "
                 "Watching its heartbeat for %.0f s",
                 *(self._root, other.host, other.pid, self._times.stale_s),
             )
         return True
 
     def _claim(self, judged: Record) -> bool:
-        """Replace the record that was judged; whether nobody else was about to do the same.
+        """Replace the record that was judged; returns whether no other run was doing the same.
 
-        Of several runs that have judged the same record only one creates the file that replaces it. Whoever takes over
-        removes all such files, so whoever is late has nothing left to put in place.
+        Of several runs that have judged the same record only one creates the file that replaces it. The run that takes
+        over removes all such files, so a late run has nothing left to put in place.
         """
         prepared = self._claim_path(judged)
         try:
@@ -190,7 +190,7 @@ class Lease:
                 sweep_prepared(self._files, path)
 
     def _await_claimant(self, prepared: Path) -> None:
-        """Wait while another run takes the lease; what a dead one has left of that is removed."""
+        """Wait while another run takes the lease; what a dead one has left is removed."""
         first, began = look(prepared), time.monotonic()
         while first.raw is not None and look(prepared) == first:
             waited = time.monotonic() - began
@@ -207,8 +207,8 @@ class Lease:
     def _refuse_other_job(self, other: Owner) -> None:
         if other.run and self._owner.run and other.run != self._owner.run:
             raise CheckpointExistsError(
-                f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. "
-                "Give each job a directory of its own: a relative checkpoint.checkpoint_dir does"
+                f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. Give each job its own "
+                "directory, for example by a relative checkpoint.checkpoint_dir"
             )
 
     def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
@@ -220,14 +220,14 @@ class Lease:
 
     def _unproved(self, other: Owner) -> CheckpointExistsError:
         return CheckpointExistsError(
-            f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; it cannot be "
-            f"told from here whether that lives. If you know that it has ended, remove {self._path}"
+            f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; this process "
+            f"cannot tell whether it is alive. If you know that it has ended, remove {self._path}"
         )
 
     # -- holding ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Make sure that nobody has taken over. If the record is simply gone, take the lease again.
+        """Check that no other run has taken over. If the record is simply gone, take the lease again.
 
         Raises:
             CheckpointError: Another incarnation holds the lease: this process must not publish.
@@ -245,19 +245,19 @@ class Lease:
             self._raise_gone()
         holder = f"host {record.owner.host}, process {record.owner.pid}" if record.owner else "nobody"
         raise CheckpointError(
-            f"{self._root} is no longer held by this run but by {holder}; "
-            "this process was taken for dead and must not publish"
+            f"{self._root} is no longer held by this run but by {holder}; this process was presumed dead and must not "
+            "publish"
         )
 
     def _has_held_lately(self) -> bool:
-        """Whether nobody can have taken this run for dead since it last saw that it holds the lease."""
+        """Whether no run can have presumed this one dead since it last checked that it holds the lease."""
         return time.monotonic() - self._confirmed < self._times.stale_s
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner.pid:
             raise CheckpointError(
-                f"{self._root} is held by process {self._owner.pid}, of which this process is a copy (fork); "
-                "only that one saves"
+                f"{self._root} is held by process {self._owner.pid}, of which this process is a fork; only that "
+                "process saves"
             )
 
     def beat(self) -> None:
@@ -271,7 +271,7 @@ class Lease:
             return  # the next save says what is wrong
 
     def release(self) -> None:
-        """Let go of the directory, unless somebody else has it by now. In a forked process nothing happens."""
+        """Release the directory, unless another run has it by now. In a forked process nothing happens."""
         if os.getpid() != self._owner.pid:
             return
         _RELEASED.add(self._owner.incarnation)

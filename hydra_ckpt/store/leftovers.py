@@ -1,4 +1,4 @@
-"""Removing what a run that died has left. What cannot be removed is in nobody's way, and no reason not to begin."""
+"""Removing what a run that died has left. What cannot be removed does no harm, and must not prevent a start."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def left_if_stuck(path: Path) -> Iterator[None]:
-    """Warn where something cannot be removed, and go on."""
+    """Warn if something cannot be removed, and continue."""
     try:
         yield
     except OSError as error:
-        log.warning("%s, which a run that died has left, cannot be removed: %s", path, error)
+        log.warning("%s, left by a run that died, cannot be removed: %s", path, error)
 
 
 def sweep_prepared(files: Files, path: Path) -> None:

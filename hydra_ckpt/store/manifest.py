@@ -1,11 +1,11 @@
-"""The manifest: what a checkpoint holds, in a form in which no changed byte goes unnoticed.
+"""The manifest: what a checkpoint holds, in a form that reveals every changed byte.
 
 `manifest.json` is canonical JSON (sorted keys, one space of indent) that ends with the xxh3 of itself without that
 field. A reader serializes what it read again and compares: any difference is damage. It is written last; a directory
 with a whole manifest is complete.
 
-A later format keeps this seal and the field `format`, so that an older reader tells a newer checkpoint from a damaged
-one.
+A later format keeps this seal and the field `format`, so that an older reader can distinguish a newer checkpoint from a
+damaged one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FileRecord:
 
     Attributes:
         bytes: Its size.
-        xxh3: The digest of all of it; None where records in a digest sidecar cover it.
+        xxh3: The digest of all of it; None if records in a digest sidecar cover it.
     """
 
     bytes: int
@@ -55,7 +55,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """Where one part's tensors lie.
+    """Where one part's tensors are stored.
 
     Attributes:
         format: `safetensors`, or `distcp` (PyTorch's own files).
@@ -77,15 +77,15 @@ class Manifest:
         epoch: Epoch at the save.
         created: Unix time in seconds.
         world_size: Ranks that wrote it.
-        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to where its tensors lie.
+        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to the place of its tensors.
         exports: Hugging Face directories in the checkpoint, by the part they show.
-        files: Every file but the manifest and what is added beside it later.
+        files: Every file except the manifest and files that are added later.
         digests: The sidecars with digests of tensor files.
         metrics: Metrics known at the save.
         plan: Fingerprint of the write plan.
         topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
-        format: One of FORMATS; those of later ones hold what earlier readers would misread.
+        format: One of FORMATS; later ones contain what earlier readers would misread.
     """
 
     step: int
@@ -145,7 +145,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
         digest = body.pop(_DIGEST_FIELD)
         resealed = seal(body)  # a lone surrogate cannot be written
     except (ValueError, RecursionError, MemoryError, KeyError, AttributeError, TypeError):
-        raise CorruptCheckpointError(path, "it is torn or not JSON of ours") from None
+        raise CorruptCheckpointError(path, "it is incomplete, or not JSON that hydra_ckpt wrote") from None
     if resealed != data:
         raise CorruptCheckpointError(
             path, "its digest does not match", expected=digest, found=xxhash.xxh3_64_hexdigest(_dump(body))
@@ -154,7 +154,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any]:
-    """Read and check a sealed file of at most so many bytes.
+    """Read and check a sealed file of at most this many bytes.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -181,7 +181,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint's directory.
 
     Raises:
-        CheckpointNotFoundError: There is none: the directory is no checkpoint.
+        CheckpointNotFoundError: There is none: the directory is not a checkpoint.
         CheckpointFormatError: A newer version wrote it.
         CorruptCheckpointError: It is damaged, or names files outside.
     """
@@ -189,7 +189,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         body = read_sealed(path)
     except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{directory} holds no {names.MANIFEST}: it is no finished checkpoint") from None
+        raise CheckpointNotFoundError(
+            f"{directory} holds no {names.MANIFEST}: it is not a finished checkpoint"
+        ) from None
     _check_format(path, body)
     try:
         return _from_body(path, body)
@@ -200,7 +202,9 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_format(path: Path, body: dict[str, Any]) -> None:
     number = body.get("format")
     if type(number) is not int or number < FORMATS[0]:
-        raise CorruptCheckpointError(path, f"its format is {str(number)[:_MAX_NAME_BYTES]!r}, which is none")
+        raise CorruptCheckpointError(
+            path, f"its format is {str(number)[:_MAX_NAME_BYTES]!r}, which is not a format number"
+        )
     if number not in FORMATS:
         details = body.get("details")
         writer = details.get(WRITER) if isinstance(details, dict) else None
@@ -220,7 +224,9 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
     )
     for name in [*files, *exports.values()]:
         if not _is_inside(name):
-            raise CorruptCheckpointError(path, f"the file name {name[:200]!r} leads out of the checkpoint, or is none")
+            raise CorruptCheckpointError(
+                path, f"the file name {name[:200]!r} leads out of the checkpoint, or is not valid"
+            )
     _check_kinds(path, manifest)
     listed = [*manifest.digests, *(name for part in parts.values() for name in part.files)]
     unknown = sorted(set(listed) - set(files))
@@ -230,7 +236,7 @@ def _from_body(path: Path, body: dict[str, Any]) -> Manifest:
 
 
 def _check_kinds(path: Path, manifest: Manifest) -> None:
-    """Whoever made the digest may have lied in a field that a later reader takes for granted."""
+    """Check the fields that later readers rely on: a correct digest does not make them true."""
     sound = {
         "files": all(0 <= file.bytes < _MOST and _is_digest(file.xxh3) for file in manifest.files.values()),
         "metrics": _are_metrics(manifest.metrics),
@@ -271,7 +277,7 @@ def _is_topology(value: object) -> bool:
 
 
 def _is_shallow(value: object, depth: int) -> bool:
-    """Whether plain data is nested no deeper than this; whoever prints it takes a step on the stack for each level."""
+    """Whether plain data is nested no deeper than this; printing it uses one stack frame for each level."""
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_is_shallow(item, depth - 1) for item in below)
 

@@ -15,7 +15,7 @@ TOKEN = ".token"  # noqa: S105
 
 MODEL = "model"
 CONSOLIDATED = "consolidated"
-# Beside a model's tensors: how its export calls them, where it calls them otherwise.
+# Beside a model's tensors: their names in its export, if these differ.
 NAMING = "names.json"
 # The small files of an export, in checkpoints without one.
 ASSETS = "assets"
@@ -30,7 +30,7 @@ CONFIG = "config"
 DIGESTS = "digests"
 
 _CHECKPOINT = re.compile(r"epoch_(\d{1,18})_step_(\d{1,18})")
-# What is written beside a pointer or small file before it replaces it.
+# The file that is prepared before it replaces a pointer or small file.
 _PREPARED = re.compile(
     rf"\.({LATEST}|{BEST}|{LATEST}\.txt|{BEST}\.txt|{re.escape(OWNER)}|{re.escape(METRICS)})\.(after-)?[0-9a-f]{{12,}}"
 )
@@ -52,10 +52,10 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def step_of(name: str) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in a checkpoint's name."""
     match = _CHECKPOINT.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} is no checkpoint name")
+        raise ValueError(f"{name!r} is not a checkpoint name")
     return int(match[2])
 
 

@@ -29,7 +29,7 @@ __all__ = ["Owner", "Record", "look", "opened", "process_identity", "read_open",
 
 _PROC = Path("/proc")
 _MAX_BYTES = 1 << 20
-# Fields of /proc/PID/stat, counted from the state, the first behind the name.
+# Fields of /proc/PID/stat, counted from the state, which is the first after the name.
 _STATE, _THREADS, _START_TICKS = 0, 17, 19
 
 
@@ -44,8 +44,8 @@ class Owner:
         started: When that process started, Unix time in seconds. For people: it moves when the clock is set.
         job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
         run: The sweep and job number the directory belongs to; empty outside a sweep.
-        released: Whether it has let go of the directory; the record of who wrote last stays.
-        boot: Identity of the boot of its host; empty where it is not known.
+        released: Whether it has released the directory; the record of the last writer stays.
+        boot: Identity of the boot of its host; empty if it is not known.
         namespace: The namespaces in which `pid` and `ticks` are counted.
         ticks: When the process started, in clock ticks since the boot.
         restarts: How often the job was started again, by the name and identity of what starts it.
@@ -85,7 +85,7 @@ class Owner:
 
     @classmethod
     def from_data(cls, data: Any) -> Owner | None:
-        """The owner that plain data describes; None where it makes no sense. Unknown keys are left out."""
+        """The owner that plain data describes; None if the data is invalid. Unknown keys are left out."""
         if not isinstance(data, dict):
             return None
         try:
@@ -110,9 +110,9 @@ class Owner:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     def lives(self) -> bool | None:
-        """Whether its process lives; None where that cannot be told from this process.
+        """Whether its process is alive; None if this process cannot determine that.
 
-        It can be told in the same boot of the same host, in the same namespace of process numbers. Hosts' names prove
+        That is possible in the same boot of the same host, in the same namespace of process numbers. Hosts' names prove
         nothing, and neither do times of the wall clock.
         """
         if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
@@ -120,11 +120,11 @@ class Owner:
         process = _stat(self.pid)
         if process is None or int(process[_START_TICKS]) != self.ticks:
             return False
-        # A killed process that nobody has waited for keeps its number, but writes no more.
+        # A killed process that its parent has not waited for keeps its number, but writes no more.
         return process[_STATE] not in "ZX" or int(process[_THREADS]) > 1
 
     def is_requeued(self, other: Owner) -> bool:
-        """Whether this is the other's job, put back into Slurm's queue: all that ran before has been ended."""
+        """Whether this is the other's job, put back into Slurm's queue: everything that ran before has been ended."""
         return _restarted(SLURM, self.restarts, other.restarts) > 0
 
     def is_restarted(self, other: Owner) -> bool:
@@ -155,7 +155,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-    """Where process numbers and start times are counted; containers have namespaces of their own."""
+    """Where process numbers and start times are counted; containers have separate namespaces."""
     found = []
     for kind in ("pid", "time"):
         try:
@@ -179,9 +179,9 @@ class Record:
     """A record of ownership as it was found.
 
     Attributes:
-        raw: The file's content; None where there is no file.
+        raw: The file's content; None if there is no file.
         beat: Its time of modification, in nanoseconds of whichever clock.
-        owner: Whom it names; None where there is none, or it makes no sense.
+        owner: The owner it names; None if there is none, or if it is invalid.
     """
 
     raw: bytes | None
@@ -192,10 +192,10 @@ class Record:
 def look(path: Path) -> Record:
     """Read a record. The file is opened, so that a network file system asks its server.
 
-    What is no regular file, or far too large, is nobody's record.
+    A record that is not a regular file, or far too large, has no owner.
 
     Raises:
-        OSError: It is there and cannot be read: it may be a live run's.
+        OSError: It exists but cannot be read: it may belong to a live run.
     """
     try:
         with opened(path) as descriptor:
@@ -229,7 +229,7 @@ def read_open(descriptor: int, path: Path) -> Record:
 
 
 def read_owner(root: Path) -> tuple[Owner, float] | None:
-    """The owner on record and the age of its heartbeat in seconds by this host's clock; None where none can be read."""
+    """The owner on record and the age of its heartbeat in seconds by this host's clock; None if none can be read."""
     try:
         record = look(root / names.OWNER)
     except OSError:

@@ -1,7 +1,7 @@
 """Pointers: names such as LATEST that lead to a checkpoint, moved atomically.
 
-A pointer is a relative symbolic link; where the file system refuses links, or a directory stands in its place, it is a
-text file, NAME.txt. Such a directory is what copying leaves that follows links; it is never touched.
+A pointer is a relative symbolic link; if the file system refuses links, or a directory has that name, it is a text
+file, NAME.txt. Such a directory is left by a copy that followed links; it is never touched.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MAX_TEXT = 4096
 
 
 def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
-    """Coordinator only: let `pointer` lead to the checkpoint `target` (a name in `root`)."""
+    """Coordinator only: make `pointer` lead to the checkpoint `target` (a name in `root`)."""
     if read_pointer(root, pointer) != target:
         point(files, root, pointer, target)
 
 
 def point(files: Files, root: Path, pointer: str, target: str) -> None:
-    """Coordinator only: let `pointer` lead anywhere, by a path seen from `root`; atomically."""
+    """Coordinator only: make `pointer` lead anywhere, by a path seen from `root`; atomically."""
     link, beside = root / pointer, root / f".{pointer}.{names.nonce()}"
     if _is_directory(link):
         log.warning(
-            "%s is a directory and no link, as a copy that follows links leaves it; it is not touched, and %s.txt "
-            "leads to %s instead. Remove the directory, or give it another name",
+            "%s is a directory and not a link, probably from a copy that followed links; it is not touched, and "
+            "%s.txt leads to %s instead. Remove the directory, or give it another name",
             *(link, pointer, target),
         )
         _write_text(files, root, pointer, target)
@@ -72,7 +72,7 @@ def _unlink(files: Files, path: Path) -> None:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether a directory itself is there, not a link to one."""
+    """Whether there is a directory itself, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -82,7 +82,7 @@ class Protected:
 
     Attributes:
         names: The checkpoints that they lead to, or into.
-        lost: Those of LATEST and BEST that are there, but say nothing that can be followed.
+        lost: Those of LATEST and BEST that exist but cannot be followed.
     """
 
     names: frozenset[str]
@@ -102,10 +102,10 @@ def protected(root: Path) -> Protected:
             found.add(name)
         elif pointer in (names.LATEST, names.BEST):
             lost.add(pointer)
-            why = f"cannot be read: {error}" if error else f"leads to no checkpoint but to {target!r}"
+            why = f"cannot be read: {error}" if error else f"leads to {target!r}, which is not a checkpoint"
             log.warning("the pointer %s %s", root / pointer, why)
         elif error is not None:
-            log.warning("%s is taken for no pointer: %s", root / pointer, error)
+            log.warning("%s is not treated as a pointer: %s", root / pointer, error)
     return Protected(frozenset(found), frozenset(lost))
 
 
@@ -136,7 +136,7 @@ def _name_in(root: Path, target: str) -> str | None:
 
 
 def pointed_path(root: Path, pointer: str) -> Path | None:
-    """The directory that a pointer leads to, wherever that lies; None where it leads to none."""
+    """The directory that a pointer leads to, wherever that is; None if it leads to none."""
     try:
         place = root / pointer
         if not os.path.lexists(place):
@@ -148,7 +148,7 @@ def pointed_path(root: Path, pointer: str) -> Path | None:
 
 
 def read_pointer(root: Path, pointer: str) -> str | None:
-    """The name a pointer leads to, whether or not that exists; None where there is no usable pointer."""
+    """The name a pointer leads to, whether or not that exists; None if there is no usable pointer."""
     link = root / pointer
     try:
         if link.is_symlink():

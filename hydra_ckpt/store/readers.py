@@ -1,7 +1,7 @@
-"""Readers' leases: a checkpoint that somebody reads is not pruned.
+"""Readers' leases: a checkpoint that is being read is not pruned.
 
 A reader holds a shared lock on the manifest. It changes nothing on disk, needs no right to write, and ends with the
-reader's process. Where a file system has no locks, or does not pass them on to other hosts, there is no lease.
+reader's process. If a file system has no locks, or does not share them with other hosts, there is no lease.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 def is_read(checkpoint: Path) -> bool:
-    """Whether anybody holds a lease on a checkpoint at this moment, or may do so for all that can be told."""
+    """Whether a reader holds a lease on a checkpoint at this moment, or may hold one if that cannot be determined."""
     try:
         descriptor = open_regular(checkpoint / names.MANIFEST, write=True)
     except (OSError, CorruptCheckpointError) as error:
-        log.warning("%s is kept: whether anybody reads it cannot be told (%s)", checkpoint, error)
+        log.warning("%s is kept, because it is unknown whether it is being read (%s)", checkpoint, error)
         return True
     try:
         return not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ def is_read(checkpoint: Path) -> bool:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was given, or there are none."""
+    """Whether the lock was granted, or the file system has none."""
     try:
         fcntl.flock(descriptor, kind)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What a run does to a directory before it writes there: finish what was whole, sweep what was not."""
+"""What a run does to a directory before it writes there: finish complete drafts, remove the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _sweep(files: Files, path: Path) -> None:
 
 
 def is_late(name: str, previous: str | None) -> bool:
-    """Whether a directory to be deleted was retired by a run that did not hold the lease any more.
+    """Whether a directory to be deleted was retired by a run that no longer held the lease.
 
     Every run that takes over deletes what the run before it has retired. So what an older one has retired came later.
 
@@ -61,7 +61,7 @@ def is_late(name: str, previous: str | None) -> bool:
 def put_back(files: Files, root: Path, incarnation: str, known: Collection[str]) -> None:
     """Coordinator only, holding the lease: undo what another run has retired since this run took over.
 
-    That run was stopped between its last look at the lease and the renaming, and went on later.
+    That run was stopped between its last look at the lease and the renaming, and continued later.
 
     Args:
         files: The file layer.
@@ -98,9 +98,11 @@ def _put_back(files: Files, path: Path, name: str) -> bool:
         files.rename(path, target)
         files.sync_dir(path.parent)
     except OSError as error:
-        log.warning("%s had been retired by a run that no longer held the directory; it stays so: %s", target, error)
+        log.warning(
+            "%s had been retired by a run that no longer held the directory; it stays retired: %s", target, error
+        )
     else:
-        log.warning("%s had been retired by a run that no longer held the directory; it is there again", target)
+        log.warning("%s had been retired by a run that no longer held the directory; it has been put back", target)
     return True
 
 
@@ -151,7 +153,7 @@ def set_aside(files: Files, paths: Iterable[Path], kind: str, incarnation: str) 
 
 
 def in_the_way(catalog: Catalog, start_step: int) -> list[Path]:
-    """The published checkpoints beyond the step a run starts from; they stand in its way."""
+    """The published checkpoints after the step a run starts from, which are in its way."""
     return [item.path for item in catalog.checkpoints if item.step > start_step]
 
 
@@ -159,9 +161,9 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
     """The error for checkpoints in the way of a run that goes back."""
     listed = ", ".join(path.name for path in paths)
     return CheckpointExistsError(
-        f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. "
-        "Set checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, "
-        f"or restore_from={paths[-1].name} to go on from the newest; to read weights only, restore_parts=[model]"
+        f"starting at step {start_step}, but {paths[0].parent} already holds later steps: {listed}. Set "
+        "checkpoint.on_conflict=set_aside to move them aside, another checkpoint.checkpoint_dir, or "
+        f"restore_from={paths[-1].name} to continue from the newest; to read weights only, restore_parts=[model]"
     )
 
 

@@ -1,7 +1,7 @@
 """Retention: which checkpoints stay, as small policies that each keep some; what no policy keeps may go.
 
 Policies come as plain data, `{newest: 3, best: 2, every_n_steps: 1000, younger_than_s: 3600}`; a checkpoint stays
-if any of them keeps it. `any_of` holds a list of further mappings, for two policies of one kind. Whatever a pointer in
+if any of them keeps it. `any_of` has a list of more mappings, for two policies of the same kind. Whatever a pointer in
 the directory leads to stays in any case, and so does what somebody reads at the moment.
 """
 
@@ -30,7 +30,7 @@ class Context:
     now: float
 
 
-# The names of those it keeps; None where it cannot tell, which is as if the policy were not there.
+# The names of those it keeps; None if it cannot decide, as if the policy did not exist.
 Policy = Callable[[Sequence[Checkpoint], Context], set[str] | None]
 
 
@@ -105,7 +105,7 @@ def _any_of(further: Any) -> list[Policy]:
 def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
     """The checkpoints that may go: neither kept by a policy, nor led to by a pointer, nor being read.
 
-    Where no policy can tell which stay, such as `best` alone while none has the metric, all do. Where LATEST or BEST
+    If no policy can decide, such as `best` alone while no checkpoint has the metric, all are kept. Where LATEST or BEST
     is damaged, what it ought to lead to stays.
     """
     told = [found for policy in keeping if (found := policy(catalog.checkpoints, context)) is not None]
@@ -132,12 +132,12 @@ def retire(files: Files, checkpoint: Checkpoint, incarnation: str) -> Path:
     Args:
         files: The file layer.
         checkpoint: What to unpublish.
-        incarnation: Of this run. If another run has taken over in the meantime, it knows by this what to put back.
+        incarnation: Of this run. If another run has taken over in the meantime, this tells it what to put back.
 
     Returns:
         The hidden directory to delete.
     """
     hidden = checkpoint.path.with_name(names.retired_name(checkpoint.name, "deleting", incarnation))
-    # One rename: there is no moment at which half a checkpoint is to be seen.
+    # One rename: half a checkpoint is never visible.
     files.rename(checkpoint.path, hidden)
     return hidden

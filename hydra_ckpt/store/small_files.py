@@ -24,7 +24,7 @@ def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
 
     Raises:
         FileNotFoundError: It is not there.
-        CorruptCheckpointError: It is a link, no regular file, too large, or cannot be read.
+        CorruptCheckpointError: It is a link, not a regular file, too large, or cannot be read.
     """
     try:
         descriptor = open_regular(path, follow=follow)
@@ -78,7 +78,7 @@ def open_regular(path: Path, *, follow: bool = False, write: bool = False) -> in
 
     Raises:
         FileNotFoundError: It is not there.
-        CorruptCheckpointError: It is a link, no regular file, or cannot be opened.
+        CorruptCheckpointError: It is a link, not a regular file, or cannot be opened.
     """
     flags = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -107,7 +107,7 @@ def size_of(path: Path) -> int:
     """The size of a regular file in bytes; a link is followed.
 
     Raises:
-        CorruptCheckpointError: It is missing, no regular file, or cannot be looked at.
+        CorruptCheckpointError: It is missing, not a regular file, or cannot be examined.
     """
     try:
         found = path.stat()

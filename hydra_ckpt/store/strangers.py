@@ -1,4 +1,4 @@
-"""Directories that another system writes its checkpoints to: told from ours, and refused. Reads only."""
+"""Directories that another system writes its checkpoints to: distinguished from ours, and refused. Reads only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra_ckpt.store.pointers import pointed_path
 
 # What a checkpoint of ours has, however damaged or unfinished it is, and those of other systems have not.
 _MARKS = (names.MANIFEST, names.TOKEN, names.DIGESTS, names.PROGRESS)
-# Of files that weights and states lie in; directories count too, notes and the like do not.
+# Extensions of files that hold weights and states; directories count too, notes and the like do not.
 _SUFFIXES = frozenset({".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz"})
 
 
@@ -20,7 +20,7 @@ def refuse_strangers(root: Path) -> None:
     """Raise if another system keeps its checkpoints in a directory.
 
     Args:
-        root: A checkpoint directory; one that does not exist is nobody's.
+        root: A checkpoint directory; one that does not exist belongs to no system.
 
     Raises:
         CheckpointConfigError: It holds directories or pointers of another system; names them.
@@ -29,13 +29,13 @@ def refuse_strangers(root: Path) -> None:
     if found:
         raise CheckpointConfigError(
             f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they have the "
-            f"place or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
-            "checkpoint.checkpoint_dir; to begin with one of these checkpoints, name it by checkpoint.restore_from=PATH"
+            f"location or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
+            "checkpoint.checkpoint_dir; to start from one of these checkpoints, set checkpoint.restore_from=PATH"
         )
 
 
 def strangers(root: Path) -> list[str]:
-    """What lies in a directory that another system must have written: its steps, and pointers to them."""
+    """The contents of a directory that another system must have written: its steps, and pointers to them."""
     if not root.is_dir():
         return []
     steps = [path.name for path in sorted(root.iterdir()) if is_checkpoint_directory(path) and _is_strange(path)]

@@ -115,7 +115,7 @@ class RecordingFiles(_Tapped):
 
 
 class FaultyFiles(_Tapped):
-    """Fails where it is told to.
+    """Fails at a chosen operation.
 
     Args:
         fails: Gets each change before it happens; the number of an error (`errno.ENOSPC`) makes it fail, None not.
@@ -132,7 +132,7 @@ class FaultyFiles(_Tapped):
 
 
 def replay(operations: Sequence[Operation], origin: Path, target: Path, *, torn: bool = False) -> None:
-    """Do recorded changes again below another directory, as if the machine had stopped behind the last of them.
+    """Do recorded changes again below another directory, as if the machine had stopped after the last of them.
 
     Args:
         operations: What was recorded below `origin`.

@@ -112,7 +112,7 @@ def _main(
     import torch.distributed as dist
 
     faulthandler.enable()  # a crash below Python says where
-    # torch looks the names of its peers' sockets up; a name server that loses a request must not cost five seconds.
+    # torch looks up the names of its peers' sockets; a name server that loses a request must not cost five seconds.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     # The child has inherited the start method; data loaders' workers would start servers of their own.
     multiprocessing.set_start_method("fork", force=True)

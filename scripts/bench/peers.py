@@ -37,7 +37,7 @@ class Peers:
             StagingOptions(use_pinned_memory=False, use_non_blocking_copy=False, use_async_staging=False)
         )
         found = {
-            "dcp.async_save as it comes": self.dcp_async("dcp_async"),
+            "dcp.async_save, default": self.dcp_async("dcp_async"),
             # BlockingAsyncStager's own cache needs pinned memory, which a machine without an accelerator has not.
             "dcp.async_save, DefaultStager (cached)": self.dcp_async("dcp_cached", cached),
             "dcp.async_save, process-based": self.dcp_async("dcp_process", kind=AsyncCheckpointerType.PROCESS),

@@ -131,7 +131,7 @@ class Bench:
         return measure
 
     def ours_first(self, _: int) -> float:
-        """Time the first save of a run keeps the training thread, behind `prepare()`."""
+        """Time for which the first save of a run blocks the training thread, after `prepare()`."""
         self.step += 1
         place = fresh(self.root / "first")
         config = CheckpointingConfig(
@@ -207,16 +207,16 @@ def stall_table(bench: Bench, rounds: int, _: float) -> None:
     peers = Peers(bench.root, bench.state_dict)
     contestants: dict[str, Measure] = {
         "copy floor (warm torch.copy_)": bench.copy_floor,
-        "ours, staging awaited in save()": bench.ours_blocked("awaited", wait_for_staging=True),
+        "ours, save() waits for staging": bench.ours_blocked("awaited", wait_for_staging=True),
         "ours, staging overlapped": bench.ours_blocked("overlapped"),
-        "ours, first save behind prepare()": bench.ours_first,
+        "ours, first save after prepare()": bench.ours_first,
         **peers.asynchronous(),
     }
     for measure in contestants.values():
         measure(0)  # first saves allocate; steady state is what is compared
     table.run(contestants, rounds)
     peers.close()
-    table.show("seconds the training thread is kept", ["copy floor (warm torch.copy_)", "dcp.async_save as it comes"])
+    table.show("seconds the training thread is blocked", ["copy floor (warm torch.copy_)", "dcp.async_save, default"])
 
 
 def durable_table(bench: Bench, rounds: int, _: float) -> None:

@@ -434,8 +434,8 @@ def main() -> None:
         titles += ["receipts ms", "receipts MB", "manifest MB", "DCP plan ms", "DCP coordinator s", "DCP gathers MB"]
         table(titles, [measure(size, arguments.dcp_seconds) for size in arguments.worlds])
     if arguments.only != "times":
-        titles = ["ranks", "layout", "each byte once", "most / mean", "files", "opens a rank", "calls a tensor"]
-        titles += ["writers a whole file", "writers a block's file", "MiB a piece"]
+        titles = ["ranks", "layout", "each byte once", "most / mean", "files", "opens per rank", "calls per tensor"]
+        titles += ["writers per whole file", "writers per block file", "MiB per piece"]
         table(titles, [row for size in arguments.worlds for row in measure_writing(size, arguments.whole)])
 
 

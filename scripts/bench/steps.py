@@ -46,7 +46,7 @@ class Loops:
         return timed(lambda: [_step(self.square) for _ in range(self.steps)])
 
     def watched(self, _: int) -> float:
-        """The same, with `on_step_end` behind every step."""
+        """The same, with `on_step_end` after every step."""
         return timed(self._watched)
 
     def _watched(self) -> None:
