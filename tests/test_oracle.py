@@ -18,7 +18,14 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig, LoadReport
+from hydra_ckpt import (
+    AppState,
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointingConfig,
+    KeyMismatchError,
+    LoadReport,
+)
 from hydra_ckpt.testing import run_distributed
 from tests.differential_modules import Fabric
 from tests.differential_optimizers import Lookahead
@@ -1033,7 +1040,7 @@ def test_tensors_on_the_meta_device_are_refused_by_name(tmp_path: Path, where: s
 def test_state_that_holds_itself_is_refused_by_name(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
-    with pytest.raises(CheckpointError, match=r"extras\.box\.0: its state contains itself"):
+    with pytest.raises(CheckpointError, match=r"extras\.box\.0: its state holds itself"):
         save(tmp_path, AppState(nn.Linear(2, 2), extras={"box": Box(loop)}))
 
 
@@ -1190,3 +1197,76 @@ def test_an_option_that_the_checkpoint_lacks_is_reported(tmp_path: Path) -> None
     assert optimizer.param_groups[0]["scale"] == 3
     assert report.missing == ("optimizer.0.scale",)
     assert any("as it was built: optimizer.0.scale" in note for note in report.notes)
+
+
+class Doubled(nn.Module):
+    """Version 2 holds twice what version 1 held, and the two the other way round."""
+
+    _version = 2
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version", 1) == 1:
+            state[f"{prefix}a"], state[f"{prefix}b"] = state[f"{prefix}b"] * 2, state[f"{prefix}a"] * 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Old(Doubled):
+    _version = 1
+
+
+def test_a_conversion_reads_what_was_saved_not_what_it_has_written(tmp_path: Path) -> None:
+    a, b, zero = torch.full((2,), 1.0), torch.full((2,), 5.0), torch.zeros(2)
+    model, fresh = Old(a, b), Doubled(zero.clone(), zero.clone())
+    save(tmp_path, AppState(model))
+    load(tmp_path, AppState(fresh))
+    assert (fresh.a.tolist(), fresh.b.tolist()) == ([10, 10], [2, 2])
+
+
+def test_tied_parameters_are_converted_once(tmp_path: Path) -> None:
+    def build(kind: type[Doubled], value: float) -> nn.Module:
+        shared = nn.Parameter(torch.full((2,), value))
+        first, second = kind(torch.zeros(2), torch.zeros(2)), kind(torch.zeros(2), torch.zeros(2))
+        first.a = first.b = second.a = second.b = shared
+        return nn.Sequential(first, second)
+
+    fresh: Any = build(Doubled, 0.0)
+    save(tmp_path, AppState(build(Old, 3.0)))
+    load(tmp_path, AppState(fresh))
+    assert fresh[0].a.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("options", [{"allow_unsaved": ["model.1.*"]}, {"load_strict": False}])
+def test_what_is_not_loaded_is_not_converted(tmp_path: Path, options: dict[str, Any]) -> None:
+    one, built = torch.ones(2), torch.full((2,), 4.0)
+    model, fresh = nn.Sequential(Old(one, one.clone())), nn.Sequential(Doubled(one.clone(), one.clone()))
+    if "allow_unsaved" in options:
+        model.append(Old(one.clone(), one.clone()))
+    fresh.append(Doubled(built.clone(), built.clone()))
+    save(tmp_path, AppState(model), **options)
+    report = load(tmp_path, AppState(fresh), **options)
+    assert set(report.missing) >= {"model.1.a", "model.1.b"}
+    later: Any = fresh
+    assert later[1].a.tolist() == built.tolist()
+    assert later[0].a.tolist() == [2, 2]
+
+
+class Strict(Observer):
+    """Loads a buffer of its own size only, though it has its own way of loading."""
+
+    def _load_from_state_dict(self, *rest: Any) -> None:
+        nn.Module._load_from_state_dict(self, *rest)
+
+
+def test_a_buffer_that_does_not_take_another_size_is_a_mismatch(tmp_path: Path) -> None:
+    save(tmp_path, AppState(nn.Sequential(nn.Linear(2, 2), Strict(5))))
+    fresh = nn.Sequential(nn.Linear(2, 2), Strict(3))
+    before = [item.clone() for item in values(fresh)]
+    with pytest.raises(KeyMismatchError, match=r"1\.low: .*\[5\] in the checkpoint"):
+        load(tmp_path, AppState(fresh))
+    assert all(map(torch.equal, before, values(fresh)))
+    assert load(tmp_path, AppState(fresh), load_strict=False).missing == ("model.1.low",)
+    assert fresh[1].low.tolist() == [0, 1, 2]

@@ -116,12 +116,17 @@ class Installer:
             ]
             metadata = self.shared.get("metadata", {}).get(name)
             decoded = None if metadata is None else self._decoded(metadata)
-            unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}))
+            unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
             unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions hold all buffers so.
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks")
+
+    def _left(self, dotted: str) -> set[str]:
+        """Names of a model's tensors that were not loaded."""
+        missing = (*self.notes.missing, *self.shared.get("unsaved", ()))
+        return {name.removeprefix(f"{dotted}.") for name in missing if name.startswith(f"{dotted}.")}
 
     def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
         """Extra states that modules report differently than they were given; those of one side only are noted."""
@@ -145,8 +150,9 @@ class Installer:
         live = {name: parameter for parameter, name in self._parameters(parameters)}
 
         def walk(*, is_first: bool = False) -> None:
-            states = [self._decoded(state) for state in found.state]
-            options = [[self._decoded(group) for group in groups] for groups in found.options]
+            made: dict[str, Any] = {}
+            states = [self._decoded(state, made=made) for state in found.state]
+            options = [[self._decoded(group, made=made) for group in groups] for groups in found.options]
             install(found, states, options, self.state.named_optimizers, parameters, empty, is_first=is_first)
 
         walk(is_first=True)
@@ -166,9 +172,14 @@ class Installer:
             for module in modules:
                 yield from ((item, known[id(item)]) for item in module.parameters() if id(item) in known)
 
-    def _decoded(self, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS) -> Any:
-        """Saved data with tensors in place; values of this rank only come from its own file."""
-        return decode(tree, self.tensors, {OWN: self._shard, **others})
+    def _decoded(
+        self,
+        tree: Any,
+        others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS,
+        made: dict[str, Any] | None = None,
+    ) -> Any:
+        """Saved data with its tensors filled in; data that belongs to this rank alone comes from its own file."""
+        return decode(tree, self.tensors, {OWN: self._shard, **others}, made)
 
     def _shard(self, name: str) -> torch.Tensor:
         """This rank's shard of a tensor subclass, as the DTensor that it was part of."""

@@ -163,7 +163,7 @@ class _Matcher:
         name, spec = item.spec.name, None if stored is None else stored.spec
         if stored is None or spec is None or spec.dtype != item.spec.dtype or spec.shape == item.spec.file_shape:
             return False
-        if item.place.mesh or not mapped.resizes(name):
+        if item.place.mesh or not mapped.resizes(name, spec.shape):
             return False
         target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device=item.tensor.device)
         self.plan.resized.setdefault(model, {})[name] = target
@@ -279,7 +279,9 @@ class _Matcher:
             return
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
-        into = targets(described, found, shapes, named, parameters)
+        modules = [module for models in self.source.state.models.values() for module in models]
+        everything = [item for module in modules for item in (*module.parameters(), *module.buffers())]
+        into = targets(described, found, shapes, named, parameters, everything)
         self._want(stored, set(tensor_names(found.trees())), into)
 
     def _leave_own_state(self, found: Fit) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.state.plain import ABSENT, put_plain
+from hydra_ckpt.state.plain import ABSENT, is_state, put_plain
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.stages import on_rank, unqualified
 from hydra_ckpt.store import names
@@ -63,9 +63,10 @@ class PerRank:
         if rank is None:
             return cls(plain, tensors, is_here=False)
         for label in plain:
-            if own is None or "plain" not in own:
+            mine = (own or {}).get("plain", {})
+            if label not in mine and not is_state(label):
                 raise CorruptCheckpointError(root, f"rank {rank}'s own {label} is missing")
-            put_plain(shared, label, own["plain"].get(label, ABSENT))
+            put_plain(shared, label, mine.get(label, ABSENT))
         stored: dict[str, StoredTensor] = {}
         if tensors:
             start = f"{names.OWN}/{names.OWN}-{rank + 1:05d}-of-"

@@ -15,6 +15,7 @@ from hydra_ckpt.saving.drift import Judgement, Told, judge, unequal
 from hydra_ckpt.saving.watching import Watchlist, label_of
 from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.state.local import LocalTensor, Place
+from hydra_ckpt.state.plain import ABSENT, is_state, state_at
 from hydra_ckpt.storage.folding import digest, digest_each, is_constant, whole
 from hydra_ckpt.store import names
 
@@ -68,7 +69,12 @@ class Differences:
 
     def plain_of(self, captured: Captured) -> dict[str, Any]:
         """The plain data that each rank stores for itself, by label."""
-        return {label: tree for label, tree in captured.plain.items() if label in self.own}
+        found = {label: tree for label, tree in captured.plain.items() if label in self.own}
+        for label in self.own - found.keys():
+            # Here it is tensors alone, and on another rank more than that.
+            if is_state(label) and (state := state_at(captured.shared, label)) is not ABSENT:
+                found[label] = state
+        return found
 
 
 @dataclass(frozen=True)

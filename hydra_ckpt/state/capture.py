@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
-from hydra_ckpt.state.plain import plain_of
+from hydra_ckpt.state.plain import is_state, plain_of
 from hydra_ckpt.state.wrappers import refuse_fsdp1
 from hydra_ckpt.storage.decoding import decode, strides
 from hydra_ckpt.storage.encoding import Sink, encode
@@ -78,7 +78,7 @@ class Captured:
     @property
     def objects(self) -> list[str]:
         """Labels of the groups, schedulers, extras: what ranks with the same tensors must have in common too."""
-        return [label for label in self.plain if not label.startswith("optimizer.state.")]
+        return [label for label in self.plain if not is_state(label)]
 
 
 @dataclass
@@ -218,7 +218,8 @@ class Extractor:
         }
         shared["entries"] = self._entries({name: found.entries for name, found in told.items()}, sinks)
         shared["metadata"] = {
-            name: sinks.encode(called(name), f"metadata:{name}:", partial(dict, found.metadata))
+            # Nothing is left out of it: `fill` does not look there.
+            name: replace(sinks, unsaved=()).encode(called(name), f"metadata:{name}:", partial(dict, found.metadata))
             for name, found in told.items()
         }
         shared["extras"] = {

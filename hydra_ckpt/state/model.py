@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,14 @@ from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safe
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
+
+
+# A module with more is not copied to try what it does.
+_MOST_TRIED_BYTES = 64 << 20
+
+
+def _held_bytes(module: nn.Module) -> int:
+    return sum(item.nbytes for item in (*module.parameters(), *module.buffers()))
 
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
@@ -199,10 +208,21 @@ class ModelMap:
                     metadata[canonical(f"{name}.").removesuffix(".")] = local
         return Told(entries, metadata)
 
-    def resizes(self, name: str) -> bool:
-        """Whether a module may give a buffer of this name another size when it is loaded, as observers do."""
-        owner = next((slot.owner for slot in self.slots if slot.name == name and not slot.is_parameter), None)
-        return owner is not None and self._ours is None and len(self._cores) == 1 and customizes_loading(owner)
+    def resizes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a buffer takes this size when its module is loaded, as those of observers do; tried on a copy."""
+        slot = next((slot for slot in self.slots if slot.name == name and not slot.is_parameter), None)
+        if slot is None or self._ours is not None or len(self._cores) > 1 or name in self.aliases.values():
+            return False
+        if not customizes_loading(slot.owner) or _held_bytes(slot.owner) > _MOST_TRIED_BYTES:
+            return False
+        try:
+            tried = copy.deepcopy(slot.owner)
+            state = tried.state_dict()
+            tried.load_state_dict({**state, slot.attribute: torch.zeros(tuple(shape), dtype=slot.tensor.dtype)})
+            taken = tried._buffers[slot.attribute]
+        except Exception:  # noqa: BLE001 - a foreign module's own loading
+            return False
+        return taken is not None and tuple(taken.shape) == tuple(shape)
 
     def give_back(
         self,
@@ -210,6 +230,7 @@ class ModelMap:
         saved: Sequence[Mapping[str, Any]],
         metadata: Mapping[str, Any] | None,
         resized: Mapping[str, torch.Tensor],
+        left: Collection[str] = (),
     ) -> list[str]:
         """Give each part its entries, or let it do what else it does when it loads; see `give_back`.
 
@@ -218,6 +239,7 @@ class ModelMap:
             saved: For each part its entries; or nothing.
             metadata: Metadata of the modules' state, including versions other than 1; None if unknown.
             resized: Buffers of another size than the live ones.
+            left: Names of tensors that were not loaded.
 
         Returns:
             Names of those that the module reports differently afterwards.
@@ -241,7 +263,7 @@ class ModelMap:
             name
             for core, entries in zip(self._cores, saved or [{} for _ in self._cores], strict=True)
             for name in give_back(
-                core, called, Told([dict(entries)], known, resized), *self._covered(), self._is_ours, older
+                core, called, Told([dict(entries)], known, resized), *self._covered(), self._is_ours, older, left
             )
         ]
 

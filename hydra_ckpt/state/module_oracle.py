@@ -136,6 +136,7 @@ def give_back(
     apart: Collection[str],
     is_ours: Callable[[str], bool],
     older: Collection[str],
+    left: Collection[str],
 ) -> Iterator[str]:
     """Give a module its own entries through its `load_state_dict`; its tensors have been loaded already.
 
@@ -147,6 +148,7 @@ def give_back(
         apart: Names of the modules' extra states.
         is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
         older: Modules whose state was saved by another version of them. They convert their tensors themselves.
+        left: Names of tensors that were not loaded, and stay as they are.
 
     Yields:
         Names of the entries that the module reports differently afterwards.
@@ -169,7 +171,10 @@ def give_back(
             given[name] = walked[_plain(name)]
     given.update({name: value for name, value in saved.items() if name not in given})
     changed = {name for name in walked if any(not place or name.startswith(f"{place}.") for place in older)}
-    changed |= told.resized.keys()
+    for name in given:
+        if _plain(name) in changed and isinstance(given[name], torch.Tensor):
+            given[name] = given[name].detach().clone()  # it will be written to while it is read
+    changed = changed.difference(left) | told.resized.keys()
     refused = _load(module, called, given, _metadata(live, told.metadata, older), walked, saved)
     put_back(changed)
     if refused is not None:

@@ -76,6 +76,22 @@ def describe(
         CheckpointError: A parameter belongs to no model of the AppState, or to two optimizers; a value cannot be
             stored; or an optimizer's `state_dict` raises.
     """
+    try:
+        return _described(optimizers, names, unsaved, apart, asks=asks)
+    except RecursionError:
+        raise CheckpointError(
+            f"{', '.join(optimizers)}: a state holds itself, or is nested too deeply to be stored"
+        ) from None
+
+
+def _described(
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+    unsaved: Sequence[str],
+    apart: Sequence[Apart],
+    *,
+    asks: bool,
+) -> Described:
     found = Described({"optimizers": [], "state": {}, "placements": {}, "plain": [], "empty": []})
     everyone = holders(optimizers, names)
     sinks = [Sink("", called, unsaved=unsaved) for called in optimizers]

@@ -19,6 +19,7 @@ from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill, strides, tensor_names
 from hydra_ckpt.storage.encoding import row_major
 from hydra_ckpt.storage.memory import fresh_like, strided_like
+from hydra_ckpt.storage.sharing import shared_memory
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
 _BESIDE = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
@@ -295,6 +296,7 @@ def targets(
     tensor_shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     optimizers: Mapping[str, Any],
     names: Mapping[int, str],
+    everything: Sequence[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """A tensor to read each saved state tensor into: the live one where it fits, else a fresh one of its kind.
 
@@ -304,8 +306,10 @@ def targets(
         tensor_shapes: Name to global shape and element type of every saved tensor.
         optimizers: What the live optimizers are called, to these.
         names: Identity of a parameter to its name.
+        everything: The models' tensors. State that shares memory with them, or with other state, is not read into.
     """
     live: Mapping[str, torch.Tensor] = {}
+    others = shared_memory([*everything, *_places(found.live)])
     with suppress(CheckpointError):  # what cannot be saved may well be loaded into
         live = describe(optimizers, names, asks=False).tensors
     wanted_strides = strides(found.trees())
@@ -316,8 +320,17 @@ def targets(
         shape, dtype = tensor_shapes[name]
         wanted = _wanted_as(described, name, shape, dtype, wanted_strides.get(name), parameter, on_device)
         held = live.get(name)
-        into[name] = held if held is not None and wanted.is_like(held) else wanted.make()
+        fits = held is not None and wanted.is_like(held) and not others(held)
+        into[name] = held if held is not None and fits else wanted.make()
     return into
+
+
+def _places(live: Sequence[Holder]) -> Iterator[Any]:
+    """What optimizers hold, once for each place."""
+    for holder in live:
+        yield from (value for held in holder.state.values() if isinstance(held, Mapping) for value in held.values())
+        yield from (value for group in holder.groups for key, value in group.items() if key != "params")
+        yield from (getattr(holder.optimizer, "defaults", None) or {}).values()
 
 
 def _wanted(
@@ -372,11 +385,17 @@ class _Wanted:
         here = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
         lies = None if tensor.stride() == row_major(tensor.shape) else tuple(tensor.stride())
         known = (torch.Tensor, torch.nn.Parameter, DTensor)
-        return type(tensor) in known and (tuple(tensor.shape), tensor.dtype, lies, here) == (
-            self.shape,
-            self.dtype,
-            self.strides,
-            self.placed,
+        is_bare = not tensor.requires_grad and not tensor.__dict__
+        return (
+            is_bare
+            and type(tensor) in known
+            and (tuple(tensor.shape), tensor.dtype, lies, here)
+            == (
+                self.shape,
+                self.dtype,
+                self.strides,
+                self.placed,
+            )
         )
 
     def make(self) -> torch.Tensor:

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.holders import Holder
-from hydra_ckpt.storage.encoding import Sink, encode, leave_out
-from hydra_ckpt.storage.sharing import Sharing
+from hydra_ckpt.storage.encoding import Sink, attributes, encode, leave_out, narrowed
+from hydra_ckpt.storage.sharing import Sharing, memory_pattern
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
 
 PARAMETER = "parameter of"
@@ -154,31 +154,70 @@ def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
 
 
-def differing(saved: Any, live: Any, place: str = "", memory: dict[int, int] | None = None) -> Iterator[str]:
+def differing(saved: Any, live: Any, place: str = "") -> Iterator[str]:
     """Where a live object's own state is not what was put into it, by dotted names.
 
     Args:
         saved: What was loaded, decoded.
         live: What state_dict() returns afterwards.
         place: The name of both.
-        memory: Addresses of tensors seen, of the first to that of the second: tensors that shared memory have to share
-            it again.
     """
-    memory = {} if memory is None else memory
-    if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
-        if not same_tensor(saved, live) or _facts(saved) != _facts(live):
+    found = _Comparison()
+    yield from found.unlike(saved, live, place)
+    before, after = (memory_pattern([pair[side] for pair in found.tensors]) for side in (0, 1))
+    for name, one, other in zip(found.names, before, after, strict=True):
+        if one != other:
+            yield f"{name} (it shares memory with other tensors than it did)"
+
+
+class _Comparison:
+    """Compares values one after the other. Equal tensors are noted, because what they share shows only together.
+
+    Attributes:
+        names: Of equal tensors.
+        tensors: These tensors, saved and live.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen: set[tuple[int, int]] = set()
+
+    def unlike(self, saved: Any, live: Any, place: str) -> Iterator[str]:
+        """Where two values are not the same."""
+        if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
+            yield from self._unlike_tensors(saved, live, place)
+        elif isinstance(saved, Mapping | list | tuple) and (id(saved), id(live)) in self._seen:
+            return  # in another place
+        elif isinstance(saved, Mapping) and isinstance(live, Mapping):
+            self._seen.add((id(saved), id(live)))
+            if type(saved) is not type(live):
+                yield f"{place} (a {type(live).__qualname__} now)"
+            yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
+            for key in saved.keys() & live.keys():
+                yield from self.unlike(saved[key], live[key], f"{place}.{key}")
+            yield from self._unlike_attributes(saved, live, place)
+        elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
+            self._seen.add((id(saved), id(live)))
+            for index, (one, other) in enumerate(zip(saved, live, strict=True)):
+                yield from self.unlike(one, other, f"{place}.{index}")
+        elif not _is_same(saved, live):
             yield place
-        elif _address(saved) and memory.setdefault(_address(saved), _address(live)) != _address(live):
-            yield f"{place} (no longer shares memory)"
-    elif isinstance(saved, Mapping) and isinstance(live, Mapping):
-        yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
-        for key in saved.keys() & live.keys():
-            yield from differing(saved[key], live[key], f"{place}.{key}", memory)
-    elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
-        for index, (one, other) in enumerate(zip(saved, live, strict=True)):
-            yield from differing(one, other, f"{place}.{index}", memory)
-    elif not _is_same(saved, live):
-        yield place
+
+    def _unlike_tensors(self, saved: torch.Tensor, live: torch.Tensor, place: str) -> Iterator[str]:
+        if same_tensor(saved, live) and _facts(saved) == _facts(live):
+            self.names.append(place)
+            self.tensors.append((saved, live))
+        else:
+            yield place
+        if type(saved) in (torch.Tensor, torch.nn.Parameter, DTensor):
+            yield from self._unlike_attributes(saved, live, place)
+
+    def _unlike_attributes(self, saved: Any, live: Any, place: str) -> Iterator[str]:
+        """What Python code has put on the values."""
+        one, other = attributes(saved), attributes(live)
+        if one or other:
+            yield from self.unlike(one, other, f"{place}.<attributes>")
 
 
 def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -192,20 +231,14 @@ def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
     one, other = (local_part(item.detach()) for item in (one, other))
     if is_wrapper(one):
         return same_tensor(one, other)
-    return one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+    return one.shape == other.shape and torch.equal(_bits(narrowed(one)), _bits(narrowed(other)))
 
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What belongs to a tensor besides its type, shape and bits."""
     placed = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
     lies = tensor.stride() if tensor.numel() else None
-    return lies, placed, tensor.requires_grad and tensor.is_leaf, sorted(tensor.__dict__)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where the memory of a tensor begins; 0 where it has none."""
-    part = local_part(tensor)
-    return 0 if is_wrapper(part) or not part.numel() else part.data_ptr()
+    return lies, placed, tensor.requires_grad and tensor.is_leaf
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

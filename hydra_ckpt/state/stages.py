@@ -10,6 +10,7 @@ import json
 from collections.abc import Container, Sequence
 from typing import Any
 
+from hydra_ckpt.storage.decoding import expanded
 from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, SAME, TAG, VIEW
 from hydra_ckpt.storage.stages import unqualified
 
@@ -49,7 +50,7 @@ def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple
             continue
         combined[kind] = {}
         for name in dict.fromkeys(name for document in documents for name in document.get(kind, {})):
-            trees = [document[kind][name] for document in documents if name in document.get(kind, {})]
+            trees = [expanded(document[kind][name]) for document in documents if name in document.get(kind, {})]
             combined[kind][name] = _merge(trees, f"{kind}[{name!r}]", notes)
     combined["unsaved"] = sorted({name for document in documents for name in document.get("unsaved", [])})
     combined["of_other_stages"] = [
@@ -114,9 +115,11 @@ def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:
         tags = {tree[TAG] for tree in trees}
         if tags == {"ordered"}:
             return {TAG: "ordered", "v": _merge([tree["v"] for tree in trees], path, notes)}
-        if tags in ({ATTRIBUTES}, {SAME}):  # a pair: a value and its attributes, or what it is called and the value
+        if tags == {SAME}:
+            return {TAG: SAME, "v": [first["v"][0], _merge([tree["v"][1] for tree in trees], path, notes)]}
+        if tags == {ATTRIBUTES}:  # a value, and its attributes
             columns = zip(*(tree["v"] for tree in trees), strict=True)
-            return {TAG: tags.pop(), "v": [_merge(items, path, []) for items in columns]}
+            return {TAG: ATTRIBUTES, "v": [_merge(column, path, notes) for column in columns]}
         if tags == {"map"}:
             pairs = {json.dumps(key): [key, value] for tree in reversed(trees) for key, value in tree["v"]}
             return {TAG: "map", "v": list(pairs.values())}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, OWN, PLACEMENTS, SAME, STRIDES, TAG, UNSAVED, VIEW
@@ -58,7 +59,10 @@ def decode(
         CorruptCheckpointError: The data was not made by `encode`, or a tensor is missing.
         CheckpointError: It holds an enum or a named tuple whose class this program lacks, or has in another form.
     """
-    return _Decoder(tensors, others, {} if made is None else made).value(data)
+    try:
+        return _Decoder(tensors, others, {} if made is None else made).value(data)
+    except RecursionError:
+        raise CorruptCheckpointError("progress", "cannot be decoded: it is nested too deeply") from None
 
 
 class _Decoder:
@@ -90,7 +94,7 @@ class _Decoder:
             return self._tagged(data[TAG], data["v"])
         except CheckpointError:
             raise  # some of ours are ValueErrors too
-        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError, OverflowError) as error:
             raise CorruptCheckpointError("progress", f"cannot be decoded: {error!r}") from None
 
     def _tagged(self, tag: str, content: Any) -> Any:
@@ -99,9 +103,9 @@ class _Decoder:
         if tag in self._others:
             return self._others[tag](content)
         if tag == SAME:
-            label, inner = content
-            if label not in self._made:
-                self._made[label] = self.value(inner)
+            label, *inner = content
+            if inner and label not in self._made:
+                self._made[label] = self.value(inner[0])
             return self._made[label]
         return DECODERS[tag](self.value(content))
 
@@ -110,20 +114,39 @@ def _view(content: list[Any]) -> torch.Tensor:
     """A part of a tensor's memory."""
     base, offset, shape, stride = content
     if not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
-        raise ValueError("a view with invalid sizes")
+        raise ValueError("a view whose numbers are not sizes")
     end = offset + sum(step * (size - 1) for step, size in zip(stride, shape, strict=True))
+    if isinstance(base, DTensor):
+        base = base.full_tensor()  # it was plain; shards of it share memory with nothing
     if not base.is_contiguous() or end >= base.numel():
-        raise ValueError("a view that extends beyond its tensor")
+        raise ValueError("a view that reaches beyond its tensor")
     return torch.as_strided(base, shape, stride, base.storage_offset() + offset)
 
 
 def _with_attributes(pair: list[Any]) -> Any:
     found, beside = pair
-    for name in beside:
-        if not name.isidentifier() or hasattr(type(found), name):
-            raise ValueError(f"an attribute {name!r}, which would hide an existing one")
+    if any(name.startswith("__") for name in beside):
+        raise ValueError("an attribute with a name that Python keeps for itself")
     found.__dict__.update(beside)
     return found
+
+
+def expanded(data: Any) -> Any:
+    """Encoded data in which each place of an object that is in several says what it is."""
+    return _expanded(data, {})
+
+
+def _expanded(data: Any, known: dict[str, Any]) -> Any:
+    if isinstance(data, list):
+        return [_expanded(item, known) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if data.get(TAG) == SAME and isinstance(data.get("v"), list) and data["v"]:
+        label, *inner = data["v"]
+        if inner:
+            known[label] = _expanded(inner[0], known)
+        return {**data, "v": [label, known[label]]} if label in known else data
+    return {key: _expanded(item, known) for key, item in data.items()}
 
 
 DECODERS: Mapping[str, Callable[[Any], Any]] = {

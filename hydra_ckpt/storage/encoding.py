@@ -4,14 +4,17 @@ A value that JSON cannot express is an object with the key "~": `{"~": "tuple", 
 name; one that is not row-major includes its strides: `{"~": "tensor", "v": "m", "s": [1, 3]}` for a transposed (3, n).
 
 An object that is in two places is one object again after a load: a tensor because both places name it, a list because
-both places have its label: `{"~": "same", "v": ["ema:seen", [1, 2]]}`.
+both have its label: `{"~": "same", "v": ["ema:seen#0", [1, 2]]}`, and in the other place `{"~": "same", "v":
+["ema:seen#0"]}`.
 """
 
 from __future__ import annotations
 
+import glob
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -36,6 +39,12 @@ _AS_THEY_ARE = {int, str, bool, type(None)}
 # What `tagged` makes of a value, and what Python code can put attributes on.
 _MADE = {list, dict, torch.Tensor}
 _WITH_ATTRIBUTES = {OrderedDict, Counter}
+# The kinds that `fill` looks into.
+_FILLED = {"tuple", "size", "ordered", "counter", "namedtuple", "defaultdict"}
+# Those whose content has plain data before what they hold.
+_WITH_HEADS = {"namedtuple", "defaultdict", "deque"}
+# Notes of the compiler, for this process alone.
+_COMPILER = "_dynamo_"
 _STRIDED = torch.strided
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -51,6 +60,8 @@ class Sink(dict[str, torch.Tensor]):
 
     Attributes:
         sharing: What is in several places of the object; None to find out.
+        made: Identity of a tensor in several places to the JSON data it became; bases of views have it negated.
+        labels: Identity of what is in several places to what it is called.
         omitted: Dotted names of the values that were left out.
         own: DTensors whose shards are tensor subclasses, by name: each rank has to store its own.
         tells_placements: Whether DTensors say in the data how they are placed.
@@ -67,13 +78,14 @@ class Sink(dict[str, torch.Tensor]):
         self.unsaved = unsaved
         self.sharing: Sharing | None = None
         self.made: dict[int, Any] = {}
+        self.labels: dict[int, str] = {}
         self.omitted: list[str] = []
         self.own: dict[str, torch.Tensor] = {}
 
     def another(self, known: Mapping[int, Any] | None = None) -> Sink:
         """An empty one for another part of the same object."""
         found = Sink(self.inside, self.called, known, self.unsaved)
-        found.sharing, found.made = self.sharing, self.made
+        found.sharing, found.made, found.labels = self.sharing, self.made, self.labels
         return found
 
     def dotted(self, name: str) -> str:
@@ -118,9 +130,11 @@ class _Encoder:
         self._has_patterns = sink is not None and bool(sink.unsaved)
         given = sink.sharing if sink is not None else None
         self._sharing = given if given is not None else Sharing.of(value)
-        # Identity of what is in several places to what it became.
         self._made: dict[int, Any] = sink.made if sink is not None else {}
+        self._labels: dict[int, str] = sink.labels if sink is not None else {}
+        self._here: set[int] = set()  # what was written out in this value, so that a label is enough
         self._open: set[int] = set()
+        self._sealed = ""  # the name of what can be left out only as a whole
 
     def value(self, value: Any, name: str) -> Any:
         """Any value, whose place has this name."""
@@ -136,20 +150,26 @@ class _Encoder:
         return self._once(value, name)
 
     def _repeated(self, value: Any, name: str) -> Any:
-        """An object in several places: each place has its value and its label."""
+        """What is in several places: the first says what it is, and all which one it is."""
         key = id(value)
         if key in self._known:
             return dict(self._known[key])
         if key in self._open:
-            raise self._refused(name, "its state contains itself; let state_dict() return something that does not")
-        if key not in self._made:
-            self._open.add(key)
-            label = f"{name}#{len(self._made)}"
-            found = self._once(value, name)
-            self._open.discard(key)
-            # A name is always the same tensor.
-            is_named = isinstance(found, dict) and found.get(TAG) == "tensor"
-            self._made[key] = found if is_named else _tagged(SAME, [label, found])
+            raise self._refused(name, "its state holds itself; let state_dict() return something that does not")
+        if key in self._made:
+            return self._made[key]
+        if key in self._here:
+            return _tagged(SAME, [self._labels[key]])
+        self._open.add(key)
+        label = self._labels.setdefault(key, f"{name}#{len(self._labels)}")
+        found = self._once(value, name)
+        self._open.discard(key)
+        if not isinstance(value, torch.Tensor):
+            self._here.add(key)
+            return _tagged(SAME, [label, found])
+        # A name is always the same tensor. What is more than a name may be met again in another value of this object.
+        is_named = found.get(TAG) == "tensor"
+        self._made[key] = found if is_named else _tagged(SAME, [label, found])
         return self._made[key]
 
     def _once(self, value: Any, name: str) -> Any:
@@ -159,31 +179,66 @@ class _Encoder:
         if kind is dict:
             return self._dict(value, name)
         if kind is list:
-            if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
-                return list(value)
-            return [self.value(item, _join(name, str(index))) for index, item in enumerate(value)]
+            return self._list(value, name)
         try:
             found = tagged(value)
         except NotExactError as error:
             raise self._unknown(value, name, f": {error}") from None
         if found is None:
             raise self._unknown(value, name, "")
-        # Made of the value just now, so it is in one place.
-        encoded = _tagged(found[0], self._once(found[1], name) if type(found[1]) in _MADE else found[1])
+        encoded = _tagged(found[0], self._content(*found, name))
         return self._with_attributes(value, encoded, name) if kind in _WITH_ATTRIBUTES else encoded
 
+    def _list(self, value: list[Any], name: str) -> Any:
+        if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+            return list(value)
+        return [self.value(item, _join(name, str(index))) for index, item in enumerate(value)]
+
+    def _content(self, tag: str, content: Any, name: str) -> Any:
+        """What `tagged` has made of a value: JSON data, a tensor, or a container made just now, so in one place."""
+        if type(content) not in _MADE:
+            return content
+        # A part may be left out where `fill` looks.
+        with nullcontext() if tag in _FILLED else self._sealing(name):
+            if tag in _WITH_HEADS:
+                return [*content[:-1], self._once(content[-1], name)]
+            return self._once(content, name)
+
     def _with_attributes(self, value: Any, encoded: Any, name: str) -> Any:
-        beside = value.__dict__
-        return _tagged(ATTRIBUTES, [encoded, self._dict(beside, f"{name}.<attributes>")]) if beside else encoded
+        """A value with what Python code has put beside it."""
+        beside = attributes(value)
+        if not beside:
+            return encoded
+        here, self._here = self._here, set()  # written out in full: the value may be met again elsewhere
+        found = {}
+        for key, item in beside.items():
+            place = f"{name}.<attributes>.{key}"
+            is_left = self._has_patterns and self._sink is not None and self._sink.omits(place)
+            if not is_left:
+                with self._sealing(place):
+                    found[key] = self.value(item, place)
+        self._here = here
+        return _tagged(ATTRIBUTES, [encoded, found]) if found else encoded
+
+    @contextmanager
+    def _sealing(self, name: str) -> Iterator[None]:
+        """Leave out no part of a value of this name, because `fill` does not look into it."""
+        before = self._has_patterns, self._sealed
+        self._has_patterns, self._sealed = False, self._sealed or name
+        try:
+            yield
+        finally:
+            self._has_patterns, self._sealed = before
 
     def _dict(self, value: Mapping[Any, Any], name: str) -> Any:
         if all(type(key) is str for key in value) and TAG not in value:
             return {key: self.value(item, _join(name, key)) for key, item in value.items()}
-        pairs = [
-            [self.value(key, _join(name, "<key>")), self.value(item, _join(name, str(key)))]
-            for key, item in value.items()
-        ]
+        pairs = [[self._key(key, name), self.value(item, _join(name, str(key)))] for key, item in value.items()]
         return _tagged("map", pairs)
+
+    def _key(self, key: Any, name: str) -> Any:
+        with self._sealing(name):
+            return self.value(key, _join(name, "<key>"))
 
     def _tensor(self, value: torch.Tensor, name: str) -> Any:
         if (known := self._known.get(id(value))) is not None:
@@ -249,10 +304,7 @@ class _Encoder:
             raise self._refused(
                 name, "it is an expanded DTensor, whose elements share memory; store a .contiguous() one"
             )
-        narrow = value
-        for dim, stride in enumerate(value.stride()):
-            narrow = narrow.narrow(dim, 0, 1) if stride == 0 and value.shape[dim] > 1 else narrow
-        return _tagged("expanded", [self._strided(narrow, name), list(value.shape)])
+        return _tagged("expanded", [self._strided(narrowed(value), name), list(value.shape)])
 
     def _wrapped(self, value: torch.Tensor, local: torch.Tensor, name: str) -> dict[str, Any]:
         """A tensor subclass by its inner tensors. Those of a shard stay with this rank: they cannot be cut."""
@@ -265,7 +317,7 @@ class _Encoder:
                 raise CheckpointError(f"{name}: shards of a {type(local).__qualname__} cannot be stored here")
             self._sink.own[name] = value
             return _tagged(OWN, name)
-        return _tagged("wrapped", encode(take_apart(local), name, self._tensors))
+        return _tagged("wrapped", self._once(take_apart(local), name))
 
     def _unknown(self, value: Any, name: str, why: str) -> CheckpointError:
         kind = type(value)
@@ -279,13 +331,13 @@ class _Encoder:
         """The error for a value that cannot be stored, with both ways out."""
         if self._sink is None:
             return CheckpointError(f"{name}: {why}")
-        dotted = self._sink.dotted(name)
-        return CheckpointError(f"{dotted}: {why}, {leave_out(dotted)}")
+        whole = self._sink.dotted(self._sealed or name)
+        return CheckpointError(f"{self._sink.dotted(name)}: {why}, {leave_out(whole)}")
 
 
 def leave_out(dotted: str) -> str:
     """The last remedy of every refusal: how to continue training without a value in the checkpoint."""
-    return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{dotted}"]'
+    return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{glob.escape(dotted)}"]'
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
@@ -299,6 +351,19 @@ def _join(name: str, key: str) -> str:
 
 def _tagged(tag: str, content: Any) -> dict[str, Any]:
     return {TAG: tag, "v": content}
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What Python code has put on a value, but for the notes of torch.compile, which are for one process alone."""
+    return {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith(_COMPILER)}
+
+
+def narrowed(value: torch.Tensor) -> torch.Tensor:
+    """An expanded view before it was expanded: the first column of a (3, 4) tensor with strides (1, 0)."""
+    for dim, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[dim] > 1:
+            value = value.narrow(dim, 0, 1)
+    return value
 
 
 def is_ordinary(value: Any) -> bool:

@@ -8,8 +8,8 @@ item is a view of `a` that begins at element 2.
 from __future__ import annotations
 
 import io
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,13 +18,19 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.storage.subclasses import local_part
+from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.storage.subclasses import is_wrapper, local_part
 
 _LEAVES = {bool, bytes, complex, float, int, str, type(None)}
 # Besides these, only dicts and their subclasses change in place.
 _MUTABLE = (list, torch.Tensor, deque, set, bytearray, np.ndarray, io.BytesIO, torch.Generator)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SIMPLE = {torch.Tensor, DTensor, bool, float, int, str, type(None)}
+# Methods that are called here and where tensors are written.
+_NEEDED = {
+    *("as_strided", "clone", "contiguous", "copy_", "cpu", "data_ptr", "detach", "dim", "element_size", "is_conj"),
+    *("is_contiguous", "is_neg", "narrow", "numel", "size", "storage_offset", "stride", "to", "view"),
+}
 # Elements of a cluster that are examined one by one.
 _MOST_ELEMENTS = 1 << 26
 
@@ -78,15 +84,17 @@ class Sharing:
         views: dict[int, View] = {}
         clashes: dict[int, str] = {}
         for cluster in clusters:
-            base = _base(cluster)
+            base = _base(cluster, before)
             if base is None or any(id(item) in before and item is not base for item in cluster):
                 clashes.update({id(item): _why(item, cluster) for item in cluster if id(item) not in before})
                 continue
-            start = local_part(base).data_ptr()
+            start, stored = local_part(base).data_ptr(), base
+            if id(base) not in before and not _counts_together(base, cluster):
+                stored = base.detach().clone()  # PyTorch does not count in the base what is written to the others
             for item in cluster:
-                if item is not base:
+                if item is not stored:
                     offset = (local_part(item).data_ptr() - start) // base.element_size()
-                    views[id(item)] = View(base, offset, is_whole=_geometry(item) == _geometry(base))
+                    views[id(item)] = View(stored, offset, is_whole=_geometry(item) == _geometry(base))
         return cls(frozenset(repeated), views, clashes)
 
     @cached_property
@@ -121,6 +129,8 @@ class Apart:
             return Sharing.of([*options, *states])
         tensors = [item for item in items if isinstance(item, torch.Tensor)] if len(kinds) > 1 else items
         tensors += [item for item in among_options.values() if isinstance(item, torch.Tensor)]
+        if any(tensor.__dict__ for tensor in tensors):
+            return Sharing.of([*options, *states])
         objects, addresses = list(map(id, tensors)), _addresses(tensors)
         if addresses is not None and (objects, addresses) == (self._objects, self._addresses):
             return NOTHING_SHARED
@@ -131,14 +141,52 @@ class Apart:
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the memory of each begins; None for one that has no memory itself."""
+    """Where the memory of each begins, then the number of elements of each; None if one has no memory."""
     parts = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]  # noqa: SLF001
     if not set(map(type, parts)) <= _PLAIN:
         return None
     try:
-        return [part.data_ptr() for part in parts]
+        return [part.data_ptr() for part in parts] + [part.numel() for part in parts]
     except RuntimeError:  # a sparse one
         return None
+
+
+def shared_memory(values: Collection[Any]) -> Callable[[torch.Tensor], bool]:
+    """Tells of a tensor whether writing to it would change more than one place in these values.
+
+    Args:
+        values: Live objects' tensors and containers of tensors, each once for every place it has.
+    """
+    seen: dict[int, Any] = {}
+    repeated: set[int] = set()
+    for value in values:
+        _look_through(value, seen, repeated)
+    tensors = [item for item in seen.values() if isinstance(item, torch.Tensor)]
+    several = {id(item) for cluster in _clusters(tensors) for item in cluster} | repeated
+    parts = [local_part(item) for item in tensors if id(item) in several]
+    addresses = {part.data_ptr() for part in parts if _has_memory(part)}
+
+    def is_shared(tensor: torch.Tensor) -> bool:
+        part = local_part(tensor)
+        return id(tensor) in several or (_has_memory(part) and part.data_ptr() in addresses)
+
+    return is_shared
+
+
+def memory_pattern(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """For each tensor the number of the first one that shares memory with it, and the bytes from there to it.
+
+    Example: (0, 0), (1, 0), (0, 8) for `[a, b, a[2:]]` of floats; of a tensor alone it is its own number.
+    """
+    different = list({id(item): item for item in tensors}.values())
+    clusters = {id(item): number for number, items in enumerate(_clusters(different)) for item in items}
+    firsts: dict[Any, int] = {}
+    found = []
+    for number, item in enumerate(tensors):
+        first = firsts.setdefault(clusters.get(id(item), (id(item),)), number)
+        offset = 0 if tensors[first] is item else local_part(item).data_ptr() - local_part(tensors[first]).data_ptr()
+        found.append((first, offset))
+    return found
 
 
 def _look_through(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
@@ -151,17 +199,40 @@ def _look_through(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
             repeated.add(id(value))
             return
         seen[id(value)] = value
-    if is_dict:
+    if isinstance(value, torch.Tensor):
+        for item in _around(value):
+            _look_through(item, seen, repeated)
+    elif is_dict:
         for key, item in value.items():
             _look_through(key, seen, repeated)
             _look_through(item, seen, repeated)
-    elif isinstance(value, list | tuple | deque) and not set(map(type, value)) <= _LEAVES:
+        _look_through_attributes(value, seen, repeated)
+    elif isinstance(value, list | tuple | deque | set | frozenset) and not set(map(type, value)) <= _LEAVES:
         for item in value:
             _look_through(item, seen, repeated)
 
 
+def _look_through_attributes(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
+    for item in getattr(value, "__dict__", {}).values():
+        _look_through(item, seen, repeated)
+
+
+def _around(tensor: torch.Tensor) -> Iterator[Any]:
+    """A tensor's attributes, and the tensors inside a subclass."""
+    beside = tensor.__dict__
+    if type(tensor) in _PLAIN or isinstance(tensor, DTensor):
+        if hidden := _NEEDED & beside.keys():
+            raise CheckpointError(
+                f"a tensor of {tensor.dtype} has the attribute {min(hidden)!r}, which hides PyTorch's method; rename it"
+            )
+        yield from beside.values()
+    elif is_wrapper(tensor):
+        yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+
+
 def _clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors that share elements, together. Those that share with no other are in none."""
+    yield from _empty_clusters(tensors)
     found = [(item, part) for item in tensors if _has_memory(part := local_part(item))]
     if len(found) < 2:
         return
@@ -176,6 +247,16 @@ def _clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     for cluster in np.split(order, np.flatnonzero(~overlaps) + 1):
         if len(cluster) > 1 and _meet([found[place][1] for place in cluster]):
             yield [found[place][0] for place in sorted(cluster)]
+
+
+def _empty_clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """DTensors that are the same, of which this rank holds nothing: other ranks will find that they share memory."""
+    found: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for item in tensors:
+        if isinstance(item, DTensor) and type(local := local_part(item)) in _PLAIN and not local.numel():
+            # Even an empty tensor has a storage, which its aliases share.
+            found[local.untyped_storage()._cdata, item.shape, item.placements].append(item)  # noqa: SLF001
+    yield from (cluster for cluster in found.values() if len(cluster) > 1)
 
 
 def _has_memory(part: torch.Tensor) -> bool:
@@ -205,31 +286,40 @@ def _meet(parts: list[torch.Tensor]) -> bool:
         if (part.data_ptr() - start) % size:
             return True
         here = taken[(part.data_ptr() - start) // size :]
-        mine = np.lib.stride_tricks.as_strided(here, tuple(part.shape), part.stride())
+        # Along a stride of 0 an expanded tensor has one element, however long it is.
+        pairs = zip(part.shape, part.stride(), strict=True)
+        shape = tuple(extent if step else min(extent, 1) for extent, step in pairs)
+        mine = np.lib.stride_tricks.as_strided(here, shape, part.stride())
         if mine.any():
             return True
         mine[...] = True
     return False
 
 
-def _base(cluster: list[torch.Tensor]) -> torch.Tensor | None:
+def _base(cluster: list[torch.Tensor], known: Collection[int]) -> torch.Tensor | None:
     """What all tensors of a cluster are made of: one of them that holds all, or a row of all elements; or None."""
     first = min(cluster, key=lambda item: local_part(item).data_ptr())
     if all(_geometry(item) == _geometry(first) for item in cluster):
-        return cluster[0]
+        return next((item for item in cluster if id(item) in known), cluster[0])
     size, start = first.element_size(), local_part(first).data_ptr()
     for item in cluster:
         is_plain = not isinstance(item, DTensor) and not item.is_conj() and not item.is_neg()
         if not is_plain or item.dtype != first.dtype or (item.data_ptr() - start) % size:
             return None
     length = max(item.data_ptr() - start + _stretch(item) for item in cluster) // size
-    for item in cluster:
+    for item in sorted(cluster, key=lambda item: id(item) not in known):
         if item.numel() == length and item.data_ptr() == start and item.is_contiguous():
             return item
-    memory = first.untyped_storage()
-    if (first.storage_offset() + length) * size > memory.nbytes():
-        return None  # they came to the same memory by different ways
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(memory, first.storage_offset(), (length,), (1,))
+    if (first.storage_offset() + length) * size > first.untyped_storage().nbytes():
+        return None  # they came to the same memory in different ways
+    whole = first.detach() if first.requires_grad else first  # what is detached is no longer known as a view
+    return whole.as_strided((length,), (1,), first.storage_offset())
+
+
+def _counts_together(base: torch.Tensor, cluster: list[torch.Tensor]) -> bool:
+    """Whether PyTorch certainly counts writes to any of the tensors as changes of the base."""
+    family = base._base if base._is_view() else base  # noqa: SLF001 - there is no public way to ask
+    return all((item._base if item._is_view() else item) is family for item in cluster)  # noqa: SLF001
 
 
 def _geometry(item: torch.Tensor) -> tuple[Any, ...]:
