@@ -1,4 +1,8 @@
-"""Called by Hydra when a sweep begins: directories, studies and signals are made ready for it. Imports no torch."""
+"""Called by Hydra when a sweep begins: directories, studies and signals are made ready for it.
+
+Hydra imports this module in every run with `callbacks=hydra_ckpt`. So it imports no torch, and what only sweeps need
+when they begin.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,6 @@ from omegaconf import OmegaConf
 
 from hydra_ckpt.jobs.run import LauncherKind, goes_by_results
 from hydra_ckpt.jobs.signal_names import parse_signals
-from hydra_ckpt.launchers.places import keep_directories, register_resolver
-from hydra_ckpt.launchers.studies import give_back
-from hydra_ckpt.sweeps.stopping import Halt, JobStopped, arrived, begin_sweep, halt_jobs
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -28,8 +29,15 @@ log = logging.getLogger(__name__)
 
 _SETTINGS = "callbacks.checkpoint"
 
+
+def _directory(first: int, *, _root_: DictConfig) -> str:
+    from hydra_ckpt.launchers.places import directory_of
+
+    return directory_of(first, _root_)
+
+
 # Launchers send the callback to the processes of jobs, which so learn of the resolver before they need it.
-register_resolver()
+OmegaConf.register_new_resolver("hydra_ckpt.job_directory", _directory, replace=True)
 
 
 class SweepHook(Callback):
@@ -37,6 +45,10 @@ class SweepHook(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A sweep begins, in the process that launches its jobs."""
+        from hydra_ckpt.launchers.places import keep_directories
+        from hydra_ckpt.launchers.studies import give_back
+        from hydra_ckpt.sweeps.stopping import begin_sweep
+
         sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
         begin_sweep(sweep_dir)
         if os.environ.get("RANK", "0") != "0":
@@ -50,12 +62,18 @@ class SweepHook(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """A job has ended, in the process that has run it."""
         ended = job_return._return_value  # noqa: SLF001 - the public way raises it
+        if not isinstance(ended, Exception):
+            return
+        from hydra_ckpt.sweeps.stopping import JobStopped, arrived
+
         if isinstance(ended, JobStopped) and LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE:
             job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
 
 
 def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
     """Let a signal to the launcher stop its jobs; without a handler it would die, and its jobs with it, unsaved."""
+    from hydra_ckpt.sweeps.stopping import Halt, halt_jobs
+
     if threading.current_thread() is not threading.main_thread():
         return
     code = OmegaConf.select(config, f"{_SETTINGS}.requeue_exit_code") or 0

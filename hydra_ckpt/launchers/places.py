@@ -21,17 +21,12 @@ from hydra_ckpt.sweeps.summary import job_directories, overrides_of
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["keep_directories", "register_resolver", "values_of", "values_of_job"]
+__all__ = ["directory_of", "keep_directories", "values_of", "values_of_job"]
 
 log = logging.getLogger(__name__)
 
 _RESOLVER = "hydra_ckpt.job_directory"
 _BY_NUMBER = "${hydra.job.num}"
-
-
-def register_resolver() -> None:
-    """Register `${hydra_ckpt.job_directory:FIRST}`; again changes nothing."""
-    OmegaConf.register_new_resolver(_RESOLVER, _directory, replace=True)
 
 
 def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
@@ -64,14 +59,14 @@ def values_of_job(directory: Path) -> frozenset[str]:
     return values_of(record.overrides if record is not None else overrides_of(directory))
 
 
-def _directory(first: int, *, _root_: DictConfig) -> str:
-    """The directory of a job, seen from the sweep's.
+def directory_of(first: int, config: DictConfig) -> str:
+    """The directory of a job, seen from the sweep's: what `${hydra_ckpt.job_directory:FIRST}` becomes.
 
     Args:
         first: The number of the first new directory.
-        _root_: The job's configuration.
+        config: The job's configuration.
     """
-    hydra = _root_.hydra
+    hydra = config.hydra
     number = int(hydra.job.num)
     sweep_dir = Path(hydra.sweep.dir)
     mine = values_of(map(str, hydra.overrides.task))
