@@ -275,6 +275,7 @@ def test_without_the_decorator_the_result_of_other_values_does_not_count(tmp_pat
         assert [job["objective"] for job in app.summary["jobs"]] == expected
 
 
+@pytest.mark.slow
 def test_a_file_stop_ends_a_sweep_that_goes_by_results_and_the_trial_is_no_result(app: App) -> None:
     stopped = app.sweep_over(*stored(app), CODE, kill="0 3", how="STOP .")
     assert stopped.returncode == 0, stopped.stderr
@@ -294,6 +295,7 @@ def test_a_study_whose_sampler_is_seeded_goes_on_without_a_storage(app: App) -> 
     assert app.states == ["finished"] * 3
 
 
+@pytest.mark.slow
 def test_an_objective_that_is_no_number_is_kept_and_written_as_strict_json(app: App) -> None:
     ended = app.sweep_over(*stored(app), "nan=choice(true)", "hydra.sweeper.max_failure_rate=1")
     assert "returned nan: it is finished, but a sweeper cannot go by NaN" in stdout(ended)

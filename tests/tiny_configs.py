@@ -35,9 +35,14 @@ _SIZES: list[tuple[str, int]] = [
 ]
 
 
-def tiny_models() -> Iterator[tuple[str, type[Any], Any]]:
-    """A class of each architecture that can be made tiny so, with its configuration; the ones with a head first."""
-    for name in sorted(CONFIG_MAPPING.keys()):
+def tiny_models(start: int = 0, step: int = 1) -> Iterator[tuple[str, type[Any], Any]]:
+    """A class of each architecture that can be made tiny so, with its configuration; the ones with a head first.
+
+    Args:
+        start: The first in the order of their names.
+        step: From one to the next.
+    """
+    for name in sorted(CONFIG_MAPPING.keys())[start::step]:
         found = _tiny(name)
         if found is not None:
             yield name, *found
