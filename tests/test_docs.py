@@ -100,7 +100,15 @@ def shell(text: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("document", WITH_EXAMPLES, ids=name)
+# Their commands take a minute each; those of the README and the tutorial are always run.
+SLOW = {"clusters.md", "hydra.md", "huggingface.md"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=pytest.mark.slow) if path.name in SLOW else path for path in WITH_EXAMPLES],
+    ids=name,
+)
 def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {"__name__": "__docs__"}

@@ -282,7 +282,12 @@ def losses(output: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(0, ()), (2, ("mesh.dp_shard=2",)), (2, ("mesh.dp_shard=1", "mesh.dp_replicate=2")), (2, ("mesh.tp=2",))],
+    [
+        (0, ()),
+        pytest.param(2, ("mesh.dp_shard=2",), marks=pytest.mark.slow),
+        pytest.param(2, ("mesh.dp_shard=1", "mesh.dp_replicate=2"), marks=pytest.mark.slow),
+        (2, ("mesh.tp=2",)),
+    ],
     ids=["one", "fsdp2", "ddp", "tp"],
 )
 def test_the_same_command_goes_on_exactly(ranks: int, options: tuple[str, ...], tmp_path: Path) -> None:
@@ -342,7 +347,7 @@ def _recipe(tmp_path: Path, ranks: int, *overrides: str) -> Path:
     return tmp_path / "outputs/hydra_ckpt" / name / "checkpoints/LATEST/model/consolidated"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pretrained_model_is_trained_whole_and_by_an_adapter(tmp_path: Path, ranks: int) -> None:
     base = _recipe(tmp_path, 1, "run_name=base")
     still = "optimizer.lr=0.0"
