@@ -18,7 +18,7 @@ from hydra_ckpt import AppState, Checkpointer, CheckpointError, CheckpointingCon
 from hydra_ckpt.files import Files
 from hydra_ckpt.saving.pending import PendingSave
 
-LIMIT_S = 2.5
+LIMIT_S = 5.0
 """Of every wait of one rank for another."""
 
 PHASES: dict[str, Callable[[str, Path], bool]] = {
