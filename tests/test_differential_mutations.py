@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from hydra_ckpt.loading import installing, load, matching
-from hydra_ckpt.state import capture, holders, model, module_oracle, optimizer, optimizer_loading, optimizer_oracle
+from hydra_ckpt.state import (
+    capture,
+    holders,
+    model,
+    module_oracle,
+    optimizer,
+    optimizer_loading,
+    optimizer_oracle,
+    optimizer_targets,
+)
 from hydra_ckpt.storage import decoding, encoding, sharing
 from tests.differential import check, drawn, quiet  # noqa: F401 - a fixture
 
@@ -58,7 +67,7 @@ def _state_is_not_installed_again(patch: pytest.MonkeyPatch) -> None:
 
 def _strides_are_dropped(patch: pytest.MonkeyPatch) -> None:
     _without(patch, matching, "strides", lambda _: {})
-    _without(patch, optimizer_loading, "strides", lambda _: {})
+    _without(patch, optimizer_targets, "strides", lambda _: {})
 
 
 def _empty_states_are_dropped(patch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.state.optimizer_loading import Fit, fit, moved_groups, targets
+from hydra_ckpt.state.optimizer_loading import Fit, fit, moved_groups
+from hydra_ckpt.state.optimizer_targets import targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
 from hydra_ckpt.storage.decoding import own_names, placements, strides, tensor_names
