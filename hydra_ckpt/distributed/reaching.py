@@ -142,9 +142,13 @@ def reach(place: Place, limit_s: float) -> Reached:
             if within_s <= 0:
                 raise UnreachableError(_described(place, found, reasons))
             try:
-                return bounded(partial(_try, place, address, within_s), within_s)
+                reached = bounded(partial(_try, place, address, within_s), within_s)
             except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError
                 reasons[address] = str(error) or type(error).__name__
+            else:
+                # The attempt was short, because other addresses had to get their turn. What follows has only this one.
+                reached.store.set_timeout(timedelta(seconds=limit_s))
+                return reached
         if not found or time.monotonic() + _BETWEEN_ROUNDS_S > deadline:
             raise UnreachableError(_described(place, found, reasons))
         time.sleep(_BETWEEN_ROUNDS_S)
