@@ -430,7 +430,11 @@ class Checkpointer:
         """
         if self.enabled and self.group.rank == 0:
             mode = self.config.keep.best_metric_mode
-            self._directory.best_so_far = None if value is None else BestSoFar(self._deciding, mode, value)
+            best = None if value is None else BestSoFar(self._deciding, mode, value)
+            self._directory.best_so_far = best
+            job = active_job()
+            if job is not None:
+                job.best = best
 
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, when it is published; rank 0's count.

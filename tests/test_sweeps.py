@@ -52,6 +52,15 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(app: App) -> None:
     assert (again.returncode, app.runs) == (0, [])
 
 
+def test_the_best_value_of_a_step_that_was_not_saved_is_in_the_record_also_after_a_resume(app: App) -> None:
+    options = ("lr=0.3", "checkpoint.best_metric_mode=max", "callbacks.checkpoint.every_n_steps=4")
+    assert app.sweep_over(*options, kill="0 5").returncode == -signal.SIGKILL
+    assert app.sweep_over(*options).returncode == 0
+    (job,) = app.summary["jobs"]
+    assert job["best_so_far"] == {"metric": "loss", "mode": "max", "value": pytest.approx(0.3 + 1 / 2)}
+    assert job["metric"]["value"] <= 0.3 + 1 / 4  # the best of the steps that were saved
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_again_and_again_ends_as_if_it_had_not_been(app: App) -> None:
     for kill in ("0 1", "0 6", "1 1", "1 2", "2 6"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.jobs.signal_names import parse_signals
+from hydra_ckpt.store.best_so_far import BestSoFar
 
 __all__ = ["ActiveJob", "activated", "active_job", "shield"]
 
@@ -21,7 +22,8 @@ class ActiveJob:
     """The job that runs in this process now; its callback tells what happens to it.
 
     Attributes:
-        checkpoint_dir: Where its checkpoints lie.
+        checkpoint_dir: Where its checkpoints are.
+        best: The best value so far of the metric that decides; only rank 0 knows it.
         stopped: Whether it was asked to stop before its end.
         exit_code: What the program exits with where the job stopped to be continued later; None where it did not.
         reason: Why it was asked to stop, for people.
@@ -31,6 +33,7 @@ class ActiveJob:
     """
 
     checkpoint_dir: Path | None = None
+    best: BestSoFar | None = None
     stopped: bool = False
     exit_code: int | None = None
     reason: str = ""

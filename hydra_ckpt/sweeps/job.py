@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -232,6 +233,7 @@ def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> Job
 
 def _with_checkpoints(run: HydraRun, record: JobRecord, active: ActiveJob) -> JobRecord:
     place = active.checkpoint_dir
+    record = replace(record, best_so_far=None if active.best is None else active.best.as_data())
     if place is None:
         return record
     inside = place.is_relative_to(run.output_dir)

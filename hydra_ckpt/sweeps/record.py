@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ class JobRecord:
         has_objective: Whether it returned anything that could be recorded.
         error: What it failed with.
         requeue: Whether it was stopped by a signal or the time limit, and not by somebody's file.
-        checkpoint_dir: Where its checkpoints lie, from the run directory if they lie below it; None if it has none.
+        checkpoint_dir: Where its checkpoints are, relative to the run directory if they are below it; None if it has
+            none.
+        best_so_far: The best value of the metric that decides, as `metric`, `mode` and `value`. It may have been
+            measured at a step that was not saved. None if there is none.
     """
 
     state: str
@@ -53,6 +56,7 @@ class JobRecord:
     error: str | None = None
     requeue: bool = False
     checkpoint_dir: str | None = None
+    best_so_far: dict[str, Any] | None = None
 
     @classmethod
     def begin(cls, overrides: tuple[str, ...], config: Any) -> JobRecord:
@@ -90,6 +94,9 @@ class JobRecord:
         """
         data = {**asdict(self), "objective": _written(self.objective)}
         write_atomically(Files(), directory / RECORD, (json.dumps(data) + "\n").encode(), names.nonce())
+
+
+_FIELDS = frozenset(item.name for item in fields(JobRecord))
 
 
 def plain_objective(value: Any) -> Any:
@@ -132,11 +139,21 @@ def read_record(directory: Path) -> JobRecord | None:
     path = directory / RECORD
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
-        known = {**data, "overrides": tuple(map(str, data["overrides"])), "objective": _read(data["objective"])}
+        known = {key: value for key, value in data.items() if key in _FIELDS}  # a later version may have more
+        known |= {"overrides": tuple(map(str, data["overrides"])), "objective": _read(data["objective"])}
         record = JobRecord(**known)
         if Owner.from_data(record.owner) is None:
             return None
-    except (OSError, CorruptCheckpointError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
+    except (
+        OSError,
+        CorruptCheckpointError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ):
         return None
     return record if _is_sound(record) else None
 
@@ -147,5 +164,6 @@ def _is_sound(record: JobRecord) -> bool:
     return (
         record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED, WAITING)
         and all(value is None or isinstance(value, str) for value in texts)
+        and type(record.best_so_far) in (dict, type(None))
         and all(value is None or type(value) in (int, float) for value in (record.started, record.ended))
     )

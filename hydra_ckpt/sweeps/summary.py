@@ -143,6 +143,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
         "ended": record.ended if record else None,
         "checkpoints": len(found.names),
         "metric": found.metric,
+        "best_so_far": record.best_so_far if record else None,
         "last": found.entry(found.last),
         "best": found.entry(found.best),
     }
