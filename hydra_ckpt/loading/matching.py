@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.state.optimizer_loading import Fit, fit, moved_groups
+from hydra_ckpt.state.optimizer_loading import Fit, fit, leave_reordered, moved_groups
 from hydra_ckpt.state.optimizer_targets import targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
@@ -254,6 +255,8 @@ class _Matcher:
         described, named = self.source.shared["optimizer"], self.source.state.named_optimizers
         parameters = self.source.extractor.parameter_names(self.source.state)
         found = self.plan.fit = fit(described, named, parameters)
+        stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
+        leave_reordered(described, found, parameters, {name: prod(item.spec.shape) for name, item in stored.items()})
         self._leave_own_state(found)
         mine = set(found.own)
         found.leave({*self.plan.mismatch.missing, *self.plan.mismatch.different})
@@ -278,7 +281,6 @@ class _Matcher:
             self.source.notes.texts.append(f"not in the checkpoint, so left as it was built: {some_of(found.lacking)}")
         if self.strict and (found.missing or found.different):
             return
-        stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
         modules = [module for models in self.source.state.models.values() for module in models]
         everything = [item for module in modules for item in (*module.parameters(), *module.buffers())]

@@ -106,7 +106,8 @@ class Source:
         documents = [self.document(name) for name in sorted(shared)]
         if not documents:
             raise CorruptCheckpointError(self.root, "it holds no progress")
-        self.shared, notes = stages.combine(documents, self.extractor.held(self.state), len(self.state.lr_schedulers))
+        held, schedulers = self.extractor.held(self.state), len(self.state.lr_schedulers)
+        self.shared, notes = stages.combine(documents, held, self.extractor.stage, schedulers)
         self.other_stages = self.shared not in documents
         self.optimized = stages.optimized(documents)
         self.notes.texts += notes

@@ -36,6 +36,8 @@ class Agreement:
         fingerprint: Equal on all ranks.
         elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
             two pipeline stages share.
+        together: Part and name of tensors that several pipeline stages hold, sharded alike, to the leaders of these
+            stages.
         one_host: Whether all ranks run on one host.
         leader: The first of the ranks that hold the same tensors as this one.
         peer: This rank's index among these, and their number.
@@ -48,6 +50,7 @@ class Agreement:
     leads: bool
     fingerprint: str
     elsewhere: frozenset[tuple[str, str]] = frozenset()
+    together: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     one_host: bool = True
     leader: int = 0
     peer: tuple[int, int] = (0, 1)
@@ -93,11 +96,16 @@ def agree(
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
-    crowds = {(part, item.spec.name): item.place.crowd for part, items in parts.items() for item in items}
+    crowds: Mapping[tuple[str, str], int] = {
+        (part, item.spec.name): item.place.crowd for part, items in parts.items() for item in items
+    }
     elsewhere: frozenset[tuple[str, str]] = frozenset()
+    together: dict[tuple[str, str], tuple[int, ...]] = {}
     leads = positions["leader"] == channel.rank
     if positions["several"]:
-        writers, crowds, adapted = _union(parts, said, objects, channel, stage, leads)
+        union = _union(parts, said, objects, channel, stage, leads)
+        writers, crowds, adapted = union.writers, union.crowds, union.adapted
+        together = union.together(positions["leader"])
         specs = {part: list(found) for part, found in writers.items()}
         elsewhere = frozenset(
             (part, spec.name)
@@ -114,6 +122,7 @@ def agree(
         leads,
         fingerprint(texts),
         elsewhere,
+        together,
         positions["one_host"],
         positions["leader"],
         tuple(positions["peer"]),
@@ -154,16 +163,33 @@ def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True)
+class _Union:
+    """What the stages hold together.
+
+    Attributes:
+        writers: Part to its tensors, each with the leader of the stage that writes it.
+        crowds: See `Agreement.crowds`.
+        adapted: See `Agreement.adapted`.
+        shared: Part and name of tensors that several stages hold, sharded alike, with the leaders of these stages.
+    """
+
+    writers: Mapping[str, Mapping[TensorSpec, int]]
+    crowds: Mapping[tuple[str, str], int]
+    adapted: Mapping[str, Naming]
+    shared: Sequence[tuple[str, str, Sequence[int]]]
+
+    def together(self, leader: int) -> dict[tuple[str, str], tuple[int, ...]]:
+        """See `Agreement.together`; for the stage of this leader."""
+        return {(part, name): tuple(leaders) for part, name, leaders in self.shared if leader in leaders}
+
+
 def _union(
     parts: Parts, said: Mapping[str, Any], objects: Sequence[str], channel: Channel, stage: int, leads: bool
-) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
-    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks.
-
-    Returns:
-        Part to its tensors, each with the rank whose kind writes it; `Agreement.crowds`; part to what the adapters say.
-    """
+) -> _Union:
+    """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
     data = {
-        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd) for item in items]
+        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd, _how(item)) for item in items]
         for part, items in parts.items()
     }
     payload = {"stage": stage, "parts": data, "adapted": said, "objects": list(objects)} if leads else None
@@ -173,7 +199,14 @@ def _union(
         for part, rows in merged["parts"].items()
     }
     crowds = {(part, row[0]): row[3] for part, rows in merged["parts"].items() for row in rows}
-    return writers, crowds, {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
+    adapted = {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
+    return _Union(writers, crowds, adapted, [tuple(row) for row in merged["shared"]])
+
+
+def _how(item: LocalTensor) -> str:
+    """Equal for tensors that are sharded alike, on whatever mesh; empty for a plain one."""
+    found = item.place.sharding
+    return "" if found is None else f"{found.mesh_shape} {found.dims} {found.strided}"
 
 
 def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -186,10 +219,12 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     _refuse_unequal_stages(speaking)
     ordered = sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0]))
     merged: dict[str, dict[str, Any]] = defaultdict(dict)
+    held: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     clashes = []
     for rank, payload in ordered:
         for part, rows in payload["parts"].items():
-            for name, dtype, shape, crowd in rows:
+            for name, dtype, shape, crowd, how in rows:
+                held[part, name, how].append(rank)
                 known = merged[part].setdefault(name, (name, dtype, shape, crowd, rank))
                 if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
@@ -198,7 +233,11 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         raise TopologyError(
             "the ranks disagree about tensors of the same name; nothing was written.\n  " + "\n  ".join(clashes)
         )
-    return {"parts": {part: list(rows.values()) for part, rows in merged.items()}, "adapted": adapted}
+    return {
+        "parts": {part: list(rows.values()) for part, rows in merged.items()},
+        "adapted": adapted,
+        "shared": [(part, name, ranks) for (part, name, _), ranks in held.items() if len(ranks) > 1],
+    }
 
 
 def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) -> dict[str, Any]:
@@ -230,7 +269,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
         keys = {
             (part, f"{name} {dtype} {list(shape)}")
             for part, rows in payload["parts"].items()
-            for name, dtype, shape, _ in rows
+            for name, dtype, shape, *_ in rows
         }
         keys |= {
             (part, f"{name} made of {source} {offsets} {sizes} by the adapter")

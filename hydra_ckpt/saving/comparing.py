@@ -34,10 +34,12 @@ class Differences:
 
     Attributes:
         own: Labels of the tensors and the plain data that are stored for each rank.
+        anywhere: The same labels, of all pipeline stages.
         apart: Mesh and replicated dimensions of tensors that their first replica writes whole.
     """
 
     own: set[str] = field(default_factory=set)
+    anywhere: set[str] = field(default_factory=set)
     apart: set[Hashable] = field(default_factory=set)
     _places: dict[tuple[str, Place], Place] = field(default_factory=dict)
 
@@ -152,6 +154,7 @@ class Comparer:
             return None
         judgement = self._find_out(look)
         self.known.own.update(judgement.own.get(look.leader, []))
+        self.known.anywhere.update(label for labels in judgement.own.values() for label in labels)
         if not self._raises:
             groups = look.watchlist.groups
             self.known.apart.update(group.place for group in groups if group.key in judgement.apart)
@@ -162,7 +165,8 @@ class Comparer:
         """The groups of a layout; kept until more is known to differ."""
         found = self._lists.get(id(agreement))
         if found is None:
-            watchlist = Watchlist(parts, agreement, set(self.known.own), set(self.known.apart))
+            known = self.known
+            watchlist = Watchlist(parts, agreement, set(known.own), set(known.anywhere), set(known.apart))
             found = (agreement, watchlist)  # kept together, so that no other agreement has its identity
             self._lists = dict([*self._lists.items(), (id(agreement), found)][-_MAX_LAYOUTS:])
         return found[1]
@@ -175,11 +179,13 @@ class Comparer:
         for group in look.watchlist.groups:
             if group.key in each:
                 constant = () if group.is_own else look.watchlist.constant(look.captured.parts, group.key)
-                told[group.key] = Told(look.leader, group.is_own, str(group.place), each[group.key], constant).to_data()
+                told[group.key] = Told(
+                    look.leader, group.is_own, str(group.place), each[group.key], constant, group.between_stages
+                ).to_data()
 
         def decide(payloads: Sequence[Any]) -> dict[str, Any]:
             rows, places = [row for row, _ in payloads], [place for _, place in payloads]
-            return judge(rows, places, self._unequal_at_start).to_data()
+            return judge(rows, places, self._unequal_at_start, is_first=self._turn == 1).to_data()
 
         found = self._channel.agree("finding out what differs", [told, self.expert_place], decide)
         return Judgement.from_data(found)

@@ -23,6 +23,7 @@ class Told:
         mesh: Equal on ranks of one device mesh.
         digests: Of each tensor, and of all else, by label.
         constant: Labels of the parameters whose elements are all equal, which says nothing of where they come from.
+        between_stages: Whether the ranks are of different pipeline stages.
     """
 
     leader: int
@@ -30,6 +31,7 @@ class Told:
     mesh: str
     digests: Mapping[str, int]
     constant: Sequence[str] = ()
+    between_stages: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """As plain data."""
@@ -85,6 +87,8 @@ def judge(
     rows: Sequence[Mapping[str, Any] | None],
     places: Sequence[Sequence[int] | None],
     unequal_at_start: Collection[str],
+    *,
+    is_first: bool = False,
 ) -> Judgement:
     """Coordinator only: tell drift from values that belong to each rank.
 
@@ -92,13 +96,21 @@ def judge(
         rows: For each rank the groups that it tells of: key to `Told` as plain data.
         places: For each rank its coordinate along the expert dimensions of `moe_mesh`, or None.
         unequal_at_start: Parameters that were not equal when the run began.
+        is_first: Whether the ranks compare for the first time.
 
     Raises:
-        TopologyError: Tensors of one name are different experts, and nothing says on which ranks.
+        TopologyError: Tensors of one name are different experts, and nothing says on which ranks; or, at the first
+            comparison, a weight that two pipeline stages share is not equal.
     """
     found, refused, drifted = Judgement(), [], []
     for group in _groups(rows):
         differing = group.differing()
+        if group.first.between_stages and not group.first.is_own:
+            if is_first:
+                raise TopologyError(_describe_tied(group, differing))
+            found.apart.append(group.key)
+            drifted.append(_describe_tied(group, differing))
+            continue
         if not group.first.is_own:
             experts = [label for label in differing if _follows(group.values(label), places)]
             rest = [label for label in differing if label not in set(experts)]
@@ -107,8 +119,8 @@ def judge(
                 found.apart.append(group.key)
                 drifted.append(_describe(group, rest))
             differing = experts
-        if differing:
-            known = found.own.setdefault(group.first.leader, [])
+        for leader in {told.leader for told in group.told.values()} if differing else ():
+            known = found.own.setdefault(leader, [])
             known += [label for label in differing if label not in known]
     if refused:
         raise TopologyError(
@@ -173,6 +185,16 @@ def _describe(group: _Group, differing: Sequence[str]) -> str:
         f"ranks {one} and {other} are replicas and hold different values in {len(differing)} of the "
         f"{len(group.labels())} tensors compared ({shown}). Start them from equal weights (DistributedDataParallel "
         "broadcasts them unless init_sync=False), and let every gradient be reduced over all replicas"
+    )
+
+
+def _describe_tied(group: _Group, differing: Sequence[str]) -> str:
+    one, other = list(group.told)[:2]
+    shown = ", ".join(label.replace("/", ": ", 1) for label in differing[:_SHOWN])
+    return (
+        f"pipeline stages share {shown} and hold different values of it (ranks {one} and {other}); only those of rank "
+        f"{one} would be saved. If it is a tied weight, add up its gradients over the stages and start from equal "
+        "values; if it is not, give it a name of its own (config.tie_word_embeddings=False, or no _tied_weights_keys)"
     )
 
 

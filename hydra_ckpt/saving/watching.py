@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,7 @@ class Watched:
         members: Its tensors, in the same order on all of them.
         is_own: Whether each rank may have values of its own, which are then stored for each.
         place: Mesh and dimensions along which the tensors are replicated.
+        between_stages: Whether the ranks are of different pipeline stages.
     """
 
     key: str
@@ -93,6 +94,7 @@ class Watched:
     members: tuple[Member, ...]
     is_own: bool
     place: Hashable = ("", ())
+    between_stages: bool = False
 
     @cached_property
     def always(self) -> list[int]:
@@ -139,20 +141,22 @@ class Watchlist:
         parts: What this rank holds.
         agreement: What all ranks hold.
         left_out: Labels of tensors that are not compared, because they are known to differ.
+        anywhere: Labels of tensors that are known to differ on any ranks.
         apart: Places of replicas that are not compared, because they are known to differ.
     """
 
     def __init__(
-        self, parts: Parts, agreement: Agreement, left_out: Collection[str], apart: Collection[Hashable]
+        self,
+        parts: Parts,
+        agreement: Agreement,
+        left_out: Collection[str],
+        anywhere: Collection[str],
+        apart: Collection[Hashable],
     ) -> None:
         found: dict[tuple[bool, Hashable], list[tuple[Member, LocalTensor]]] = defaultdict(list)
-        labels = [label_of(part, item.spec.name) for part, items in parts.items() for item in items]
-        for position, (label, item) in enumerate(zip(labels, tensors_of(parts), strict=True)):
-            is_own = not (item.divisible or item.place.mesh)
-            place = (item.place.mesh, item.place.group)
-            if item.box.numel and label not in left_out and (is_own or place not in apart):
-                itemsize = item.tensor.element_size()
-                member = Member(label, position, item.box.numel * itemsize, itemsize)
+        for member, item in _members(parts):
+            is_own, place = _is_own(item), (item.place.mesh, item.place.group)
+            if member.nbytes and member.label not in left_out and (is_own or place not in apart):
                 found[is_own, place].append((member, item))
         self._left_out = left_out
         self.groups = [
@@ -162,6 +166,30 @@ class Watchlist:
         ]
         if not any(group.is_own for group in self.groups):
             self.groups.append(self._group([], True, ("", ()), agreement))  # the plain data
+        self.groups += self._between_stages(parts, agreement, anywhere, apart)
+
+    @staticmethod
+    def _between_stages(
+        parts: Parts, agreement: Agreement, anywhere: Collection[str], apart: Collection[Hashable]
+    ) -> list[Watched]:
+        """Tensors that other pipeline stages hold as well; of each stage the first replica of a shard looks."""
+        found: dict[tuple[bool, tuple[int, ...]], dict[str, tuple[Member, LocalTensor]]] = defaultdict(dict)
+        for member, item in _members(parts):
+            part, _, name = member.label.partition("/")
+            leaders = agreement.together.get((part, name))
+            is_own = _is_own(item)
+            index, _ = agreement.peer if is_own else replica_of(item.place, agreement)
+            if leaders is not None and index == 0 and member.nbytes and member.label not in anywhere:
+                found[is_own, leaders][member.label] = (member, item)
+        groups = []
+        for (is_own, leaders), by_label in found.items():
+            members = [member for _, (member, _) in sorted(by_label.items())]
+            texts = [f"{label} {item.box}" for label, (_, item) in sorted(by_label.items())]
+            key = fingerprint(["between stages", str(leaders), str(is_own), *texts])
+            replica = leaders.index(agreement.leader), len(leaders)
+            if key not in apart:
+                groups.append(Watched(key, replica, tuple(members), is_own, key, between_stages=True))
+        return groups
 
     @staticmethod
     def _group(
@@ -214,6 +242,19 @@ class Watchlist:
         members = next(group.members for group in self.groups if group.key == key)
         models = [member for member in members if member.label.startswith(f"{names.MODEL}/")]
         return [member.label for member in models if is_constant(tensors[member.position].tensor)]
+
+
+def _members(parts: Parts) -> Iterator[tuple[Member, LocalTensor]]:
+    """All tensors, with their positions."""
+    labels = [label_of(part, item.spec.name) for part, items in parts.items() for item in items]
+    for position, (label, item) in enumerate(zip(labels, tensors_of(parts), strict=True)):
+        itemsize = item.tensor.element_size()
+        yield Member(label, position, item.box.numel * itemsize, itemsize), item
+
+
+def _is_own(item: LocalTensor) -> bool:
+    """Whether each rank may have values of its own."""
+    return not (item.divisible or item.place.mesh)
 
 
 def _text(plain: Mapping[str, Any], left_out: Collection[str]) -> bytes:

@@ -139,18 +139,21 @@ class AppState:
 
 
 def as_list(value: Any) -> list[Any]:
-    """One, several or no objects as a list."""
+    """One, several or no objects as a list. A container with a state of its own is one object."""
     if value is None:
         return []
+    if isinstance(value, Stateful):
+        return [value]
     if isinstance(value, Mapping):
         return list(value.values())
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, nn.Module) else [value]
+    return list(value) if isinstance(value, Iterable) else [value]
 
 
 def _called(kind: str, value: Any) -> list[str]:
     """The names of the members of one field."""
-    if isinstance(value, Mapping):
-        return [f"{kind}.{key}" for key in value]
+    if isinstance(value, Mapping) and not isinstance(value, Stateful):
+        # A parameter that is a key, for an optimizer of its own, is no name.
+        return [f"{kind}.{key if isinstance(key, str | int) else number}" for number, key in enumerate(value)]
     count = len(as_list(value))
     return [kind] if count == 1 else [f"{kind}.{number}" for number in range(count)]
 

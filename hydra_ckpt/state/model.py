@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError, some_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
@@ -30,6 +30,7 @@ from hydra_ckpt.state.module_oracle import (
 from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
 from hydra_ckpt.state.wrappers import canonical, inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
+from hydra_ckpt.storage.encoding import leave_out
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
@@ -46,7 +47,7 @@ def _held_bytes(module: nn.Module) -> int:
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
     """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
     declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only names the possible ones
-    if declared is None:
+    if declared is None and getattr(getattr(model, "config", None), "tie_word_embeddings", True):
         declared = getattr(model, "_tied_weights_keys", None)
     return declared if isinstance(declared, Mapping) else {}
 
@@ -202,11 +203,23 @@ class ModelMap:
         for core in self._cores:
             told = told_by(core, called)
             found = own_entries(told, *self._covered())
+            self._refuse_unloadable(called, core, found)
             entries.append({name: value for name, value in found.items() if self._is_ours(name)})
             for name, local in getattr(told, "_metadata", {}).items():
                 if local != {"version": 1}:
                     metadata[canonical(f"{name}.").removesuffix(".")] = local
         return Told(entries, metadata)
+
+    def _refuse_unloadable(self, called: str, core: nn.Module, entries: Iterable[str]) -> None:
+        """Raise if entries of a state_dict() have no module that could load them: PyTorch would not expect them."""
+        loading = [walked.name for walked in self._walked if customizes_loading(walked.module)]
+        lost = [name for name in entries if not self._omits(name) and not any(map(name.startswith, loading))]
+        if lost:
+            raise CheckpointConfigError(
+                f"{called} ({type(core).__qualname__}): its state_dict() adds {some_of(sorted(lost))}, which no "
+                "load_state_dict() of its modules accepts. Add a hook that loads them "
+                f"(register_load_state_dict_pre_hook), {leave_out(f'{called}.{min(lost)}')}"
+            )
 
     def resizes(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a buffer takes this size when its module is loaded, as those of observers do; tried on a copy."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.state.optimizer_oracle import differing, is_own_method, same_tensor
+from hydra_ckpt.storage.encoding import leave_out
 from hydra_ckpt.storage.subclasses import local_part
 
 _MODULE = "torch.nn.modules.module"
@@ -250,7 +251,8 @@ def _load(
         return why
     raise CheckpointError(
         f"{called} ({type(module).__qualname__}): its load_state_dict() refuses the entries {sorted(saved)} that its "
-        f"state_dict() had when it was saved: {why}"
+        f"state_dict() had when it was saved: {why}. Prepare the model as in the run that saved (quantized in the same "
+        f"way, for example), {leave_out(f'{called}.{min(saved)}')}"
     ) from errors[0]
 
 

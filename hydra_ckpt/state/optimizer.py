@@ -130,7 +130,11 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
         members = [name_of(parameter, names, holder, index) for parameter in group["params"]]
         if not taken.isdisjoint(members) or len(set(members)) < len(members):
             name = next(name for number, name in enumerate(members) if name in taken or name in members[:number])
-            raise CheckpointError(f"the parameter {name} belongs to two optimizers or groups; give it to one")
+            raise CheckpointError(
+                f"the parameter {name} belongs to two groups of optimizers, the second of which is {holder.called}, "
+                f"group {index}. Give it to one; or move {holder.called} into extras, whose own state_dict() is stored "
+                "as it is"
+            )
         taken.update(members)
         # Named after a parameter: optimizers of other pipeline stages have the same numbers.
         place = f"{members[0] if members else f'{holder.number}.{index}'}{inside}{OPTIONS}"
@@ -139,7 +143,8 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
         here.unsaved = ()  # a part of an option is not left out
         groups.append({"params": members, "options": encode(options, place, here)})
         _take(found, sink, here, group["params"][0] if members else None, from_step=False)
-    section["optimizers"].append({"class": type(holder.optimizer).__qualname__, "groups": groups})
+    number = {"number": holder.number} if holder.path else {}
+    section["optimizers"].append({"class": type(holder.optimizer).__qualname__, **number, "groups": groups})
     _describe_state(found, holder, names, sink, section, inside)
 
 

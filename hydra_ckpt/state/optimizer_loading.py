@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, some_of
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
 from hydra_ckpt.state.optimizer_oracle import differing
@@ -108,10 +108,11 @@ def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapp
     for holder in found.live:
         _fit_holder(found, section(described, holder.path), holder, names, len(optimizers))
     for number in range(len(optimizers)):
-        tree = described.get("own", {}).get(str(number))
+        home = _home(described, found.live, number, names)
+        tree = described.get("own", {}).get(str(number if home is None else home))
         if tree is None or number in found.absent | found.refused:
             continue
-        if _same_parameters(described, found.live, number, names):
+        if home is not None:
             found.own[number] = tree
         else:
             found.different[_called(found.live, number)] = (
@@ -125,17 +126,57 @@ def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
 
 
-def _same_parameters(
-    described: Mapping[str, Any], live: Sequence[Holder], number: int, names: Mapping[int, str]
-) -> bool:
-    """Whether an optimizer, and those inside it, have the groups of parameters that were saved."""
-    for holder in live:
-        saved = section(described, holder.path)["optimizers"]
-        if holder.number == number and holder.groups:
-            groups = [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
-            if groups not in [[group["params"] for group in optimizer["groups"]] for optimizer in saved]:
-                return False
-    return True
+def _home(described: Mapping[str, Any], live: Sequence[Holder], number: int, names: Mapping[int, str]) -> int | None:
+    """The number that an optimizer had when it was saved, by the groups of parameters that it and those inside it have.
+
+    None if none had the same.
+    """
+    mine = {
+        holder.path: [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
+        for holder in live
+        if holder.number == number and holder.groups
+    }
+    wanted = [number, *range(len(described["optimizers"]))]  # its own place first: groups may be empty
+    return next((place for place in wanted if all(_had(described, place, *item) for item in mine.items())), None)
+
+
+def _had(described: Mapping[str, Any], number: int, path: str, groups: Sequence[Sequence[str]]) -> bool:
+    """Whether the optimizer of a number, or one inside it, had these groups of parameters."""
+    saved = section(described, path)["optimizers"]
+    # Older checkpoints do not number those inside.
+    there = [one for place, one in enumerate(saved) if one.get("number", number if path else place) == number]
+    return any([group["params"] for group in one["groups"]] == groups for one in there)
+
+
+def leave_reordered(
+    described: Mapping[str, Any], found: Fit, names: Mapping[int, str], sizes: Mapping[str, int]
+) -> None:
+    """Leave groups as they are whose parameters have another order than they had, with one state for all of them.
+
+    LBFGS keeps its history as one row of all parameters, with the first of them. Example: for `a` of 2 elements and `b`
+    of 3 it has 5 elements, and begins with those of `a`.
+
+    Args:
+        described: The saved description.
+        found: What of it fits.
+        names: Identity of a parameter to its name.
+        sizes: Name of every saved tensor to its number of elements.
+    """
+    for holder, state in zip(found.live, found.state, strict=True):
+        groups = [group["params"] for one in section(described, holder.path)["optimizers"] for group in one["groups"]]
+        places = {name: place for place, name in enumerate(name for group in groups for name in group)}
+        for index, group in enumerate(holder.groups):
+            members = {names[id(item)]: item.numel() for item in group["params"]}
+            before = [name for name in members if name in places]
+            right = sorted(before, key=places.__getitem__)
+            tensors = {name for member in members for name in tensor_names(state.get(member, {}))}
+            if before == right or sum(members.values()) not in {sizes.get(name) for name in tensors}:
+                continue
+            found.different[_place(holder, index)] = (
+                "its parameters have another order than in the checkpoint, and it has one state for all of them. Give "
+                f"them to it in this order: {some_of(right)}"
+            )
+            found.leave(members)
 
 
 def _fit_holder(

@@ -21,18 +21,20 @@ _AROUND_ONE = {ATTRIBUTES, SAME, VIEW, "parameter"}
 _DROPPED = object()
 
 
-def combine(documents: Sequence[Document], holds: str, schedulers: int) -> tuple[Document, list[str]]:
-    """The document of the stage that holds the same tensors; else all of them as one.
+def combine(documents: Sequence[Document], holds: str, stage: int, schedulers: int) -> tuple[Document, list[str]]:
+    """The document of the stage that holds the same tensors; otherwise all of them as one.
 
     Args:
         documents: Those of all stages.
         holds: Digest of the tensors' names that this rank holds.
+        stage: This rank's stage: it decides where several hold tensors of the same names.
         schedulers: Number of live schedulers.
 
     Returns:
         The document, and what the stages do not agree about.
     """
-    own = next((document for document in documents if document.get("holds") == holds), None)
+    alike = [document for document in documents if document.get("holds") == holds]
+    own = next((document for document in alike if document.get("stage") == stage), next(iter(alike), None))
     if own is not None:
         return own, []
     notes: list[str] = []
