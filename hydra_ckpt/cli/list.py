@@ -24,8 +24,8 @@ from hydra_ckpt.sweeps.table import summary_table
 __all__ = ["list_checkpoints"]
 
 _HIDDEN_KINDS = {
-    "draft": "being written, or left behind by a run that died; the next run finishes or sweeps it",
-    "deleting": "being deleted, or left behind in the middle of it; the next run sweeps it",
+    "draft": "being written, or left behind by a run that died; the next run publishes or removes it",
+    "deleting": "being deleted, or left behind half deleted; the next run removes it",
     "corrupt": "set aside because it was damaged",
     "aside": "set aside because a run went back to an earlier step",
 }
@@ -114,7 +114,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory, or_else="It is not a sweep either: there is no job with checkpoints below it. "))
+    listing = _read(locate(directory, or_else="It is not a sweep either: no job below it has checkpoints. "))
     if as_json:
         print_json(_as_data(listing))
     else:

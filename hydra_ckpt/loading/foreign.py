@@ -1,7 +1,7 @@
 """Read checkpoints of other tools like ours: plain `dcp.save` directories, and accelerate's under FSDP2.
 
-Their small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
-brought into the form that a load of our own checkpoints compares, reads and installs.
+Their small values are pickled, and read only with `allow_legacy_pickle_restore`. Their contents are converted to the
+form that a load of our own checkpoints compares, reads and installs.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def refuse_strangers(root: Path) -> None:
     found = strangers(root)
     if found:
         raise CheckpointConfigError(
-            f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they have the "
-            f"location or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
+            f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they are named "
+            f"or placed like ours, but have no {names.MANIFEST}. Nothing was changed. Choose another "
             "checkpoint.checkpoint_dir; to start from one of these checkpoints, set checkpoint.restore_from=PATH"
         )
 
