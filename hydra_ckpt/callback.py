@@ -1,4 +1,4 @@
-"""When a run saves: schedules, signals and metrics in front of a Checkpointer."""
+"""Decides when a run saves: connects schedules, signals and metrics to a Checkpointer."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 class CheckpointCallback:
     """Hooks checkpointing into any training loop. Also a context manager.
 
-    Collective: every rank calls every hook, with the same steps and epochs. Cadences and metrics are rank 0's; a signal
-    may come on any rank. Without any cadence it saves every 30 minutes and at the end.
+    Collective: every rank calls every hook, with the same steps and epochs. Cadences and metrics are rank 0's; any rank
+    may receive a signal. Without any cadence it saves every 30 minutes and at the end.
 
     Args:
         config: The settings.
@@ -44,14 +44,14 @@ class CheckpointCallback:
         every_n_seconds: Save when this much time has passed since the last save, by rank 0's clock.
         every_n_epochs: Save at the end of every n-th epoch.
         at_steps: Save at these steps.
-        on_improvement: Save when validation improves the metric that decides.
+        on_improvement: Save when validation improves the deciding metric.
         save_on_exception: Save when the loop raises, if every rank gets there in time.
-        max_run_time_s: Save and stop before this much time has passed since training began; the longest save so far,
-            two steps and five seconds are kept free for it.
-        signals: Signals that save and stop: a name, a number, or a list of them. One on any rank suffices; all ranks
-            save behind the next step. Handlers that were there before are called as well.
-        requeue_exit_code: What `exit_code` of the callback is after a signal or `max_run_time_s` has stopped the run,
-            from 1 to 255; see [clusters](clusters.md#exit-codes).
+        max_run_time_s: Save and stop before this much time has passed since training began; this reserves the time of
+            the longest save so far, two steps and five seconds.
+        signals: Signals that save and stop: a name, a number, or a list of them. One on any rank is enough; all ranks
+            save after the next step. Earlier handlers are also called.
+        requeue_exit_code: The callback's `exit_code` after a signal or `max_run_time_s` has stopped the run, from 1 to
+            255; see [clusters](clusters.md#exit-codes).
         checkpointer: A Checkpointer to use instead of one built from `config`.
     """
 
@@ -80,7 +80,7 @@ class CheckpointCallback:
             on_improvement=on_improvement,
             max_run_time_s=max_run_time_s,
         )
-        if not isinstance(save_on_exception, bool):  # a text would count as true
+        if not isinstance(save_on_exception, bool):  # a string would count as true
             raise CheckpointConfigError(
                 f"callbacks.checkpoint.save_on_exception={save_on_exception!r}: expected true or false"
             )
@@ -94,11 +94,11 @@ class CheckpointCallback:
         self._metrics: dict[str, float] = {}
         self._best = BestMetric(config.best_metric_key, config.best_metric_mode, enabled=config.enabled)
         self._agreed_best: float | None = None
-        self._overtaken = False  # by a validation: what was said of the best metric at the step before it is old
+        self._overtaken = False  # by a validation: the best metric sent at the previous step is out of date
         self._should_stop = self._yields = False
         self._prepared = False
 
-    # -- what the loop may ask -----------------------------------------------------------------------------------
+    # -- for the loop to read ------------------------------------------------------------------------------------
 
     @property
     def should_stop(self) -> bool:
@@ -107,31 +107,31 @@ class CheckpointCallback:
 
     @property
     def exit_code(self) -> int:
-        """What the program should exit with: `requeue_exit_code` where the run stopped to be continued, else 0."""
+        """The program's exit code: `requeue_exit_code` if the run stopped to be continued, otherwise 0."""
         return (self._requeue_exit_code or 0) if self._yields else 0
 
     @property
     def best_metric(self) -> float | None:
-        """The best value so far of the metric that decides, of those that rank 0 was given. Equal on all ranks.
+        """The deciding metric's best value so far, of those passed on rank 0. Equal on all ranks.
 
-        On several ranks what came with a step counts from the next one on; where steps take less than 50 ms, it may
-        be 50 ms later.
+        On several ranks, a step's metrics count from the next step on; if steps take less than 50 ms, they may count
+        50 ms later.
         """
         return self._agreed_best
 
     @property
     def best(self) -> Checkpoint | None:
-        """The checkpoint BEST leads to."""
+        """The checkpoint that BEST points to."""
         return None if not self._live else self._live.pointed("BEST")
 
     @property
     def latest(self) -> Checkpoint | None:
-        """The checkpoint LATEST leads to."""
+        """The checkpoint that LATEST points to."""
         return None if not self._live else self._live.pointed("LATEST")
 
     @property
     def _live(self) -> Checkpointer | None:
-        """The Checkpointer, unless checkpointing is off or has not begun."""
+        """The Checkpointer; None if checkpointing is off or has not begun."""
         return self.checkpointer if self.checkpointer is not None and self.checkpointer.enabled else None
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -142,12 +142,12 @@ class CheckpointCallback:
         """Collective: begin the run and resume as configured.
 
         Args:
-            state: The live objects; the callback keeps them.
-            mesh: The training's device mesh; the dimensions named tp and pp are taken for these, all others for
-                data-parallel ones. Where that is not so, build the Checkpointer with the ranks' places and pass it.
+            state: The live objects; the callback keeps a reference.
+            mesh: The training's device mesh; dimensions named tp and pp are tensor and pipeline parallel, all others
+                data parallel. If that is wrong, build the Checkpointer with the right ranks and pass it.
             moe_mesh: The mesh of expert parallelism. Tensors of one name that differ between ranks with different
-                coordinates along its dimensions called `ep` or with `expert` in their names (else along all) are
-                different experts, and stored for each rank.
+                coordinates along its dimensions named `ep` or with `expert` in their names (along all dimensions if
+                there are none) are different experts, and stored once per rank.
 
         Returns:
             What was loaded, or None for a fresh start.
@@ -177,18 +177,18 @@ class CheckpointCallback:
         return report
 
     def on_step_end(self, step: int, epoch: int = 0, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
-        """Collective: an optimizer step is done. Saves if one is due.
+        """Collective: call after an optimizer step. Saves if a save is due.
 
         Args:
-            step: Number of completed optimizer steps. A repeated one is ignored.
-            epoch: The epoch it was done in.
+            step: Number of completed optimizer steps. A repeated step is ignored.
+            epoch: The current epoch.
             metrics: Metrics of this step.
 
         Returns:
             The save, if one began.
 
         Raises:
-            CheckpointConfigError: The step is smaller than one before.
+            CheckpointConfigError: The step is smaller than an earlier one.
             SaveFailedError: An earlier save failed; on all ranks at the same step.
         """
         self._has_begun("on_step_end")
@@ -197,13 +197,13 @@ class CheckpointCallback:
         if step < self._step and self.config.enabled:
             raise CheckpointConfigError(
                 f"on_step_end(step={step}) after step {self._step}: pass the number of completed optimizer steps, "
-                "beginning behind the step that on_train_begin returned"
+                "continuing after the step that on_train_begin returned"
             )
         if step == self._step:
             return None
         self._warn_of_absent_metric()
         self._step, self._epoch, self._epoch_ended = step, epoch, False
-        # Rank 0's count; those of the other ranks are not looked at.
+        # Only rank 0's metrics count.
         self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
         if self._live is None:
             self._agreed_best = self._best.known()
@@ -216,16 +216,16 @@ class CheckpointCallback:
         if self._should_stop or verdict.due or self._schedule.is_due_at(step):
             return self._save()
         if not self._prepared and self._state is not None:
-            # Only now does all of the optimizer's state exist.
+            # Only after the first step does all optimizer state exist.
             self._live.prepare(self._state)
         self._prepared = True
         return None
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
-        """Collective: an epoch is done. Saves if one is due.
+        """Collective: call after an epoch. Saves if a save is due.
 
         Args:
-            epoch: The epoch that ended; a run resumed from this save goes on in the next.
+            epoch: The epoch that ended; a run resumed from this save continues in the next one.
             metrics: Metrics of the last step.
         """
         self._has_begun("on_epoch_end")
@@ -239,13 +239,13 @@ class CheckpointCallback:
         return None
 
     def on_validation_end(self, metrics: Mapping[str, Any]) -> PendingSave | None:
-        """Collective: metrics of the last step have arrived. If it is saved already they are added to it.
+        """Collective: call with metrics of the last step. If that step is already saved, they are added to it.
 
         Returns:
             The save, if the metrics improved and `on_improvement` is set.
 
         Raises:
-            CheckpointConfigError: It cannot be told which metric decides.
+            CheckpointConfigError: It is not clear which metric decides.
         """
         self._has_begun("on_validation_end")
         live = self._live
@@ -269,9 +269,9 @@ class CheckpointCallback:
         return None
 
     def on_train_end(self) -> None:
-        """Collective: training is complete. Saves the last step, and its export if one is wanted; waits for both.
+        """Collective: call when training is complete. Saves the last step, and its export if configured, and waits.
 
-        After `should_stop` the run is not complete: nothing is saved, only waited for.
+        After `should_stop` the run is not complete: this only waits, and saves nothing.
         """
         if self._live is None or self._state is None:
             return
@@ -292,7 +292,7 @@ class CheckpointCallback:
         self._live.report_failure()
 
     def on_exception(self, error: BaseException) -> None:
-        """The loop has raised. Waits for the save under way; saves anew only with `save_on_exception`."""
+        """Call when the loop has raised. Waits for the save under way; starts one only with `save_on_exception`."""
         if self._live is None:
             return
         if self._save_on_exception and self._saved_step < self._step and isinstance(error, Exception):
@@ -303,13 +303,13 @@ class CheckpointCallback:
         self._live.wait()
 
     def close(self) -> None:
-        """Finish what is under way and let go of everything. Idempotent.
+        """Finish what is under way and release everything. Idempotent.
 
-        A signal that came behind the last step, and so stopped nothing, takes its effect when all this is done.
+        A signal that came after the last step, and so stopped nothing, takes its usual effect when this is done.
         """
         self._watch.end()
         self._warn_of_absent_metric()
-        # An error on its way says more than the signal, which may be a launcher's answer to it.
+        # An error being raised matters more than the signal, which may be a launcher's reaction to it.
         obeyed = self._should_stop or sys.exc_info()[0] is not None
         requeue = None
         try:
@@ -324,7 +324,7 @@ class CheckpointCallback:
             self._watch.let_signals_through(obeyed=obeyed)
         job = active_job()
         if requeue is not None and job is not None:
-            job.requeue = requeue  # called if the job was stopped; else it has its result to hand on
+            job.requeue = requeue  # called if the job was stopped; otherwise the job has a result to return
         elif requeue is not None:
             requeue()
 
@@ -348,22 +348,22 @@ class CheckpointCallback:
     def _has_begun(self, hook: str) -> None:
         if self.config.enabled and self._state is None:
             raise CheckpointConfigError(
-                f"{hook}() before on_train_begin(): begin the run with on_train_begin(state), or nothing would be saved"
+                f"{hook}() before on_train_begin(): call on_train_begin(state) first, or nothing would be saved"
             )
         if self._live is not None:
             self._live.refuse_closed(f"{hook}()")
 
     def _agreed_schedule(self, live: Checkpointer) -> Schedule:
-        """Collective: rank 0's cadences, because every rank has to save at the same steps."""
+        """Collective: rank 0's cadences, because every rank must save at the same steps."""
         mine = self._schedule.as_data()
         decided: dict[str, Any] = live.on_rank_0("the cadence of saves", lambda: mine)
         unlike = [f"{name}={mine[name]} here, {decided[name]} there" for name in mine if mine[name] != decided[name]]
         if unlike:
-            log.warning("callbacks.checkpoint differs from rank 0's, which counts: %s", "; ".join(unlike))
+            log.warning("callbacks.checkpoint differs from rank 0's, which is used: %s", "; ".join(unlike))
         return Schedule.of(**decided)
 
     def _ask(self, live: Checkpointer) -> Verdict | None:
-        """Collective: what all ranks do at this step."""
+        """Collective: get what all ranks do at this step; None if nothing was said at the previous one."""
         verdict = self._watch.ask(self._step, self._best, failed=live.has_trouble, save_s=live.longest_save_s)
         if verdict is None:
             return None
@@ -376,15 +376,15 @@ class CheckpointCallback:
         if job is not None and self._should_stop:
             job.stopped = True
             job.exit_code = self.exit_code if self._yields else None
-            job.reason = self._watch.reason or ("another rank was asked to" if self._yields else "by a file STOP")
+            job.reason = self._watch.reason or ("another rank was asked to" if self._yields else "by a STOP file")
         return verdict
 
     def _settle_best(self, live: Checkpointer) -> None:
-        """Collective: hear rank 0's best metric, or raise what it could not make sense of."""
+        """Collective: get rank 0's best metric, or raise its error about the metrics."""
         self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
 
     def _warn_of_absent_metric(self) -> None:
-        """Rank 0: the step that was saved last gets no further metrics; see that the one that decides has come."""
+        """Rank 0: warn if the last saved step, which gets no more metrics, lacks the deciding one."""
         if self._live is not None and self._live.group.rank == 0 and 0 < self._saved_step == self._step:
             self._best.warn_if_absent()
 
@@ -396,13 +396,13 @@ class CheckpointCallback:
         live.report_failure()
 
     def _next_epoch(self, state: AppState) -> int:
-        """The epoch that a run resumed here goes on in: where the data has come to its end, the next one."""
+        """The epoch in which a run resumed here continues: the next one if the data has been used up."""
         loader = state.dataloader
         has_ended = not self._epoch_ended and isinstance(loader, ResumableLoader) and loader.is_between_epochs
         return self._epoch + 1 if has_ended else self._epoch
 
     def _has_to_save(self, live: Checkpointer) -> bool:
-        """Collective: whether the last step is neither saved nor being saved; rank 0's word counts."""
+        """Collective: whether the last step is neither saved nor being saved; rank 0 decides."""
         if self._saved_step == self._step and not self.config.is_async:
             lost = live.on_rank_0("looking at the last save", lambda: live.has_lost(self._step))
             self._saved_step = 0 if lost else self._saved_step

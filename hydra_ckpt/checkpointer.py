@@ -1,4 +1,4 @@
-"""The conductor: in what order a run saves and loads. How each step is done stands elsewhere."""
+"""The order in which a run saves and loads; other modules do each step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and loads the state of one training run. Made by `CheckpointingConfig.build`; a context manager.
+    """Saves and loads the state of one training run. Created by `CheckpointingConfig.build`; a context manager.
 
     Collective: every rank of the group makes the same calls in the same order.
 
@@ -95,7 +95,7 @@ class Checkpointer:
         self._directory = Directory(self.root, files or Files(), config.keep, config.where.owner, times=times)
         self._extractor = Extractor(config.write.is_peft, pp_rank, config.write.unsaved)
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
-        # Whoever looks for a directory in vain tells the others before they give up.
+        # Half the limit, so that a rank that cannot find the directory reports it before the others time out.
         self._patience_s = min(JOIN_PATIENCE_S, config.write.timeout_s / 2)
         self._restorer = Restorer(
             config.read, self._directory, self._extractor, self._channel, self._topology, self._patience_s
@@ -122,25 +122,25 @@ class Checkpointer:
 
     @property
     def deciding_metric(self) -> str:
-        """The metric that decides which checkpoint is best: configured, told by `decide_by`, or known from before."""
+        """The metric that decides which checkpoint is best: configured, set by `decide_by`, or from an earlier run."""
         return self._deciding
 
     @property
     def best_value(self) -> float | None:
-        """The best metric when the run began: that of the published checkpoints, up to the one it resumed from."""
+        """The best metric when the run began: from the published checkpoints, up to the one it resumed from."""
         return self._best_value
 
     @property
     def has_trouble(self) -> bool:
-        """Whether the last save has failed and nobody has seen it yet, or its outcome is unknown on this rank."""
+        """Whether the last save failed and the error was not raised yet, or its outcome is unknown on this rank."""
         return self.enabled and self._saver.known.has_trouble
 
     def has_lost(self, step: int) -> bool:
-        """Whether the last save was of this step and has failed, as far as this rank knows."""
+        """Whether the last save was for this step and failed, as far as this rank knows."""
         return self.pending is not None and self.pending.step == step and self.pending.has_failed
 
     def settle(self) -> None:
-        """Collective: wait for the save under way, and hear from rank 0 how it ended, where this rank was cut off."""
+        """Collective: wait for the save under way; a rank that was cut off gets its outcome from rank 0."""
         if self.enabled:
             self.wait()
             self._saver.known.settle()
@@ -153,11 +153,11 @@ class Checkpointer:
 
     @property
     def longest_save_s(self) -> float:
-        """The longest time from a save's beginning to its end, in seconds."""
+        """The longest time a save has taken, in seconds."""
         return self._saver.longest_save_s if self.enabled else 0.0
 
     def pointed(self, pointer: str) -> Checkpoint | None:
-        """The checkpoint that LATEST, BEST or another pointer leads to."""
+        """The checkpoint that LATEST, BEST or another pointer points to."""
         return scan(self.root).pointed(pointer) if self.enabled else None
 
     def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
@@ -165,7 +165,7 @@ class Checkpointer:
         return self._channel.coordinator_step(what, step)
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
-        """Take note of the mesh of expert parallelism, for who learns it only after `build`; on every rank."""
+        """Set the mesh of expert parallelism, if it is known only after `build`; call on every rank."""
         self.moe_mesh = moe_mesh
         if self.enabled:
             self._saver.spread_experts(moe_mesh)
@@ -173,7 +173,7 @@ class Checkpointer:
     # -- loading -------------------------------------------------------------------------------------------------
 
     def start(self, state: AppState) -> LoadReport | None:
-        """Collective: begin a run: take the directory, finish or sweep what a crash left, resume as configured.
+        """Collective: begin a run: take the directory, finish or remove what a crash left, resume as configured.
 
         Returns:
             What was loaded, or None for a fresh start.
@@ -192,7 +192,7 @@ class Checkpointer:
         return report
 
     def _check(self, state: AppState) -> None:
-        """Collective: refuse at once what can never be saved, and say what is left out by configuration."""
+        """Collective: refuse right away what can never be saved, and report what the configuration leaves out."""
         error: Exception | None = None
         try:
             self._extractor.check(state)
@@ -215,47 +215,49 @@ class Checkpointer:
             What was loaded, or None for a fresh start.
 
         Raises:
-            CheckpointNotFoundError: The checkpoint asked for is not there.
-            CorruptCheckpointError: It is damaged; the message says if tensors were overwritten before that showed.
+            CheckpointNotFoundError: The requested checkpoint does not exist.
+            CorruptCheckpointError: It is damaged; the message says if tensors were overwritten before this was found.
             KeyMismatchError: It does not fit; nothing was installed.
-            CheckpointExistsError: Training would go on below steps that are published already; nothing was installed.
+            CheckpointExistsError: Training would continue below steps that are already published; nothing was
+                installed.
         """
         if not self.enabled:
             if restore_from is not None:
-                log.warning("checkpoint.enabled=false: restore_from=%s is not followed", restore_from)
+                log.warning("checkpoint.enabled=false: restore_from=%s is ignored", restore_from)
             return None
         refuse_url("restore_from", restore_from)
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
         selector = self._restorer.selector(restore_from)
-        # Taking over weights leaves a run where it is.
+        # Loading only weights does not change a run's step.
         moves = "progress" in wanted or (self._start_step is None and not self._settled)
 
         def begin_at(step: int) -> None:
             if moves:
                 self._start_step = step
-            # What auto and latest find is where the run is; another one may be writing on meanwhile.
+            # auto and latest find the run's own latest step; another run may be writing there meanwhile.
             if selector not in ("auto", "latest") and (selector is None or "progress" in wanted):
                 self._channel.coordinator_step("looking for later steps", self._refuse_later)
 
         report = self._restorer.restore(state, selector, wanted, begin_at)
         if moves:
             self._resumed = report.path if report is not None and "progress" in wanted else None
-            self._settled = False  # a run that goes back clears its way anew
+            self._settled = False  # a run that goes back must clear its way again
         return report
 
     def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
-        """Collective: fill a model with the weights of `checkpoint.model_repo_id`. Checkpoints are not looked at.
+        """Collective: fill a model with the weights of `checkpoint.model_repo_id`, not from a checkpoint.
 
-        Works with `enabled=false` too. The model may be on the meta device, and sharded; each rank reads what it holds.
+        Also works with `enabled=false`. The model may be on the meta device, and sharded; each rank reads what it
+        holds.
 
         Args:
             model: The model, or the parts of it that this rank holds.
 
         Raises:
             CheckpointConfigError: No reference is configured, or its weights may not or cannot be read.
-            CheckpointNotFoundError: The reference, or one of its files, is not there.
-            KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
+            CheckpointNotFoundError: The reference, or one of its files, does not exist.
+            KeyMismatchError: Names are missing, or shapes differ; lists all of them.
         """
         pickle = self.config.read.allow_pickle
         if self.enabled:
@@ -265,7 +267,7 @@ class Checkpointer:
         try:
             return load_base(model, self.config.hub, channel, allow_pickle=pickle)
         finally:
-            channel.farewell()  # rank 0 hosts what the others still listen to
+            channel.farewell()  # rank 0 hosts the store that the others still read from
             channel.close()
             group.close()
 
@@ -284,7 +286,7 @@ class Checkpointer:
             self._opened = True
 
     def _settle(self) -> None:
-        """Collective, once: clear the way for the steps to come."""
+        """Collective, once: clear the way for new steps."""
         if not self._settled:
             found = self._channel.coordinator_step(
                 "clearing the way for new steps",
@@ -302,9 +304,9 @@ class Checkpointer:
             self._settled = True
 
     def _is_another_job(self) -> bool:
-        """Rank 0 only: whether this job of a sweep goes on from a checkpoint of a job with other values.
+        """Rank 0 only: whether this job of a sweep continues from a checkpoint of a job with other values.
 
-        Under `resumable_job` that happens only with `on_change="run"`, which says that it is the same job.
+        Under `resumable_job` that happens only with `on_change="run"`, which declares it to be the same job.
         """
         if self._resumed is None or self.config.where.owner is None or active_job() is not None:
             return False
@@ -312,7 +314,7 @@ class Checkpointer:
         if found:
             told = "; ".join(map(str, found))
             log.warning(
-                "%s is of a sweep job with other values (%s): its metrics do not count here", self._resumed, told
+                "%s is from a sweep job with other values (%s): its metrics do not count here", self._resumed, told
             )
         return bool(found)
 
@@ -330,26 +332,25 @@ class Checkpointer:
     ) -> PendingSave:
         """Collective: save the state as it is now.
 
-        With `is_async` it returns as soon as training may go on; the optimizers' next step waits for what is still
+        With `is_async` it returns as soon as training may continue; the optimizers' next step waits for what is still
         being copied. A final save of a step that this run has published without its export adds the export.
 
         Args:
             state: What to save.
             step: Number of completed optimizer steps.
-            epoch: The epoch they were done in.
-            metrics: Known so far; more may come (`add_metrics`).
+            epoch: The current epoch.
+            metrics: Metrics known so far; more may follow (`add_metrics`).
             is_final: Whether this is the end of training.
-            skippable: Whether `when_busy=skip` may leave it out; a final save never is. What may not be left out may
-                be the last one, so every byte that several ranks hold is compared.
+            skippable: Whether `when_busy=skip` may skip it; a final save is never skipped. A save that may not be
+                skipped may be the last one, so every byte that several ranks hold is compared.
 
         Returns:
-            The save; where it was left out, one that is done and `skipped`.
+            The save; if it was skipped, one that is done and `skipped`.
 
         Raises:
-            SaveFailedError: The save before failed, or this one did and is not asynchronous. A rank that was cut off
-                and does not know hears it when the ranks meet the next time; only `result()` and `close()` raise
-                `SaveOutcomeUnknown`.
-            CheckpointExistsError: The step is published already.
+            SaveFailedError: The previous save failed, or this one did and is not asynchronous. A rank that was cut off
+                gets the outcome when the ranks next meet; only `result()` and `close()` raise `SaveOutcomeUnknown`.
+            CheckpointExistsError: The step is already published.
         """
         if not self.enabled:
             return PendingSave.nothing(step)
@@ -381,20 +382,20 @@ class Checkpointer:
         is_final: bool,
         is_last: bool,
     ) -> PendingSave:
-        """Collective: begin a save. How the one before has failed is raised where all ranks have met."""
+        """Collective: begin a save. A failure of the previous one is raised once all ranks have met."""
         try:
             self._open_run()
             self._settle()
             request = self._saver.request(step, epoch, metrics, is_final, is_last=is_last)
             pending = self._saver.begin(state, request, self._deciding, self.report_failure)
         except CheckpointError:
-            self.report_failure()  # says more than that the other ranks do not come to this save
+            self.report_failure()  # more helpful than the error that the other ranks are missing from this save
             raise
         self._ends = is_final
         return pending
 
     def _is_busy(self) -> bool:
-        """Collective where saves may be left out: whether rank 0 is still writing the one before."""
+        """Collective if saves may be skipped: whether rank 0 is still writing the previous one."""
         before = self.pending
         if not self.config.write.skips_when_busy or before is None:
             return False
@@ -407,26 +408,25 @@ class Checkpointer:
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.
 
-        Worth calling once all state exists, that is behind the first optimizer step: what cannot be saved, or not be
-        exported as configured, is refused then, and the first save finds warm memory. Without it the first save does
-        this work itself.
+        Best called once all state exists, after the first optimizer step: it refuses state that cannot be saved, or not
+        exported as configured, and warms up memory for the first save. Without it the first save does this work.
         """
         if self.enabled:
             self._saver.prepare(state)
 
     def decide_by(self, key: str) -> None:
-        """From now on this metric decides which checkpoint is best; rank 0's word counts.
+        """Let this metric decide from now on which checkpoint is best; only rank 0's call counts.
 
-        For a caller who has learned which of several metrics it is; without it `checkpoint.best_metric_key` decides.
+        Otherwise `checkpoint.best_metric_key` decides.
         """
         self._deciding = key
         if self.enabled and self.group.rank == 0:
             self._directory.decide_by(key)
 
     def note_best(self, value: float | None) -> None:
-        """The best value so far of the metric that decides; rank 0's word counts. What is saved from now on carries it.
+        """Set the deciding metric's best value so far; only rank 0's call counts. Later saves record it.
 
-        It may be of a step that is not saved: a run that goes on from a later checkpoint knows it then.
+        It may belong to a step that is not saved: a run that resumes from a later checkpoint then knows it.
         """
         if self.enabled and self.group.rank == 0:
             mode = self.config.keep.best_metric_mode
@@ -437,12 +437,12 @@ class Checkpointer:
                 job.best = best
 
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Add metrics to a step this run has saved, when it is published; rank 0's count.
+        """Add metrics to a step this run has saved, once it is published; only rank 0's call counts.
 
-        What the disk does not take now is kept, with a warning, and written with the next attempt.
+        Metrics that cannot be written now are kept, with a warning, and written with the next attempt.
 
         Raises:
-            CheckpointConfigError: A value is no number, or it cannot be told which metric decides.
+            CheckpointConfigError: A value is not a number, or it is not clear which metric decides.
             CheckpointError: The Checkpointer is closed.
         """
         if self.enabled:
@@ -451,7 +451,7 @@ class Checkpointer:
         metric.deciding_key(values, self._deciding)
         name = names.checkpoint_name(epoch, step)
         if self.enabled and self.group.rank == 0 and self._saver.known.has(name):
-            best = self._directory.best_so_far  # now, not when the background comes to it
+            best = self._directory.best_so_far  # the value now, not when the background runs
             self._saver.afterwards(lambda: self._directory.add_metrics(name, values, best))
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -467,29 +467,29 @@ class Checkpointer:
             self.pending.wait()
 
     def drain(self) -> None:
-        """Return when everything begun in the background is done: saves, added metrics. Deletions may go on."""
+        """Return when everything begun in the background is done: saves, added metrics. Deletions may continue."""
         if not self._closed:
-            self._saver.afterwards(self._directory.write_metrics)  # what a full disk did not take
+            self._saver.afterwards(self._directory.write_metrics)  # retry those that a full disk refused
             self._saver.drain()
 
     def report_failure(self) -> None:
-        """Raise the last save's error, unless seen already; with `on_save_failure=warn` log it and go on.
+        """Raise the last save's error, unless already seen; with `on_save_failure=warn` log it instead.
 
-        A final save that has failed raises in any case. One whose outcome is unknown has perhaps not failed.
+        A final save that failed always raises; one whose outcome is unknown may not have failed.
         """
         if self.pending is None or self.pending.unseen_error is None:
             return
         if self.config.write.raise_failures or (self._ends and not self.pending.is_unknown):
             self.pending.result()
-        log.warning("training goes on: %s", self.pending.unseen_error)
+        log.warning("training continues: %s", self.pending.unseen_error)
         self.pending.seen()
 
     def close(self) -> None:
-        """Finish what is under way, end the background threads, let go of the directory. Idempotent.
+        """Finish what is under way, end the background threads, release the directory. Idempotent.
 
         Raises:
-            SaveFailedError: The last save failed and nobody has seen it yet.
-            SaveOutcomeUnknown: This rank was cut off from the others, and does not know whether it is published.
+            SaveFailedError: The last save failed and its error was not raised yet.
+            SaveOutcomeUnknown: This rank was cut off from the others, and does not know whether the save is published.
         """
         if not self._closed:
             self._closed = True
@@ -502,9 +502,11 @@ class Checkpointer:
     def refuse_closed(self, what: str) -> None:
         """Raise if this Checkpointer has been closed, or belongs to another process; `what` needs it open."""
         if os.getpid() != self._pid:
-            raise CheckpointError(f"{what}: this process was forked from process {self._pid}; only that one may")
+            raise CheckpointError(
+                f"{what}: this process was forked from process {self._pid}; only that process may save"
+            )
         if self._closed:
-            raise CheckpointError(f"{what}: the Checkpointer is closed; build another one")
+            raise CheckpointError(f"{what}: the Checkpointer is closed; build a new one")
 
     def __enter__(self) -> Checkpointer:
         return self

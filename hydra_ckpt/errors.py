@@ -1,8 +1,8 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises deliberately.
 
     CheckpointError
     ├── CheckpointConfigError    (ValueError)         names the key, the value, the choices
-    ├── CheckpointNotFoundError  (FileNotFoundError)  lists what there is
+    ├── CheckpointNotFoundError  (FileNotFoundError)  lists what exists
     ├── CheckpointExistsError    (FileExistsError)    names what is in the way
     ├── CorruptCheckpointError                        file, byte range, expected, found
     ├── CheckpointFormatError                         file, its format, the version that wrote it
@@ -42,15 +42,15 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as a terminal may be given it: what would steer it, or cannot be encoded, is shown as an escape.
+    """A text that is safe to print: characters that control a terminal, or cannot be encoded, become escapes.
 
-    Lines stay lines.
+    Newlines are kept.
     """
     return "".join(letter if letter == "\n" or not _steers(letter) else _escape(letter) for letter in text)
 
 
 def _steers(letter: str) -> bool:
-    # Controls, marks that turn the direction of writing, lone surrogates, private use, line separators.
+    # Control characters, bidirectional marks, lone surrogates, private use, line separators.
     return not letter.isprintable() and letter != " "
 
 
@@ -59,16 +59,16 @@ def _escape(letter: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts, for messages: 1 rank, 2 ranks."""
+    """A number with its noun, for messages: 1 rank, 2 ranks."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class CheckpointError(Exception):
-    """Root of the tree: catch this to catch everything raised on purpose."""
+    """Base class: catch this to catch everything raised deliberately."""
 
     # OSError would rebuild the text from errno and file name, KeyError would show its repr.
     def __str__(self) -> str:
-        # A message may quote what a hostile file says.
+        # A message may quote a hostile file.
         return printable(Exception.__str__(self))
 
     # Errors travel between ranks and processes; the default would call __init__ with the text alone.
@@ -80,12 +80,12 @@ _Error = TypeVar("_Error", bound=CheckpointError)
 
 
 def rebuild(kind: type[_Error], text: str, attributes: Mapping[str, Any]) -> _Error:
-    """An error as it was in another process, or with another text.
+    """An error from another process, or with another text.
 
     Args:
-        kind: Its class.
-        text: Its message.
-        attributes: Its other attributes.
+        kind: The error's class.
+        text: The error's message.
+        attributes: The error's other attributes.
     """
     error = kind.__new__(kind)
     Exception.__init__(error, text)
@@ -98,7 +98,7 @@ class CheckpointConfigError(CheckpointError, ValueError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """What was asked for is not there."""
+    """The requested checkpoint or file does not exist."""
 
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
@@ -110,7 +110,7 @@ class CorruptCheckpointError(CheckpointError):
 
     Attributes:
         file: The damaged file.
-        byte_range: Half-open range of bytes in ``file``, or None where the whole file is meant.
+        byte_range: Half-open range of bytes in ``file``, or None for the whole file.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class CheckpointFormatError(CheckpointError):
-    """A newer version wrote this checkpoint, in a format that this one cannot read. Nothing is wrong with it.
+    """A newer version wrote this checkpoint, in a format that this one cannot read. The checkpoint is not damaged.
 
     Attributes:
         file: The manifest.
         format: The number of its format.
-        writer: The version that wrote it; None where it does not say.
+        writer: The version that wrote it; None if unknown.
     """
 
     def __init__(self, file: str | Path, format_number: int, known: Iterable[int], writer: str | None = None) -> None:
@@ -144,7 +144,7 @@ class CheckpointFormatError(CheckpointError):
         self.writer = writer
         by = f"hydra_ckpt {writer}" if writer else "a newer hydra_ckpt"
         super().__init__(
-            f"{self.file}: is of format {format_number}, written by {by}; this version reads formats "
+            f"{self.file}: has format {format_number}, written by {by}; this version reads formats "
             f"{' and '.join(map(str, known))}. It is not damaged, and nothing was changed. Install a newer hydra_ckpt"
         )
 
@@ -155,7 +155,7 @@ class KeyMismatchError(CheckpointError, KeyError):
     Attributes:
         missing: Names the live objects need and the checkpoint lacks.
         unexpected: Names the checkpoint holds and the live objects lack.
-        mismatched: Name to a sentence about the shapes or dtypes that differ.
+        mismatched: Name to a description of the shapes or dtypes that differ.
     """
 
     def __init__(
@@ -183,11 +183,11 @@ class KeyMismatchError(CheckpointError, KeyError):
 
 
 class SaveFailedError(CheckpointError):
-    """A save failed on at least one rank; raised on every rank. What was published before stays.
+    """A save failed on at least one rank; raised on every rank. Published checkpoints are kept.
 
     Attributes:
         step: The step whose save failed.
-        causes: Rank to a one-line description of what went wrong there.
+        causes: Rank to a one-line description of its error.
     """
 
     def __init__(self, step: int, causes: Mapping[int, str], *, remedy: str = "") -> None:
@@ -197,14 +197,14 @@ class SaveFailedError(CheckpointError):
         more = len(self.causes) - _LISTED
         if more > 0:
             shown.append(f"and {counted(more, 'more rank')}")
-        tail = remedy or "Checkpoints published before are untouched; mend the cause and save again."
+        tail = remedy or "Checkpoints published before are untouched; fix the cause and save again."
         super().__init__(f"saving step {step} failed: " + "; ".join(shown) + f". {tail}")
 
 
 class SaveOutcomeUnknown(CheckpointError):  # noqa: N818 - not an error of the save, which may be published
-    """This rank had written its part of a save, and was then cut off: the save may be published, or may have failed.
+    """This rank wrote its part of a save and was then cut off: the save may be published, or may have failed.
 
-    What the other ranks know of it counts. This rank hears it as soon as they talk again: at the next step, save or end
+    The other ranks know the outcome. This rank gets it when the ranks next communicate: at the next step, save or end
     of training.
 
     Attributes:
@@ -214,8 +214,8 @@ class SaveOutcomeUnknown(CheckpointError):  # noqa: N818 - not an error of the s
     def __init__(self, step: int, cause: str) -> None:
         self.step = step
         super().__init__(
-            f"whether step {step} is published is not known on this rank, which heard nothing from rank 0 after it had "
-            f"written its part: {cause}. It is settled when the ranks meet again; `hydra-ckpt list` shows what is there"
+            f"this rank does not know whether step {step} is published: it heard nothing from rank 0 after writing its "
+            f"part: {cause}. It finds out when the ranks next meet; `hydra-ckpt list` shows what is published"
         )
 
 

@@ -197,7 +197,7 @@ def test_a_step_is_not_overwritten(tmp_path: Path) -> None:
     state = make_state()
     with build(tmp_path) as engine:
         engine.save(state, step=1).result()
-        with pytest.raises(CheckpointExistsError, match="epoch_0_step_1 is published already"):
+        with pytest.raises(CheckpointExistsError, match="epoch_0_step_1 is already published"):
             engine.save(state, step=1)
         assert engine.save(state, step=2).result().step == 2
 
@@ -568,11 +568,11 @@ EXPECTED = {
     "metrics at save 2": ("SaveFailedError", "the metrics given are loss, other"),
     "unlike steps": (
         "SaveFailedError",
-        "rank 1: CheckpointError: this rank saves epoch_0_step_5, rank 0 epoch_0_step_4",
+        "rank 1: CheckpointError: this rank is saving epoch_0_step_5, rank 0 is saving epoch_0_step_4",
     ),
     "unlike epochs": (
         "SaveFailedError",
-        "rank 1: CheckpointError: this rank saves epoch_1_step_6, rank 0 epoch_0_step_6",
+        "rank 1: CheckpointError: this rank is saving epoch_1_step_6, rank 0 is saving epoch_0_step_6",
     ),
     "unlike models": ("TopologyError", "of ranks 0 and 1, only on rank 1: model: 0.weight F32 [3, 6]"),
     "after unlike models": ("", ""),
@@ -793,7 +793,7 @@ def test_a_disk_that_is_gone_leaves_debris_that_the_next_run_sweeps(
                 engine.save(state, step=number)
             disk.disarm()
             assert latest(tmp_path) == "epoch_0_step_1"
-        assert "could not be removed and is swept at the next start" in caplog.text
+        assert "could not be removed; the next start removes them" in caplog.text
         assert debris(tmp_path)
         assert engine.save(state, step=9).result().step == 9
     with build(tmp_path) as engine:

@@ -40,8 +40,8 @@ def test_a_signal_to_one_job_lets_its_sibling_finish_and_no_further_job_begins(a
     assert app.states == ["stopped", "finished", "waiting"]
     assert steps(app) == {"0": 3, "1": 6}
     assert '"requeue": true' in (app.sweep / "0/hydra_ckpt_job.json").read_text()
-    assert "job 0 was stopped (SIGTERM came). The same command goes on with it" in stdout(stopped)
-    assert "job 2 waits, no further job begins: job 0 was stopped" in stdout(stopped)
+    assert "job 0 was stopped (SIGTERM came). Run the same command again to continue it" in stdout(stopped)
+    assert "job 2 waits; no more jobs start: job 0 was stopped" in stdout(stopped)
     done = app.sweep_over(*JOBLIB, CODE, "lr=0.3,0.1,0.25")  # what has not begun may still be another one
     assert done.returncode == 0, done.stderr
     assert sorted(app.runs) == ["0 3", "2 0"]
@@ -57,7 +57,7 @@ def test_a_signal_to_the_launcher_stops_all_jobs_saved(app: App) -> None:
     assert app.states == ["stopped", "stopped", "waiting"]
     assert all(3 <= step < 400 for step in steps(app).values())
     assert len(steps(app)) == 2
-    assert "SIGTERM came to the launcher: running jobs save and stop" in stdout(stopped)
+    assert "the launcher received SIGTERM: running jobs save and stop" in stdout(stopped)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_submitits_own_signal_saves_first_and_then_puts_the_job_back(app: App, t
         assert app.states == ["finished"]
     else:
         assert ended.returncode == 85, ended.stderr
-        assert "does not start the job again: Job not requeued because: timed-out too many times" in logs
+        assert "will not restart the job: Job not requeued because: timed-out too many times" in logs
         assert app.states == ["stopped"]
         assert steps(app) == {"0": 3}
 
@@ -298,7 +298,7 @@ def test_a_study_whose_sampler_is_seeded_goes_on_without_a_storage(app: App) -> 
 @pytest.mark.slow
 def test_an_objective_that_is_no_number_is_kept_and_written_as_strict_json(app: App) -> None:
     ended = app.sweep_over(*stored(app), "nan=choice(true)", "hydra.sweeper.max_failure_rate=1")
-    assert "returned nan: it is finished, but a sweeper cannot go by NaN" in stdout(ended)
+    assert "returned nan: it has finished, but a sweeper cannot use NaN" in stdout(ended)
     texts = [path.read_text() for path in app.sweep.glob("*/hydra_ckpt_job.json")]
     found = [json.loads(text, parse_constant=pytest.fail)["objective"] for text in texts]
     assert found == [{"not finite": "nan"}] * 2

@@ -206,7 +206,7 @@ def test_code_of_a_base_model_is_not_run_even_where_one_would_say_yes(tmp_path: 
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoint.path), str(tmp_path / "out"), "--merge"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, input="y\n" * 9)
     assert done.returncode == 2
-    assert "bring their own code" in done.stderr
+    assert "models with their own code" in done.stderr
     assert not ran.exists()
 
 

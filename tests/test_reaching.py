@@ -124,7 +124,7 @@ def test_rank_0_is_reached_by_the_address_that_works(store: TCPStore) -> None:
 
 def test_another_programs_store_is_not_taken_for_rank_0s(store: TCPStore) -> None:
     place = Place("no-such-host.invalid", "elsewhere", ("127.0.0.1",), store.port, "of another run")
-    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1: another program's store answers there"):
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1: another program's store answers at this address"):
         reach(place, 1.0)
 
 

@@ -153,7 +153,7 @@ def test_on_other_ranks_plain_data_and_buffers_are_rank_0_s_and_tensors_are_refu
         with pytest.raises(KeyMismatchError) as caught:
             engine.load(fresh)
         text = str(caught.value)
-        assert "extras: mine:x: the ranks that saved it had different values of it" in text
+        assert "extras: mine:x: the ranks that saved it had different values for it" in text
         assert "optimizer: weight:options.lr: the ranks" in text
         assert "checkpoint.load_strict=false" in text
         assert "alike" not in text

@@ -33,7 +33,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(app: App) -> None:
     done = app.sweep_over("lr=0.3,0.1,0.2", "hydra/callbacks=hydra_ckpt_summary")
     assert done.returncode == 0, done.stderr
     assert app.runs == ["1 4", "2 0"]  # the first is not run, the second resumes, the third begins
-    assert "the job is finished already" in (app.sweep / "0" / "app.log").read_text()
+    assert "the job has already finished" in (app.sweep / "0" / "app.log").read_text()
     summary = app.summary
     assert app.states == ["finished"] * 3
     assert [job["overrides"] for job in summary["jobs"]] == [["lr=0.3"], ["lr=0.1"], ["lr=0.2"]]
@@ -94,7 +94,7 @@ def test_sigterm_ends_the_sweep_and_the_same_command_goes_on(app: App) -> None:
     (app.sweep / "STOP").touch()
     held = app.sweep_over("lr=0.3,0.1,0.2", "callbacks.checkpoint.requeue_exit_code=85")
     assert (held.returncode, app.runs) == (0, [])
-    assert "no further job begins" in (app.sweep / "0" / "app.log").read_text()
+    assert "no more jobs start" in (app.sweep / "0" / "app.log").read_text()
 
 
 def test_a_job_of_another_configuration_is_refused_in_a_sweep_and_run_alone(app: App) -> None:

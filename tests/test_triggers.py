@@ -344,7 +344,7 @@ def _two_ranks(root: Path) -> dict[str, Any]:
         callback.on_train_begin(state)
         callback.on_step_end(1)
         callback.on_step_end(2 + rank)
-        with pytest.raises(CheckpointError, match=r"for step 2, another for step 3\. Every rank has to call it"):
+        with pytest.raises(CheckpointError, match=r"for step 2, another for step 3\. Every rank must call it"):
             callback.on_step_end(4)
 
     # One rank saves where the other takes a step.

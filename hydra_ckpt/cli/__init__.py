@@ -1,8 +1,8 @@
-"""The `hydra-ckpt` tool: one module per command, each of which parses, calls and prints.
+"""The `hydra-ckpt` tool: one module per command, which parses, calls and prints.
 
-Only `prune` and `repair` change a directory of checkpoints.
+Only `prune` and `repair` change a checkpoint directory.
 
-Exit codes: 0: all is well, 1: something is wrong, 2: the tool was called for something it cannot do.
+Exit codes: 0: everything is fine, 1: something is wrong, 2: the tool cannot do what was requested.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ app.command("repair")(repair)
 
 
 def main() -> None:
-    """Entry point of the console script. An error raised on purpose prints its message, without a traceback."""
+    """Entry point of the console script. For our own errors it prints the message without a traceback."""
     try:
         app()
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""The commands that change a directory hold its lease as a run does: never while one is running. Imports no torch."""
+"""Holds a directory's lease, as a run does, for commands that change it: never while a run has it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["decision", "held"]
 
 
 def decision(catalog: Catalog) -> KeepOptions:
-    """The metric that decides the best checkpoint: the one that the run has recorded, else its only metric."""
+    """The metric that decides the best checkpoint: the one that the run recorded, otherwise its only metric."""
     details = [item.manifest.details for item in reversed(catalog.checkpoints)]
     noted = (str(item["deciding_metric"]) for item in details if "deciding_metric" in item)
     modes = (str(item["best_metric_mode"]) for item in details if "best_metric_mode" in item)
@@ -31,7 +31,7 @@ def held(root: Path, keep: KeepOptions) -> Iterator[Directory]:
     """Hold a directory as its writer, after cleaning it up: drafts published or removed, pointers corrected.
 
     Raises:
-        CheckpointExistsError: A run writes to it, or may do so. This does not wait for it.
+        CheckpointExistsError: A run writes to it, or may do so. Does not wait for that run.
     """
     record = read_owner(root)
     # The directory still belongs to the job of the sweep that created it.

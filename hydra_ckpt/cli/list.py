@@ -24,8 +24,8 @@ from hydra_ckpt.sweeps.table import summary_table
 __all__ = ["list_checkpoints"]
 
 _HIDDEN_KINDS = {
-    "draft": "being written, or left behind by a run that died; the next run finishes or sweeps it",
-    "deleting": "being deleted, or left behind in the middle of it; the next run sweeps it",
+    "draft": "being written, or left behind by a run that died; the next run publishes or removes it",
+    "deleting": "being deleted, or left behind half deleted; the next run removes it",
     "corrupt": "set aside because it was damaged",
     "aside": "set aside because a run went back to an earlier step",
 }
@@ -33,7 +33,7 @@ _HIDDEN_KINDS = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """A directory that has a checkpoint's name.
+    """A directory with a checkpoint's name.
 
     Attributes:
         path: Where it is stored.
@@ -51,11 +51,11 @@ class _Entry:
 
     @property
     def mark(self) -> str:
-        """What is wrong in a word; empty if nothing is."""
+        """What is wrong, in a word or two; empty if nothing is."""
         return "" if not self.problem else "newer format" if self.is_newer else "damaged"
 
     def as_data(self) -> dict[str, Any]:
-        """For `--json`; values that only the manifest has are null if it cannot be read."""
+        """The data for `--json`; values from the manifest are null if it cannot be read."""
         known = self.checkpoint
         manifest = known.manifest if known else None
         return {
@@ -83,7 +83,7 @@ class _Listing:
         root: The directory.
         entries: By step.
         hidden: Kind (draft, deleting, corrupt, aside) to the names of the hidden directories of that kind.
-        dangling: Pointer to the missing name that it leads to.
+        dangling: Pointer to its missing target.
     """
 
     root: Path
@@ -114,7 +114,7 @@ def list_checkpoints(
     if not holds_checkpoints(directory) and is_sweep(directory):
         _list_jobs(directory.resolve(), as_json)
         return
-    listing = _read(locate(directory, or_else="It is not a sweep either: there is no job with checkpoints below it. "))
+    listing = _read(locate(directory, or_else="It is not a sweep either: no job below it has checkpoints. "))
     if as_json:
         print_json(_as_data(listing))
     else:
@@ -123,7 +123,7 @@ def list_checkpoints(
 
 
 def _list_jobs(sweep_dir: Path, as_json: bool) -> None:
-    """The sweep's summary, newly made from its current contents; printed as JSON it is the summary's file."""
+    """Print the sweep's summary, built from its current contents; as JSON it equals the summary file."""
     summary = summarize(sweep_dir)
     if as_json:
         print_json(summary)
@@ -135,10 +135,10 @@ def _read(located: Located) -> _Listing:
     below = [path for path in sorted(located.root.iterdir()) if is_checkpoint_directory(path)]
     paths = [path for path in below if located.wants(path.name)]
     if located.only is not None and not paths:
-        paths = [located.root / located.only]  # a checkpoint under a name of the user's own
+        paths = [located.root / located.only]  # a checkpoint that the user has renamed
     targets = {name: read_pointer(located.root, name) for name in sorted(pointers_in(located.root))}
     entries = [_entry(path, tuple(name for name, target in targets.items() if target == path.name)) for path in paths]
-    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone was not damaged.
     present = sorted((entry for entry in entries if entry.path.exists()), key=_step_order)
     if located.only is not None:
         return _Listing(located.root, tuple(present))

@@ -1,4 +1,4 @@
-"""Find the checkpoints that a path from the user refers to. Does not import torch."""
+"""Finds the checkpoints that a user's path refers to. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Located:
 
     Attributes:
         root: The checkpoint directory.
-        only: The name of the one checkpoint that was named; None for all of the directory.
+        only: The name of a single checkpoint; None for all in the directory.
     """
 
     root: Path
     only: str | None
 
     def wants(self, name: str) -> bool:
-        """Whether this checkpoint is among those meant."""
+        """Whether the path refers to this checkpoint."""
         return self.only is None or name == self.only
 
 

@@ -16,10 +16,10 @@ from hydra_ckpt.sweeps.summary import finite
 
 __all__ = ["cell", "console", "iso_time", "parts_data", "print_json", "print_line", "shown_size", "shown_time"]
 
-# Of the keys that JSON has; docs/format.md lists them.
+# Version of the JSON output's keys, which docs/format.md lists.
 _VERSION = 1
 
-# If the output is not a terminal, lines are for other programs and must not be wrapped.
+# If the output is not a terminal, other programs read the lines, so they must not be wrapped.
 _ENDLESS = 1000
 
 
@@ -29,12 +29,12 @@ def console() -> Console:
 
 
 def cell(text: str, style: str = "") -> Text:
-    """A text for a table, on one line, without control characters for the terminal."""
+    """A text for a table, on one line, without terminal control characters."""
     return Text(printable(text).replace("\n", "\\n"), style=style)
 
 
 def print_line(out: Console, text: str, style: str | None = None) -> None:
-    """Print a line without wrapping, and without control characters for the terminal."""
+    """Print a line without wrapping, and without terminal control characters."""
     out.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
@@ -61,7 +61,7 @@ def iso_time(seconds: float) -> str:
 
 
 def shown_size(nbytes: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in a readable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

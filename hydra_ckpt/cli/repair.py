@@ -1,4 +1,4 @@
-"""`hydra-ckpt repair`: does now what the next run would do to a directory first. Does not import torch."""
+"""`hydra-ckpt repair`: cleans up a directory now, as the next run would. Does not import torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def repair(
 
 
 def _plan(root: Path, dry_run: bool) -> list[str]:
-    """What is done to each hidden directory, or would be, in the words of a report."""
+    """What is done to each hidden directory, or would be, as lines to print."""
     found = []
     owner = read_owner(root)
     previous = owner[0].incarnation if owner is not None else None

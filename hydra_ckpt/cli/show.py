@@ -46,7 +46,7 @@ def show(
         print(_command(checkpoint))
         return
     problem = _problem(checkpoint)
-    # One of a newer format cannot be opened; the key exists because `list` has it too.
+    # A checkpoint of a newer format cannot be opened; the key exists because `list` also has it.
     data = {**_content(checkpoint), "problem": problem, "newer_format": False}
     if as_json:
         print_json(data)
@@ -92,7 +92,7 @@ def _overrides(checkpoint: Checkpoint) -> list[str]:
 
 
 def _changed(checkpoint: Checkpoint) -> list[str]:
-    """Settings that differ from those of the checkpoint before it."""
+    """Settings that differ from those of the previous checkpoint."""
     earlier = [item for item in scan(checkpoint.path.parent).checkpoints if item.step < checkpoint.step]
     now = saved_config(checkpoint.path)
     before = saved_config(earlier[-1].path) if earlier else None
@@ -125,7 +125,7 @@ def _command(checkpoint: Checkpoint) -> str:
 
 
 def _run_dir(checkpoint: Checkpoint, hydra: dict[str, Any]) -> Path:
-    """The run's current directory; it may have been moved, together with its checkpoints."""
+    """The run's current directory, which may have been moved together with its checkpoints."""
     recorded = Path(hydra["runtime"]["output_dir"])
     above = [path for path in checkpoint.path.parents if (path / (hydra.get("output_subdir") or ".hydra")).is_dir()]
     return above[0] if above and not checkpoint.path.is_relative_to(recorded) else recorded

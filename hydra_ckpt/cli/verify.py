@@ -1,4 +1,4 @@
-"""`hydra-ckpt verify`: every byte of a checkpoint against the digests taken when it was written."""
+"""`hydra-ckpt verify`: compares every byte of a checkpoint with the digests taken when it was written."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class _Finding:
-    """Something that is not as it was written.
+    """A difference from what was written.
 
     Attributes:
-        file: Relative to the checkpoint; empty if the checkpoint as a whole is meant.
-        byte_range: Half-open, or None for the whole file.
-        problem: What is wrong, with the place.
+        file: Path relative to the checkpoint; empty for the checkpoint as a whole.
+        byte_range: Half-open range of bytes, or None for the whole file.
+        problem: What is wrong, and where.
     """
 
     file: str
@@ -52,7 +52,7 @@ class _Finding:
 
     @classmethod
     def of(cls, root: Path, error: Exception) -> _Finding:
-        """From the error a reader would raise."""
+        """A finding from the error that a reader would raise."""
         if not isinstance(error, CorruptCheckpointError):
             return cls("", None, str(error))
         path = Path(error.file)
@@ -81,7 +81,7 @@ class _Verdict:
         self.findings.append(_Finding.of(self.path, error))
 
     def as_data(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The data for `--json`."""
         findings = [
             {"file": item.file, "byte_range": item.byte_range, "problem": item.problem} for item in self.findings
         ]
@@ -112,7 +112,7 @@ def verify_checkpoints(
         raise CheckpointNotFoundError(f"{located.root} holds no checkpoints, so there is nothing to verify")
     with _bar(hidden=as_json) as bar:
         verdicts = [_verify(path, bar) for path in paths]
-    # A run may be pruning meanwhile: a checkpoint that is gone by now was not damaged.
+    # A run may be pruning meanwhile: a checkpoint that is gone was not damaged.
     verdicts = [verdict for verdict in verdicts if verdict.path.exists()]
     whole = not any(verdict.findings for verdict in verdicts)
     if as_json:
@@ -149,7 +149,7 @@ def _bar(*, hidden: bool) -> Progress:
 
 
 def _verify(path: Path, bar: Progress) -> _Verdict:
-    """Everything that is wrong with one checkpoint, from the outside in."""
+    """Find everything that is wrong with one checkpoint, from the manifest down to the bytes."""
     verdict = _Verdict(path)
     try:
         checkpoint = Checkpoint.open(path)
@@ -165,7 +165,7 @@ def _verify(path: Path, bar: Progress) -> _Verdict:
 
 
 def _check_metrics(checkpoint: Checkpoint, verdict: _Verdict) -> None:
-    """Metrics that were added later are beside the manifest, in a file that contains its own digest."""
+    """Check metrics that were added later: their file is beside the manifest and contains its own digest."""
     try:
         read_metrics(checkpoint.path)
     except FileNotFoundError:
@@ -186,7 +186,7 @@ def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
     from hydra_ckpt.storage.verify import findings
 
-    # The missing part of a file has been reported; its remaining bytes would only repeat that.
+    # A file of the wrong size has already been reported; checking its bytes would only repeat that.
     known = {finding.file for finding in verdict.findings}
     wanted = [check for check in _checks(checkpoint, verdict) if check.file not in known]
     task = bar.add_task(checkpoint.name, total=sum(check.region.nbytes for check in wanted))
@@ -203,7 +203,7 @@ def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> No
 
 @contextmanager
 def _noting(verdict: _Verdict) -> Iterator[None]:
-    """A disk that cannot be read is a finding like any other."""
+    """Record errors as findings; a disk that cannot be read is one like any other."""
     try:
         yield
     except (CheckpointError, OSError) as error:
@@ -227,7 +227,7 @@ def _checks(checkpoint: Checkpoint, verdict: _Verdict) -> Sequence[Check]:
 
 
 def _check_headers(checkpoint: Checkpoint, verdict: _Verdict) -> None:
-    """That headers and index describe exactly the bytes there are; a damaged byte in them has been found before."""
+    """Check that headers and index describe exactly the existing bytes; damaged bytes in them are already found."""
     from hydra_ckpt.storage.distcp import stored_tensors
     from hydra_ckpt.storage.header import read_tensors
 
@@ -261,9 +261,7 @@ def _remedy(verdict: _Verdict, verdicts: Sequence[_Verdict]) -> str:
     """What to do, in one line."""
     files = {finding.file for finding in verdict.findings}
     if files == {names.METRICS}:
-        return (
-            f"Only metrics are affected. Delete {names.METRICS} in it to continue without those added after the save."
-        )
+        return f"Only metrics are affected. Delete its {names.METRICS} to continue without those added after the save."
     text = "Restore the checkpoint from a copy, or delete its directory."
     if all(file.startswith(f"{names.DIGESTS}/") for file in files):
         text = (

@@ -1,6 +1,6 @@
-"""The ranks of a run talking to each other; nothing else in the package does.
+"""Communication between the ranks of a run; the only package that communicates.
 
-A `Group` is made once, collectively, and then needs the training's process group no more: a TCPStore of its own,
-hosted by rank 0, carries everything. Threads talk on a `Channel` of it; the training thread, which asks at every step,
-by reductions (`Vote`).
+A `Group` is created once, collectively. After that it no longer needs the training's process group: its own TCPStore,
+hosted by rank 0, carries everything. Each thread uses a `Channel`; at every step, the training thread uses reductions
+(`Vote`).
 """

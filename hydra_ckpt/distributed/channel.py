@@ -1,6 +1,6 @@
 """Messages between the ranks.
 
-Each thread that talks has a `Channel` of its own. On a channel every rank makes the same calls in the same order.
+Each thread that communicates has its own `Channel`. On a channel every rank makes the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ class RankTimeoutError(CheckpointError):
     """Some ranks did not answer within the limit.
 
     Attributes:
-        ranks: Those ranks.
+        ranks: The ranks that did not answer.
     """
 
     def __init__(self, what: str, ranks: Sequence[int], limit_s: float) -> None:
         self.ranks = list(ranks)
         super().__init__(
             f"{what}: no answer from rank {', '.join(map(str, ranks))} within {limit_s:.0f} s "
-            "(checkpoint.consolidation_timeout_minutes); a rank has died, is stuck, or took another path"
+            "(checkpoint.consolidation_timeout_minutes); a rank has died, is stuck, or made other calls"
         )
 
 
 class Channel(ABC):
-    """Messages between the ranks, one thread a rank. Payloads are plain data (JSON)."""
+    """Messages between the ranks, one thread per rank. Payloads are plain data (JSON)."""
 
     rank: int
     world_size: int
 
     @abstractmethod
     def open(self) -> None:
-        """Collective: begin an exchange. A rank that gave up in the one before is in step with the others again."""
+        """Collective: begin an exchange. Puts a rank that gave up in the previous one back in step with the others."""
 
     @abstractmethod
     def gather(self, what: str, payload: Any) -> list[Any] | None:
-        """Collective: hand a payload to the coordinator, who gets those of all ranks by rank; others get None.
+        """Collective: send a payload to the coordinator, which gets all payloads by rank; other ranks get None.
 
         Only the coordinator waits.
         """
 
     @abstractmethod
     def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
-        """Collective: the coordinator's value on every rank; the coordinator passes `send` to make it.
+        """Collective: the coordinator's value on every rank; the coordinator passes `send`, which makes it.
 
-        The others wait as long as the coordinator is at it, and no longer than the limit after its last sign of life.
+        The others wait while the coordinator is working on it, at most the limit after its last sign of life.
         """
 
     @property
@@ -60,18 +60,18 @@ class Channel(ABC):
 
     @abstractmethod
     def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
-        """Collective: the coordinator hands each rank a payload of its own; others pass None."""
+        """Collective: the coordinator sends each rank its own payload; others pass None."""
 
     @abstractmethod
     def farewell(self) -> None:
-        """Collective: rank 0, who hosts the store, returns when all others have heard everything, or are late."""
+        """Collective: rank 0, which hosts the store, returns once all other ranks have every answer, or are late."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the connection. Idempotent."""
+        """Close the connection. Idempotent."""
 
     def coordinator_step(self, what: str, step: Callable[[], Any]) -> Any:
-        """Collective: let rank 0 do something; all ranks get its result, or raise its error."""
+        """Collective: run `step` on rank 0; all ranks get its result, or raise its error."""
 
         def attempt() -> dict[str, Any]:
             try:
@@ -93,7 +93,7 @@ class Channel(ABC):
         except RankTimeoutError as error:
             if not self.is_coordinator:
                 raise
-            late = error  # the others hear of it too
+            late = error  # reported to the others too
 
         def decision() -> Any:
             if late is not None:
@@ -103,7 +103,7 @@ class Channel(ABC):
         return self.coordinator_step(what, decision)
 
     def raise_together(self, what: str, error: Exception | None) -> None:
-        """Collective: if any rank has an error, raise on every rank: its own, or else the first rank's."""
+        """Collective: if any rank has an error, raise on every rank: its own, otherwise that of the first rank."""
         self.conclude(what, error, None, lambda _: None)
 
     def conclude(self, what: str, error: Exception | None, payload: Any, decide: Callable[[list[Any]], Any]) -> Any:
@@ -137,7 +137,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def error_from_data(data: Mapping[str, Any], prefix: str = "") -> CheckpointError:
-    """The error that `error_to_data` described; one from outside our tree becomes a `CheckpointError`."""
+    """The reverse of `error_to_data`; errors of other classes than ours become a `CheckpointError`."""
     kind = getattr(errors, data["kind"], None)
     if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
         return CheckpointError(f"{prefix}{data['kind']}: {data['text']}")
@@ -145,30 +145,30 @@ def error_from_data(data: Mapping[str, Any], prefix: str = "") -> CheckpointErro
 
 
 class SoloChannel(Channel):
-    """One rank that talks to itself."""
+    """The channel of a single rank."""
 
     rank = 0
     world_size = 1
 
     def open(self) -> None:
-        """Nobody to be in step with."""
+        """Nothing to do on a single rank."""
 
     def gather(self, what: str, payload: Any) -> list[Any]:
-        """The payload alone."""
+        """This rank's payload in a list."""
         return [payload]
 
     def receive(self, what: str, send: Callable[[], Any] | None = None) -> Any:
-        """The value itself."""
+        """The value of `send`."""
         if send is None:
-            raise RuntimeError(f"{what}: the only rank is the coordinator and has to send")
+            raise RuntimeError(f"{what}: the only rank is the coordinator and must send")
         return send()
 
     def scatter(self, what: str, payloads: Sequence[Any] | None) -> Any:
-        """The payload alone."""
+        """This rank's payload."""
         return (payloads or [None])[0]
 
     def farewell(self) -> None:
-        """Nobody to wait for."""
+        """No other rank to wait for."""
 
     def close(self) -> None:
-        """No connection to let go of."""
+        """No connection to close."""

@@ -1,4 +1,4 @@
-"""Calls that may block for ever, made so that whoever needs their answers does not."""
+"""Makes calls that may block forever without blocking their caller."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _T = TypeVar("_T")
 class Courier:
     """Makes the calls of one connection in a daemon thread, one after the other. Any thread may submit.
 
-    PyTorch's store keeps its time-outs only while its server answers: if rank 0 is paused, or packets are dropped, a
-    call stays in recv(2) for ever. TCP_USER_TIMEOUT would end the second case but not the first, because the kernel of
-    a paused process still acknowledges what arrives. A transport of our own over sockets would end both, but it would
-    have to serve thousands of ranks from Python. So the call gets a thread, and the caller stops waiting at its limit.
-    The thread stays behind. When the answer comes after all, the connection can be used again.
+    PyTorch's store keeps its timeouts only while its server answers: if rank 0 is paused, or packets are dropped, a
+    call stays in recv(2) forever. TCP_USER_TIMEOUT would fix the second case but not the first, because the kernel of
+    a paused process still acknowledges packets. Our own transport over sockets would fix both, but it would have to
+    serve thousands of ranks from Python. So the call gets a thread, and the caller stops waiting at its limit. The
+    thread is left waiting; if the answer arrives after all, the connection can be used again.
 
     Args:
         name: The thread's name.
@@ -36,16 +36,16 @@ class Courier:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, call: Callable[[], _T]) -> Future[_T]:
-        """Queue a call; nobody has to wait for it."""
+        """Queue a call; nothing has to wait for it."""
         future: Future[_T] = Future()
         self._jobs.put((future, call))  # type: ignore[arg-type]
         return future
 
     def call(self, call: Callable[[], _T], limit_s: float) -> _T:
-        """The answer of a call.
+        """Make a call and return its answer.
 
         Raises:
-            TimeoutError: It has not come within `limit_s` seconds. A call that has not begun is not made any more.
+            TimeoutError: No answer within `limit_s` seconds. A call that has not begun by then is cancelled.
         """
         future = self.submit(call)
         try:
@@ -56,7 +56,7 @@ class Courier:
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Beat as long as the block runs."""
+        """Beat while the block runs."""
         self._is_beating = True
         try:
             yield
@@ -64,7 +64,7 @@ class Courier:
             self._is_beating = False
 
     def close(self) -> None:
-        """Let the thread end when it has made the calls queued so far. Idempotent; waits for nothing."""
+        """Let the thread end after the calls queued so far. Idempotent; does not wait."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -77,11 +77,11 @@ class Courier:
             if job is None:
                 return
             _make(*job)
-            del job  # what it refers to must not outlive it in an idle thread
+            del job  # an idle thread must not keep the call's objects alive
 
     def _beat_once(self) -> None:
         if self._is_beating and self._beat is not None:
-            _make(Future(), self._beat)  # a beat that fails is one that nobody hears
+            _make(Future(), self._beat)  # a beat that fails is simply not heard
 
 
 def _make(future: Future[object], call: Callable[[], object]) -> None:
@@ -94,10 +94,10 @@ def _make(future: Future[object], call: Callable[[], object]) -> None:
 
 
 def bounded(call: Callable[[], _T], limit_s: float) -> _T:
-    """The answer of a single call.
+    """Make a single call in a thread of its own, and return its answer.
 
     Raises:
-        TimeoutError: It has not come within `limit_s` seconds.
+        TimeoutError: No answer within `limit_s` seconds.
     """
     courier = Courier("hydra_ckpt-call")
     try:

@@ -1,4 +1,4 @@
-"""The ranks that checkpoint together: where their store is, and their reductions."""
+"""The ranks that checkpoint together: their store and their reductions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LISTED = 3
 
 
 def gather_everywhere(process_group: dist.ProcessGroup | None, payload: Any) -> list[Any]:
-    """Collective, where a process group is up: the payloads of all ranks, by rank. For the time before a `Group`."""
+    """Collective if a process group is up: the payloads of all ranks, by rank. For use before a `Group` exists."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return [payload]
     payloads: list[Any] = [None] * dist.get_world_size(process_group)
@@ -37,8 +37,8 @@ class Group:
     """The ranks that checkpoint together.
 
     Args:
-        rank: This process among them.
-        world_size: Their number.
+        rank: This process's rank.
+        world_size: Number of ranks.
         limit_s: Longest wait for an answer, in seconds.
         store: The store that carries their messages; None for a single rank.
         incarnation: Random text, the same on all ranks, new at every start.
@@ -65,13 +65,13 @@ class Group:
 
     @classmethod
     def create(cls, process_group: dist.ProcessGroup | None, limit_s: float) -> Group:
-        """Collective, where a process group is up: make the store and tell everyone where it is."""
+        """Collective if a process group is up: create the store and connect every rank to it."""
         if not (dist.is_available() and dist.is_initialized()):
             launched = os.environ.get("WORLD_SIZE", "1")
             if launched != "1":
                 log.warning(
                     "WORLD_SIZE is %s, but this process belongs to no process group and checkpoints alone: call "
-                    "torch.distributed.init_process_group() (accelerate: Accelerator(cpu=True) on CPUs) before it",
+                    "torch.distributed.init_process_group() (accelerate: Accelerator(cpu=True) on CPUs) first",
                     launched,
                 )
             return cls(0, 1, limit_s)
@@ -84,27 +84,27 @@ class Group:
         if store is None:
             assert isinstance(reached, Reached)  # _meet has raised otherwise
             store = reached.store
-        # Straight on our own store: groups that training makes of the same ranks could get the same name in its store.
+        # On our own store: in training's store, another group of the same ranks could get the same name.
         options = _options(own, limit_s)
         found = store
         try:
             votes = bounded(lambda: ProcessGroupGloo(PrefixStore("votes", found), rank, world_size, options), limit_s)
         except (RuntimeError, TimeoutError) as error:
             raise CheckpointError(
-                f"the ranks have reached rank 0 but not each other, from {own or 'the address that gloo chose'} "
-                f"({error}). Name the network interface by GLOO_SOCKET_IFNAME if that is the wrong one"
+                f"the ranks can reach rank 0 but not each other, from {own or 'the address that gloo chose'} "
+                f"({error}). If that is the wrong network interface, set GLOO_SOCKET_IFNAME"
             ) from error
         return cls(rank, world_size, limit_s, store, place.incarnation, votes)
 
     def start_reduction(self, numbers: torch.Tensor, *, adds: bool) -> dist.Work | None:
-        """Collective: begin to replace each number by the largest that any rank gives, or by the sum of all.
+        """Collective: start replacing each number by its maximum over all ranks, or by its sum.
 
         Args:
             numbers: Shape (n,), integers on the CPU; in place. The same n at every call: see `Vote`.
-            adds: Whether the sum is wanted.
+            adds: Whether to compute the sum.
 
         Returns:
-            What to wait for; None if it is done already.
+            The work to wait for; None if it is already done.
         """
         if self._votes is None:
             return None
@@ -113,18 +113,18 @@ class Group:
         return work
 
     def channel(self, lane: str) -> Channel:
-        """A channel of its own for one thread; `lane` names it, equal on all ranks."""
+        """A new channel for one thread; `lane` names it, equal on all ranks."""
         store, courier = self._store, self._courier
         if store is None or courier is None:
             return SoloChannel()
         try:
             connection = courier.call(store.clone, self.limit_s)  # type: ignore[attr-defined]
         except (RuntimeError, TimeoutError) as error:
-            raise CheckpointError(f"rank 0 cannot be reached any more ({error})") from error
+            raise CheckpointError(f"rank 0 can no longer be reached ({error})") from error
         return StoreChannel(connection, f"{self._incarnation}/{lane}", self.rank, self.world_size, self.limit_s)
 
     def close(self) -> None:
-        """Let go of the gloo group and the store. Idempotent."""
+        """Release the gloo group and the store. Idempotent."""
         self._votes = None
         self._store = None
         if self._courier is not None:
@@ -132,11 +132,11 @@ class Group:
 
 
 def _open_store(process_group: dist.ProcessGroup | None, rank: int) -> tuple[Place, TCPStore | None]:
-    """Collective: rank 0 makes the store; all learn where it is."""
+    """Collective: rank 0 creates the store; all ranks get its place."""
     store: TCPStore | None = None
     note: list[Any] = [None]
     if rank == 0:
-        # Ranks on other hosts have to reach it.
+        # Ranks on other hosts must be able to reach it.
         store = TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)  # noqa: S104
         place = Place.here(store.port, os.urandom(6).hex())
         store.set(place.incarnation, "1")
@@ -147,7 +147,7 @@ def _open_store(process_group: dist.ProcessGroup | None, rank: int) -> tuple[Pla
 
 
 def _try_to_reach(place: Place, limit_s: float) -> Reached | str:
-    """The way to rank 0, or why there is none; the others have to hear of that."""
+    """The connection to rank 0, or why there is none, which the other ranks must be told."""
     try:
         return reach(place, limit_s)
     except UnreachableError as error:
@@ -155,17 +155,17 @@ def _try_to_reach(place: Place, limit_s: float) -> Reached | str:
 
 
 def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None) -> str:
-    """Collective: see that every rank has reached rank 0.
+    """Collective: check that every rank has reached rank 0.
 
     Args:
         process_group: The ranks.
-        reached: How this rank has reached it, or why not; None for rank 0.
+        reached: How this rank has reached rank 0, or why not; None on rank 0.
 
     Returns:
-        The address by which the other ranks reach this one.
+        The address at which the other ranks reach this one.
 
     Raises:
-        CheckpointError: A rank has not; on all of them.
+        CheckpointError: On all ranks, if any rank has not.
     """
     network = network_of_this_process()
     way = [reached.address, reached.own] if isinstance(reached, Reached) else None
@@ -174,18 +174,18 @@ def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None
     failed = [f"rank {rank} on {note[0]}: {note[2]}" for rank, note in enumerate(notes) if note[2]]
     if failed:
         raise CheckpointError(
-            f"{'; '.join(failed[:_LISTED])}. Set MASTER_ADDR to an address of rank 0's host that all hosts reach, mend "
-            "what the hosts' names mean (/etc/hosts), or let its packet filter pass connections between the hosts"
+            f"{'; '.join(failed[:_LISTED])}. Set MASTER_ADDR to an address of rank 0's host that all hosts can reach, "
+            "fix the host names (/etc/hosts), or let the firewall pass connections between the hosts"
         )
     remote = [note[3] for note in notes if note[3] is not None and note[3][0] != LOOPBACK]
     if way is not None and way[0] != LOOPBACK:
         return str(way[1])
-    # Beside rank 0: others know this host by the address they have reached it at.
+    # On rank 0's host: the address at which ranks on other hosts have reached it.
     return str(remote[0][0]) if remote else LOOPBACK
 
 
 def _options(own: str, limit_s: float) -> Any:
-    """How gloo connects: from an address that others reach, which the host's name need not be."""
+    """How gloo connects: from an address that others can reach, which may not be what the host name resolves to."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - no other way to give a device
     options._timeout = timedelta(seconds=limit_s)  # noqa: SLF001
     chosen = bool(os.environ.get("GLOO_SOCKET_IFNAME"))

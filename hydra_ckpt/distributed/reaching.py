@@ -1,8 +1,8 @@
 """How the ranks find rank 0's store on its host.
 
-Names prove little. Debian's installer lets a host's own name mean 127.0.1.1, two hosts may have one name, and addresses
-such as a container bridge's exist on each of them. So rank 0 tells all addresses it has, the others try one after the
-other, and what answers has to know the run's incarnation.
+Host names are unreliable. Debian's installer maps a host's own name to 127.0.1.1, two hosts may have the same name, and
+addresses such as a container bridge's exist on every host. So rank 0 sends all its addresses, the others try them one
+by one, and the server that answers must know the run's incarnation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hydra_ckpt.distributed.courier import bounded
 
 LOOPBACK = "127.0.0.1"
 _MOST_S = 60.0
-# A packet filter that drops what it gets must not use up the time that another address needs.
+# A firewall that drops packets must not use up the time needed for other addresses.
 _ATTEMPT_S = 5.0
 _BETWEEN_ROUNDS_S = 0.2
 _PROC = Path("/proc")
@@ -36,8 +36,8 @@ class Place:
 
     Attributes:
         name: The host's name.
-        network: Equal for processes that reach each other through the loopback; empty where that is not known.
-        addresses: The host's addresses, those of the loopback left out.
+        network: Equal for processes that reach each other through the loopback; empty if unknown.
+        addresses: The host's addresses, without those of the loopback.
         port: The store's port.
         incarnation: A key of that store.
     """
@@ -50,7 +50,7 @@ class Place:
 
     @classmethod
     def here(cls, port: int, incarnation: str) -> Place:
-        """This host."""
+        """The place of a store on this host."""
         return cls(socket.gethostname(), network_of_this_process(), tuple(addresses_of_this_host()), port, incarnation)
 
 
@@ -60,8 +60,8 @@ class Reached:
 
     Attributes:
         store: The connection.
-        address: Rank 0's address, as this rank knows it.
-        own: This rank's address on the way there.
+        address: The address at which this rank reached rank 0.
+        own: This rank's own address on that connection.
     """
 
     store: TCPStore
@@ -70,11 +70,11 @@ class Reached:
 
 
 class UnreachableError(Exception):
-    """No address of rank 0 answers as it should; the text lists them with the reasons."""
+    """No address of rank 0 leads to its store; the text lists them with the reasons."""
 
 
 def network_of_this_process() -> str:
-    """Equal for processes that share a loopback: boot and network namespace; empty where neither is known."""
+    """Equal for processes that share a loopback: boot ID and network namespace; empty if unknown."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {(_PROC / 'self/ns/net').stat().st_ino}"
@@ -83,14 +83,14 @@ def network_of_this_process() -> str:
 
 
 def addresses_of_this_host() -> list[str]:
-    """The addresses of all network interfaces but the loopback, IPv4 before IPv6."""
+    """The addresses of all network interfaces except the loopback, IPv4 before IPv6."""
     found = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
     texts = [entry.address for family in (socket.AF_INET, socket.AF_INET6) for entry in found if entry.family == family]
     return [text for text in dict.fromkeys(texts) if not _is_local(text)]
 
 
 def _is_local(text: str) -> bool:
-    """Whether an address means another host on each host: the loopback, or one that needs an interface's name."""
+    """Whether an address is only valid on its own host or link: loopback or link-local."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -99,23 +99,23 @@ def _is_local(text: str) -> bool:
 
 
 def candidates(place: Place, network: str, master: str | None) -> list[str]:
-    """The addresses to try for rank 0, the likeliest first.
+    """The addresses to try for rank 0, the most likely first.
 
     Args:
         place: Where rank 0 is.
         network: This process's network; see `network_of_this_process`.
-        master: The launcher's MASTER_ADDR, which is rank 0's host as a rule.
+        master: The launcher's MASTER_ADDR, usually rank 0's host.
     """
     if network and network == place.network:
         return [LOOPBACK]
     named = [address for name in (master, place.name) if name for address in _look_up(name, place.port)]
     found = list(dict.fromkeys([*named, *place.addresses]))
-    # What a name means on this host may be this host; the check of the incarnation finds that out.
+    # A name may resolve to this host instead of rank 0's; checking the incarnation finds that out.
     return sorted(found, key=_is_local)
 
 
 def _look_up(name: str, port: int) -> list[str]:
-    """The addresses of a name; none where the name is unknown, or its server does not answer."""
+    """The addresses of a name; none if the name is unknown, or the name server does not answer."""
     try:
         rows = bounded(lambda: socket.getaddrinfo(name, port, type=socket.SOCK_STREAM), _ATTEMPT_S)
     except (OSError, TimeoutError):
@@ -124,14 +124,14 @@ def _look_up(name: str, port: int) -> list[str]:
 
 
 def reach(place: Place, limit_s: float) -> Reached:
-    """Connect to rank 0's store, by the first of its addresses that leads there.
+    """Connect to rank 0's store at the first of its addresses that works.
 
     Args:
-        place: Where it is.
-        limit_s: The longest wait, in seconds; never more than a minute.
+        place: Where rank 0 is.
+        limit_s: The longest wait, in seconds; capped at a minute.
 
     Raises:
-        UnreachableError: None has led there.
+        UnreachableError: No address works.
     """
     deadline = time.monotonic() + min(limit_s, _MOST_S)
     found = candidates(place, network_of_this_process(), os.environ.get("MASTER_ADDR"))
@@ -146,7 +146,7 @@ def reach(place: Place, limit_s: float) -> Reached:
             except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError
                 reasons[address] = str(error) or type(error).__name__
             else:
-                # The attempt was short, because other addresses had to get their turn. What follows has only this one.
+                # The attempt was short, to leave time for other addresses. From now on there is only this one.
                 reached.store.set_timeout(timedelta(seconds=limit_s))
                 return reached
         if not found or time.monotonic() + _BETWEEN_ROUNDS_S > deadline:
@@ -155,12 +155,12 @@ def reach(place: Place, limit_s: float) -> Reached:
 
 
 def _try(place: Place, address: str, limit_s: float) -> Reached:
-    # The store would go on trying where nobody listens; a plain connection is refused at once.
+    # The store would keep retrying if nothing listens; a plain connection is refused at once.
     with socket.create_connection((address, place.port), limit_s) as probe:
         own = str(probe.getsockname()[0])
     store = TCPStore(address, place.port, None, is_master=False, timeout=timedelta(seconds=limit_s))
     if not store.check([place.incarnation]):
-        raise OSError("another program's store answers there")
+        raise OSError("another program's store answers at this address")
     return Reached(store, address, own)
 
 

@@ -1,4 +1,4 @@
-"""Messages carried by a store of our own, where every wait ends at its limit whatever the network does."""
+"""Messages over our own store; every wait ends at its limit, whatever the network does."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from hydra_ckpt.distributed.channel import Channel, RankTimeoutError
 from hydra_ckpt.distributed.courier import Courier
 from hydra_ckpt.errors import CheckpointError
 
-# A farewell needs no longer than any other message; a rank that is later has died.
+# A farewell takes no longer than any other message; a rank that is later has died.
 _FAREWELL_S = 20.0
-# PyTorch's store reads a long message again from its start whenever more of it arrives: to wait for 16,384 keys and
-# get them took 0.4 s in one message each, and 0.05 s in sixteen.
+# PyTorch's store rereads a long message from its start whenever more of it arrives: waiting for 16,384 keys and getting
+# them took 0.4 s in one message each, and 0.05 s in sixteen.
 _KEYS_A_MESSAGE = 1024
-# Rank 0 shows four times within the limit that it is at work. An answer that comes sooner takes no message more.
+# Rank 0 sends four signs of life within the limit. An answer that comes sooner needs none.
 _BEATS = 4
-# A rank 0 that shows signs of life and never comes to an end is given up after ten limits, or five minutes: at the
-# start it may itself have to watch another run's heartbeat for so long.
+# Ranks give up on a rank 0 that sends signs of life but never finishes after ten limits, but not before five minutes:
+# at the start it may have to watch another run's heartbeat for that long.
 _MOST_LIMITS = 10
 _AT_LEAST_S = 300.0
-# What an answer may take beyond the limit before the connection counts as stuck.
+# How long past the limit an answer may take before the connection counts as stuck, in seconds.
 _GRACE_S = 1.0
-# The same for rank 0, whose own server always answers, and which may have to ask for thousands of keys one by one.
+# The same for rank 0, whose own server always answers, and which may have to query thousands of keys one by one.
 _COLLECT_S = 60.0
 
 _T = TypeVar("_T")
 
 
 class _Patience:
-    """How long a rank still waits for rank 0: the limit, counted from its last sign of life."""
+    """How long a rank still waits for rank 0: the limit, counted from rank 0's last sign of life."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -47,24 +47,24 @@ class _Patience:
 
     @property
     def left_s(self) -> float:
-        """Seconds left; negative once it is over."""
+        """Seconds left; negative past the deadline."""
         return self._deadline - time.monotonic()
 
     def renew(self) -> None:
-        """Rank 0 is at work."""
+        """Record a sign of life from rank 0."""
         self._deadline = min(time.monotonic() + self._limit_s, self._end)
 
 
 class StoreChannel(Channel):
-    """A channel over a TCPStore connection of its own.
+    """A channel over its own TCPStore connection.
 
     Keys are `<incarnation>/<lane>/<exchange>.<number of the message>/…`. The coordinator removes a message once every
-    rank has sent the next one, so the store does not grow. While it makes an answer it sends empty ones from time to
-    time, under the keys `…/to/0`, `…/to/1` and so on; the first that is not empty is the answer.
+    rank has sent the next one, so the store does not grow. While it prepares an answer it regularly sends empty ones,
+    under the keys `…/to/0`, `…/to/1` and so on; the first that is not empty is the answer.
 
     Args:
         store: The connection.
-        lane: Names the channel, equal on all ranks.
+        lane: The channel's name, equal on all ranks.
         rank: This rank.
         world_size: The number of ranks.
         limit_s: The longest wait, in seconds.
@@ -96,8 +96,8 @@ class StoreChannel(Channel):
         keys = self._next(*(f"from/{rank}" for rank in range(self.world_size)))
         store = self._connection
         if not self.is_coordinator:
-            # Not waited for: if it does not get there, the answer to it does not come either. It is sent even if this
-            # rank gives up, so that rank 0 need not wait for a rank that has failed.
+            # Not waited for: if it gets lost, no answer comes either. It is sent even if this rank gives up, so that
+            # rank 0 need not wait for a rank that has failed.
             text = json.dumps(payload)
             self._courier.submit(lambda: store.set(keys[self.rank], text))
             return None
@@ -144,7 +144,7 @@ class StoreChannel(Channel):
                 wanted = [f"{key}/{rank}" for rank in range(1, self.world_size)]
                 self._courier.call(lambda: store.wait(wanted, timedelta(seconds=limit_s)), limit_s + _GRACE_S)
         except (RuntimeError, TimeoutError):
-            return  # the others have died, or rank 0 has: nobody is left to wait for
+            return  # the others have died, or rank 0 has: there is nothing left to wait for
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -154,11 +154,11 @@ class StoreChannel(Channel):
     @property
     def _connection(self) -> Store:
         if self._store is None:
-            raise CheckpointError("the Checkpointer is closed; its ranks cannot talk any more")
+            raise CheckpointError("the Checkpointer is closed; its ranks can no longer communicate")
         return self._store
 
     def _call(self, what: str, call: Callable[[], _T], extra_s: float = _GRACE_S) -> _T:
-        """Make a call that does not wait longer than the limit if rank 0 answers."""
+        """Make a call that waits no longer than the limit if rank 0 answers."""
         try:
             return self._courier.call(call, self._limit_s + extra_s)
         except TimeoutError as error:
@@ -173,23 +173,23 @@ class StoreChannel(Channel):
     # -- the coordinator -----------------------------------------------------------------------------------------
 
     def _aim(self, key: str) -> None:
-        """From now on answers go to this key."""
+        """Send answers to this key from now on."""
         if key != self._answer_key:
             self._answer_key, self._answers = key, 0
 
     def _answer(self, text: str) -> None:
-        """In the courier's thread: the next answer under the key."""
+        """In the courier's thread: send the next answer under the key."""
         key = f"{self._answer_key}/{self._answers}"
         self._answers += 1
         self._spent.append(key)
         self._connection.set(key, text)
 
     def _beat(self) -> None:
-        """In the courier's thread: show the others that this rank is at work."""
+        """In the courier's thread: send a sign of life."""
         self._answer("")
 
     def _collect(self, store: Store, keys: list[str]) -> list[bytes | None]:
-        """In the courier's thread: the values of keys; None for what has not come within the limit."""
+        """In the courier's thread: the values of the keys; None for those that did not arrive within the limit."""
         deadline = time.monotonic() + self._limit_s
         found: list[bytes | None] = []
         for start in range(0, len(keys), _KEYS_A_MESSAGE):
@@ -221,11 +221,11 @@ class StoreChannel(Channel):
 
 
 def _watch(store: Store, key: str, patience: _Patience) -> bytes:
-    """In the courier's thread: wait for an answer, from sign of life to sign of life."""
+    """In the courier's thread: wait for an answer; each sign of life extends the wait."""
     number = 0
     while True:
         answer = f"{key}/{number}"
-        # The second look is for a rank that was paused itself.
+        # Checks once more in case this rank itself was paused.
         if not _has_come(store, [answer], patience.left_s) and not store.check([answer]):
             raise TimeoutError
         found: bytes = store.get(answer)
@@ -244,10 +244,10 @@ def _has_come(store: Store, keys: list[str], within_s: float) -> bool:
 
 
 def _outcome(future: Future[_T], patience: _Patience) -> _T:
-    """What a call has given; gives up a little after the patience is over, because the call may be stuck.
+    """The result of a call; gives up a little after the patience runs out, because the call may be stuck.
 
     Raises:
-        TimeoutError: It is over.
+        TimeoutError: The patience has run out.
     """
     while patience.left_s > 0:
         try:
@@ -262,4 +262,4 @@ def _outcome(future: Future[_T], patience: _Patience) -> _T:
 
 
 def _unreachable(what: str, error: RuntimeError) -> CheckpointError:
-    return CheckpointError(f"{what}: rank 0 cannot be reached any more ({error})")
+    return CheckpointError(f"{what}: rank 0 can no longer be reached ({error})")

@@ -1,4 +1,4 @@
-"""What the training threads of the ranks agree on, by reductions."""
+"""Agreement between the ranks' training threads, by reductions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch.distributed as dist
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.errors import CheckpointError
 
-# All votes have one size: where ranks meet in different ones, gloo would end the process if these had different sizes.
+# All votes have the same size: if ranks meet in different votes, gloo would end the process if the sizes differed.
 _NUMBERS = 16
 
 
 class Vote:
-    """Numbers that ranks say, and of which all ranks hear the largest, or the sum.
+    """Each rank says some numbers, and all ranks hear their maximum or sum.
 
-    The reduction runs beside what a rank does until it hears. At a training step that makes agreement free: what was
-    said at one step is heard at the next, and every rank acts at the same one.
+    The reduction runs in the background until a rank hears the result. At a training step that makes agreement free:
+    what was said at one step is heard at the next, and every rank acts at the same step.
 
-    For one thread of each rank, the one that trains. A vote must be heard before it says more; others may be under way.
+    Training thread only. Each `say` must be followed by `hear` before the next one; other votes may be under way.
 
     Args:
         group: The ranks.
-        what: What it is about, equal on all ranks. Ranks that meet in votes about different things hear of that.
+        what: The topic, equal on all ranks. Ranks that meet in votes on different topics raise an error.
         size: How many numbers, at most 14.
-        adds: Whether ranks hear the sum.
+        adds: Whether ranks hear the sum instead of the maximum.
     """
 
     def __init__(self, group: Group, what: str, size: int, *, adds: bool = False) -> None:
@@ -42,17 +42,17 @@ class Vote:
         self._work: dist.Work | None = None
 
     def say(self, numbers: Sequence[int]) -> None:
-        """Collective: say numbers (64 bits, signed)."""
+        """Collective: say `size` numbers (64 bits, signed)."""
         self._into[: self._size] = numbers
         self._into[-2:] = self._topic
         self._is_open = True
         self._work = self._group.start_reduction(self._said, adds=self._adds)
 
     def hear(self) -> list[int] | None:
-        """Collective: the largest of the numbers said, or their sums; None if nothing was said since the last time.
+        """Collective: the maxima of the numbers said, or their sums; None if nothing was said since the last call.
 
         Raises:
-            CheckpointError: A rank did not say anything within the limit, has died, or is in another vote.
+            CheckpointError: A rank said nothing within the limit, has died, or is in another vote.
         """
         if not self._is_open:
             return None
@@ -64,19 +64,19 @@ class Vote:
                 work.wait()
         except RuntimeError as error:
             raise CheckpointError(
-                f"{self._what}: a rank has left the training loop, has died, or did not come within "
+                f"{self._what}: a rank has left the training loop, has died, or did not arrive within "
                 f"{self._group.limit_s:.0f} s (checkpoint.consolidation_timeout_minutes; waited "
-                f"{time.monotonic() - started:.0f} s); every rank must make the same calls, as often ({error})"
+                f"{time.monotonic() - started:.0f} s); every rank must make the same calls, equally often ({error})"
             ) from error
         heard: list[int] = self._into.tolist()
         if heard[-2:] != self._all_topics:
             raise CheckpointError(
-                f"{self._what}: another rank does something else meanwhile, such as saving where this one takes a step "
-                "or the reverse; every rank must make the same calls, as often"
+                f"{self._what}: another rank is making a different call, such as saving while this one takes a step, "
+                "or the reverse; every rank must make the same calls, equally often"
             )
         return heard[: self._size]
 
     def ask(self, numbers: Sequence[int]) -> list[int]:
-        """Collective: say and hear at once."""
+        """Collective: say and hear in one call."""
         self.say(numbers)
         return self.hear() or []

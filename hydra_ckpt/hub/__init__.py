@@ -1,1 +1,1 @@
-"""Hugging Face in and out: what a directory needs besides weights so that `from_pretrained` can open it."""
+"""Hugging Face import and export: what a directory needs besides weights so that `from_pretrained` can open it."""

@@ -22,7 +22,7 @@ from hydra_ckpt.state.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 
-# Names of the files of a tokenizer or processor, wherever they are stored with a model.
+# File names of tokenizers and processors stored with a model.
 _TOKENIZER_FILES = (
     "*.spm",
     "*.tiktoken",
@@ -61,7 +61,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
 
     Args:
         model: The model.
-        dtype: The weights' element type, if it differs from the live model's.
+        dtype: The dtype of the weights, if it differs from the live model's.
     """
     model = unwrap(model)
     diffusers = sys.modules.get("diffusers")
@@ -84,7 +84,7 @@ def model_assets(model: nn.Module, dtype: str | None = None) -> dict[str, bytes]
         (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None
     )
     if getattr(model, "hf_quantizer", None) is None and hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the files it began with; these weights are not
+        del config.quantization_config  # from the files it started from; these weights are not quantized
     found = _code(model, config)
     found.update(_saved(config, "the model's config"))
     if model.can_generate() and model.generation_config is not None:
@@ -96,8 +96,8 @@ def _generation(config: Any) -> dict[str, bytes]:
     try:
         return _saved(config, "the model's generation_config")
     except CheckpointConfigError:
-        raise  # a ValueError too
-    except ValueError as error:  # settings that contradict each other; when it opens them, transformers only warns
+        raise  # also a ValueError
+    except ValueError as error:  # contradictory settings; transformers only warns when it opens them
         log.warning("generation_config.json is written as it is, although transformers finds it invalid: %s", error)
         return {"generation_config.json": config.to_json_string().encode()}
 
@@ -113,12 +113,12 @@ def _code(model: nn.Module, config: Any) -> dict[str, bytes]:
     from transformers.dynamic_module_utils import custom_object_save
 
     with tempfile.TemporaryDirectory() as directory:
-        custom_object_save(kind.__new__(kind), directory, config=config)  # by its class alone, whatever is sharded
+        custom_object_save(kind.__new__(kind), directory, config=config)  # needs only the class, not the sharded model
         return _content(Path(directory))
 
 
 def derives_generation(model: nn.Module) -> bool:
-    """Whether the generation settings were derived from the model's configuration, not set or read from a file."""
+    """Whether the generation settings come from the model's configuration, and were not set or read from a file."""
     model = unwrap(model)
     if not is_transformers_model(model) or not cast(Any, model).can_generate():
         return False
@@ -130,7 +130,7 @@ def derives_generation(model: nn.Module) -> bool:
 
 
 def adapter_assets(model: nn.Module, adapter: str) -> dict[str, bytes]:
-    """The configuration of a PEFT adapter, as peft writes it."""
+    """The configuration of a PEFT adapter, in peft's form."""
     config = adapter_config(model, adapter)
     mapping = None
     if config.task_type is None:
@@ -154,7 +154,7 @@ def reference_assets(reference: Reference, *, with_tokenizer: bool) -> dict[str,
 
 
 def json_bytes(body: Mapping[str, Any]) -> bytes:
-    """A configuration as transformers writes it."""
+    """A configuration in the form that transformers writes."""
     return (json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

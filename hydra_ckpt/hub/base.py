@@ -1,4 +1,4 @@
-"""Base models: the weights of a reference model into a live one, on any mesh, each rank reading only its slices."""
+"""Base models: loads a reference model's weights into a live model on any mesh; each rank reads only its slices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BaseReport:
     Attributes:
         path: The reference model's directory.
         skipped: Names that keep their initialization.
-        unexpected: Names of the reference that the model has no place for.
+        unexpected: Names in the reference that the model does not have.
         read_bytes: Bytes this rank read.
     """
 
@@ -57,12 +57,12 @@ class _Fit:
     """How names of the reference and of the model correspond.
 
     Attributes:
-        stored: Name that `exported` gives a piece to the reference's name for it.
-        missing: Names of the model with nothing to read.
-        unexpected: Names of the reference without a place.
+        stored: A piece's export name to its name in the reference.
+        missing: Names in the model with nothing to read.
+        unexpected: Names in the reference that the model does not have.
         different: Name to how its shape differs.
-        doubled: Name that `exported` gives a piece to another name of the reference for it: the model ties tensors that
-            the reference stores twice.
+        doubled: A piece's export name and a second name for it in the reference: the model ties tensors that the
+            reference stores twice.
     """
 
     stored: dict[str, str] = field(default_factory=dict)
@@ -78,28 +78,28 @@ def load_base(
     """Collective: fill a model with the weights of its reference model.
 
     A model on the meta device is first moved to its device, and tensors that are not in the reference are initialized.
-    Element types stay those of the model.
+    Tensors keep the model's dtypes.
 
     Args:
         model: The model, or the parts of it that this rank holds.
-        options: Which reference, and what to leave out.
+        options: Which reference to load, and what to leave out.
         channel: To the other ranks.
         allow_pickle: Whether `.bin` files may be read.
 
     Raises:
         CheckpointConfigError: No reference is configured, or its weights are of a kind that may not or cannot be read.
         CheckpointNotFoundError: The reference, or one of its files, does not exist.
-        KeyMismatchError: Names are missing, or shapes differ; all of them are listed.
+        KeyMismatchError: Names are missing, or shapes differ; lists all of them.
     """
     repo_id = options.repo_id
     if repo_id is None:
         raise CheckpointConfigError(
-            "checkpoint.model_repo_id is not set: give the hub id or directory of the model to start from"
+            "checkpoint.model_repo_id is not set: set it to the hub id or directory of the model to start from"
         )
     if any(is_peft_model(part) for part in (model if isinstance(model, list) else [model])):
         raise CheckpointConfigError(
-            "load_base_model was given a PeftModel, whose tensors have different names than those in the base "
-            "model's files: load the base model first, then wrap it with peft.get_peft_model"
+            "load_base_model got a PeftModel, whose tensors have different names than those in the base model's "
+            "files: load the base model first, then wrap it with peft.get_peft_model"
         )
     found = channel.coordinator_step("looking for the base model", lambda: _located(repo_id, options.cache_dir))
     reference = Reference(Path(found["directory"]), Path(found["root"]))
@@ -185,7 +185,7 @@ class _Loader:
         return fit
 
     def mismatch(self) -> KeyMismatchError | None:
-        """What does not match, if anything."""
+        """The error for everything that does not match, or None."""
         if not self._fit.missing and not self._fit.different:
             return None
         return KeyMismatchError(
@@ -200,7 +200,7 @@ class _Loader:
 
     @torch.no_grad()
     def load(self) -> BaseReport:
-        """Read, and initialize what is left."""
+        """Read, and initialize the rest."""
         loaded = {
             alias.source
             for alias in self._naming.aliases
@@ -231,11 +231,11 @@ class _Loader:
             "%s: %s of the model taken from the base model", self._reference.directory, counted(len(loaded), "tensor")
         )
         if self._fit.unexpected:
-            log.info("the model has no place for %s", ", ".join(self._fit.unexpected))
+            log.info("not in the model, so not loaded: %s", ", ".join(self._fit.unexpected))
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
 
     def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
-        """Check that weights that are one tensor in the model but stored under two names are equal."""
+        """Check that weights are equal that the model ties but the reference stores under two names."""
         others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
         for item in wanted:
             other = others.get(item.name)
@@ -262,7 +262,7 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
         raise CheckpointNotFoundError(f"{reference.directory} holds no model weights (model.safetensors or its index)")
     elif not allow_pickle:
         raise CheckpointConfigError(
-            f"{reference.directory} holds pickled weights only ({', '.join(reference.pickled)}). Set "
+            f"{reference.directory} holds only pickled weights ({', '.join(reference.pickled)}). Set "
             "checkpoint.allow_legacy_pickle_restore=true to read the tensors in them, or convert them to safetensors"
         )
     else:
@@ -274,13 +274,13 @@ def _weights(reference: Reference, permitted: bool | None, allow_pickle: bool) -
 
 
 def _kind(dtype: str) -> str:
-    """The kind of numbers of an element type: numbers of one kind are not converted to another."""
+    """The kind of a dtype's numbers: one kind is not converted to another."""
     if dtype.startswith(("F", "BF")):
         return "floating point"
     return "integer" if dtype.startswith(("I", "U")) else dtype
 
 
 def _optional(model: nn.Module) -> re.Pattern[str]:
-    """Names that transformers does not miss in files."""
+    """Names that transformers accepts as missing from files."""
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)")

@@ -1,4 +1,4 @@
-"""Model cards: a README.md that says how an export was made, to be completed by the person who publishes it."""
+"""Model cards: a README.md that records how an export was made, to be completed before publishing."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def model_card(model: nn.Module, made: Made, base_model: str | None) -> bytes:
     """A card with the front matter that the hub reads (https://huggingface.co/docs/hub/model-cards).
 
     Args:
-        model: What is exported.
-        made: When and how.
-        base_model: The model it was trained from; named only if it can be a hub id.
+        model: The exported model.
+        made: The save it belongs to.
+        base_model: The model it was trained from; named only if it looks like a hub id.
     """
     front = {"library_name": _library(model), "base_model": _hub_id(base_model), "tags": ["hydra_ckpt"]}
-    # JSON is YAML; a text in its quotes needs no thought about YAML's own words.
+    # JSON is YAML, and quoted strings avoid YAML's special words.
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None), "---"]
     name = original_class(unwrap(model)).__name__
     lines += ["", f"# {name}", "", "To be completed: what this model is for, its data, its limits, its licence."]

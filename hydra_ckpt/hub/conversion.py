@@ -1,9 +1,9 @@
-"""Hub names: how transformers itself would name and lay out a model's tensors when saving it.
+"""Hub names: how transformers would name and lay out a model's tensors when saving it.
 
 In memory a model may hold its weights in a different form than its files do: experts fused into one tensor, projections
-split or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. Here
-they are applied once to tensors without data, and the result is read as boxes of the model's tensors, which then apply
-to every shard of them.
+split or joined, modules renamed. transformers keeps tables of these conversions and applies them to whole tensors. This
+module applies them once to tensors without data, and describes the result as boxes of the model's tensors, which then
+apply to every shard.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 
 def original_class(model: nn.Module) -> type[Any]:
-    """The original class of a module; `fully_shard` replaces it by a new one."""
+    """The original class of a module; `fully_shard` replaces it with a new one."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
@@ -45,7 +45,7 @@ class Tables:
     """What transformers' tables hold for a model.
 
     Args:
-        core: A transformers model, whatever is sharded.
+        core: A transformers model, sharded or not.
     """
 
     def __init__(self, core: Any) -> None:
@@ -53,7 +53,7 @@ class Tables:
 
     @cached_property
     def are_empty(self) -> bool:
-        """Whether there is no entry for it or any model inside: its files hold its tensors as they are in memory."""
+        """Whether it and its sub-models have no entries: then its files hold its tensors as they are in memory."""
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -64,7 +64,7 @@ class Tables:
 
     @cached_property
     def skeleton(self) -> Any:
-        """The model without data: class names and sub-models as the tables know them."""
+        """The model without data, with the class names and sub-models that the tables know."""
         kind = original_class(self._core)
         try:
             found = skeleton(kind, self._core.config)
@@ -86,7 +86,7 @@ class Tables:
         """The model's own name for a tensor of a file that is stored as the model holds it.
 
         Args:
-            name: The file's.
+            name: The tensor's name in the file.
             prefix: The model's `base_model_prefix`.
             known: The model's names.
         """
@@ -95,22 +95,22 @@ class Tables:
         renamed, converter = rename_source_key(name, *self._entries, prefix, known)
         if converter is None and renamed in known:
             return str(renamed)
-        # transformers, too, takes a name that needs no conversion as it is.
+        # transformers also takes a name that needs no conversion as it is.
         return str(rename_source_key(name, [], [], prefix, known)[0])
 
     def targets(
         self, names: Collection[str], prefix: str, known: dict[str, bool]
     ) -> dict[str, tuple[str, str | None, int]]:
-        """What loading makes of tensors with these names: two with the same result are the same tensor.
+        """What loading turns tensors with these names into: two with the same result are the same tensor.
 
         Args:
-            names: All of a model's files.
+            names: All names in a model's files.
             prefix: The model's `base_model_prefix`.
             known: The model's names.
 
         Returns:
-            Name to the tensor of the model it becomes, or becomes a part of; the converter that does it; and its number
-            among those that the same converter takes for the same tensor.
+            Name to three values: the model's tensor it becomes, or becomes part of; the converter; and its index among
+            the tensors that this converter combines into the same one.
         """
         from transformers.core_model_loading import dot_natural_key, rename_source_key
 
@@ -124,7 +124,7 @@ class Tables:
         return found
 
     def converts(self, name: str) -> bool:
-        """Whether loading computes something from a tensor of this name, instead of taking it as it is."""
+        """Whether loading computes something from a tensor of this name instead of taking it as it is."""
         from transformers.core_model_loading import rename_source_key
 
         return rename_source_key(name, *self._entries)[1] is not None
@@ -134,7 +134,7 @@ class Tables:
         return self._fresh_entries()
 
     def _fresh_entries(self) -> tuple[list[Any], list[Any]]:
-        """Renamings and converters for loading; some concern the names of all models."""
+        """Renamings and converters for loading; some apply to all models."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -145,12 +145,12 @@ class Tables:
 
 
 def tables_of(model: nn.Module) -> Tables | None:
-    """What the tables hold for a model; None for one that is not of transformers."""
+    """What the tables hold for a model; None if it is not a transformers model."""
     return Tables(unwrap(model)) if is_transformers_model(model) else None
 
 
 def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
-    """The names of these tensors in the files of a live model: from its adapter, else as transformers names them.
+    """The names of these tensors in a live model's files: from its adapter, otherwise from transformers.
 
     Raises:
         CheckpointConfigError: See `hub_naming`.
@@ -164,12 +164,13 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | N
     """The names and shapes under which `save_pretrained` would write a model's tensors.
 
     Args:
-        model: Any model; one that is not of transformers keeps its names.
+        model: Any model; one that is not a transformers model keeps its names.
         specs: All of its stored tensors, in order; tied ones once.
-        tables: What `tables_of` returned for it, if it was called already.
+        tables: The result of `tables_of`, if already known.
 
     Raises:
-        CheckpointConfigError: transformers computes new values on the way, and would take the model's own for these.
+        CheckpointConfigError: transformers computes new values when saving, so loading would not recognize the
+            model's own.
     """
     tables = tables or tables_of(model)
     if tables is None:

@@ -1,4 +1,4 @@
-"""How an export is made: names and layout as transformers has them, element types and files as requested."""
+"""How an export is made: names and layout from transformers, dtypes and files as requested."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Wanted:
     """What an export takes from a reference model; plain data, so that rank 0 can send it to the other ranks.
 
     Attributes:
-        dtypes: Element type by tensor.
+        dtypes: Dtype by tensor.
         files: File by tensor; empty for a single file.
     """
 
@@ -50,8 +50,8 @@ class ModelExport:
     """How the models of a run are exported.
 
     Args:
-        options: What is configured.
-        required: Whether exports will be written; if not, a model that cannot be exported is no error.
+        options: The configured options.
+        required: Whether exports will be written; if not, a model that cannot be exported is not an error.
     """
 
     def __init__(self, options: HubOptions, *, required: bool) -> None:
@@ -59,10 +59,10 @@ class ModelExport:
         self._required = required
 
     def wanted(self, model: nn.Module) -> dict[str, Any]:
-        """Coordinator only: what the reference model says, as plain data; see `Wanted`.
+        """Coordinator only: what the reference model specifies, as plain data; see `Wanted`.
 
         Raises:
-            CheckpointNotFoundError: The reference that is configured is not there.
+            CheckpointNotFoundError: The configured reference does not exist.
         """
         reference = self._reference(model)
         if reference is None:
@@ -73,8 +73,8 @@ class ModelExport:
         quantized = integer if reference.config.get("quantization_config") else packed
         if quantized:
             log.warning(
-                "the reference model %s is quantized (%s, ...); for these tensors the export keeps the element types "
-                "of training",
+                "the reference model %s is quantized (%s, ...); for these tensors the export keeps the dtypes of "
+                "training",
                 reference.directory,
                 quantized[0],
             )
@@ -83,13 +83,13 @@ class ModelExport:
     def naming(
         self, model: nn.Module, specs: Sequence[TensorSpec], wanted: Wanted, adapted: Naming | None = None
     ) -> Naming:
-        """Names, layout and element types of an export.
+        """Names, layout and dtypes of an export.
 
         Args:
             model: The model.
             specs: Its tensors.
-            wanted: What the reference says.
-            adapted: What the model's adapter says, if it has one; element types that it asks for go before all others.
+            wanted: What the reference specifies.
+            adapted: What the model's adapter specifies, if it has one; its dtypes take precedence.
 
         Raises:
             CheckpointConfigError: transformers stores the model in a form that shards cannot be converted to.
@@ -110,13 +110,13 @@ class ModelExport:
         return replace(found, dtypes=changed, files={name: wanted.files[name] for name in own if name in wanted.files})
 
     def _dtype(self, spec: TensorSpec, wanted: Wanted) -> str:
-        """Only floating point changes, and only to floating point."""
+        """The dtype to export; only floating point changes, and only to floating point."""
         asked = self._options.export_dtype
         found = wanted.dtypes.get(spec.name, spec.dtype) if asked is None else FLOATS[asked]
         return found if {found, spec.dtype} <= set(FLOATS.values()) else spec.dtype
 
     def card(self, model: nn.Module, made: Made) -> dict[str, bytes]:
-        """Coordinator only: the model card, where one is wanted."""
+        """Coordinator only: the model card, if configured."""
         if not self._options.model_card:
             return {}
         core = unwrap(model)
@@ -171,11 +171,11 @@ class ModelExport:
         try:
             return find_reference(path, self._options.cache_dir)
         except CheckpointNotFoundError:
-            return None  # the model remembers where it came from, but that is gone
+            return None  # the model records its origin, but that no longer exists
 
 
 def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequence[TensorSpec]) -> Wanted:
-    """What a reference says, by the export's names; its own may differ, as those of a model without a head do."""
+    """What a reference specifies, by the export's names; its own may differ, for example without a head."""
     exported = naming.by_name
     if wanted.dtypes.keys() <= exported.keys() or exported.keys() <= wanted.dtypes.keys():
         return wanted
@@ -186,7 +186,7 @@ def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequenc
 
 
 def _main_dtype(naming: Naming) -> str | None:
-    """The element type of most exported values that change theirs, as config.json spells it; None if none does."""
+    """The most common new dtype among values that change theirs, as config.json spells it; None if none does."""
     sizes: dict[str, int] = {}
     for alias in naming.aliases:
         dtype = naming.dtypes.get(alias.name)

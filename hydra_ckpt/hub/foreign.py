@@ -1,7 +1,7 @@
 """Exports from checkpoints of other tools: `dcp.save` directories, and accelerate's under FSDP2.
 
-They contain nothing about the model except the names of its tensors. A reference model provides the rest: what
-transformers calls the tensors, their element types, the configuration. No pickle is run: see `storage.dcp_index`.
+They contain nothing about the model except the names of its tensors. A reference model provides the rest: the names
+that transformers uses, dtypes, the configuration. No pickle is run: see `storage.dcp_index`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Model:
 
     @property
     def names(self) -> set[str]:
-        """All names of its tensors, those of tied ones too."""
+        """All names of its tensors, including those of tied ones."""
         return {*(slot.name for slot in self.mapped.slots), *self.mapped.aliases}
 
 
@@ -76,20 +76,20 @@ def export_foreign(
     """Write a Hugging Face directory from a checkpoint of another tool, tensor by tensor.
 
     Args:
-        directory: What `dcp.save` or `Accelerator.save_state` has written.
+        directory: A directory written by `dcp.save` or `Accelerator.save_state`.
         out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
         base: A transformers model of the same architecture, a directory or a hub id in the cache, which provides names,
-            element types, configuration and tokenizer; None keeps the stored names and types.
+            dtypes, configuration and tokenizer; None keeps the stored names and dtypes.
         part: `model`, or the keys that lead to the tensors, such as `ema` or `app.ema`.
-        dtype: Element type of floating-point tensors; None for the reference's, else the stored.
-        max_file_bytes: Size at which a new file begins; None for the reference's files, else 5 GB.
-        progress: Called with bytes written so far and in all.
+        dtype: Dtype of floating-point tensors; None for the reference's, otherwise the stored one.
+        max_file_bytes: Size at which a new file begins; None for the reference's files, otherwise 5 GB.
+        progress: Called with the bytes written so far and in total.
 
     Raises:
         CheckpointExistsError: `out` exists and is not empty.
-        CheckpointNotFoundError: The part does not exist, or no reference model.
+        CheckpointNotFoundError: The part or the reference model does not exist.
         CheckpointConfigError: transformers has no class for the reference model.
-        KeyMismatchError: The tensors are not those of the reference model.
+        KeyMismatchError: The tensors do not match the reference model's.
         CorruptCheckpointError: The index is damaged.
     """
     refuse_occupied(out)
@@ -133,7 +133,7 @@ def _tensors(
 def _prefix(
     directory: Path, stored: Mapping[KeyPath, StoredTensor], part: str, known: Collection[str] | None
 ) -> KeyPath:
-    """The keys that lead to a part's tensors; empty for all but optimizers' state, where nothing is called a model."""
+    """The keys that lead to a part's tensors; empty for everything but optimizer state, if no key is `model`."""
     prefixes = {path[:depth] for path in stored for depth in range(len(path))}
     if part != names.MODEL:
         prefixes = {prefix for prefix in prefixes if prefix and dotted(prefix) == part}
@@ -212,7 +212,7 @@ def _matched(
 def _as_reference(
     model: _Model, tensors: Mapping[str, StoredTensor], dtype: str | None
 ) -> tuple[Naming, dict[str, bytes]]:
-    """Names, element types, files and small files as exported by a run that started from the reference."""
+    """Names, dtypes, files and small files as exported by a run that started from the reference."""
     export = ModelExport(
         HubOptions(
             repo_id=model.name,
@@ -233,6 +233,6 @@ def _as_reference(
         sizes[spec.dtype] += spec.nbytes if spec.dtype in FLOATS.values() else 0
     for most, _ in sizes.most_common(1):
         if most in FLOATS.values():
-            model.core.to(TORCH_DTYPE[most])  # its configuration tells the element type
+            model.core.to(TORCH_DTYPE[most])  # the exported configuration records this dtype
     naming = export.naming(model.core, specs, Wanted(**export.wanted(model.core)))
     return naming, export.assets(model.core, naming, "", has_tokenizer=False)

@@ -1,4 +1,4 @@
-"""Which tensor in a reference's files is which tensor of a model, whatever its two names are."""
+"""Matches tensors in a reference's files to tensors of a model, even if their names differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydra_ckpt.layout.specs import TensorSpec
 
 
 class Matching:
-    """From the names in a reference's files to those that an export gives a model's pieces.
+    """Maps names in a reference's files to the export names of a model's pieces.
 
     Args:
         model: The model.
@@ -43,7 +43,7 @@ class Matching:
         self._as_in_memory: set[str] = set()
 
     def __call__(self, name: str) -> str | None:
-        """The piece that a name of the reference refers to; None if the model has none."""
+        """The piece that a name in the reference refers to; None if the model has none."""
         pieces = self._naming.by_name
         if name in pieces:
             return name
@@ -66,7 +66,7 @@ class Matching:
 
     @cached_property
     def _converted(self) -> Mapping[str, str]:
-        """Names in the files that mean a piece as its export's name does: transformers makes the same of both."""
+        """Names in the files that load into the same piece as an export name, according to transformers."""
         if self._tables is None or self._tables.are_empty:
             return {}
         pieces = self._tables.targets(self._naming.by_name, self._prefix, self._known)
@@ -75,7 +75,7 @@ class Matching:
         return {name: places[target] for name, target in found.items() if target in places}
 
     def _plain(self, name: str) -> str:
-        """Have a tensor read whole, as the model holds it."""
+        """Record that a tensor is read whole, as the model holds it, and return its name."""
         pieces = self._naming.by_source.get(name, ())
         if len(pieces) == 1 and pieces[0].is_whole:
             return pieces[0].name
@@ -84,7 +84,7 @@ class Matching:
 
     @property
     def naming(self) -> Naming:
-        """The names in which pieces are read, now that the reference's are known."""
+        """The naming for reading pieces, once all names in the reference have been matched."""
         if not self._as_in_memory:
             return self._naming
         kept = [alias for alias in self._naming.aliases if alias.source not in self._as_in_memory]

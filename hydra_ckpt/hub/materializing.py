@@ -1,4 +1,4 @@
-"""Models on the meta device: memory for the tensors there, and values for those that no file holds.
+"""Models on the meta device: allocates their tensors, and initializes those that no file holds.
 
 Other tensors stay as they are.
 """
@@ -22,7 +22,7 @@ from hydra_ckpt.storage.memory import fresh_like
 
 @dataclass(frozen=True)
 class Home:
-    """Where a tensor lives, persistent or not: a module, and its name there."""
+    """The place of a parameter or buffer, persistent or not: a module, and the name in it."""
 
     module: nn.Module
     name: str
@@ -34,16 +34,16 @@ class Home:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What lives there now."""
+        """The current tensor at this place."""
         return cast(torch.Tensor, self._there[self.name])
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Put this one there."""
+        """Replace the tensor at this place."""
         self._there[self.name] = tensor
 
 
 def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection[str]) -> list[Home]:
-    """Allocate memory for tensors on the meta device, on the device of the model's mesh or else on the CPU.
+    """Allocate memory for tensors on the meta device, on the device of the model's mesh or otherwise on the CPU.
 
     Args:
         parts: The parts of a model.
@@ -51,11 +51,11 @@ def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection
         loaded: Names of those that will be read.
 
     Returns:
-        Where the new tensors live; their values are arbitrary.
+        The places of the new tensors; their values are arbitrary.
 
     Raises:
-        CheckpointConfigError: A tensor is neither read nor initialized.
-        CheckpointError: So is a buffer that is in no file.
+        CheckpointConfigError: A tensor would be neither read nor initialized.
+        CheckpointError: The same for a buffer that is in no file.
     """
     fresh = []
     for part in parts:
@@ -68,19 +68,19 @@ def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection
         device = "cpu" if sharded is None else sharded.device_mesh.device_type
         tied = _tied(waiting)
         cast(Any, part)._apply(partial(_placed, device=device))  # what Module.to_empty does
-        for first, other in tied:  # each place has got memory of its own
+        for first, other in tied:  # each place has got separate memory
             other.put(first.tensor)
         fresh += waiting
     return fresh
 
 
 def initialize(parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[Home], loaded: Collection[str]) -> None:
-    """Let transformers initialize what neither existed before nor was read: heads, and buffers in no file.
+    """Let transformers initialize tensors that are new and were not read: heads, and buffers in no file.
 
     Args:
         parts: The parts of a model.
         mapped: Their tensors.
-        fresh: What `materialize` returned.
+        fresh: The result of `materialize`.
         loaded: Names of those that were read.
     """
     left = {id(home.tensor) for home in fresh}

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model."""
+"""Merges an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from hydra_ckpt.store.small_files import read_small_file
 # What peft puts before the names of the base model's own tensors.
 _PREFIX = "base_model.model."
 _MAX_SETTINGS_BYTES = 16 << 20
-# The class that an adapter for a task was trained on, if the base model's files may hold another one: the classes of
-# language models have their own heads for these tasks. As peft's Auto classes have it.
+# Task to the class its adapter was trained on, if the base model's files may hold another class: these tasks use their
+# own heads. The same mapping as in peft's Auto classes.
 _MAPPINGS = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -58,26 +58,26 @@ def merge_adapter(
     max_file_bytes: int | None = None,
     verify: bool = True,
 ) -> list[str]:
-    """Write the full model that results from an adapter and its base model; all of it is held in memory.
+    """Write the full model that results from an adapter and its base model; holds all of it in memory.
 
     Args:
-        checkpoint: One with an adapter.
+        checkpoint: A checkpoint with an adapter.
         out: The directory to create; it must not exist, or must be empty. A failure leaves nothing in its place.
         part: `model`, or the name of one of several adapters.
         base: The base model, a hub id in the cache or a directory; None for the one that the adapter names.
-        dtype: Element type that the merged model is converted to; None for the base model's.
+        dtype: Dtype to convert the merged model to; None for the base model's.
         max_file_bytes: Size at which a new file begins; None for 5 GB.
-        verify: Whether the adapter's bytes are compared with their digests.
+        verify: Whether to compare the adapter's bytes with their digests.
 
     Returns:
         The names of the weight files.
 
     Raises:
-        CheckpointNotFoundError: The adapter, or its base model, is not there.
+        CheckpointNotFoundError: The adapter, or its base model, does not exist.
         CheckpointExistsError: `out` exists and is not empty.
         CheckpointConfigError: The adapter names no base model, one that cannot be opened, or one of another shape; or a
             package is missing.
-        KeyMismatchError: The adapter is not one of this base model.
+        KeyMismatchError: The adapter does not belong to this base model.
         CorruptCheckpointError: The adapter's files are damaged.
     """
     refuse_occupied(out)
@@ -103,7 +103,7 @@ def merge_adapter(
 
 
 def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, bytes]) -> list[str]:
-    """A model as transformers writes it, plus files whose names it does not have."""
+    """Write a model as transformers does, plus the other files, unless transformers has written one of that name."""
     files = Files()
     with drafted(out, files) as draft:
         try:
@@ -111,7 +111,7 @@ def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, byt
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the merged model cannot be written to {out}: {error}") from error
         weights = sorted(path.name for path in draft.glob("*.safetensors"))
-        for name in weights:  # safetensors makes them readable by their owner only
+        for name in weights:  # safetensors makes them readable only by their owner
             (draft / name).chmod((draft / "config.json").stat().st_mode)
         for name, data in beside.items():
             if not (draft / name).exists():
@@ -121,7 +121,7 @@ def _write(merged: Any, out: Path, max_file_bytes: int, beside: Mapping[str, byt
 
 
 def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
-    """The directory of an adapter, its bytes compared."""
+    """The directory of an adapter; also verifies its bytes."""
     models = models_of(checkpoint)
     model = find_model(models, part)
     if model is None:
@@ -138,7 +138,7 @@ def _located(checkpoint: Checkpoint, part: str, *, verify: bool) -> Path:
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """An adapter's configuration; the keys that are used here have been checked."""
+    """An adapter's configuration, with the keys used here checked."""
     path = adapter / "adapter_config.json"
     kinds = {"base_model_name_or_path": str, "task_type": str, "revision": str, "auto_mapping": dict}
     try:
@@ -152,7 +152,7 @@ def _settings(adapter: Path) -> dict[str, Any]:
 
 
 def _merged(adapted: Any, adapter: Path) -> Any:
-    """The base model with its weights changed."""
+    """The base model with the adapter merged into its weights."""
     try:
         return adapted.merge_and_unload()
     except Exception as error:
@@ -211,19 +211,19 @@ def _opened(base: str, revision: str | None, settings: Mapping[str, Any], stored
         raise KeyMismatchError(
             base,
             missing=sorted(missing),
-            remedy=f"The base model's files lack these for a {kind.__name__}, and the adapter does not bring them: "
+            remedy=f"The base model's files lack these for a {kind.__name__}, and so does the adapter: "
             "name the model it was trained on with --base.",
         )
     return model
 
 
 def _mapped(mapping: Mapping[str, Any], otherwise: type[Any]) -> type[Any]:
-    """The class that an adapter without a task names; nothing but transformers is imported for it."""
+    """The class that an adapter without a task names; imports only from transformers."""
     library = str(mapping.get("parent_library"))
     if library.split(".", maxsplit=1)[0] != "transformers":
         raise CheckpointConfigError(
-            f"the adapter was trained on {mapping.get('base_model_class')} of {library}; models of transformers can "
-            "be merged. Merge it in Python: model.merge_and_unload()"
+            f"the adapter was trained on {mapping.get('base_model_class')} of {library}, but only transformers models "
+            "can be merged here. Merge it in Python: model.merge_and_unload()"
         )
     try:
         found = getattr(importlib.import_module(library), str(mapping.get("base_model_class")), otherwise)
@@ -250,7 +250,7 @@ def _vocabulary(model: Any, stored: Mapping[str, TensorSpec]) -> int | None:
 
 
 def _adapted(model: Any, adapter: Path, base: str, stored: Mapping[str, TensorSpec]) -> Any:
-    """The base model with its adapter; every tensor of the adapter has a place."""
+    """The base model with its adapter; checks that every tensor of the adapter fits."""
     try:
         import peft
     except ImportError:
@@ -295,7 +295,7 @@ def _refuse_tied(model: Any, stored: Mapping[str, TensorSpec]) -> None:
 
 
 def _beside(adapter: Path, base: str, revision: str | None) -> dict[str, bytes]:
-    """The tokenizer's files: the adapter's, else the base model's."""
+    """The tokenizer's files: the adapter's, otherwise the base model's."""
     found = reference_assets(at(adapter), with_tokenizer=True)
     if found:
         return found

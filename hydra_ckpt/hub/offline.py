@@ -1,4 +1,4 @@
-"""Exports made afterwards, from any checkpoint of ours: the same files as the run would have written itself."""
+"""Exports made later, from any of our checkpoints: the same files that the run itself would have written."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ def export_checkpoint(
     """Write a Hugging Face directory from a checkpoint, in bounded memory.
 
     Args:
-        checkpoint: Any of ours; its model as shards, consolidated, or in `.distcp` files (these tensor by tensor).
+        checkpoint: Any of our checkpoints; its model in shards, consolidated, or in `.distcp` files (read tensor by
+            tensor).
         out: The directory to create; it must not exist, or must be empty. A crash leaves nothing in its place.
         part: `model`, the name of one of several models, or of an extra that holds tensors under the model's names
             (an average of the weights).
-        dtype: Element type of floating-point tensors; None for what the run would have exported.
+        dtype: Dtype of floating-point tensors; None for what the run would have exported.
         max_file_bytes: Size at which a new file begins; None for the run's own files.
-        verify: Whether the checkpoint's bytes are compared with their digests.
-        progress: Called with bytes written so far and in all.
+        verify: Whether to compare the checkpoint's bytes with their digests.
+        progress: Called with the bytes written so far and in total.
 
     Raises:
         CheckpointExistsError: `out` exists and is not empty.
@@ -67,19 +68,19 @@ def export_checkpoint(
 
 
 def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None:
-    """Compare the digests whose bytes were not all read; the export is not visible yet."""
+    """Compare the digests that cover bytes not all read; the export is not visible yet."""
     read = {chunk.file for item in source.tensors.values() for chunk in item.chunks}
     for error in findings(checkpoint.path, [check for check in ledger.left(ledger.done()) if check.file in read]):
         raise error
 
 
 def models_of(checkpoint: Checkpoint) -> list[str]:
-    """The parts of a checkpoint that hold models, or adapters of them."""
+    """The parts of a checkpoint that hold models or their adapters."""
     return [name for name in checkpoint.manifest.parts if name.split("/")[0] == names.MODEL]
 
 
 def find_model(models: Sequence[str], part: str) -> str | None:
-    """The one that is named so, with or without `model/`; None if there is none."""
+    """The model of this name, with or without `model/`; None if there is none."""
     return next((name for name in models if part in (name, name.removeprefix(f"{names.MODEL}/"))), None)
 
 
@@ -116,7 +117,7 @@ def _is_average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) ->
 
 
 def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of an extra that holds the model's under one prefix, by the model's names."""
+    """The tensors, by the model's names, of an extra that holds the model's tensors under one prefix."""
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
     ends = (
         {held.removesuffix(name) for held in extra if held.endswith((f".{name}", f":{name}"))}
@@ -163,7 +164,7 @@ def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:
 
 
 def _small_files(checkpoint: Checkpoint, model: str, dtype: str | None) -> dict[str, bytes]:
-    """Configuration and tokenizer."""
+    """The configuration and tokenizer files, by name."""
     found: dict[str, bytes] = {}
     for place in (f"{model}/{names.CONSOLIDATED}/", f"{model}/{names.ASSETS}/"):
         for name, record in checkpoint.manifest.files.items():

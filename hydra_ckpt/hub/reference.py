@@ -1,4 +1,4 @@
-"""The reference model: its place on disk, and the contents of its files. The network is never touched."""
+"""The reference model: its place on disk, and the contents of its files. Never uses the network."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Reference:
 
     Attributes:
         directory: The local directory, or the snapshot in the hub cache.
-        root: The directory that must contain its files once links are followed: a snapshot's are links into the cache.
+        root: The directory that must contain its files after following links: a snapshot's files link into the cache.
     """
 
     directory: Path
     root: Path
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether this file exists."""
         return (self.directory / name).is_file()
 
     def matching(self, pattern: str) -> list[str]:
-        """The names of its files that a pattern of the shell fits."""
+        """The names of its files that match a shell pattern."""
         found = (path for path in self.directory.glob(pattern) if path.is_file())
         return sorted(str(path.relative_to(self.directory)) for path in found)
 
     def read(self, name: str) -> bytes:
-        """A small file.
+        """The content of a small file.
 
         Raises:
             CorruptCheckpointError: It is a link that leads out of the directory, not a regular file, or far too large.
@@ -51,7 +51,7 @@ class Reference:
         return read_small_file(self.root / self.inside(name), _MAX_BYTES)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A small JSON file; empty if there is none.
+        """The content of a small JSON file; empty if there is none.
 
         Raises:
             CorruptCheckpointError: It is not a JSON object, or far too large.
@@ -65,10 +65,10 @@ class Reference:
             raise CorruptCheckpointError(path, f"is not a JSON object: {error}") from None
 
     def inside(self, name: str) -> str:
-        """The path of a file below `root`, links followed.
+        """The path of a file relative to `root`, after following links.
 
         Raises:
-            CorruptCheckpointError: The name, or a link, leads out.
+            CorruptCheckpointError: The name, or a link, leads out of `root`.
         """
         path = self.directory / name
         real = path.resolve()
@@ -78,7 +78,7 @@ class Reference:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """The content of config.json; empty if there is none."""
         return self.json("config.json")
 
     @cached_property
@@ -105,7 +105,7 @@ class Reference:
 
     @property
     def pickled(self) -> list[str]:
-        """Its files in PyTorch's pickled form, for models that have no other."""
+        """Its pickled PyTorch files, for models that have no others."""
         if self.has(_PICKLED[0]):
             return sorted({str(file) for file in self.json(_PICKLED[0]).get("weight_map", {}).values()})
         return [_PICKLED[1]] if self.has(_PICKLED[1]) else []
@@ -114,10 +114,10 @@ class Reference:
         """Its tensors by name; files are named relative to `root`.
 
         Args:
-            complete: Whether all files must be there.
+            complete: Whether all files must exist.
 
         Raises:
-            CheckpointNotFoundError: Files that the index lists are missing; all of them are named.
+            CheckpointNotFoundError: Files that the index lists are missing; names all of them.
             CorruptCheckpointError: A header is damaged.
         """
         missing = [name for name in self.weight_files if not self.has(name)]
@@ -137,7 +137,7 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
     """A reference model by local directory or hub id.
 
     Args:
-        repo_id: What the user named. A directory of that name comes first.
+        repo_id: The hub id or directory. A directory of that name takes precedence.
         cache_dir: The hub cache.
 
     Raises:
@@ -155,12 +155,12 @@ def find_reference(repo_id: str, cache_dir: Path) -> Reference:
     raise CheckpointNotFoundError(
         f"checkpoint.model_repo_id={repo_id} is not a directory, and {cache_dir} has no complete copy of it "
         f"({repository.name}/refs/main). Download it with `hf download {repo_id}`, set checkpoint.model_cache_dir, or "
-        "give a directory"
+        "name a directory"
     )
 
 
 def _revision(reference: Path) -> str:
-    """The snapshot that a file of refs/ names; a name that leads elsewhere is none."""
+    """The snapshot named by a file in refs/; a name that leads elsewhere is refused."""
     name = read_small_file(reference, _MAX_REVISION_BYTES, follow=True).decode(errors="replace").strip()
     if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise CorruptCheckpointError(reference, "does not name a snapshot")
@@ -170,6 +170,6 @@ def _revision(reference: Path) -> str:
 def at(directory: Path) -> Reference:
     """The reference model in a local directory."""
     real = directory.resolve()
-    # A snapshot of a hub cache, named by its path: its files are links to blobs/ beside it.
+    # A snapshot in a hub cache, given by its path: its files link to the neighbouring blobs/.
     cached = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
     return Reference(directory.absolute(), real.parent.parent if cached else real)

@@ -1,4 +1,4 @@
-"""transformers models without data, from what their configuration says."""
+"""Builds transformers models without data from their configuration."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
 
 
 def skeleton(kind: type[Any], config: Any) -> Any:
-    """A model of a class on the meta device; the configuration is not touched.
+    """A model of a class on the meta device; the configuration is not changed.
 
     Raises:
-        Exception: Whatever the class raises, if it cannot be built without data.
+        Exception: Any exception of the class, if it cannot be built without data.
     """
     from transformers.initialization import no_init_weights
 
@@ -27,12 +27,12 @@ def configured(base: str, option: str, revision: str | None = None) -> tuple[typ
     """The class and the configuration of a model on this machine. Custom code is not run.
 
     Args:
-        base: A directory, or a hub id of which the cache has the configuration.
-        option: What it was named with, for messages.
+        base: A directory, or a hub id whose configuration is in the cache.
+        option: The option that named it, for messages.
         revision: Which revision of a hub id; None for its main one.
 
     Raises:
-        CheckpointConfigError: transformers is not installed, or has no such class: the model brings its own code.
+        CheckpointConfigError: transformers is not installed, or has no such class because the model has its own code.
         CheckpointNotFoundError: There is no configuration.
     """
     try:
@@ -49,16 +49,15 @@ def configured(base: str, option: str, revision: str | None = None) -> tuple[typ
         raise CheckpointNotFoundError(
             f"the base model {base} is not on this machine; name its directory, or a hub id in the cache, with {option}"
         ) from None
-    except Exception as error:  # noqa: BLE001 - unknown kinds of models, their own code, settings that make no sense
+    except Exception as error:  # noqa: BLE001 - unknown model types, custom code, nonsensical settings
         raise CheckpointConfigError(
-            f"the configuration of {base} cannot be used ({error}). Models that bring their own code are not run by "
-            "this tool"
+            f"the configuration of {base} cannot be used ({error}). This tool does not run models with their own code"
         ) from None
     name = (config.architectures or ["AutoModel"])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
         raise CheckpointConfigError(
-            f"{base} is a {name}, which transformers {transformers.__version__} does not have: models that bring their "
-            "own code are not run by this tool"
+            f"{base} is a {name}, which transformers {transformers.__version__} does not have: this tool does not run "
+            "models with their own code"
         )
     return kind, config

@@ -1,4 +1,4 @@
-"""The weights of a reference model, read box by box, and dequantized on the way if they are FP8."""
+"""Reads the weights of a reference model box by box, and dequantizes them if they are FP8."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from hydra_ckpt.storage.read import Fetch, fetch
 
 _BLOCK_BYTES = 64 << 20
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-# Quantizations whose FP8 weights have separate scales; others pack their values in their own ways.
+# Quantization methods whose FP8 weights have separate scales; others pack their values in their own ways.
 _FP8_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}
 _SCALES = ("_scale_inv", "_scale")
-# What quantized models store for activations; a dequantized model does not need it.
+# Activation scales of quantized models; a dequantized model does not need them.
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A box of a reference's tensor, and the tensor of its shape that receives it, of any element type.
+    """A box of a reference's tensor, and the tensor that receives it: of the same shape and any dtype.
 
-    The box may be given in a finer grid of the tensor.
+    The box may refer to a finer grid of the tensor, of shape `grid`.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """All of them by name."""
+        """The specs of all tensors, by name."""
 
     def read(self, wanted: Sequence[Wanted]) -> int:
         """Read boxes; returns the bytes read."""
@@ -66,7 +66,7 @@ class SafetensorsWeights:
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """See `Weights`; in the order of the files."""
+        """See `Weights`; in file order."""
         ordered = sorted(self._stored.values(), key=lambda item: (item.chunks[0].file, item.chunks[0].offset))
         return {item.spec.name: item.spec for item in ordered}
 
@@ -117,7 +117,7 @@ class PickledWeights:
 
 
 def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
-    """A box in parts that bound what a change of element type takes."""
+    """Split a box into parts, to bound the memory that a change of dtype takes."""
     if box.numel * spec.itemsize <= _BLOCK_BYTES or not box.sizes:
         yield box
         return
@@ -128,15 +128,15 @@ def _blocks(box: Box, spec: TensorSpec) -> Iterator[Box]:
 
 
 class Dequantized:
-    """Convert FP8 weights to the values that they represent.
+    """Converts FP8 weights to the values they represent.
 
     Args:
-        weights: As they are stored.
+        weights: The stored weights.
         config: The reference's `quantization_config`.
         permitted: `checkpoint.dequantize_base_checkpoint`.
 
     Raises:
-        CheckpointConfigError: Dequantizing is forbidden, or the quantization is not one of FP8 with scales.
+        CheckpointConfigError: Dequantizing is forbidden, or the quantization is not FP8 with scales.
     """
 
     def __init__(self, weights: Weights, config: Mapping[str, Any], permitted: bool | None) -> None:
@@ -153,13 +153,13 @@ class Dequantized:
         if method is not None and (method not in _FP8_METHODS or not self._scales):
             raise CheckpointConfigError(
                 f"the reference model is quantized by {method} (quantization_config.quant_method in its config.json) "
-                "in a way this version does not read; it reads FP8 with scales per block, per channel or per tensor. "
-                "Use a copy of the model that is not quantized"
+                "in a way this version cannot read; it reads FP8 with scales per block, per channel or per tensor. "
+                "Use an unquantized copy of the model"
             )
         if self._scales and permitted is False:
             raise CheckpointConfigError(
                 "checkpoint.dequantize_base_checkpoint=false, but the reference model is quantized "
-                f"({next(iter(self._scales))}); set it to null or true, or use a copy that is not quantized"
+                f"({next(iter(self._scales))}); set it to null or true, or use an unquantized copy"
             )
         self._block = _block_size(config)
         for name, scale in self._scales.items():
@@ -229,14 +229,14 @@ class Dequantized:
         spec = self._weights.specs[name]
         found = torch.empty(spec.shape, dtype=torch.float32)
         if spec.dtype in ("U8", "F8_E8M0"):
-            # Powers of two by their exponent, as in the microscaling formats.
+            # Powers of two stored as exponents, as in the microscaling formats.
             raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
             count = self._weights.read([Wanted(name, Box.whole(spec.shape), raw)])
             return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
         return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
 
     def _factors(self, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
-        """The scales with one dimension for each of the weight's; None if one number serves all."""
+        """The scales, with as many dimensions as the weight; None if one scale applies to all elements."""
         if scales.numel() == 1:
             return None
         return scales.reshape(-1, *[1] * (len(spec.shape) - 1)) if tuple(scales.shape) == spec.shape[:1] else scales
@@ -262,7 +262,7 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _spread(factors: torch.Tensor, box: Box, steps: tuple[int, ...]) -> torch.Tensor:
-    """The factor of every element of a box."""
+    """The factor of every element of a box; has the box's shape, or can be broadcast to it."""
     for dim, (start, size, step) in enumerate(zip(box.offsets, box.sizes, steps, strict=True)):
         factors = factors.index_select(dim, torch.arange(start, start + size) // step)
     return factors

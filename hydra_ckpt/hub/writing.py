@@ -1,4 +1,4 @@
-"""Writing an export from stored tensors, in bounded memory; it appears when it is complete."""
+"""Writes an export from stored tensors in bounded memory; it becomes visible only when complete."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hydra_ckpt.store.draft import sync_tree
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         path: The directory.
         files: Names of its weight files.
-        nbytes: Their size together.
+        nbytes: Their total size in bytes.
     """
 
     path: Path
@@ -39,8 +39,8 @@ class Source:
     """Stored tensors of a model, ready to be read.
 
     Attributes:
-        tensors: By name.
-        naming: From these to the export's.
+        tensors: The stored tensors, by name.
+        naming: From these to the export's tensors.
         stem: Name of the weight files without suffixes.
         read: Reads boxes.
         block_bytes: The largest block to read at once.
@@ -53,10 +53,10 @@ class Source:
     block_bytes: int
 
     def cast(self, dtype: str) -> Source:
-        """The same with all floating-point tensors in one element type.
+        """The same source with all floating-point tensors in one dtype.
 
         Raises:
-            CheckpointConfigError: It is not one of the known types.
+            CheckpointConfigError: The dtype is unknown.
         """
         if dtype not in FLOATS:
             raise CheckpointConfigError(f"dtype={dtype} is not one of: {', '.join(FLOATS)}")
@@ -65,8 +65,8 @@ class Source:
         return replace(self, naming=replace(self.naming, dtypes=dict.fromkeys(floating, FLOATS[dtype])))
 
     def layouts(self, max_file_bytes: int | None) -> list[FileLayout]:
-        """The files to write: as named, unless a size is given."""
-        # The tensors of an average have other names in their file than here.
+        """The files to write: those that the naming lists, unless a size is given."""
+        # The tensors of an average have other names in their file.
         specs = self.naming.specs([replace(item.spec, name=name) for name, item in self.tensors.items()])
         by_map = self.naming.files and max_file_bytes is None
         groups = by_file(specs, self.naming.files) if by_map else by_size(specs, max_file_bytes or DEFAULT_FILE_BYTES)
@@ -77,11 +77,11 @@ def refuse_occupied(out: Path) -> None:
     """Check that a directory can be created here; an empty one may already exist.
 
     Raises:
-        CheckpointExistsError: It exists already, or would be inside a checkpoint.
-        CheckpointConfigError: Nothing can be made here.
+        CheckpointExistsError: It already exists, or would be inside a checkpoint.
+        CheckpointConfigError: It cannot be created here.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise CheckpointExistsError(f"{out} exists already; name a directory that does not exist, or an empty one")
+        raise CheckpointExistsError(f"{out} already exists; name a directory that does not exist, or an empty one")
     place = out.absolute()
     if out.exists() and place.samefile(Path.cwd()):
         raise CheckpointConfigError(f"{out} is the working directory, which cannot be replaced; name one below it")
@@ -109,10 +109,10 @@ def write_export(
     Args:
         source: The tensors.
         small: Other files by name; the index of several weight files is added.
-        out: The directory to make; see `refuse_occupied`.
+        out: The directory to create; see `refuse_occupied`.
         max_file_bytes: Size at which a new file begins; None for the source's own files.
-        check: Called when everything is written but not visible yet; if it raises, the export is discarded.
-        progress: Called with bytes written so far and in all.
+        check: Called when everything is written but not yet visible; if it raises, the export is discarded.
+        progress: Called with the bytes written so far and in total.
     """
     layouts = source.layouts(max_file_bytes)
     total = sum(layout.nbytes for layout in layouts)

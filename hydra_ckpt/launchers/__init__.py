@@ -1,1 +1,1 @@
-"""What happens in the process that launches a sweep's jobs, before the first of them. Imports no torch."""
+"""Preparations in the process that launches a sweep's jobs, before the first job. Imports no torch."""

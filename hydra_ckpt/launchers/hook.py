@@ -1,7 +1,7 @@
-"""Called by Hydra when a sweep begins: directories, studies and signals are made ready for it.
+"""Called by Hydra when a sweep begins: prepares directories, studies and signals.
 
-Hydra imports this module in every run with `callbacks=hydra_ckpt`. So it imports no torch, and what only sweeps need
-when they begin.
+Hydra imports this module in every run with `callbacks=hydra_ckpt`. So it imports no torch, and it imports what only
+sweeps need when a sweep begins.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def _directory(first: int, *, _root_: DictConfig) -> str:
     return directory_of(first, _root_)
 
 
-# Launchers send the callback to the processes of jobs, which so learn of the resolver before they need it.
+# Launchers send the callback to the job processes, which registers the resolver there before it is needed.
 OmegaConf.register_new_resolver("hydra_ckpt.job_directory", _directory, replace=True)
 
 
 class SweepHook(Callback):
-    """Part of `callbacks=hydra_ckpt`: lets a sweep go on where an earlier start of it was stopped."""
+    """Part of `callbacks=hydra_ckpt`: lets a sweep continue where an earlier start was stopped."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep begins, in the process that launches its jobs."""
+        """Called when a sweep begins, in the process that launches its jobs."""
         from hydra_ckpt.launchers.places import keep_directories
         from hydra_ckpt.launchers.studies import give_back
         from hydra_ckpt.sweeps.stopping import begin_sweep
@@ -60,7 +60,7 @@ class SweepHook(Callback):
             _hand_signals_on(config, sweep_dir)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """A job has ended, in the process that has run it."""
+        """Called when a job has ended, in the process that ran it."""
         ended = job_return._return_value  # noqa: SLF001 - the public way raises it
         if not isinstance(ended, Exception):
             return
@@ -71,7 +71,7 @@ class SweepHook(Callback):
 
 
 def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
-    """Let a signal to the launcher stop its jobs; without a handler it would die, and its jobs with it, unsaved."""
+    """Make a signal to the launcher stop its jobs; without a handler it would die, and its jobs with it, unsaved."""
     from hydra_ckpt.sweeps.stopping import Halt, halt_jobs
 
     if threading.current_thread() is not threading.main_thread():
@@ -82,12 +82,12 @@ def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
         before = signal.getsignal(number)
 
         def stop(came: int, frame: Any, earlier: Any = before) -> None:
-            signal.signal(came, signal.SIG_DFL if earlier is None else earlier)  # the next one does what it always did
+            signal.signal(came, signal.SIG_DFL if earlier is None else earlier)  # the next signal has its usual effect
             if os.getpid() != process:
                 signal.raise_signal(came)
                 return
-            why = f"{signal.Signals(came).name} came to the launcher"
-            log.warning("%s: running jobs save and stop, and no further one begins", why)
+            why = f"the launcher received {signal.Signals(came).name}"
+            log.warning("%s: running jobs save and stop, and no more jobs start", why)
             try:
                 sweep_dir.mkdir(parents=True, exist_ok=True)
                 halt_jobs(sweep_dir, os.getpid(), Halt(why, int(code), running=True))

@@ -1,8 +1,8 @@
-"""Which directory a job has in a sweep whose values are proposed anew at each start.
+"""Which directory a job uses in a sweep that proposes new values at each start.
 
-Hydra counts jobs from 0 at every start. Under a sweeper that proposes values, job 0 then has other ones than before,
-and its directory holds another job's checkpoints. So a job that comes back with the values of an earlier one gets the
-directory of that one, and every other job gets a new directory.
+Hydra counts jobs from 0 at every start. Under a sweeper that proposes values, job 0 then has different values than
+before, and its directory holds another job's checkpoints. So a job with the values of an earlier job gets that job's
+directory, and every other job gets a new one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BY_NUMBER = "${hydra.job.num}"
 
 
 def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
-    """Let jobs that come back keep their directories, where directories are named by number, and some are there.
+    """Let returning jobs keep their directories, if directories are named by number and some exist.
 
     Args:
         config: The configuration of the sweep; an override for its jobs is added.
@@ -43,13 +43,13 @@ def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
     if not taken:
         return
     first = max(taken) + 1
-    log.info("%s has jobs of an earlier start: those that come back go on, new ones count from %d", sweep_dir, first)
+    log.info("%s has jobs of an earlier start: returning jobs resume, new ones are numbered from %d", sweep_dir, first)
     with read_write(config), open_dict(config):
         config.hydra.overrides.hydra.append(f"hydra.sweep.subdir=${{{_RESOLVER}:{first}}}")
 
 
 def values_of(overrides: Iterable[str]) -> frozenset[str]:
-    """What tells one job of a sweep from another: its overrides, without those about saving."""
+    """What distinguishes one job of a sweep from another: its overrides, without those about saving."""
     return frozenset(item for item in overrides if not about_saving(item.lstrip("+~")))
 
 
@@ -60,7 +60,7 @@ def values_of_job(directory: Path) -> frozenset[str]:
 
 
 def directory_of(first: int, config: DictConfig) -> str:
-    """The directory of a job, seen from the sweep's: what `${hydra_ckpt.job_directory:FIRST}` becomes.
+    """The directory of a job, relative to the sweep's: the value of `${hydra_ckpt.job_directory:FIRST}`.
 
     Args:
         first: The number of the first new directory.
@@ -79,5 +79,5 @@ def directory_of(first: int, config: DictConfig) -> str:
 
 
 def _existed(path: Path, first: int) -> bool:
-    """Whether a directory is of an earlier start."""
+    """Whether a directory is from an earlier start."""
     return not (path.name.isdecimal() and int(path.name) >= first)

@@ -1,4 +1,4 @@
-"""Optuna's studies: trials that an earlier start of a sweep has left open are run again, with their values."""
+"""Optuna's studies: trials that an earlier start of a sweep left open are run again, with their values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def give_back(sweeper: Any, sweep_dir: Path) -> None:
-    """Let a stored study propose again what it has proposed to jobs whose results it was never told.
+    """Let a stored study propose again the trials whose results it never received.
 
-    Such a trial belongs to a job of this sweep that was stopped, was killed, or ended when its sweep was being stopped.
-    A trial that no directory of this sweep belongs to may be another process's, and stays as it is.
+    Such a trial belongs to a job of this sweep that was stopped, was killed, or ended while the sweep was stopping.
+    A trial without a directory in this sweep may belong to another process, and is left alone.
 
     Args:
         sweeper: Hydra's settings of the sweeper.
@@ -30,8 +30,8 @@ def give_back(sweeper: Any, sweep_dir: Path) -> None:
         return
     try:
         _give_back(str(name), _opened(storage), _ended(sweep_dir))
-    except Exception as error:  # noqa: BLE001 - a study's storage may fail in any way; the sweep then says so itself
-        log.warning("the study %s could not be looked through for trials that were stopped: %s", name, error)
+    except Exception as error:  # noqa: BLE001 - a study's storage may fail in any way; the sweep then reports it
+        log.warning("the study %s could not be searched for stopped trials: %s", name, error)
 
 
 def _opened(storage: Any) -> Any:
@@ -41,7 +41,7 @@ def _opened(storage: Any) -> Any:
 
 
 def _ended(sweep_dir: Path) -> list[frozenset[str]]:
-    """The values of the sweep's jobs that do not run."""
+    """The values of the sweep's jobs that are not running."""
     found = []
     for path in job_directories(sweep_dir):
         record = read_record(path)
@@ -56,18 +56,18 @@ def _give_back(name: str, storage: Any, jobs: list[frozenset[str]]) -> None:
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        return  # it begins now
+        return  # the study is new
     for trial in study.trials:
         values = values_of(f"{key}={value}" for key, value in trial.params.items())
         job = next((job for job in jobs if values and values <= job), None)
         if trial.state == optuna.trial.TrialState.RUNNING and job is not None:
             jobs.remove(job)
             _wait_again(study, trial)
-            log.info("trial %d of the study %s was not finished: it runs again", trial.number, name)
+            log.info("trial %d of the study %s had not finished; it runs again", trial.number, name)
 
 
 def _wait_again(study: Any, trial: Any) -> None:
-    """Put a trial back among those that wait to be asked for. It keeps its number and values."""
+    """Put a trial back among the waiting ones. It keeps its number and values."""
     import optuna
 
     storage, waiting = study._storage, optuna.trial.TrialState.WAITING  # noqa: SLF001 - there is no public way

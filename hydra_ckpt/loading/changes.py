@@ -32,7 +32,7 @@ def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str
     try:
         manifest = Checkpoint.open(checkpoint).manifest
     except CheckpointError:
-        return []  # some other tool's
+        return []  # another tool wrote it
     found = []
     saved = manifest.details.get("optimizers")
     if isinstance(saved, list) and saved and optimizers and [*map(str, saved)] != [*optimizers]:

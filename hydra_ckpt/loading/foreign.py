@@ -1,7 +1,7 @@
 """Read checkpoints of other tools like ours: plain `dcp.save` directories, and accelerate's under FSDP2.
 
-Their small values are pickled; they are read only with `allow_legacy_pickle_restore`. What they hold is
-brought into the form that a load of our own checkpoints compares, reads and installs.
+Their small values are pickled, and read only with `allow_legacy_pickle_restore`. Their contents are converted to the
+form that a load of our own checkpoints compares, reads and installs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCHEDULERS = ("lr_scheduler", "lr_schedulers", "scheduler", "schedulers")
 
 
 def open_foreign(path: Path, *, allow_pickle: bool) -> Checkpoint:
-    """A foreign directory as a checkpoint of which only the path is known.
+    """A foreign directory as a checkpoint with only its path known.
 
     Raises:
         CheckpointConfigError: Pickles may not be read.
@@ -83,7 +83,7 @@ class ForeignSource(Source):
     # -- where things are stored ---------------------------------------------------------------------------------
 
     def _read_plain(self) -> None:
-        """One directory with everything, nested as its writer liked."""
+        """Read one directory with everything, nested as its writer chose."""
         found = self._open("")
         model = self._model_prefix(found)
         beside = model[:-1]
@@ -107,7 +107,7 @@ class ForeignSource(Source):
         self._note_rest(found, used)
 
     def _read_accelerate(self) -> None:
-        """`Accelerator.save_state` with FSDP2 and sharded state dicts."""
+        """Read what `Accelerator.save_state` writes with FSDP2 and sharded state dicts."""
         for number, name in enumerate(self.extractor.maps(self.state)):
             place = ACCELERATE_MODEL.format(number)
             if (self.root / place / INDEX).is_file():
@@ -212,7 +212,7 @@ class ForeignSource(Source):
                 options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 place = f"{members[0] if members else number}{SEPARATOR}options"
                 encoded = self._encode(options, place, self._pools[names.OPTIMIZER])
-                # Each on its own: groups of equal options may be one group here.
+                # One entry per group: groups with equal options may be one group here.
                 described["optimizers"].append({"class": "", "groups": [{"params": members, "options": encoded}]})
         if described["optimizers"]:
             self.shared["optimizer"] = described
@@ -248,7 +248,7 @@ class ForeignSource(Source):
             return [self._encode(item, _join(name, str(index)), pool) for index, item in enumerate(value)]
         return encode(value, name, self.given)
 
-    # -- what a load asks ----------------------------------------------------------------------------------------
+    # -- for a load ----------------------------------------------------------------------------------------------
 
     def models(self) -> set[str]:
         """The parts that hold models."""
@@ -323,7 +323,7 @@ def _optimizer_prefixes(found: DcpDirectory) -> list[KeyPath]:
 
 
 def _nested_optimizer(tree: dict[str, Any], known: Collection[str]) -> tuple[dict[str, dict[str, Any]], list[Any]]:
-    """State by parameter, and groups; of a state dict as PyTorch nests it, or flattened (`state.<parameter>.<key>`)."""
+    """State by parameter, and groups, from a nested PyTorch state dict or a flat one (`state.<parameter>.<key>`)."""
     if "param_groups" in tree:
         return dict(tree.get("state", {})), list(tree["param_groups"])
     state: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Putting what was read into the live objects. Tensors of models and optimizers were read straight into theirs."""
+"""Installs what was read into the live objects. Tensors of models and optimizers are already read in place."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Notes:
     """What a load report contains besides the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
 
     Attributes:
-        texts: In words.
+        texts: Notes in plain words.
         exact: Objects restored and compared.
-        trusted: Objects that loaded their state themselves and do not show that they have it.
+        trusted: Objects that loaded their state themselves, but report a different one afterwards.
         rederived: The parts that could not be restored exactly.
         missing: What the checkpoint does not have.
         skipped: What was not loaded into anything.
@@ -55,7 +55,7 @@ class Notes:
 
         Args:
             what: The object.
-            unlike: Where its state_dict() afterwards differs from what it was given.
+            unlike: Where its state_dict() afterwards differs from the state it was given.
         """
         if not unlike:
             self.exact.append(what)
@@ -75,12 +75,12 @@ class Installer:
         state: The objects.
         extractor: Provides the models' maps.
         shared: The state that is equal on all ranks, encoded.
-        own: What this rank, or its counterpart, had for itself; None if there is nothing.
-        tensors: The tensors that encoded values refer to, read.
+        own: What this rank, or its counterpart, stored for itself; None if there is nothing.
+        tensors: The tensors, already read, that encoded values refer to.
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
-        resized: For each model the buffers, read, that had another size than the live ones.
+        resized: For each model the buffers, already read, whose saved size differs from the live one.
         notes: Collects what the report will list.
     """
 
@@ -96,7 +96,7 @@ class Installer:
     notes: Notes
 
     def models(self, absent: Collection[str]) -> None:
-        """What models have besides the tensors that were read into them.
+        """Install what models have besides the tensors that were read into them.
 
         Args:
             absent: Objects that the checkpoint does not have, by dotted name.
@@ -119,7 +119,7 @@ class Installer:
             unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
             unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
             self.notes.took(dotted, unlike)
-        # Checkpoints of earlier versions hold all buffers so.
+        # Checkpoints of earlier versions store all buffers this way.
         if any(own_buffers.values()) and not self.same_ranks:
             self.notes.derived("buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks")
 
@@ -129,7 +129,7 @@ class Installer:
         return {name.removeprefix(f"{dotted}.") for name in missing if name.startswith(f"{dotted}.")}
 
     def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-        """Extra states that modules report differently than they were given; those of one side only are noted."""
+        """Extra states that modules report differently from those they were given; notes those on one side only."""
         if not self.other_stages:
             for names, found in (
                 (saved.keys() - live.keys(), self.notes.skipped),
@@ -140,10 +140,10 @@ class Installer:
         return [name.removeprefix(".") for name in differing(self._decoded(both), {name: live[name] for name in both})]
 
     def optimizers(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
-        """The optimizers' state and options, and what they know beyond these.
+        """Install the optimizers' state and options, and whatever else they save.
 
         Args:
-            found: What of the saved description fits.
+            found: The parts of the saved description that fit.
             empty: Parameters whose state was empty, by the path of the optimizer that held it.
         """
         parameters = self.extractor.parameter_names(self.state)
@@ -182,14 +182,14 @@ class Installer:
         return decode(tree, self.tensors, {OWN: self._shard, **others}, made)
 
     def _shard(self, name: str) -> torch.Tensor:
-        """This rank's shard of a tensor subclass, as the DTensor that it was part of."""
+        """This rank's shard of a tensor subclass, as the DTensor it belonged to."""
         local, like = (self.own or {})["shards"][name], self.like(name)
         return DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
     def objects(self, available: Collection[str]) -> None:
-        """Schedulers, extras and data loader, as far as they are requested and stored."""
+        """Install schedulers, extras and the data loader, if they are requested and stored."""
         if "lr_scheduler" in available:
             pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
             for (name, scheduler), tree in pairs:
@@ -206,7 +206,7 @@ class Installer:
     def _whole(
         self, dotted: str, item: Any, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS
     ) -> Callable[[], Any]:
-        """Makes an object's saved state, each time a new one; what was left out is as the live object has it."""
+        """A function that builds a new copy of an object's saved state; values left out come from the live object."""
         live = told_by(dotted, item) if missing_from(tree) else None
         if live is None:
             return partial(self._decoded, tree, others)
@@ -215,7 +215,7 @@ class Installer:
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
         """Let an object load its state, and check whether it reports the same state afterwards."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
-            return  # left out as a whole: it stays as it was built
+            return  # left out entirely: it stays as it was built
         whole = self._whole(dotted, item, tree)
         try:
             item.load_state_dict(whole())
@@ -225,13 +225,13 @@ class Installer:
             raise CheckpointError(
                 f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}"
             ) from error
-        if self.other_stages:  # it was given what all stages had, and keeps its own
+        if self.other_stages:  # it was given the state of all stages, and keeps its own
             self.notes.trusted.append(dotted)
             return
         self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
-        """The random generators: as they were, or newly derived on other ranks."""
+        """Restore the random generators, or derive them if the ranks differ."""
         if self.own is not None and self.same_ranks:
             rng.restore(self.own["rng"])
             self.notes.exact.append("rng")

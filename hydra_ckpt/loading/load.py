@@ -36,15 +36,15 @@ class Load:
     """Loads one checkpoint into an AppState.
 
     Args:
-        checkpoint: What to load.
-        state: Into what.
+        checkpoint: The checkpoint to load.
+        state: The live objects to load into.
         extractor: Provides the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
         parts: Which parts are wanted.
         verify: Whether every byte is checked against its digest.
         strict: Whether a mismatch is an error; if not, the object stays as it was built.
-        kind: What reads this kind of checkpoint.
+        kind: The class that reads this kind of checkpoint.
 
     Attributes:
         touched: The parts whose live tensors may have been written to; equal on all ranks.
@@ -69,7 +69,7 @@ class Load:
         Raises:
             CorruptCheckpointError: Bytes are not what was written; raised on all ranks. The tensors of the parts in
                 `touched` may have been overwritten by then.
-            KeyMismatchError: Names, shapes or element types differ; nothing was changed.
+            KeyMismatchError: Names, shapes or dtypes differ; nothing was changed.
         """
         source = self.kind(
             self.checkpoint, self.state, self.extractor, self.channel, self.topology, self.parts, self._notes
@@ -87,7 +87,7 @@ class Load:
         return self._report(source, plan, read_bytes[0])
 
     def _report(self, source: Source, plan: LoadPlan, read_bytes: int) -> LoadReport:
-        # The step of a foreign directory is known only when it is read.
+        # The step of a foreign directory is known only once it has been read.
         checkpoint, notes, available = source.checkpoint, self._notes, source.available()
         step, epoch = (checkpoint.step, checkpoint.epoch) if "progress" in self.parts else (0, 0)
         loaded = (part for part in PARTS if part in available and plan.takes_any(part, len(self.state.optimizers)))
@@ -107,7 +107,7 @@ class Load:
         )
 
     def _together(self, what: str, step: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda _: None) -> Any:
-        """Collective: do a local step and raise everywhere if it fails anywhere; else decide from what it gave."""
+        """Collective: do a local step and raise everywhere if it fails anywhere; otherwise decide from its results."""
         error: Exception | None = None
         given = None
         try:
@@ -168,7 +168,7 @@ class Load:
             self._together("verifying the checkpoint's names", verify)
 
     def _read(self, source: Source, plan: LoadPlan) -> tuple[int, list[Span]]:
-        """Read; returns the bytes read, and the digests that were compared on the way."""
+        """Read; returns the number of bytes read, and the digests compared while reading."""
         root, manifest = self.checkpoint.path, self.checkpoint.manifest
         if self.verify:
             self._ledger = Ledger(checks(root, manifest.files, manifest.digests))
@@ -179,7 +179,7 @@ class Load:
         return count, [] if self._ledger is None else self._ledger.done()
 
     def _verify_rest(self, done: Sequence[Sequence[int]]) -> None:
-        """Collective: compare the digests that no rank has compared while it read, each once."""
+        """Collective: compare, once each, the digests that no rank compared while reading."""
         ledger = self._ledger
         if ledger is None:
             return

@@ -1,4 +1,4 @@
-"""Live objects compared with a checkpoint: what is read into which tensor, and everything that does not match."""
+"""Compares live objects with a checkpoint: what to read into which tensor, and everything that does not match."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mismatch:
         missing: Names that the checkpoint lacks.
         unexpected: Names that the live objects lack.
         different: Name to how the two differ.
-        left: What stays as it was built because of the missing and different ones, by dotted name.
+        left: What stays as it was built because of these, by dotted name.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -57,8 +57,8 @@ class LoadPlan:
     Attributes:
         fetches: Boxes of stored tensors, with the tensors that receive them.
         tensors: The tensors that encoded values refer to, by name; to be filled.
-        resized: For each model the buffers that have another size than the live ones, which their modules will take.
-        fit: What of the optimizers' state fits; None if none is loaded.
+        resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
+        fit: The part of the optimizers' state that fits; None if none is loaded.
         absent: Single objects that the checkpoint does not have, by dotted name.
         mismatch: All mismatches.
     """
@@ -80,7 +80,7 @@ def plan_load(source: Source, *, strict: bool) -> LoadPlan:
 
     Args:
         source: The checkpoint, read.
-        strict: Whether what does not fit will be an error; then no targets are made for what surrounds it.
+        strict: Whether a mismatch will be an error; then no targets are made for the state around it.
     """
     matcher = _Matcher(source, strict)
     matcher.match()
@@ -121,7 +121,7 @@ class _Matcher:
         )
 
     def _leave_own(self, label: str, dotted: str) -> None:
-        """Note values that each rank had for itself and that no rank gets here: an error, or left as built."""
+        """Note per-rank values that no rank gets here: an error, or left as built."""
         self.plan.mismatch.different[label] = ELSEWHERE
         self.plan.mismatch.left.append(dotted)
 
@@ -136,7 +136,7 @@ class _Matcher:
         self._note_adapters()
         for name, mapped in maps.items():
             if part_of(name) not in saved and saved & live.keys():
-                self.plan.absent.add(called(name))  # an object that the checkpoint does not have
+                self.plan.absent.add(called(name))  # the checkpoint does not have this object
                 continue
             self._match_model(name, mapped)
 
@@ -158,10 +158,10 @@ class _Matcher:
             if fits is not None and (item.place.origin or item.spec.name) not in own:
                 self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
-            self.plan.mismatch.different[prefix + "state_dict()"] = "its entries are those of other parts of the model"
+            self.plan.mismatch.different[prefix + "state_dict()"] = "its entries belong to other parts of the model"
 
     def _resize(self, model: str, mapped: ModelMap, item: LocalTensor, stored: StoredTensor | None) -> bool:
-        """Read a buffer of another size on its own, where its module will take it."""
+        """Read a buffer of another size separately, if its module will accept it."""
         name, spec = item.spec.name, None if stored is None else stored.spec
         if stored is None or spec is None or spec.dtype != item.spec.dtype or spec.shape == item.spec.file_shape:
             return False
@@ -173,7 +173,7 @@ class _Matcher:
         return True
 
     def _match_own(self, model: str, prefix: str, mapped: ModelMap) -> set[str]:
-        """The tensors of a model that are not taken from what the ranks share; this rank's own are fetched."""
+        """A model's tensors that are not taken from the shared ones; fetches this rank's own."""
         part = part_of(model)
         wanted = self.source.per_rank.names_in(part)
         if not wanted:
@@ -288,7 +288,7 @@ class _Matcher:
         self._want(stored, set(tensor_names(found.trees())), into)
 
     def _leave_own_state(self, found: Fit) -> None:
-        """Refuse the optimizers' tensors that each rank had for itself, or start without them."""
+        """Refuse the optimizers' per-rank tensors, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
         if not own:
             return
@@ -297,7 +297,7 @@ class _Matcher:
             self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
 
     def _leave_own_extras(self) -> None:
-        """Refuse the extras' tensors that each rank had for itself, or leave these extras; others' are rank 0's."""
+        """Refuse extras with per-rank tensors, or leave them as built; for other objects use rank 0's tensors."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.EXTRAS)
         available = self.source.available()
         for name in sorted(own):
@@ -328,12 +328,12 @@ class _Matcher:
             )
         stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
         wanted = set(tensor_names(trees))
-        # Never into the live tensors: the objects load their state themselves.
+        # Never read into the live tensors: the objects load their state themselves.
         places = Places(self.source.state, live, placements(trees), strides(trees))
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
     def _match_schedulers(self) -> list[Any]:
-        """The saved states that live schedulers load, in order; further live ones stay as they were built."""
+        """The saved states for the live schedulers, in order; additional live ones stay as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
         self.plan.absent.update(live[len(saved) :])
         if (moved := self._moved_groups()) and saved and live:
@@ -354,7 +354,7 @@ class _Matcher:
         return moved_groups(source.shared["optimizer"], found, source.extractor.parameter_names(source.state))
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
-        """Leave out what only other stages' extras have; one that has no tensors yet takes everything."""
+        """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""
         for name, tree in self.source.shared["extras"].items() if self.source.other_stages else ():
             if any(place.startswith(f"{name}:") for place in live):
                 self.source.shared["extras"][name] = stages.keep_known(tree, live)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds for each rank, because the ranks that saved it had different values under one name."""
+"""What a checkpoint stores once per rank, because the ranks had different values under one name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import PartRecord
 
 ELSEWHERE = (
-    "the ranks that saved it had different values of it, and this run's ranks are arranged differently; with "
-    "checkpoint.load_strict=false it is left as built"
+    "the ranks that saved it had different values for it, and this run's ranks are arranged differently; set "
+    "checkpoint.load_strict=false to leave it as built"
 )
 
 
 @dataclass(frozen=True)
 class PerRank:
-    """The names of what each rank had for itself, and this rank's values where it has its place again.
+    """The names of what is stored once per rank, and this rank's values if the ranks are arranged as before.
 
     Attributes:
         plain: Labels of plain data.
         tensors: Labels of tensors: `<part>/<name>`.
         is_here: Whether this rank finds what it saved.
-        stored: Its tensors by label.
+        stored: This rank's tensors by label.
     """
 
     plain: tuple[str, ...] = ()
@@ -46,12 +46,12 @@ class PerRank:
         record: PartRecord | None,
         rank: int | None,
     ) -> PerRank:
-        """From a checkpoint; this rank's plain data takes its place in the shared document.
+        """Read from a checkpoint; also puts this rank's plain data into the shared document.
 
         Args:
             root: The checkpoint.
             shared: What the ranks share, encoded.
-            own: What this rank had for itself.
+            own: What this rank stored for itself.
             record: Where the ranks' own tensors are stored; None if there are none.
             rank: This rank; None if the ranks are arranged differently.
 
@@ -79,11 +79,11 @@ class PerRank:
         return cls(plain, tensors, stored=stored)
 
     def names_in(self, part: str) -> set[str]:
-        """Names of the tensors of a part that each rank had for itself."""
+        """Names of a part's tensors that are stored once per rank."""
         return {label.removeprefix(f"{part}/") for label in self.tensors if label.startswith(f"{part}/")}
 
     def overlay(self, part: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The stored tensors of a part, with this rank's own instead of those that the ranks share."""
+        """The stored tensors of a part, with this rank's own replacing the shared ones."""
         if not self.stored:
             return stored
         own = {name: self.stored[f"{part}/{name}"] for name in self.names_in(part)}
@@ -91,7 +91,7 @@ class PerRank:
 
 
 def owner_of(name: str) -> tuple[str, str]:
-    """Whose a tensor of the part `extras` is: `extras`, `lr_scheduler` or `extra_state`, and its label or name."""
+    """The owner of a tensor of the part `extras`: `extras`, `lr_scheduler` or `extra_state`, and its label or name."""
     owner = unqualified(name).partition(":")[0]
     if owner in ("lr_scheduler", "extra_state"):
         return owner, owner

@@ -42,15 +42,15 @@ class Restorer:
     """Chooses a checkpoint and loads it.
 
     Args:
-        options: What is configured.
-        directory: The directory of the checkpoints; used by the coordinator only.
+        options: The configured options.
+        directory: The checkpoint directory; used by the coordinator only.
         extractor: Knows the models' maps.
         channel: To the other ranks.
         topology: How they are arranged.
         patience_s: How long ranks look for a checkpoint that rank 0 has opened, in seconds.
 
     Attributes:
-        passed_over: Damaged checkpoints that an automatic choice went past: name to what is wrong. Equal on all ranks.
+        passed_over: Damaged checkpoints that an automatic choice skipped: name to what is wrong. Equal on all ranks.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Restorer:
         self.passed_over: dict[str, str] = {}
 
     def wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
-        """The parts to load: those given, else those configured, else all.
+        """The parts to load: the argument if given, otherwise the configured ones, otherwise all.
 
         Raises:
-            CheckpointConfigError: The part does not exist.
+            CheckpointConfigError: A part does not exist.
         """
         wanted = tuple(parts) if parts is not None else self._options.parts or PARTS
         unknown = sorted(set(wanted) - set(PARTS))
@@ -83,7 +83,7 @@ class Restorer:
         return wanted
 
     def selector(self, restore_from: str | os.PathLike[str] | None) -> str | None:
-        """What to resume from: what is given, else what is configured; None for a fresh start."""
+        """What to resume from: the argument if given, otherwise the configured one; None for a fresh start."""
         given = self._options.restore_from if restore_from is None else os.fspath(restore_from)
         if restore_from is not None and not str(given).strip():
             raise CheckpointConfigError("restore_from='': name a checkpoint, or auto, latest, best, none")
@@ -99,7 +99,7 @@ class Restorer:
         parts: tuple[str, ...],
         begin_at: Callable[[int], None] = lambda _: None,
     ) -> LoadReport | None:
-        """Collective: load the checkpoint that a selector means; `auto` goes past damaged ones.
+        """Collective: load the checkpoint that a selector means; `auto` skips damaged ones.
 
         Args:
             state: The objects to load into.
@@ -128,7 +128,7 @@ class Restorer:
                         raise overwritten
                     begin_at(0)
                     if self._channel.is_coordinator:
-                        log.info("nothing to resume from in %s: a fresh start", self._directory.root)
+                        log.info("nothing to resume from in %s: starting fresh", self._directory.root)
                     return None
                 begin_at(load.checkpoint.step if "progress" in parts else 0)
                 try:
@@ -142,11 +142,11 @@ class Restorer:
                     self._pass_over({load.checkpoint.name: str(error)})
                     continue
             if overwritten is not None and not touched <= set(report.loaded):
-                raise overwritten  # only a load of the same parts makes every tensor whole again
+                raise overwritten  # only loading the same parts makes every tensor whole again
             return report
 
     def _choose(self, state: AppState, selector: str, parts: tuple[str, ...], lease: ExitStack) -> Load | None:
-        """Collective: choose a checkpoint and protect it from pruning until the lease ends; None: there is none."""
+        """Collective: choose a checkpoint and protect it from pruning until the lease ends; None if there is none."""
         for attempt in range(_ATTEMPTS):
             choice = self._channel.coordinator_step(
                 f"looking for restore_from={selector}", lambda: self._select(selector)
@@ -157,7 +157,7 @@ class Restorer:
             try:
                 return self._open(state, Path(choice["path"]), parts, lease)
             except CheckpointNotFoundError:
-                # A run has pruned it since it was chosen; it has newer ones.
+                # A run has pruned it since it was chosen, so there are newer ones.
                 if attempt == _ATTEMPTS - 1:
                     raise
         return None
@@ -177,7 +177,7 @@ class Restorer:
     def _open(self, state: AppState, path: Path, parts: tuple[str, ...], lease: ExitStack) -> Load:
         """Collective: open a checkpoint, protected from pruning until the lease ends.
 
-        Rank 0, who chose it, opens it first; then that it is there is known, and the others look for it with patience.
+        Rank 0, which chose it, opens it first; then it is known to exist, and the others keep looking for it.
         """
         opened: list[Checkpoint] = []
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a load asks for it. Another tool's directory answers in `hydra_ckpt.loading.foreign`."""
+"""What a checkpoint holds, as a load needs it. For other tools' directories see `hydra_ckpt.loading.foreign`."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from hydra_ckpt.store.catalog import Checkpoint
 
 @dataclass
 class Source:
-    """A checkpoint of ours, opened for one load.
+    """One of our checkpoints, opened for one load.
 
     Args:
         checkpoint: The checkpoint.
         state: The live objects.
         extractor: Knows the models' maps.
-        channel: To the other ranks; nothing is said to them here.
+        channel: To the other ranks; not used to communicate here.
         topology: How they are arranged.
         parts: Which parts are wanted.
-        notes: Takes what is to be reported.
+        notes: Collects what to report.
 
     Attributes:
         shared: What is the same on all ranks, encoded.
-        own: What this rank, or its counterpart, had for itself; None if there is nothing.
+        own: What this rank, or its counterpart, stored for itself; None if there is nothing.
         other_stages: Whether it was saved by other pipeline stages.
         optimized: Parameters that the optimizers of any stage held.
-        per_rank: What each rank had different values of.
+        per_rank: What differed between the ranks.
         lengths: Record lengths of `.distcp` files, by file and offset.
-        given: Tensors that are in memory already, by name.
+        given: Tensors already in memory, by name.
     """
 
     checkpoint: Checkpoint
@@ -96,10 +96,10 @@ class Source:
         return {part for part in self.parts if takers[part] and self.has(part)}
 
     def read(self) -> None:
-        """Read the values of a part that are not tensors.
+        """Read the values that are not tensors.
 
         Raises:
-            CorruptCheckpointError: It is damaged, or not there.
+            CorruptCheckpointError: A file is damaged or missing.
         """
         files = self.checkpoint.manifest.files
         shared = [name for name in files if name.startswith(f"{names.PROGRESS}/shared-")]
@@ -124,7 +124,7 @@ class Source:
         self.per_rank = PerRank.read(self.root, self.shared, self.own, record, rank_here)
 
     def _leave_data(self, own: dict[str, Any]) -> None:
-        """Drop the state of a data loader that belongs to one rank of another division of the data."""
+        """Drop the state of a data loader that belongs to one rank, if the data is now divided differently."""
         if own.get("dataloader") is None or not hasattr(self.state.dataloader, "load_state_dict"):
             return
         own["dataloader"] = None

@@ -1,7 +1,7 @@
-"""Map a live model's tensors to the stored ones, if these have other names or another layout.
+"""Maps a live model's tensors to the stored ones, if these have other names or another layout.
 
-Files hold a model's tensors as the saved one had them in memory, or as its export has them. If a model holds its
-tensors differently in memory, the two are matched through the tensors of their exports.
+Files hold a model's tensors as the saved model had them in memory, or as its export has them. If the live model holds
+its tensors differently in memory, the two are matched through the tensors of their exports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Saved:
 
     Attributes:
         stored: The tensors in its files.
-        naming: How the saved model's tensors are called in its export; None if they are called the same.
+        naming: The names of the saved model's tensors in its export; None if they are the same.
         is_export: Whether the files are that export.
     """
 
@@ -30,12 +30,12 @@ class Saved:
 
 @dataclass
 class Translation:
-    """The way from live tensors to stored ones.
+    """The mapping from live tensors to stored ones.
 
     Attributes:
-        naming: From the ones to the others; None if the names are the same.
-        missing: Names of tensors that are not to be found.
-        different: Name to what does not fit about a tensor's shape.
+        naming: From live names to stored ones; None if they are the same.
+        missing: Names of tensors that cannot be found.
+        different: Name to what is wrong with a tensor's shape.
     """
 
     naming: Naming | None
@@ -44,12 +44,12 @@ class Translation:
 
 
 def translate(names: Collection[str], saved: Saved, live: Callable[[], Naming]) -> Translation:
-    """Find the way by names: those of memory, if the saved model had the same, else those of exports.
+    """Match by names: those in memory, if the saved model had the same, otherwise those in the exports.
 
     Args:
         names: The live tensors.
         saved: Where to look for them.
-        live: Returns the names in the live model's export; called only if the tensors are not found.
+        live: Returns the naming of the live model's export; called only if the tensors are not found.
 
     Raises:
         CheckpointConfigError: The live model's export cannot be determined.
@@ -85,7 +85,7 @@ def _meet(live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]) -> Tr
 
 
 def _unmet(live: Naming, met: Naming | None) -> list[str]:
-    """Tensors that the two exports rearrange in ways of which none is a part of the other."""
+    """Tensors that the two exports rearrange in ways that cannot be mapped to each other."""
     assert met is not None  # made by `_meet`
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in met.by_source.items()}
     return [

@@ -1,8 +1,8 @@
-"""What ranks cannot know of each other, settled once: the one place where they agree on what all of them hold.
+"""What ranks cannot know about each other: the one place where they agree on what all of them hold.
 
-A rank knows the global shape of everything it holds, so it computes the files' layout alone. What it cannot know takes
-a few bytes a rank: that the others hold the same (or, under pipeline parallelism, what they hold instead), and how many
-copies of each device mesh there are.
+A rank knows the global shape of everything it holds, so it computes the file layout alone. The rest takes a few bytes
+per rank: whether the others hold the same (or, under pipeline parallelism, what they hold instead), and how many copies
+of each device mesh there are.
 """
 
 from __future__ import annotations
@@ -27,22 +27,27 @@ from hydra_ckpt.store import names
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks settled.
+    """What the ranks agreed on.
 
     Attributes:
-        specs: Part to all tensors of it, whoever holds them, in the order of the files.
+        specs: Part to all its tensors on any rank, in file order.
         copies: Mesh (its digest; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
+<<<<<<< HEAD
         elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
             two pipeline stages share.
         together: Part and name of tensors that several pipeline stages hold, sharded alike, to the leaders of these
             stages.
+=======
+        elsewhere: Part and name of tensors held here but written by ranks of another kind, such as a weight that two
+            pipeline stages share.
+>>>>>>> english9
         one_host: Whether all ranks run on one host.
-        leader: The first of the ranks that hold the same tensors as this one.
-        peer: This rank's index among these, and their number.
-        adapted: Part to what the adapters of all ranks say that its files hold.
-        crowds: Part and name of tensors to how many ranks would meet in a file of the whole one.
+        leader: The first rank that holds the same tensors as this one.
+        peer: This rank's index among the ranks that hold the same tensors, and their number.
+        adapted: Part to what the adapters of all ranks say its files hold.
+        crowds: Part and name of a tensor to the number of ranks that would write into a file holding all of it.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
@@ -69,18 +74,18 @@ def agree(
     adapted: Mapping[str, Naming] = MappingProxyType({}),
     objects: Sequence[str] = (),
 ) -> Agreement:
-    """Collective: settle what all ranks hold.
+    """Collective: agree on what all ranks hold.
 
     Args:
         parts: What this rank holds.
         channel: To the other ranks.
         stage: The pipeline rank; ranks of one stage must hold the same tensors.
-        global_order: The model's keys in the order of its files, if known.
-        adapted: Part to what this rank's adapters say that its files hold.
+        global_order: The model's keys in file order, if known.
+        adapted: Part to what this rank's adapters say its files hold.
         objects: Labels of the groups, schedulers and other objects beside the tensors.
 
     Raises:
-        TopologyError: Ranks of one stage hold different tensors, or stages disagree about one of the same name.
+        TopologyError: Ranks of one stage hold different tensors, or two stages disagree about a tensor.
     """
     local = {part: [item.spec for item in items] for part, items in parts.items()}
     said = {part: naming.to_data() for part, naming in adapted.items()}
@@ -132,14 +137,14 @@ def agree(
 
 
 def _positions(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Coordinator only: tell each rank which copy of its meshes it belongs to among the ranks that hold the same."""
+    """Coordinator only: for each rank, its copy of each mesh among the ranks that hold the same tensors."""
     kinds = [(note["stage"], note["holds"]) for note in notes]
     seen: dict[Any, dict[str, int]] = defaultdict(dict)
     own: list[list[tuple[Any, int]]] = []
     for rank, (kind, note) in enumerate(zip(kinds, notes, strict=True)):
         places = []
         for position, mesh in enumerate(note["meshes"]):
-            # Plain tensors have no mesh: each rank is a copy of its own.
+            # Plain tensors have no mesh: each rank is a separate copy.
             identity = mesh or str(rank)
             table = seen[kind, position]
             places.append(((kind, position), table.setdefault(identity, len(table))))
@@ -186,8 +191,17 @@ class _Union:
 
 def _union(
     parts: Parts, said: Mapping[str, Any], objects: Sequence[str], channel: Channel, stage: int, leads: bool
+<<<<<<< HEAD
 ) -> _Union:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
+=======
+) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
+    """Collective: merge what the kinds of ranks hold; one rank of each kind reports.
+
+    Returns:
+        Part to its tensors, each with the rank that leads the writing kind; `Agreement.crowds`; part to its naming.
+    """
+>>>>>>> english9
     data = {
         part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd, _how(item)) for item in items]
         for part, items in parts.items()
@@ -210,7 +224,7 @@ def _how(item: LocalTensor) -> str:
 
 
 def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Coordinator only: the union, in the order of the stages.
+    """Coordinator only: the union, in stage order.
 
     Raises:
         TopologyError: See `agree`.
@@ -241,7 +255,7 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) -> dict[str, Any]:
-    """Part to what the adapters of all kinds of ranks say together; adds what contradicts."""
+    """Part to what the adapters of all kinds of ranks say; appends contradictions to `clashes`."""
     makers: dict[tuple[str, str], tuple[int, list[Any]]] = {}
     merged: dict[str, Any] = {}
     for rank, parts in said.items():
@@ -254,8 +268,8 @@ def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) ->
                     found["aliases"] += pieces
                 elif known != pieces:
                     clashes.append(
-                        f"{part}: the adapter makes {name} of {pieces[0][3]} on rank {rank}, and of {known[0][3]} on "
-                        f"rank {first}"
+                        f"{part}: the adapter makes {name} from {pieces[0][3]} on rank {rank}, and from "
+                        f"{known[0][3]} on rank {first}"
                     )
             found["dtypes"].update(data["dtypes"])
             found["shapes"].update(data["shapes"])
@@ -272,7 +286,7 @@ def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
             for name, dtype, shape, *_ in rows
         }
         keys |= {
-            (part, f"{name} made of {source} {offsets} {sizes} by the adapter")
+            (part, f"{name} made from {source} {offsets} {sizes} by the adapter")
             for part, data in payload["adapted"].items()
             for name, _, _, source, offsets, sizes, *_ in data["aliases"]
         }
@@ -301,7 +315,7 @@ def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | Non
         lines = [f"no rank holds {', '.join(missing)}"] if missing else []
         lines += [f"it does not list {', '.join(unknown)}"] if unknown else []
         raise TopologyError(
-            f"checkpoint.model_state_dict_keys does not fit the model: {'; '.join(lines)}. Give the names of the whole "
+            f"checkpoint.model_state_dict_keys does not fit the model: {'; '.join(lines)}. List the names of the full "
             "model's state dict, or leave the setting out"
         )
     return sorted(specs, key=lambda spec: place[spec.name])

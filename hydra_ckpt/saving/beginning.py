@@ -1,4 +1,4 @@
-"""What is looked at when a run begins, before anything can have drifted."""
+"""What is compared when a run begins, before anything can have drifted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydra_ckpt.state.capture import Extractor
 
 
 def plain_parameters(extractor: Extractor, state: AppState) -> tuple[str, dict[str, torch.Tensor]]:
-    """A text that is equal on ranks that hold the same tensors, and the plain parameters with memory, by name."""
+    """A text that is equal on ranks holding the same tensors, and the plain parameters (not on meta) by name."""
     found = {}
     for model, mapped in extractor.maps(state).items():
         prefix = f"{model}/" if model else ""

@@ -33,9 +33,14 @@ class Differences:
     """What is known to differ between ranks; it only grows.
 
     Attributes:
+<<<<<<< HEAD
         own: Labels of the tensors and the plain data that are stored for each rank.
         anywhere: The same labels, of all pipeline stages.
         apart: Mesh and replicated dimensions of tensors that their first replica writes whole.
+=======
+        own: Labels of the tensors and plain data stored once per rank.
+        apart: Mesh and replicated dimensions of tensors that the first replica writes whole.
+>>>>>>> english9
     """
 
     own: set[str] = field(default_factory=set)
@@ -44,7 +49,7 @@ class Differences:
     _places: dict[tuple[str, Place], Place] = field(default_factory=dict)
 
     def arranged(self, parts: Parts) -> dict[str, list[LocalTensor]]:
-        """The tensors with a part more: those of which each rank stores its own. Nothing that differs is divisible."""
+        """The tensors, with one more part for those stored once per rank. Nothing that differs is divisible."""
         found = {part: list(items) for part, items in parts.items()}
         if not self.own and not self.apart:
             return found
@@ -61,7 +66,7 @@ class Differences:
         return {**found, names.OWN: own} if own else found
 
     def _own_place(self, part: str, place: Place) -> Place:
-        """Where a tensor lies in the ranks' own files; the same object for the same place, see `Place`."""
+        """A tensor's place in the per-rank files; the same object for the same place, see `Place`."""
         known = self._places.get((part, place))
         if known is None:
             spec = replace(place.spec, name=label_of(part, place.spec.name))
@@ -73,7 +78,7 @@ class Differences:
         """The plain data that each rank stores for itself, by label."""
         found = {label: tree for label, tree in captured.plain.items() if label in self.own}
         for label in self.own - found.keys():
-            # Here it is tensors alone, and on another rank more than that.
+            # Only tensors here, but more than tensors on another rank.
             if is_state(label) and (state := state_at(captured.shared, label)) is not ABSENT:
                 found[label] = state
         return found
@@ -81,13 +86,13 @@ class Differences:
 
 @dataclass(frozen=True)
 class Look:
-    """What a rank has seen of what it holds.
+    """Digests of what a rank holds.
 
     Attributes:
         captured: The state, taken apart.
         leader: The first rank that holds the same tensors.
-        watchlist: The groups it was looked at by.
-        digests: Of each group, by key.
+        watchlist: The groups that were digested.
+        digests: One digest per group, by key.
     """
 
     captured: Captured
@@ -97,21 +102,21 @@ class Look:
 
 
 class Comparer:
-    """Compares what ranks hold, for one Checkpointer. For the training thread.
+    """Compares what ranks hold, for one Checkpointer. Training thread only.
 
     In the steady state this takes one reduction of three numbers, whatever the number of groups. In a group of n ranks
-    the first adds -(n - 1) times its digest and each other adds its own, so the sum over all ranks and groups is zero
-    if all of them agree; if they do not, it is with a probability of 2**-64.
+    the first adds -(n - 1) times its digest and each other rank adds its own, so the sum over all ranks and groups is
+    zero if they all agree; if they do not, it is zero with a probability of 2**-64.
 
     Args:
         group: The ranks.
-        channel: To them.
+        channel: To the other ranks.
         moe_mesh: The mesh of expert parallelism, or None.
-        raises: Whether replicas that differ make the save fail, and so are not stored otherwise from then on.
+        raises: Whether replicas that differ make the save fail; if so, they are still stored as replicas afterwards.
 
     Attributes:
         known: The differences found so far.
-        expert_place: Where this rank's experts are, see the function `expert_place`; None if that is not known.
+        expert_place: Where this rank's experts are, see the function `expert_place`; None if unknown.
     """
 
     def __init__(self, group: Group, channel: Channel, moe_mesh: DeviceMesh | None, *, raises: bool) -> None:
@@ -125,25 +130,25 @@ class Comparer:
         self.known = Differences()
 
     def look(self, captured: Captured, agreement: Agreement, *, full: bool) -> Look:
-        """Digest what other ranks hold too; local.
+        """Digest what other ranks also hold; local.
 
         Args:
             captured: The state, taken apart.
             agreement: What all ranks hold.
-            full: Whether every byte counts; if not, a part of them, another one each time.
+            full: Whether to digest every byte; if not, a different part each time.
         """
         watchlist = self._watchlist(captured.parts, agreement)
         digests = watchlist.digests(captured.parts, captured.plain, self._turn, full=full)
         return Look(captured, agreement.leader, watchlist, digests)
 
     def compare(self, look: Look | None) -> Judgement | None:
-        """Collective: compare, and take note of what differs.
+        """Collective: compare, and record what differs.
 
         Args:
-            look: What this rank has seen; None where it could not look, and nothing is compared.
+            look: This rank's digests; None if it could not make them, and then nothing is compared.
 
         Returns:
-            What was found; None where no rank found anything new.
+            What was found; None if no rank found anything new.
 
         Raises:
             TopologyError: See `judge`.
@@ -162,7 +167,7 @@ class Comparer:
         return judgement
 
     def _watchlist(self, parts: Parts, agreement: Agreement) -> Watchlist:
-        """The groups of a layout; kept until more is known to differ."""
+        """The groups of a layout; cached until more is known to differ."""
         found = self._lists.get(id(agreement))
         if found is None:
             known = self.known
@@ -172,7 +177,7 @@ class Comparer:
         return found[1]
 
     def _find_out(self, look: Look) -> Judgement:
-        """Collective: which tensors differ, on which ranks, and what that means."""
+        """Collective: find out which tensors differ, on which ranks, and what that means."""
         keys = self._channel.agree("comparing replicas", look.digests, _differing_keys)
         each = look.watchlist.each(look.captured.parts, look.captured.plain, keys)
         told = {}
@@ -191,11 +196,11 @@ class Comparer:
         return Judgement.from_data(found)
 
     def begin(self, held: str, parameters: Mapping[str, Any]) -> None:
-        """Collective: take note of plain parameters that are not equal when the run begins: perhaps experts.
+        """Collective: record plain parameters that differ when the run begins: they may be experts.
 
         Args:
             held: Equal on ranks that hold the same tensors.
-            parameters: The plain ones by name.
+            parameters: The plain parameters by name.
         """
         if self._channel.world_size == 1:
             return
@@ -223,7 +228,7 @@ def _ballot(look: Look) -> list[int]:
 
 
 def _differing_keys(rows: Sequence[Mapping[str, int]]) -> list[str]:
-    """Coordinator only: the groups whose ranks told different digests."""
+    """Coordinator only: the groups whose ranks reported different digests."""
     first: dict[str, int] = {}
     differing: dict[str, None] = {}
     for row in rows:
@@ -239,9 +244,9 @@ def _unequal_holders(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def expert_place(mesh: DeviceMesh | None) -> list[int] | None:
-    """This rank's coordinate along the dimensions of a mesh that experts are spread over.
+    """This rank's coordinate along the mesh dimensions that experts are spread over.
 
-    These are the dimensions called `ep`, or with `expert` in their names; without such names all of them.
+    These are the dimensions named `ep` or with `expert` in their names; all dimensions if there are none.
     """
     coordinate = None if mesh is None else mesh.get_coordinate()
     if mesh is None or coordinate is None:

@@ -1,4 +1,4 @@
-"""What each rank contributes to a save: its plan, agreed once and kept, and the small files around it."""
+"""What each rank contributes to a save: its plan, agreed once and cached, and the small files around it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from hydra_ckpt.store import names
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Layouts that are remembered: a run alternates between few, but an extra may grow with every save.
+# Number of layouts cached: a run alternates between few, but an extra may grow with every save.
 _MAX_LAYOUTS = 4
 # Below every fingerprint's number.
 _NO_OPINION = -(1 << 62)
@@ -64,13 +64,13 @@ _NO_OPINION = -(1 << 62)
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks settled about a state, and what follows from it for exports.
+    """What the ranks agreed on for a state, and what follows for exports.
 
     Attributes:
-        agreement: The settlement.
-        namings: Part of a model to how its export calls and stores the tensors.
-        exporters: The same, at work.
-        kept: Parts whose export holds every tensor bit for bit, so that training can go on from it.
+        agreement: The agreement.
+        namings: Model part to how its export names and stores the tensors.
+        exporters: Model part to what applies its naming.
+        kept: Parts whose export holds every tensor bit for bit, so training can resume from it.
         of_rows: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
     """
 
@@ -82,13 +82,13 @@ class Agreed:
 
     @cached_property
     def naming_files(self) -> dict[str, bytes]:
-        """Part of a model to its naming as it is stored."""
+        """Model part to its naming, encoded."""
         return {part: encode_naming(naming) for part, naming in self.namings.items()}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan and the choices it was made by."""
+    """A plan and the choices it is based on."""
 
     layouts: tuple[PartLayout, ...]
     plan: WritePlan
@@ -101,11 +101,11 @@ class Sources:
     """The live tensors of a plan's shares.
 
     Attributes:
-        tensors: Position of the share to exactly the rows it writes, live.
-        late: Positions whose copying may wait for the next optimizer step.
-        casts: Element types to write, where they are not the tensors' own.
-        plan: What fixes all but the values; the same object as long as it does.
-        label: What messages call the tensor of a position.
+        tensors: Position of the share to exactly the live rows it writes.
+        late: Positions that may be copied as late as the next optimizer step.
+        casts: Dtypes to write, where they differ from the tensors' own.
+        plan: Fixes everything but the values; the same object as long as nothing else changes.
+        label: What messages call the tensor at a position.
     """
 
     tensors: Mapping[int, torch.Tensor]
@@ -121,14 +121,14 @@ class Contents:
     Args:
         config: The settings.
         group: The ranks.
-        channel: To them.
+        channel: To the other ranks.
         stage: The pipeline rank.
-        keeps_ranges: Whether the file system keeps byte ranges written by different hosts apart.
+        keeps_ranges: Whether different hosts can safely write byte ranges of one file on this file system.
         moe_mesh: The mesh of expert parallelism, or None.
 
     Attributes:
         comparer: Knows which values differ between ranks.
-        block_shards: Neighbours that fill the files of state beyond models together, where there are more of them.
+        block_shards: How many neighbouring ranks share a file of state outside models, if there are more of them.
     """
 
     def __init__(
@@ -157,23 +157,23 @@ class Contents:
     def agree(
         self, state: AppState, captured: Captured | None, error: Exception | None = None, *, trouble: bool = False
     ) -> bool:
-        """Collective: see that the ranks still hold what they agreed on; if not, agree anew.
+        """Collective: check that the ranks still hold what they agreed on; if not, agree again.
 
-        In the steady state this is a reduction of four numbers. A rank must not find out alone that its layout is a
-        new one: the others would go on to write, and it would wait for them.
+        In the steady state this is a reduction of four numbers. A rank must not act alone on a new layout: the others
+        would start to write while it waits for them.
 
         Args:
             state: The live objects.
             captured: The state, taken apart.
-            error: Why it could not be; then `captured` is None.
-            trouble: Whether this rank has to settle something about the save before.
+            error: Why the state could not be taken apart; then `captured` is None.
+            trouble: Whether this rank has to settle something about the previous save.
 
         Returns:
-            Whether any rank has.
+            Whether any rank has to.
 
         Raises:
             TopologyError: The ranks do not fit together. Nothing was written.
-            CheckpointError: Ranks have to agree anew, and one of them could not take its state apart.
+            CheckpointError: The ranks have to agree again, and one of them could not take its state apart.
         """
         parts = {} if captured is None else self.comparer.known.arranged(captured.parts)
         self._held = signature(parts, captured.objects) if captured is not None else ""
@@ -190,34 +190,34 @@ class Contents:
         return bool(any_trouble)
 
     def look(self, captured: Captured, *, full: bool) -> Look | None:
-        """Digest what other ranks hold too, for `compare`; None on a single rank.
+        """Digest what other ranks also hold, for `compare`; None on a single rank.
 
         Args:
             captured: The state, taken apart; the ranks have agreed on it.
-            full: Whether every byte counts.
+            full: Whether to digest every byte.
         """
         if self._channel.world_size == 1:
             return None
         return self.comparer.look(captured, self._settled[self._held].agreement, full=full)
 
     def compare(self, state: AppState, look: Look | None) -> Judgement | None:
-        """Collective: see whether the ranks hold the same, and arrange for what they do not.
+        """Collective: check whether the ranks hold the same, and plan for what differs.
 
         Args:
             state: The live objects.
-            look: What `look` gave; None where it failed on this rank, and nothing is compared.
+            look: What `look` returned; None if it failed on this rank, and then nothing is compared.
 
         Returns:
-            What was found; None where that is nothing new.
+            What was found; None if there is nothing new.
 
         Raises:
-            TopologyError: Tensors of one name are different experts, and nothing says on which ranks.
+            TopologyError: Tensors of one name are different experts, and nothing says which rank has which.
         """
         if self._channel.world_size == 1:
             return None
         found = self.comparer.compare(look)
         if found is not None:
-            assert look is not None  # else nothing would have been compared
+            assert look is not None  # otherwise nothing would have been compared
             self._plans = {}
             self.agree(state, look.captured)
         return found
@@ -245,9 +245,9 @@ class Contents:
             state: The live objects.
             captured: The same, taken apart; the ranks have agreed on it.
             consolidated: Whether models are written as Hugging Face directories.
-            export_only: Whether only those are written.
-            from_shards: Whether those are made of published shards instead of the live tensors.
-            made: The save, for model cards; None where nothing will be written.
+            export_only: Whether only those directories are written.
+            from_shards: Whether they are built from published shards instead of the live tensors.
+            made: The save, for model cards; None if nothing will be written.
         """
         agreed = self._settled[self._held]
         merging = consolidated and (from_shards or self._merges(agreed.agreement))
@@ -273,16 +273,16 @@ class Contents:
         return content, _sources(parts, planned.plan)
 
     def _shared(self, captured: Captured) -> Packed:
-        """What the ranks that hold the same tensors share, with the names of what each has for itself."""
+        """What ranks holding the same tensors share, with the names of what each stores for itself."""
         own = self.comparer.known.own
         everything = [label_of(part, item.spec.name) for part, items in captured.parts.items() for item in items]
         tensors = [label for label in everything if label in own]
-        # Those that this rank lacks are among them.
+        # This includes labels that this rank does not hold.
         labels = sorted(own.difference(everything))
         return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}})
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
-        """Collective: settle what all ranks hold, and how it is exported."""
+        """Collective: agree on what all ranks hold, and how it is exported."""
         order = self._config.write.state_dict_keys
         agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted, captured.objects)
         models = self._models(state)
@@ -290,7 +290,7 @@ class Contents:
         namings = {}
         for part, found in specs.items():
             if self._config.write.is_peft:
-                namings[part] = Naming.unchanged(found)  # under the right names already
+                namings[part] = Naming.unchanged(found)  # the names are already right
             else:
                 said = self._channel.coordinator_step(
                     "looking at the reference model", partial(self._export.wanted, models[part][0])
@@ -300,7 +300,7 @@ class Contents:
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         exporters = {part: Exporter(naming) for part, naming in namings.items()}
         agreed = Agreed(agreement, namings, exporters, kept)
-        # What cannot be had at all is found here, where all ranks hear of it.
+        # Something missing is found here, where the error reaches all ranks.
         self._channel.coordinator_step(
             "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
         )
@@ -313,14 +313,14 @@ class Contents:
         return replace(agreed, of_rows=self._channel.conclude("comparing how tensors are split", error, own, all))
 
     def _everything(self, parts: Parts, agreed: Agreed) -> Iterator[Sequence[LocalTensor]]:
-        """Whatever may be written of a state, as it is and as it is exported."""
+        """All tensors that may be written, in their own form and as exported."""
         for part, items in parts.items():
             yield items
             if _is_model(part) and not agreed.namings[part].is_plain:
                 yield agreed.exporters[part](items)
 
     def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
-        """What is written of a state, by the part that a layout is made for."""
+        """What is written, by the part its layout is for."""
         found: dict[str, Sequence[LocalTensor]] = {}
         for part, items in everything.items():
             if not _is_model(part):
@@ -376,7 +376,7 @@ class Contents:
         )
 
     def _shares_files(self, agreement: Agreement) -> bool:
-        """Whether ranks may fill one file together."""
+        """Whether ranks may write into one file together."""
         wanted = self._config.write.shared_writes
         return agreement.one_host or self._keeps_ranges if wanted is None else wanted
 
@@ -408,7 +408,7 @@ class Contents:
     ) -> dict[str, bytes]:
         """Coordinator only: the small files by path in the checkpoint.
 
-        Those of an export are there without one too, so that it can be made later.
+        The files of an export are included even without one, so that it can be made later.
         """
         found = {}
         if not export_only:
@@ -426,10 +426,10 @@ class Contents:
         return found
 
     def check(self, state: AppState) -> None:
-        """Coordinator only: see that exports can be made as configured, long before one is due.
+        """Coordinator only: check that exports can be made as configured, long before one is due.
 
         Raises:
-            CheckpointError: Something that they need is not there.
+            CheckpointError: Something they need is missing.
         """
         agreed, directory = self._settled[self._held], self._config.write.staging_dir
         for part, (model, adapter) in self._models(state).items():
@@ -445,7 +445,7 @@ class Contents:
                 ) from None
 
     def _models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
-        """Part to the model it holds, and to the adapter if it holds only that."""
+        """Part to its model, and to the name of its adapter if it holds only that (otherwise empty)."""
         found = {}
         for name, modules in state.models.items():
             keys = adapters(name, modules[0]) if self._config.write.is_peft else {name: ""}
@@ -453,14 +453,14 @@ class Contents:
         return found
 
     def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
-        """A tokenizer's files; saving a large one takes long, so only once."""
+        """A tokenizer's files; cached, because saving a large tokenizer is slow."""
         if self._tokenizer_files[0] is not tokenizer:
             self._tokenizer_files = (tokenizer, tokenizer_assets(tokenizer))
         return self._tokenizer_files[1]
 
 
 def model_sources(sources: Sources, plan: WritePlan) -> Sources:
-    """Those of the models' own files only."""
+    """The sources of the models' own files only."""
     wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
     return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
 
@@ -470,9 +470,9 @@ def _is_model(part: str) -> bool:
 
 
 def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple[str | None, str | None]:
-    """Under which part of a plan a model's own tensors are written, and under which its export; None for not at all.
+    """The plan's parts for a model's own tensors and for its export; None if it is not written.
 
-    An export that holds everything bit for bit is what training resumes from; else both are written.
+    Training resumes from an export that holds everything bit for bit; otherwise both are written.
     """
     if not inline:
         return (None if export_only else part), None
@@ -486,7 +486,7 @@ def _sources(parts: Parts, plan: WritePlan) -> Sources:
     found, casts, late = {}, {}, []
     for position, share in plan.shares.items():
         item = tensors[position]
-        sizes = item.place.box.sizes  # faster to ask than the tensor
+        sizes = item.place.box.sizes  # faster than querying the tensor
         whole = not sizes or (share.start == 0 and share.stop == sizes[0])
         found[position] = item.tensor if whole else item.tensor[share.start : share.stop]
         dtype = TORCH_DTYPE[share.spec.dtype]
@@ -498,7 +498,7 @@ def _sources(parts: Parts, plan: WritePlan) -> Sources:
 
 
 def _label(parts: Parts, position: int) -> str:
-    """The part and the live name of the tensor at a position of `tensors_of`."""
+    """The part and live name of the tensor at a position in `tensors_of`."""
     for part, items in parts.items():
         if position < len(items):
             place = items[position].place

@@ -1,4 +1,4 @@
-"""What it means that ranks hold different values, and what is said about it. Plain data; the coordinator decides."""
+"""Decides what it means when ranks hold different values, and what to report. Plain data; coordinator only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank tells of a group that differs.
+    """What a rank reports about a group that differs.
 
     Attributes:
         leader: The first rank that holds the same tensors.
-        is_own: Whether values may differ, and are then stored for each rank.
+        is_own: Whether values may differ between ranks, and are then stored once per rank.
         mesh: Equal on ranks of one device mesh.
+<<<<<<< HEAD
         digests: Of each tensor, and of all else, by label.
         constant: Labels of the parameters whose elements are all equal, which says nothing of where they come from.
         between_stages: Whether the ranks are of different pipeline stages.
+=======
+        digests: Digests of the tensors and of the plain data, by label.
+        constant: Labels of parameters whose elements are all equal: equal constants say nothing about their origin.
+>>>>>>> english9
     """
 
     leader: int
@@ -40,12 +45,12 @@ class Told:
 
 @dataclass
 class Judgement:
-    """What the ranks do about the differences found; equal on all of them.
+    """What to do about the differences found; equal on all ranks.
 
     Attributes:
-        own: Leader to the labels of what is stored for each rank from now on.
-        apart: Keys of the groups of replicas that are stored by their first replica from now on.
-        drift: What to say about them; empty where there are none.
+        own: Leader to the labels of what is stored once per rank from now on.
+        apart: Keys of the replica groups whose first replica stores them from now on.
+        drift: The message about replicas that differ; empty if there are none.
     """
 
     own: dict[int, list[str]] = field(default_factory=dict)
@@ -64,7 +69,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class _Group:
-    """A group that differs, with what each of its ranks tells."""
+    """A group that differs, with what each of its ranks reported."""
 
     key: str
     told: Mapping[int, Told]
@@ -90,17 +95,21 @@ def judge(
     *,
     is_first: bool = False,
 ) -> Judgement:
-    """Coordinator only: tell drift from values that belong to each rank.
+    """Coordinator only: distinguish drift from values that belong to each rank.
 
     Args:
-        rows: For each rank the groups that it tells of: key to `Told` as plain data.
+        rows: For each rank the groups it reports: key to `Told` as plain data.
         places: For each rank its coordinate along the expert dimensions of `moe_mesh`, or None.
         unequal_at_start: Parameters that were not equal when the run began.
         is_first: Whether the ranks compare for the first time.
 
     Raises:
+<<<<<<< HEAD
         TopologyError: Tensors of one name are different experts, and nothing says on which ranks; or, at the first
             comparison, a weight that two pipeline stages share is not equal.
+=======
+        TopologyError: Tensors of one name are different experts, and nothing says which rank has which.
+>>>>>>> english9
     """
     found, refused, drifted = Judgement(), [], []
     for group in _groups(rows):
@@ -125,12 +134,12 @@ def judge(
     if refused:
         raise TopologyError(
             f"{some_of(refused, _SHOWN)}: ranks hold different values under one name, and these look like different "
-            "experts. Pass moe_mesh= to build() or on_train_begin(), and each rank gets its own back; or give the "
-            "experts names or DTensors of one mesh (model.state_dict_adapter). If they should be equal, broadcast "
-            "them when the run begins"
+            "experts. Pass moe_mesh= to build() or on_train_begin(), so that each rank gets its own back; or give the "
+            "experts distinct names, or make them DTensors on one mesh (model.state_dict_adapter). If they should be "
+            "equal, broadcast them when the run begins"
         )
     if drifted:
-        more = f" (and so in {len(drifted) - 1} more groups of ranks)" if len(drifted) > 1 else ""
+        more = f" (and {len(drifted) - 1} more groups of ranks differ)" if len(drifted) > 1 else ""
         found.drift = drifted[0] + more
     return found
 
@@ -145,7 +154,7 @@ def _groups(rows: Sequence[Mapping[str, Any] | None]) -> Iterator[_Group]:
 
 
 def _follows(values: Mapping[int, int | None], places: Sequence[Sequence[int] | None]) -> bool:
-    """Whether ranks of one place hold one value, so that the place explains the difference."""
+    """Whether ranks with the same expert coordinate hold the same value, so that it explains the difference."""
     by_place: dict[tuple[int, ...], set[int | None]] = defaultdict(set)
     for rank, value in values.items():
         place = places[rank]
@@ -156,7 +165,7 @@ def _follows(values: Mapping[int, int | None], places: Sequence[Sequence[int] | 
 
 
 def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start: Collection[str]) -> list[str]:
-    """Labels that are clearly those of different experts."""
+    """Labels of tensors that are clearly different experts."""
     several = len({told.mesh for told in group.told.values()}) > 1
     others = group.labels().keys() - {*differing, *group.first.constant}
     equal = any(label.startswith(f"{names.MODEL}/") for label in others)
@@ -170,7 +179,7 @@ def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start:
 
 
 def parameter_of(label: str) -> str:
-    """The parameter that a label of a model's or an optimizer's tensor speaks of."""
+    """The parameter named by the label of a model's or optimizer's tensor."""
     _, _, name = label.partition("/")
     return name.partition(":")[0]
 
@@ -184,7 +193,7 @@ def _describe(group: _Group, differing: Sequence[str]) -> str:
     return (
         f"ranks {one} and {other} are replicas and hold different values in {len(differing)} of the "
         f"{len(group.labels())} tensors compared ({shown}). Start them from equal weights (DistributedDataParallel "
-        "broadcasts them unless init_sync=False), and let every gradient be reduced over all replicas"
+        "broadcasts them unless init_sync=False), and reduce every gradient over all replicas"
     )
 
 
@@ -199,7 +208,7 @@ def _describe_tied(group: _Group, differing: Sequence[str]) -> str:
 
 
 def unequal(rows: Sequence[Mapping[str, int] | None]) -> list[str]:
-    """Coordinator only: names that do not have one digest on all ranks that tell one; none if all of them differ."""
+    """Coordinator only: names whose reported digests differ between ranks; none if all names differ."""
     found: dict[str, set[int]] = defaultdict(set)
     for row in rows:
         for name, value in (row or {}).items():

@@ -1,4 +1,4 @@
-"""Adding a Hugging Face export to a checkpoint that is published already; training state is not written again."""
+"""Adds a Hugging Face export to a published checkpoint, without writing training state again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hydra_ckpt.store.manifest import to_bytes
 
 @dataclass
 class AddExport:
-    """The transaction: written beside, moved in, and visible once the manifest lists it.
+    """The transaction: the export is written to a draft, moved in, and visible once the manifest lists it.
 
     Args:
         writer: Fills the draft; its content has consolidated files only.
         root: The checkpoint directory.
         step: The checkpoint's step.
         name: The checkpoint's name.
-        fence: Raises if this process may not publish any more.
+        fence: Raises if this process may no longer publish.
     """
 
     writer: DraftWriter
@@ -53,7 +53,7 @@ class AddExport:
         found.update(self.writer.merge(draft, checkpoint.path, checkpoint.manifest.parts))
         exports = dict(self.writer.content.exports)
         if exports.keys() <= checkpoint.manifest.exports.keys():
-            # An attempt that failed had come as far as the manifest; what that lists must stay.
+            # A failed attempt had already replaced the manifest; the files it lists must stay.
             self.writer.files.sync_dir(checkpoint.path)
             discard(self.writer.files, draft.path)
             return {"name": self.name, "bytes": checkpoint.manifest.nbytes}
@@ -68,16 +68,16 @@ class AddExport:
             digests=(*checkpoint.manifest.digests, *sorted(sidecars)),
             exports={**checkpoint.manifest.exports, **exports},
         )
-        # Prepared in the draft, which a run that takes over sweeps: a late replacement finds nothing to put there.
+        # Prepared in the draft, which a run that takes over removes: a late replacement then has no source file.
         prepared = draft.path / names.MANIFEST
         replace_prepared(self.writer.files, prepared, checkpoint.path / names.MANIFEST, to_bytes(manifest))
         discard(self.writer.files, draft.path)
         return {"name": self.name, "bytes": manifest.nbytes}
 
     def _move_in(self, draft: Draft, checkpoint: Checkpoint, place: str) -> None:
-        """Move a file or directory to its place; what an interrupted attempt left there is in no manifest and goes.
+        """Move a file or directory to its place; leftovers of an interrupted attempt are moved out into the draft.
 
-        It goes into the draft. A run that takes over sweeps the draft, so a late call moves nothing.
+        No manifest lists leftovers. A run that takes over removes the draft, so a late call moves nothing.
         """
         files, target = self.writer.files, checkpoint.path / place
         if target.exists() or target.is_symlink():
@@ -90,5 +90,5 @@ class AddExport:
         discard(self.writer.files, Path(note["path"]))
 
     def is_published(self, note: dict[str, Any]) -> bool:
-        """Not told: rank 0 may still fail when the manifest lists the export already."""
+        """Always False: rank 0 may still fail after the manifest lists the export."""
         return False

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has made, and how its last save has ended on the other ranks."""
+"""Which checkpoints a run has made, and how its last save ended on the other ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from hydra_ckpt.store.catalog import Checkpoint
 
 
 class KnownSaves:
-    """The saves of a run as this rank knows them. A rank that was cut off takes rank 0's word at the next meeting.
+    """The saves of a run as this rank knows them.
 
-    For the training thread; `forget` also for the one that saves, as long as the training thread waits for it.
+    A rank that was cut off gets the outcome from rank 0 at the next meeting. Training thread only, except that the
+    saving thread may call `forget` while the training thread waits for it.
 
     Args:
         group: The ranks.
-        channel: To them, for the training thread.
+        channel: To the other ranks, for the training thread.
         root: The checkpoint directory.
 
     Attributes:
@@ -37,11 +38,11 @@ class KnownSaves:
         self.pending: PendingSave | None = None
 
     def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
-        """Take note of the checkpoints that are there, and of those with an export."""
+        """Record which checkpoints exist, and which of them have an export."""
         self._published, self._exported = set(published), set(exported)
 
     def has(self, name: str) -> bool:
-        """Whether a checkpoint of this name is published, or will be if nothing fails."""
+        """Whether a checkpoint of this name is published, or will be unless its save fails."""
         return name in self._published
 
     def would_add_export(self, request: SaveRequest) -> bool:
@@ -50,21 +51,21 @@ class KnownSaves:
         return wanted and request.name in self._published and request.name not in self._exported
 
     def begin(self, request: SaveRequest, pending: PendingSave) -> None:
-        """A save begins."""
+        """Record that a save begins."""
         self._published.add(request.name)
         if request.consolidated:
             self._exported.add(request.name)
         self._request, self.pending = request, pending
 
     def forget(self, request: SaveRequest) -> None:
-        """A save has failed."""
+        """Record that a save has failed."""
         if not request.adds_export:
             self._published.discard(request.name)
         self._exported.discard(request.name)
 
     @property
     def has_trouble(self) -> bool:
-        """Whether the last save has failed and nobody has seen it yet, or its outcome is unknown on this rank."""
+        """Whether the last save failed and the error was not raised yet, or its outcome is unknown on this rank."""
         pending = self.pending
         return pending is not None and (pending.unseen_error is not None or pending.is_unknown)
 
@@ -75,13 +76,13 @@ class KnownSaves:
             self.settle()
 
     def settle(self) -> None:
-        """Collective, with no save under way: hear from rank 0 how the last save has ended."""
+        """Collective, with no save under way: get the outcome of the last save from rank 0."""
         told = self._channel.coordinator_step("settling the last save", self._told)
         pending, request = self.pending, self._request
         if pending is None or request is None or not pending.is_unknown:
             return
         if told is None or told["name"] != request.name:
-            return  # rank 0 has begun another save than this rank: its outcome stays unknown
+            return  # rank 0 began a different save: the outcome of this one stays unknown
         if told["error"] is None:
             pending.settle(Checkpoint(self._root / request.name, request.step, request.epoch))
         else:
@@ -89,9 +90,9 @@ class KnownSaves:
             self.forget(request)
 
     def _told(self) -> dict[str, Any] | None:
-        """Coordinator only: how the last save has ended, as plain data."""
+        """Coordinator only: the outcome of the last save, as plain data."""
         if self.pending is None or self._request is None or self.pending.is_unknown:
             return None
         error = self.pending.error
-        seen = self.pending.unseen_error is None  # then this rank does not raise it any more, and nor should others
+        seen = self.pending.unseen_error is None  # then neither this rank nor the others raise it again
         return {"name": self._request.name, "error": None if error is None else error_to_data(error), "seen": seen}

@@ -1,4 +1,4 @@
-"""Says what `checkpoint.allow_unsaved` leaves out of checkpoints, and which of its patterns leave nothing out."""
+"""Reports what `checkpoint.allow_unsaved` leaves out of checkpoints, and which of its patterns match nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class LeftOut:
-    """Warns once in a run about each. For the training thread.
+    """Warns once per run about each. Training thread only.
 
     Args:
-        patterns: Those of `checkpoint.allow_unsaved`.
+        patterns: The patterns of `checkpoint.allow_unsaved`.
         channel: To the other ranks.
     """
 
@@ -24,10 +24,10 @@ class LeftOut:
         self._announced = self._checked = not patterns
 
     def announce(self) -> None:
-        """Say that something is left out."""
+        """Warn that something is left out."""
         if not self._announced and self._channel.is_coordinator:
             log.warning(
-                "checkpoint.allow_unsaved=%s: what these names match is not saved, and a resumed run begins without it",
+                "checkpoint.allow_unsaved=%s: what these match is not saved, and a resumed run starts without it",
                 list(self._patterns),
             )
         self._announced = True
@@ -36,7 +36,7 @@ class LeftOut:
         """Collective, at the first save: name the patterns that match nothing on any rank.
 
         Args:
-            omitted: Dotted names of what this rank left out.
+            omitted: Dotted names this rank left out.
         """
         if self._checked:
             return
@@ -47,11 +47,11 @@ class LeftOut:
         if idle and self._channel.is_coordinator:
             log.warning(
                 "checkpoint.allow_unsaved: %s matches nothing that the first checkpoint would hold; remove it, or "
-                "correct its name (they are dotted: optimizer.slow, model.cache.*)",
+                "correct it (names are dotted: optimizer.slow, model.cache.*)",
                 ", ".join(map(repr, idle)),
             )
 
 
 def _by_any(rows: Sequence[Sequence[bool]]) -> list[bool]:
-    """Coordinator only: for each pattern whether it matched on any rank."""
+    """Coordinator only: for each pattern, whether it matched on any rank."""
     return [any(answers) for answers in zip(*rows, strict=True)]

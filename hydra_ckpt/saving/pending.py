@@ -12,12 +12,12 @@ from hydra_ckpt.store.catalog import Checkpoint
 
 
 class PendingSave:
-    """A save that goes on in the background; by itself it ends in a published checkpoint or an error.
+    """A save that runs in the background, and completes on its own with a published checkpoint or an error.
 
     Attributes:
         step: The step saved.
-        skipped: Whether it was left out because another save was under way.
-        when_staged: Called by whoever has waited for the staging, before the state is changed. For the engine.
+        skipped: Whether it was skipped because another save was under way.
+        when_staged: Called by the thread that waited for staging, before the state changes. For the engine.
     """
 
     def __init__(self, step: int) -> None:
@@ -40,7 +40,7 @@ class PendingSave:
         """Return when the state may be changed again.
 
         Raises:
-            TimeoutError: It takes longer than `timeout_s` seconds.
+            TimeoutError: Staging takes longer than `timeout_s` seconds.
         """
         if not self._staged.wait(timeout_s):
             raise TimeoutError(f"the state of step {self.step} was not staged within {timeout_s} s")
@@ -51,7 +51,7 @@ class PendingSave:
         return self._outcome.done()
 
     def result(self, timeout_s: float | None = None) -> Checkpoint | None:
-        """The published checkpoint; None where checkpointing is disabled or the save was left out.
+        """The published checkpoint; None if checkpointing is disabled or the save was skipped.
 
         Args:
             timeout_s: How long to wait, in seconds. None waits for the save's own limit.
@@ -59,14 +59,14 @@ class PendingSave:
         Raises:
             SaveFailedError: The save failed on at least one rank.
             SaveOutcomeUnknown: This rank was cut off from the others, and has not met them since.
-            TimeoutError: It takes longer than `timeout_s`; the save goes on.
+            TimeoutError: The save takes longer than `timeout_s`; it continues.
         """
         try:
             return self._outcome.result(timeout_s)
         except FutureTimeoutError:
             if self._outcome.done():
                 raise
-            raise TimeoutError(f"step {self.step} was not published within {timeout_s} s; the save goes on") from None
+            raise TimeoutError(f"step {self.step} was not published within {timeout_s} s; the save continues") from None
         except Exception:
             self._raised = True
             raise
@@ -77,12 +77,12 @@ class PendingSave:
 
     @property
     def error(self) -> BaseException | None:
-        """The error of a save that has failed, else None."""
+        """The error of a save that has failed, otherwise None."""
         return self._outcome.exception() if self._outcome.done() else None
 
     @property
     def is_unknown(self) -> bool:
-        """Whether this rank was cut off, and does not know how the save has ended."""
+        """Whether this rank was cut off, and does not know how the save ended."""
         return isinstance(self.error, SaveOutcomeUnknown)
 
     @property
@@ -92,33 +92,33 @@ class PendingSave:
 
     @property
     def unseen_error(self) -> BaseException | None:
-        """The error of a save that has failed, unless `result` has raised it already."""
+        """The error of a save that has failed, unless `result` has already raised it."""
         return None if self._raised else self.error
 
     def seen(self) -> None:
-        """Say that somebody has taken note of the error. For the engine."""
+        """Mark the error as seen. For the engine."""
         self._raised = True
 
     def staged(self) -> None:
-        """Say that the state has been copied. For the engine."""
+        """Mark the state as copied. For the engine."""
         self._staged.set()
 
     def finish(self, checkpoint: Checkpoint | None) -> None:
-        """Say that the save is published. For the engine."""
+        """Mark the save as published. For the engine."""
         self._staged.set()
         self._outcome.set_result(checkpoint)
 
     def fail(self, error: BaseException) -> None:
-        """Say that the save has failed. For the engine."""
+        """Mark the save as failed. For the engine."""
         self._staged.set()
         self._outcome.set_exception(error)
 
     def settle(self, outcome: Checkpoint | BaseException, *, seen: bool = False) -> None:
-        """Say how a save has ended whose outcome was unknown. For the engine, in the thread that trains.
+        """Set the outcome of a save whose outcome was unknown. For the engine, in the training thread.
 
         Args:
             outcome: The checkpoint, or the error.
-            seen: Whether the error is not to be raised at a meeting of the ranks.
+            seen: Whether the error must not be raised at a meeting of the ranks.
         """
         self._raised = seen
         settled: Future[Checkpoint | None] = Future()

@@ -22,12 +22,12 @@ from hydra_ckpt.store import names
 # Fewer bytes than this are not worth a file of their own.
 _MIN_FILE_BYTES = 64 << 20
 _MAX_WRITERS = 64
-# What begins the name of a part that is an export beside the part's own files.
+# Prefix of the name of a part that is an export beside the part's own files.
 BESIDE = "export/"
 
 
 def signature(parts: Parts, objects: Sequence[str] = ()) -> str:
-    """Tells whether a plan still holds: equal as long as every tensor lies where it lay. Cheap, made at each save.
+    """Shows whether a plan is still valid: equal as long as no tensor has changed place. Cheap, computed at each save.
 
     Args:
         parts: What this rank holds.
@@ -42,17 +42,17 @@ class PartLayout:
     """How one part is laid out.
 
     Attributes:
-        part: Its name.
+        part: The part's name.
         directory: Where its files go.
-        stem: How they are called.
+        stem: How its file names begin.
         max_bytes: Size at which a new file begins.
-        own: Whether each rank writes a file of its own instead of all filling the same.
-        apart: Whether each rank writes all that it holds, under names of its own: see `on_rank`.
-        distcp: Whether the files are PyTorch's own.
-        grouped: Name of a tensor to a text that is equal for those of one file; by size where there is none.
-        beside: Whether it is an export that stands beside the part's own files, instead of being these.
-        block: Tensors for which more ranks than this would meet do not stand whole, but in files of blocks of so many
-            neighbours; 0 for none.
+        own: Whether each rank writes its own file instead of all ranks filling the same files.
+        apart: Whether each rank writes everything it holds, under its own names: see `on_rank`.
+        distcp: Whether the files use PyTorch's own format.
+        grouped: Tensor name to a text that is equal for all tensors of one file; None groups them by size.
+        beside: Whether it is an export written in addition to the part's own files, not instead of them.
+        block: Tensors shared by more ranks than this are not written whole, but in files of blocks of this many
+            neighbours; 0 for never.
     """
 
     part: str
@@ -74,32 +74,32 @@ def consolidated_layout(part: str, diffusers: bool) -> PartLayout:
 
 
 def adapter_layout(part: str) -> PartLayout:
-    """A directory as peft writes it: one file, whatever its size."""
+    """A directory in peft's layout: one file, whatever its size."""
     return PartLayout(part, f"{part}/{names.CONSOLIDATED}", names.ADAPTER, max_bytes=1 << 62)
 
 
 def shard_layout(part: str) -> PartLayout:
-    """One file a rank."""
+    """One file per rank."""
     return PartLayout(part, part, "shard", own=True)
 
 
 def distcp_layout(part: str) -> PartLayout:
-    """PyTorch's own files, one a rank."""
+    """Files in PyTorch's own format, one per rank."""
     return PartLayout(part, part, "__", distcp=True)
 
 
 def apart_layout(part: str) -> PartLayout:
-    """Values of each rank's own in a file of each rank."""
+    """Values that differ between ranks: one file per rank, holding all its values."""
     return PartLayout(part, part, part, own=True, apart=True)
 
 
 def own_layout(part: str) -> PartLayout:
-    """State in a file of each rank's own, where ranks cannot fill one together."""
+    """State in one file per rank, for when ranks cannot write into one file together."""
     return PartLayout(part, part, part, own=True)
 
 
 def state_layout(part: str, nbytes: int, world_size: int, block: int = BLOCK_SHARDS) -> PartLayout:
-    """Whole tensors in so many files that ranks need not queue on one; in blocks, where ranks are many."""
+    """Whole tensors, in enough files that ranks do not queue for one; in blocks if there are many ranks."""
     files = min(world_size, _MAX_WRITERS)
     max_bytes = min(max(-(-nbytes // files), _MIN_FILE_BYTES), DEFAULT_FILE_BYTES)
     return PartLayout(part, part, part, max_bytes, block=block)
@@ -115,7 +115,7 @@ def make_plan(
     of_rows: bool = False,
     read_again: bool = False,
 ) -> WritePlan:
-    """What this rank writes. Positions of shares count through the parts' tensors in order (see `tensors_of`).
+    """What this rank writes. The position of a share is its tensor's index in `tensors_of`.
 
     Args:
         parts: What this rank holds.
@@ -124,7 +124,7 @@ def make_plan(
         rank: This rank.
         world_size: All ranks.
         of_rows: Whether all ranks hold whole rows of every tensor, see `is_of_rows`.
-        read_again: Whether the files are read again in the same save.
+        read_again: Whether the same save reads the files back.
     """
     files: list[FileLayout] = []
     own_files: list[FileLayout] = []
@@ -161,7 +161,7 @@ def make_plan(
     all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
     blocked = [f"{layout.part}/{spec.name}" for layout in layouts for spec in _blocked(layout, agreement)]
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str((world_size, of_rows, read_again)), *blocked])
-    # Files to which nobody writes in short runs, through a memory map.
+    # Files that no rank writes in short runs, so that none needs a memory map.
     own = range(len(files), len(files) + len(own_files))
     unmapped = range(len(files) + len(own_files) + len(in_blocks)) if of_rows else own
     return WritePlan(
@@ -178,12 +178,12 @@ def make_plan(
 
 
 def is_of_rows(item: LocalTensor) -> bool:
-    """Whether the part held here is whole rows of the tensor, and so one run of bytes in its file."""
+    """Whether this rank holds whole rows of the tensor, and so one run of bytes in its file."""
     return item.box.sizes[1:] == item.spec.shape[1:] or not item.box.numel
 
 
 def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
-    """The files that hold a part whole, or what of it does not lie in blocks' files."""
+    """The files that hold a part's whole tensors, that is, those not in files of blocks."""
     blocked = set(_blocked(layout, agreement))
     specs = [spec for spec in agreement.specs.get(layout.part, ()) if spec not in blocked]
     groups = by_size(specs, layout.max_bytes) if layout.grouped is None else by_file(specs, layout.grouped)
@@ -191,7 +191,7 @@ def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
 
 
 def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict[str, dict[int, Share]]:
-    """Part to this rank's shares by position. All parts are divided together, so that no replica writes in each."""
+    """Part to this rank's shares by position. All parts are divided together, so no replica writes some of each."""
     holdings: list[Holding] = []
     places: list[tuple[str, int]] = []
     position = 0
@@ -208,12 +208,12 @@ def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict
 
 
 def tensors_of(parts: Parts) -> list[LocalTensor]:
-    """All tensors of all parts in order."""
+    """All tensors of all parts, in order."""
     return list(itertools.chain.from_iterable(parts.values()))
 
 
 def replica_of(place: Place, agreement: Agreement) -> tuple[int, int]:
-    """This rank's index among all ranks that hold the same, whatever their mesh, and their number."""
+    """This rank's index among all ranks that hold the same, on any mesh, and the number of those ranks."""
     copy, copies = agreement.copies[place.mesh]
     index, count = place.replica
     return copy * count + index, copies * count
@@ -228,14 +228,14 @@ def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> 
         if part == names.OWN:
             replica = (0, 1)
         elif (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
-            # Its writers are the replicas before these, and write all of it.
+            # Ranks of the other kind count as the replicas before these, and write all of it.
             replica, divisible = (replica[1] + replica[0], 2 * replica[1]), False
         holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 
 
 def _blocked(layout: PartLayout, agreement: Agreement) -> list[TensorSpec]:
-    """Tensors of a part that lie in the files of blocks, whoever holds them."""
+    """The part's tensors that are written in files of blocks, held here or not."""
     if not layout.block:
         return []
     specs = agreement.specs.get(layout.part, ())
@@ -243,7 +243,7 @@ def _blocked(layout: PartLayout, agreement: Agreement) -> list[TensorSpec]:
 
 
 def _own_blocks(layout: PartLayout, items: Sequence[LocalTensor], agreement: Agreement) -> list[BlockFiles]:
-    """The files of the blocks of a part to which this rank belongs."""
+    """The files of the part's blocks that this rank belongs to."""
     blocked = {spec.name for spec in _blocked(layout, agreement)}
     meshes = {mesh: number for number, mesh in enumerate(agreement.copies)}
     members = []
@@ -252,7 +252,7 @@ def _own_blocks(layout: PartLayout, items: Sequence[LocalTensor], agreement: Agr
         if place.sharding is not None and name in blocked and (layout.part, name) not in agreement.elsewhere:
             index, replicas = replica_of(place, agreement)
             members.append(Member(place.spec, place.sharding, replicas, index == 0, meshes[place.mesh]))
-    # Ranks that hold other tensors, on a mesh like this one, have other files.
+    # Ranks that hold other tensors on a similar mesh have other files.
     stem = f"{layout.stem}-{agreement.leader}"
     return [
         replace(found, files=tuple(_with_boxes(file, found.boxes) for file in found.files))
@@ -261,13 +261,13 @@ def _own_blocks(layout: PartLayout, items: Sequence[LocalTensor], agreement: Agr
 
 
 def _with_boxes(file: FileLayout, boxes: Mapping[str, tuple[tuple[int, ...], Box]]) -> FileLayout:
-    """The file, saying of which boxes it holds the bytes."""
+    """The file, with a header that says which boxes it holds."""
     held = {spec.name: boxes[spec.name] for spec in file.tensors}
     return FileLayout(file.path, file.tensors, {"format": "pt", BOXES_KEY: encode_boxes(held)})
 
 
 def _in_block(share: Share, found: BlockFiles) -> Share:
-    """A share as a part of the block's box, if that has any of the tensor."""
+    """A share relative to the block's box, if the block holds any of the tensor."""
     shape_and_box = found.boxes.get(share.spec.name)
     if shape_and_box is None:
         return share
@@ -284,11 +284,11 @@ def _own_file(layout: PartLayout, mine: Mapping[int, Share], rank: int, world_si
 
 
 def _renamed(share: Share, rank: int) -> Share:
-    """A share of values that other ranks have others of."""
+    """A share under this rank's own name, for values that differ between ranks."""
     return replace(share, spec=replace(share.spec, name=on_rank(rank, share.spec.name)))
 
 
 def _as_whole(share: Share) -> Share:
-    """A share as a tensor of its own."""
+    """A share as a separate tensor."""
     spec = TensorSpec(share.spec.name, share.spec.dtype, share.box.sizes)
     return Share(spec, Box.whole(spec.shape), share.start, share.stop)

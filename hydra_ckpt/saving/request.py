@@ -1,4 +1,4 @@
-"""What a caller of `save` asks for."""
+"""The arguments of `save`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydra_ckpt import metrics as metric
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.store import names
 
-# Larger numbers are accidents, and their names would be too long.
+# Larger numbers are mistakes, and would make names too long.
 _MOST = 10**15
 
 
@@ -18,35 +18,33 @@ def whole(name: str, value: Any) -> int:
     """A step or an epoch as a plain int.
 
     Args:
-        name: What it is called, for the message.
-        value: An int, or what stands for one (NumPy's, a tensor of one element).
+        name: The argument's name, for the message.
+        value: An int, or anything usable as one (a NumPy int, a tensor with one element).
 
     Raises:
-        CheckpointConfigError: It is no whole number from 0.
+        CheckpointConfigError: It is not a whole number from 0 up.
     """
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
     if not 0 <= number < _MOST:
-        raise CheckpointConfigError(
-            f"{name}={value!r}: these are counted from 0; give an int (of an epoch that is a float: int(epoch))"
-        )
+        raise CheckpointConfigError(f"{name}={value!r}: pass an int from 0 up (convert a float epoch with int(epoch))")
     return number
 
 
 @dataclass
 class SaveRequest:
-    """What a caller of `save` asked for.
+    """What a caller of `save` requested.
 
     Attributes:
         step: Number of completed optimizer steps.
-        epoch: The epoch they were done in.
+        epoch: The current epoch.
         metrics: Known so far; floats once `check_metrics` has run.
         consolidated: Whether models are written as Hugging Face directories.
-        is_final: Whether it is the end of training.
-        adds_export: Whether the step is published and only lacks these.
-        compares_fully: Whether every byte that several ranks hold is compared.
+        is_final: Whether training has ended.
+        adds_export: Whether the step is already published and only lacks these directories.
+        compares_fully: Whether to compare every byte that several ranks hold.
     """
 
     step: int
@@ -63,6 +61,6 @@ class SaveRequest:
         return names.checkpoint_name(self.epoch, self.step)
 
     def check_metrics(self, key: str) -> None:
-        """Make the metrics floats, and see that it can be told which of them decides."""
+        """Make the metrics floats, and check that one of them decides which checkpoint is best."""
         self.metrics = metric.as_floats(self.metrics)
         metric.deciding_key(self.metrics, key)

@@ -37,9 +37,9 @@ from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
 
 log = logging.getLogger(__name__)
 
-_TOKEN = "token"  # noqa: S105 - in a manifest's details: which save it is of
+_TOKEN = "token"  # noqa: S105 - in a manifest's details: which save it belongs to
 JOIN_PATIENCE_S = 60.0
-"""How long ranks look for what rank 0 has made, at most: network file systems show new directories late."""
+"""How long ranks look for rank 0's draft, in seconds, at most: network file systems show new directories late."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Merged:
     """Whole files of a part that the coordinator merges from the ranks' shards.
 
     Attributes:
-        part: Its name.
-        files: What they hold.
-        naming: From the shards' tensors to theirs.
+        part: The part's name.
+        files: The merged files' layout.
+        naming: From the shards' tensors to the merged ones.
     """
 
     part: str
@@ -59,18 +59,18 @@ class Merged:
 
 @dataclass(frozen=True)
 class Content:
-    """What one rank contributes to a save, fixed at the moment of the save.
+    """What one rank contributes to a save, fixed when the save begins.
 
     Attributes:
         layouts: How the parts with tensors are laid out.
         plan: What this rank writes.
-        shared: What is the same on all ranks that hold the same tensors; on the rank that leads these, else None.
-        own: What belongs to this rank alone; None where only an export is written.
+        shared: What is the same on all ranks that hold the same tensors; None except on the rank that leads them.
+        own: What belongs to this rank alone; None if only an export is written.
         assets: Small files by path in the checkpoint. Coordinator only.
         exports: Part to its Hugging Face directory.
-        total_bytes: Tensor values that all ranks write together.
+        total_bytes: Bytes of tensors that all ranks write together.
         merged: Whole files that the coordinator merges from shards.
-        omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
+        omitted: Dotted names left out because of `checkpoint.allow_unsaved`.
     """
 
     layouts: tuple[PartLayout, ...]
@@ -86,20 +86,20 @@ class Content:
 
 @dataclass
 class DraftWriter:
-    """The steps by which ranks fill a draft together; a save and an added export share them.
+    """The steps by which ranks fill a draft together; used by a save and by an added export.
 
     Args:
         files: The file layer.
         rank: This rank.
-        world_size: All ranks.
+        world_size: Number of ranks.
         content: What this rank contributes.
-        snapshot: Gives the tensors' bytes; called once, in the background.
-        sidecar: What the digest files' names begin with.
+        snapshot: Returns the tensors' bytes; called once, in the background.
+        sidecar: Prefix of the digest files' names.
         patience_s: How long to look for the coordinator's draft, in seconds.
         staging_dir: Where merged files are built before they are copied into place.
 
     Attributes:
-        weights: Digests of the models' bytes that this rank has written, once it has.
+        weights: Digests of the models' bytes this rank has written; empty before that.
     """
 
     files: Files
@@ -155,7 +155,7 @@ class DraftWriter:
     def write(self, draft: Draft) -> dict[str, Any]:
         """Every rank: tensors, digests and progress; returns the receipt."""
         plan, content = self.content.plan, self.content
-        # Before the snapshot, which may take a while: others wait for the files that this rank creates.
+        # Before the snapshot, which may take a while: other ranks wait for the files this rank creates.
         records = create_own_files(self.files, draft.path, plan, patience_s=self.patience_s)
         snapshot = self.snapshot()
         try:
@@ -166,7 +166,7 @@ class DraftWriter:
         listed = [file.path for file in plan.all_files]
         self.weights = frozenset(
             item for item in records if item.region.offset and listed[item.file].startswith(f"{names.MODEL}/")
-        )  # at the very start lies a header
+        )  # the region at offset 0 is a header
         foreign = sorted({f"{directory}/{row[5]}" for directory, found in rows.items() for row in found})
         for path in foreign:
             records += digest_file(draft.path / path, len(listed))
@@ -192,7 +192,7 @@ class DraftWriter:
         }
 
     def _write_foreign(self, draft: Draft, snapshot: Snapshot) -> dict[str, list[Row]]:
-        """The parts in PyTorch's own format: directory to what was written there."""
+        """Write the parts in PyTorch's own format; directory to the rows written there."""
         plan = self.content.plan
         return {
             layout.directory: write_shares(
@@ -206,20 +206,20 @@ class DraftWriter:
         """Coordinator only: every file of the draft, once the receipts agree.
 
         Raises:
-            CheckpointError: A rank wrote elsewhere, by another plan, or the ranges do not tile the files.
+            CheckpointError: A rank used another draft or plan, or the ranges do not tile the files.
         """
         plan = self.content.plan
         for rank, receipt in enumerate(receipts):
             if receipt["token"] != draft.token or receipt["plan"] != plan.fingerprint:
                 raise CheckpointError(
-                    f"rank {rank} wrote by another plan ({receipt['plan']}, here {plan.fingerprint}); "
+                    f"rank {rank} used another write plan ({receipt['plan']}, here {plan.fingerprint}); "
                     "the ranks hold different tensors"
                 )
         covered = sum(receipt["coverage"] for receipt in receipts) % (1 << 64)
         if covered != full_coverage(plan.files):
             raise CheckpointError(
-                "the ranks' byte ranges do not cover every file exactly once; the sharding of the tensors is not "
-                "what their placements say. Nothing was published"
+                "the ranks' byte ranges do not cover every file exactly once; the tensors are not sharded as their "
+                "placements say. Nothing was published"
             )
         found = {file.path: FileRecord(file.nbytes) for file in plan.files}
         for receipt in receipts:
@@ -236,12 +236,12 @@ class DraftWriter:
         return FileRecord(len(data), hex_digest(data))
 
     def merge(self, draft: Draft, source: Path, parts: Mapping[str, PartRecord]) -> dict[str, FileRecord]:
-        """Coordinator only: the whole files that are merged from shards, once these are written.
+        """Coordinator only: merge whole files from shards, once the shards are written.
 
         Args:
-            draft: What is being written.
-            source: Where the shards lie: the draft, or a published checkpoint.
-            parts: The shards' names.
+            draft: The draft being written.
+            source: Where the shards are: the draft, or a published checkpoint.
+            parts: The shards' file names.
         """
         if not self.content.merged:
             return {}
@@ -268,7 +268,7 @@ class DraftWriter:
         return found
 
     def parts(self, found: Mapping[str, FileRecord]) -> dict[str, PartRecord]:
-        """Where the tensors of each part lie."""
+        """The files of each part."""
         return {layout.part: self._part(layout, found) for layout in self.content.layouts if not layout.beside}
 
     def _part(self, layout: PartLayout, found: Mapping[str, FileRecord]) -> PartRecord:
@@ -279,18 +279,18 @@ class DraftWriter:
 
 
 def check_space(root: Path, needed: int) -> None:
-    """Coordinator only: see before anything is written that a save has room.
+    """Coordinator only: check for free space before anything is written.
 
     Raises:
         CheckpointError: The file system has less than `needed` bytes free.
     """
     status = os.statvfs(root)
     free = status.f_bavail * status.f_frsize
-    if status.f_blocks and free < needed:  # some network file systems tell nothing
+    if status.f_blocks and free < needed:  # some network file systems report nothing
         raise CheckpointError(
-            f"{root} has {free / 1e9:.3g} GB free and this save needs {needed / 1e9:.3g} GB. Free some space (old "
-            "checkpoints go at once with `hydra-ckpt prune DIR --newest 1 --yes`, and with "
-            "checkpoint.max_recent_checkpoints behind each save), or choose another checkpoint.checkpoint_dir"
+            f"{root} has {free / 1e9:.3g} GB free and this save needs {needed / 1e9:.3g} GB. Free some space (delete "
+            "old checkpoints now with `hydra-ckpt prune DIR --newest 1 --yes`, or after each save with "
+            "checkpoint.max_recent_checkpoints), or choose another checkpoint.checkpoint_dir"
         )
 
 
@@ -303,11 +303,11 @@ class Save:
         root: The checkpoint directory.
         step: Completed optimizer steps.
         epoch: The epoch.
-        metrics: Known at the save.
+        metrics: Those known when the save began.
         topology: How the ranks are arranged, as plain data.
-        fence: Raises if this process may not publish any more.
+        fence: Raises if this process may no longer publish.
         published: Coordinator only: called with the new checkpoint's name to move pointers.
-        details: What the manifest says of the run.
+        details: What the manifest records about the run.
     """
 
     writer: DraftWriter
@@ -372,7 +372,7 @@ class Save:
         discard(self.writer.files, Path(note["path"]))
 
     def is_published(self, note: dict[str, Any]) -> bool:
-        """A rank that was cut off; see `Transaction`. It looks twice: at first rank 0 may take the name back."""
+        """A rank that was cut off; see `Transaction`. Looks twice, because rank 0 may first take the name back."""
         if not self._is_there(note):
             return False
         time.sleep(2 * TAKEN_BACK_WITHIN_S)

@@ -1,4 +1,4 @@
-"""The saving half of the conductor: from a request to a save that ends by itself in the background."""
+"""The saving half of the Checkpointer: from a request to a save that completes in the background."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Carries saves out, one at a time, and knows which this run has made.
+    """Runs saves, one at a time, and knows which ones this run has made.
 
     Args:
         config: The settings, resolved.
         group: The ranks.
-        channel: To them, for the training thread.
-        directory: Where checkpoints lie.
+        channel: To the other ranks, for the training thread.
+        directory: Where checkpoints are stored.
         extractor: Takes states apart.
         topology: How the ranks are arranged.
-        stats: What saving has cost; kept up to date.
+        stats: The cost of saving; kept up to date.
         patience_s: How long to look for the coordinator's draft, in seconds.
         moe_mesh: The mesh of expert parallelism, or None.
 
     Attributes:
-        left_out: Says what is not saved.
+        left_out: Reports what is not saved.
         known: The saves made so far.
-        longest_save_s: The longest time from a save's beginning to its end, in seconds.
+        longest_save_s: The longest time a save has taken, in seconds.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class Saver:
     def request(
         self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool, *, is_last: bool = False
     ) -> SaveRequest:
-        """What a save with these arguments is to do; `is_last`: no other may follow it."""
+        """What a save with these arguments is to do; `is_last`: no other save may follow."""
         mode = self._config.write.consolidated
         consolidated = (
             mode is SaveConsolidatedMode.EVERY
             or (mode is SaveConsolidatedMode.FINAL and is_final)
-            or self._config.write.is_peft  # an adapter is small; it is written whole at every save
+            or self._config.write.is_peft  # an adapter is small, so every save writes it whole
         )
         request = SaveRequest(step, epoch, dict(metrics or {}), consolidated, is_final)
         request.compares_fully = is_final or is_last
@@ -133,12 +133,12 @@ class Saver:
 
         Args:
             state: What to save.
-            request: As what.
+            request: How to save it.
             deciding_metric: The metric that decides which checkpoint is best.
-            report: Raises or logs how the save before has failed; called where it has, on all ranks.
+            report: Raises or logs the failure of the previous save; called on all ranks if it failed.
 
         Raises:
-            CheckpointExistsError: The step is published already.
+            CheckpointExistsError: The step is already published.
         """
         self.left_out.announce()
         captured, error = self._capture(state, request, deciding_metric)
@@ -148,7 +148,7 @@ class Saver:
             request.adds_export = self.known.would_add_export(request)
         name = request.name
         if self.known.has(name) and not request.adds_export:
-            raise CheckpointExistsError(f"{self._directory.root / name} is published already; a step is saved once")
+            raise CheckpointExistsError(f"{self._directory.root / name} is already published; each step is saved once")
         pending = PendingSave(request.step)
         self.left_out.check(() if captured is None else captured.omitted)
         look, error = self._look(captured, error, full=request.compares_fully or not self._config.write.is_async)
@@ -175,29 +175,29 @@ class Saver:
         except Exception as failure:
             transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
-        self.known.begin(request, pending)  # only now: one that never began would be waited for for ever
+        self.known.begin(request, pending)  # only now: a save that never began would be waited for forever
         try:
             self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         except CheckpointError as failure:
             staged.release()
             self.known.forget(request)
-            pending.fail(failure)  # nobody else would, and close() waits for it
+            pending.fail(failure)  # nothing else would, and close() waits for it
             pending.seen()
             raise
         return pending
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
-        """Take note of the mesh of expert parallelism."""
+        """Record the mesh of expert parallelism."""
         self._contents.comparer.expert_place = expert_place(moe_mesh)
 
     def begin_run(self, state: AppState) -> None:
-        """Collective: take note of which parameters are unequal before the first step."""
+        """Collective: record which parameters differ before the first step."""
         self._contents.comparer.begin(*plain_parameters(self._extractor, state))
 
     def _look(
         self, captured: Captured | None, error: Exception | None, *, full: bool
     ) -> tuple[Look | None, Exception | None]:
-        """Digest what is compared; an error is handed on, because the other ranks have to hear of it."""
+        """Digest what is compared; an error is returned, because the other ranks must be told."""
         if captured is None:
             return None, error
         try:
@@ -206,23 +206,23 @@ class Saver:
             return None, failure
 
     def _compare(self, state: AppState, look: Look | None) -> str:
-        """Collective: see whether the ranks hold the same; what to say of replicas that do not, else nothing."""
+        """Collective: check whether the ranks hold the same; the message about replicas that differ, or empty."""
         found = self._contents.compare(state, look)
         if found is None or not found.drift:
             return ""
         if self._group.rank == 0 and not self._config.write.raises_drift:
             log.warning(
-                "%s. From now on the first of these ranks stores them whole; what the others hold is not saved. "
-                "checkpoint.on_drift=raise makes such a save fail",
+                "%s. From now on the first of these ranks stores them whole, and the other ranks' values are not "
+                "saved. Set checkpoint.on_drift=raise to make such a save fail",
                 found.drift,
             )
         return found.drift
 
     def _has_changed(self, state: AppState, captured: Captured | None, request: SaveRequest) -> bool:
-        """Collective: whether the weights differ from those published under the step, or it is not known.
+        """Collective: whether the weights differ, or may differ, from those published for the step.
 
-        Averages swapped in, or batch statistics measured anew, belong to no step; an export of them beside that
-        step's shards would be another model under the same name.
+        Averages swapped in, or batch statistics measured again, belong to no step; exporting them beside that step's
+        shards would put another model under the same name.
         """
         saved = self._weights.get(request.name)
         live = None if captured is None or saved is None else self._weights_now(state, captured)
@@ -230,21 +230,21 @@ class Saver:
         unknown, changed = self._channel.agree("comparing weights", answers, _any)
         if changed and self._group.rank == 0:
             log.warning(
-                "the weights have changed since step %d was saved; the export holds the saved ones. To export what is "
-                "in memory now, save it as a step of its own",
+                "the weights have changed since step %d was saved; the export holds the saved ones. To export the "
+                "weights in memory, save them under another step",
                 request.step,
             )
         return bool(unknown or changed)
 
     def _weights_now(self, state: AppState, captured: Captured) -> frozenset[Digested] | None:
-        """Digests of the models' bytes that this rank would write; None if they cannot be had."""
+        """Digests of the models' bytes that this rank would write; None if they cannot be computed."""
         try:
             content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
             live = borrow(model_sources(sources, content.plan).tensors)
             return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
         except Exception:
             log.debug("the weights cannot be compared", exc_info=True)
-            return None  # the save that follows says why, on all ranks
+            return None  # the save that follows reports why, on all ranks
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves."""
@@ -273,7 +273,7 @@ class Saver:
     def _capture(
         self, state: AppState, request: SaveRequest, deciding_metric: str
     ) -> tuple[Captured | None, Exception | None]:
-        """Take the state apart; an error is handed on, because the other ranks have to hear of it."""
+        """Take the state apart; an error is returned, because the other ranks must be told."""
         try:
             request.check_metrics(deciding_metric)
             return self._extractor.capture(state), None
@@ -281,7 +281,7 @@ class Saver:
             return None, error
 
     def _stage(self, state: AppState, sources: Sources) -> Staged:
-        """Copy what training may change before the next optimizer step; look at the rest where it lies."""
+        """Copy what training may change before the next optimizer step; read the rest in place."""
         if not self._config.write.is_async:
             return Staged.borrowed(sources, self._pool)
         self._warm.wait()
@@ -321,7 +321,7 @@ class Saver:
             pending.staged()
             staged.watch()
         except Exception as failure:
-            transaction = FailedSave(request.step, request.name, failure)  # the other ranks have to hear of it
+            transaction = FailedSave(request.step, request.name, failure)  # the other ranks must be told
         try:
             perform(transaction, self._save_channel)
         except Exception as error:
@@ -340,10 +340,10 @@ class Saver:
             self._prune()
 
     def _tell(self, request: SaveRequest, error: Exception) -> None:
-        """In the background: take note of a save that has not ended well."""
+        """In the background: record and log a save that failed, or whose outcome is unknown."""
         unknown = isinstance(error, SaveOutcomeUnknown)
         if self._config.write.is_async:
-            # Raised at the next hook; said here as well, because a program may end before there is one.
+            # Raised at the next hook; logged here too, because the program may end before there is one.
             how = "may have failed; rank 0 knows, and cannot be reached" if unknown else "has failed"
             log.warning("the save of step %d %s (in the background)", request.step, how)
         if not unknown:
@@ -356,7 +356,7 @@ class Saver:
             log.warning("old checkpoints could not be pruned: %s", error)
 
     def _hook(self, state: AppState) -> bool:
-        """Let every optimizer's step wait for the copies it would spoil; whether all of them will."""
+        """Make every optimizer's step wait for the copies it would spoil; returns whether all of them will."""
         for optimizer in state.optimizers:
             if optimizer not in self._hooked and _takes_hooks(optimizer):
                 self._hooks.append(optimizer.register_step_pre_hook(_untraced(self._before_step)))
@@ -365,7 +365,7 @@ class Saver:
         if strangers and not self._warned_of_strangers:
             self._warned_of_strangers = True
             log.warning(
-                "%s takes no hooks (it was made without torch.optim.Optimizer.__init__), so that save() copies "
+                "%s takes no hooks (it was created without torch.optim.Optimizer.__init__), so save() copies "
                 "everything before it returns",
                 ", ".join(strangers),
             )
@@ -378,7 +378,7 @@ class Saver:
             self._stats.blocked_s += time.monotonic() - begun
 
     def afterwards(self, step: Callable[[], None]) -> None:
-        """Do something in the background, behind the saves begun so far."""
+        """Run `step` in the background, after the saves begun so far."""
         self._worker.submit(step)
 
     def drain(self) -> None:
@@ -386,7 +386,7 @@ class Saver:
         self._worker.drain()
 
     def close(self) -> None:
-        """Finish what is under way and let go of threads, hooks, memory and connections."""
+        """Finish what is under way and release threads, hooks, memory and connections."""
         self._worker.close()
         for hook in self._hooks:
             hook.remove()
@@ -395,14 +395,14 @@ class Saver:
 
 
 def _takes_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether step() will call hooks: PyTorch wraps it, and makes the place for them, in Optimizer.__init__."""
+    """Whether step() will call hooks: Optimizer.__init__ wraps it and creates the dict of hooks."""
     return "_optimizer_step_pre_hooks" in vars(optimizer) and bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook as torch.compile calls it: as it is. Traced, it would break a compiled step into many graphs.
+    """The hook, not traced by torch.compile. Traced, it would break a compiled step into many graphs.
 
-    torch.compiler imports torch._dynamo, which takes seconds; to make an optimizer has done so already.
+    torch.compiler imports torch._dynamo, which takes seconds; creating an optimizer has already imported it.
     """
     untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return untraced
@@ -414,5 +414,5 @@ def kinds(state: AppState) -> list[str]:
 
 
 def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:
-    """Coordinator only: for each question whether any rank says yes."""
+    """Coordinator only: for each question, whether any rank says yes."""
     return [any(answers) for answers in zip(*rows, strict=True)]

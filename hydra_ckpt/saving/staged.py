@@ -1,4 +1,4 @@
-"""The tensors of one save between the training thread and the background."""
+"""The tensors of one save, handed from the training thread to the background thread."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.storage.pool import BufferPool
 from hydra_ckpt.storage.staging import Snapshot, Staging, borrow
 
-# How long a change that was under way may need to end: seconds, and multiples of what the copies took.
+# How long a change under way may need to finish: seconds, and multiples of the time the copies took.
 _WATCH_S, _WATCH_COPIES = 0.02, 2
 # How many torn tensors a message names.
 _NAMED = 8
 
 
 class Staged:
-    """Bytes that the background will write: copied, still being copied, or looked at where they lie.
+    """Bytes the background will write: copied, still being copied, or read in place.
 
-    Made empty for a save that has nothing to write.
+    Empty for a save that has nothing to write.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Staged:
 
     @classmethod
     def borrowed(cls, sources: Sources, pool: BufferPool) -> Staged:
-        """For a save that training waits for: no copies of what lies in host memory and keeps its element type."""
+        """For a save that training waits for: tensors in host memory that keep their dtype are not copied."""
         staged = cls()
         staged._sources, staged._pool = sources, pool
         Lanes.of(sources.tensors.values()).meet()  # another thread will read them
@@ -49,7 +49,7 @@ class Staged:
     def copied(cls, sources: Sources, pool: BufferPool, late: frozenset[int]) -> Staged:
         """Copy now, except for what may wait until `finish`.
 
-        An error (no memory) is kept and raised in the background, where the other ranks hear of it.
+        An error (no memory) is kept and raised in the background, which reports it to the other ranks.
         """
         staged = cls()
         staged._label = sources.label
@@ -67,7 +67,7 @@ class Staged:
         return staged
 
     def finish(self) -> None:
-        """Copy what is left. Afterwards the live tensors may change, if they were copied."""
+        """Copy the rest. After this, live tensors that were copied may change."""
         begun = time.monotonic()
         try:
             if self._staging is not None and self._error is None:
@@ -77,7 +77,7 @@ class Staged:
         self._copy_s = time.monotonic() - begun
 
     def let_change(self) -> None:
-        """For the training thread, after `finish`: see that nothing was changed too early; from now on it may be."""
+        """Training thread, after `finish`: check that nothing changed too early. From now on the state may change."""
         with self._lock:
             if self._staging is not None and not self._sealed.is_set():
                 self._changed = self._staging.changed()
@@ -85,10 +85,10 @@ class Staged:
             self._sealed.set()
 
     def watch(self) -> None:
-        """For the background, after `finish`: see that the copies are what the tensors were at the save.
+        """Background thread, after `finish`: check that the copies equal the tensors at the time of the save.
 
-        A change in place that was under way while the last bytes were copied is counted only when it has ended, which
-        takes about as long as copying what it changes.
+        An in-place change that overlaps the last copy is counted only once it has finished, which takes about as long
+        as copying what it changes.
         """
         if self._staging is not None and self._error is None:
             try:
@@ -108,7 +108,7 @@ class Staged:
             raise _torn(list(dict.fromkeys(self._label(key) for key in sorted(torn))))
 
     def snapshot(self) -> Snapshot:
-        """The bytes to write; raises what went wrong in copying them."""
+        """The bytes to write; raises the error if copying failed."""
         if self._error is not None:
             raise self._error
         if self._snapshot is None:
@@ -117,7 +117,7 @@ class Staged:
         return self._snapshot
 
     def release(self) -> None:
-        """Let go of the memory. Idempotent."""
+        """Release the memory. Idempotent."""
         if self._snapshot is not None:
             self._snapshot.release()
         self._sources = self._staging = None
@@ -129,19 +129,19 @@ def _torn(names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{counted(len(names), 'tensor')} changed while being copied, between save() and the optimizer's next step "
         f"(weights swapped for an average, or scaled): {', '.join(names[:_NAMED])}{more}. Set "
-        "checkpoint.wait_for_staging=true, which copies everything before save() returns, or make the change before "
-        "the save, or after PendingSave.wait_staged()"
+        "checkpoint.wait_for_staging=true to copy everything before save() returns, or make the change before the "
+        "save or after PendingSave.wait_staged()"
     )
 
 
 def _check_memory(needed: int, pool: BufferPool) -> None:
-    """Better one save that fails than a process that the system kills.
+    """A failed save is better than a process killed for lack of memory.
 
     Raises:
         CheckpointError: There is no room for the copy.
     """
     if not pool.holds(needed) and (available := available_bytes()) < needed:
         raise CheckpointError(
-            f"an asynchronous save needs {needed / 1e9:.3g} GB of host memory for its copy, and "
-            f"{available / 1e9:.3g} GB are available; checkpoint.is_async=false writes without a copy"
+            f"an asynchronous save needs {needed / 1e9:.3g} GB of host memory for its copy, but only "
+            f"{available / 1e9:.3g} GB is available; set checkpoint.is_async=false to save without a copy"
         )

@@ -1,4 +1,4 @@
-"""Something done to the directory by all ranks together, or not at all."""
+"""Changes to the directory that all ranks make together, or not at all."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ log = logging.getLogger(__name__)
 
 
 class Transaction(Protocol):
-    """The steps; notes, receipts and results are plain data."""
+    """The steps of a transaction. Notes, receipts and results are plain data."""
 
     @property
     def step(self) -> int:
-        """The step it is about."""
+        """The training step of the checkpoint."""
 
     @property
     def name(self) -> str:
-        """The checkpoint it is about."""
+        """The checkpoint's name."""
 
     def begin(self) -> dict[str, Any]:
-        """Coordinator only: prepare; the note tells the others where."""
+        """Coordinator only: prepare; the note tells the other ranks where to write."""
 
     def work(self, note: dict[str, Any]) -> dict[str, Any]:
-        """Every rank: do its part, durably; the receipt tells what."""
+        """Every rank: do its part, durably; the receipt lists what was written."""
 
     def finish(self, note: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
         """Coordinator only: check the receipts and make the result visible."""
@@ -37,17 +37,17 @@ class Transaction(Protocol):
         """Coordinator only: remove what was prepared."""
 
     def is_published(self, note: dict[str, Any]) -> bool:
-        """A rank that was cut off: whether the result is there for certain. False proves nothing."""
+        """A rank that was cut off: whether the result is certainly published. False proves nothing."""
 
 
 @dataclass(frozen=True)
 class FailedSave:
-    """The transaction of a save that failed before it began on this rank; tells all the others.
+    """The transaction of a save that failed on this rank before it began; tells all other ranks.
 
     Attributes:
-        step: The step that was to be saved.
-        name: The checkpoint it was to become.
-        error: What went wrong here.
+        step: The step to be saved.
+        name: The checkpoint's name.
+        error: The error on this rank.
     """
 
     step: int
@@ -75,17 +75,17 @@ class FailedSave:
 
 
 def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
-    """Collective: carry a transaction out.
+    """Collective: run a transaction.
 
-    Never ends as published on one rank and failed on another: a rank that has handed in its receipt and then hears
-    nothing neither knows nor guesses.
+    It is never reported as published on one rank and failed on another: a rank that has sent its receipt and gets no
+    answer reports the outcome as unknown.
 
     Returns:
         What `finish` returned, on every rank.
 
     Raises:
-        SaveFailedError: Any rank failed, died, or was late; nothing was published.
-        SaveOutcomeUnknown: This rank was cut off when it had handed in its receipt.
+        SaveFailedError: A rank failed, died, or was late; nothing was published.
+        SaveOutcomeUnknown: This rank was cut off after it had sent its receipt.
     """
     channel.open()
     step = transaction.step
@@ -96,14 +96,14 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
     except CheckpointError as error:
         failure = SaveFailedError(step, {channel.rank: str(error)})
         if not channel.is_coordinator:
-            channel.gather("giving up", {"causes": failure.causes})  # rank 0 cannot publish any more
+            channel.gather("giving up", {"causes": failure.causes})  # rank 0 can no longer publish
         raise failure from error
     _raise_causes(step, note)
     receipt = _guard(lambda: _work(transaction, note))()
     try:
         outcome = _exchange(transaction, channel, note, receipt)
     except CheckpointError as error:
-        _raise_causes(step, receipt)  # with such a receipt rank 0 does not publish
+        _raise_causes(step, receipt)  # rank 0 does not publish after such a receipt
         if transaction.is_published(note):
             return {}
         raise SaveOutcomeUnknown(step, str(error)) from error
@@ -114,7 +114,7 @@ def perform(transaction: Transaction, channel: Channel) -> dict[str, Any]:
 def _exchange(
     transaction: Transaction, channel: Channel, note: dict[str, Any], receipt: dict[str, Any]
 ) -> dict[str, Any]:
-    """Collective: hand in the receipts, and hear how it ended."""
+    """Collective: send the receipts, and get the outcome."""
     receipts = _collect(channel, transaction.step, receipt)
     return dict(
         channel.receive(
@@ -130,16 +130,16 @@ def _begin(transaction: Transaction) -> dict[str, Any]:
 
 def _work(transaction: Transaction, note: dict[str, Any]) -> dict[str, Any]:
     if note["name"] != transaction.name:
-        # A rank that has given up on a save goes on to the next; its data must not get into the one before.
+        # A rank that has given up on a save moves on to the next; its data must not get into the previous one.
         raise CheckpointError(
-            f"this rank saves {transaction.name}, rank 0 {note['name']}; every rank must make the same saves, with the "
-            "same step and epoch"
+            f"this rank is saving {transaction.name}, rank 0 is saving {note['name']}; every rank must make the same "
+            "saves, with the same step and epoch"
         )
     return transaction.work(note)
 
 
 def _guard(step: Any) -> Any:
-    """Turn a step's error into data that every rank understands."""
+    """Turn a step's error into plain data, for every rank."""
 
     def attempt() -> dict[str, Any]:
         try:
@@ -173,7 +173,7 @@ def _raise_causes(step: int, data: dict[str, Any]) -> None:
 
 
 def _collect(channel: Channel, step: int, receipt: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The receipts at the coordinator; a rank that did not answer has one that says so."""
+    """The receipts, on the coordinator; a rank that did not answer gets one that says so."""
     try:
         return channel.gather(f"waiting for the ranks to write step {step}", receipt)
     except RankTimeoutError as error:
@@ -200,5 +200,5 @@ def _abort(transaction: Transaction, note: dict[str, Any]) -> None:
         transaction.abort(note)
     except OSError as error:
         log.warning(
-            "what step %s left behind could not be removed and is swept at the next start: %s", transaction.step, error
+            "files left by step %s could not be removed; the next start removes them: %s", transaction.step, error
         )

@@ -1,9 +1,9 @@
-"""What ranks look at to find out whether they hold the same: groups of tensors, and digests of them at each save.
+"""Groups of tensors, and their digests at each save, by which ranks check that they hold the same.
 
-Replicas share the writing, so a checkpoint of replicas that differ would hold a part of each. Other tensors belong to a
+Replicas share the writing, so a checkpoint of replicas that differ would hold a mix of them. Other tensors belong to a
 rank (batch statistics, extras, state of its shards) and are stored once only while they are equal. At each save a
-group is digested: its plain data and small tensors of the second kind in full, a few elements of others, and one
-stretch of the rest. The stretches take turns until every byte has had its turn; `full` takes all of them.
+group is digested: for the second kind its plain data and small tensors in full, otherwise a few elements of some
+tensors and one stretch of the rest. The stretches rotate until every byte has been covered; `full` takes all of them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hydra_ckpt.storage.digests import digest_of
 from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each, is_constant
 from hydra_ckpt.store import names
 
-# A save digests this part of what it copies (digesting takes two thirds of the time of copying), but at least so many
-# bytes of each group, and of so many tensors at most.
+# A save digests 1/_SHARE of what it copies (digesting takes two thirds of the time of copying), but at least
+# _LEAST_BYTES of each group, and at most _MOST_TENSORS tensors.
 _SHARE = 12
 _LEAST_BYTES = 4 << 20
 _MOST_TENSORS = 1024
 _SAMPLED = 64
 _PLACES_A_DIMENSION, _MOST_DIMENSIONS = 3, 4
-# Spreads the tensors looked at over the saves.
+# Spreads the sampled tensors over the saves.
 _STRIDE = 2654435761
 
 
@@ -43,13 +43,13 @@ def label_of(part: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """A tensor that this rank holds together with others.
+    """A tensor that other ranks also hold.
 
     Attributes:
-        label: What it is called.
-        position: Among all tensors of all parts.
-        nbytes: Size of the part held here.
-        itemsize: Size of one element.
+        label: The tensor's label, see `label_of`.
+        position: Index in `tensors_of`.
+        nbytes: Size of the part held here, in bytes.
+        itemsize: Size of one element, in bytes.
     """
 
     label: str
@@ -64,14 +64,14 @@ class Turn:
 
     Attributes:
         small: Positions of tensors that are digested together.
-        cuts: Position of a larger tensor, the first byte, and the byte after the last one.
+        cuts: Position of a larger tensor, its first byte, and the byte after the last one.
     """
 
     small: list[int]
     cuts: list[tuple[int, int, int]]
 
     def digest(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Of these tensors, by position."""
+        """The digest of this turn; `tensors` is indexed by position."""
         stretches = [Stretch(tensors[position], start, stop) for position, start, stop in self.cuts]
         return digest([tensors[position] for position in self.small], stretches)
 
@@ -82,9 +82,9 @@ class Watched:
 
     Attributes:
         key: Equal on the ranks of the group, and on no others.
-        replica: This rank's index among them, and their number.
-        members: Its tensors, in the same order on all of them.
-        is_own: Whether each rank may have values of its own, which are then stored for each.
+        replica: This rank's index among these ranks, and their number.
+        members: Its tensors, in the same order on all of these ranks.
+        is_own: Whether values may differ between ranks, and are then stored once per rank.
         place: Mesh and dimensions along which the tensors are replicated.
         between_stages: Whether the ranks are of different pipeline stages.
     """
@@ -107,7 +107,7 @@ class Watched:
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """All other bytes, cut into what is digested at one save."""
+        """All other bytes, split into what each save digests."""
         total = sum(member.nbytes for member in self._rest)
         size = max(total // (_SHARE * self.replica[1]), _LEAST_BYTES)
         turns, left = [Turn([], [])], size
@@ -127,7 +127,7 @@ class Watched:
         return turns
 
     def sampled(self, turn: int) -> list[int]:
-        """Positions of the tensors of which a few elements are digested."""
+        """Positions of the tensors that have a few elements digested at this turn."""
         if not self._rest:
             return []
         first = turn * _STRIDE % len(self._rest)
@@ -205,9 +205,9 @@ class Watchlist:
         """A digest of each group, by its key.
 
         Args:
-            parts: The tensors, as they are now.
-            plain: What else ranks may have values of their own of, by label.
-            turn: Equal on all ranks; another one chooses other tensors.
+            parts: The live tensors.
+            plain: Plain data that may differ between ranks, by label.
+            turn: Equal on all ranks; selects the tensors to digest.
             full: Whether every byte is digested.
         """
         tensors = [item.tensor for item in tensors_of(parts)]
@@ -223,7 +223,7 @@ class Watchlist:
 
     @torch.no_grad()
     def each(self, parts: Parts, plain: Mapping[str, Any], keys: Collection[str]) -> dict[str, dict[str, int]]:
-        """Of these groups, by key, the digest of each tensor and of all else, by label; every byte counts."""
+        """Full digests of each tensor and of the plain data, by label, for the groups with these keys."""
         tensors = [item.tensor for item in tensors_of(parts)]
         found = {}
         for group in self.groups:
@@ -269,6 +269,6 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """A few elements, spread evenly."""
     if not tensor.dim():
         return tensor
-    # Of a tensor of many dimensions there would be many: its elements in one row.
+    # A tensor of many dimensions would give too many elements: flatten the last ones.
     tensor = tensor if tensor.dim() <= _MOST_DIMENSIONS else tensor.flatten(_MOST_DIMENSIONS - 1)
     return tensor[tuple(slice(None, None, -(-size // _PLACES_A_DIMENSION)) for size in tensor.shape)].contiguous()

@@ -1,1 +1,1 @@
-"""The checkpoint directory and its promises: names, manifest, draft to checkpoint, pointers, lease, retention."""
+"""The checkpoint directory and its guarantees: names, manifest, draft to checkpoint, pointers, lease, retention."""

@@ -13,7 +13,7 @@ from hydra_ckpt.store.catalog import Checkpoint
 KEY = "best_so_far"
 """In a manifest's `details`, and in `metrics.json`, which is written later."""
 COUNTS_FROM = "best_counts_from"
-"""In a manifest's `details`: the step up to which a directory holds results of other values than the run's."""
+"""In a manifest's `details`: the step up to which a directory's results come from other values than the run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def opened(path: Path | None) -> Checkpoint | None:
 
 
 def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | None:
-    """The best value that was known when a checkpoint got its last metrics.
+    """The best value known when a checkpoint got its last metrics.
 
     Args:
-        checkpoint: The one a run continues from, if any.
+        checkpoint: The checkpoint a run continues from, if any.
         key: The metric that decides now; a value of another metric is ignored.
         mode: "min" or "max".
     """
@@ -62,7 +62,7 @@ def best_until(checkpoint: Checkpoint | None, key: str, mode: str) -> float | No
 
 
 def counts_from(checkpoint: Checkpoint | None) -> int:
-    """The step after which results are those of the run that goes on from a checkpoint."""
+    """The step after which results belong to the run that continues from a checkpoint."""
     step = None if checkpoint is None else checkpoint.manifest.details.get(COUNTS_FROM)
     return step if type(step) is int and step > 0 else 0
 

@@ -43,8 +43,8 @@ class Checkpoint:
 
         Args:
             path: The checkpoint's directory.
-            patience_s: How long to look for it, in seconds, where another host has seen it: network file systems show
-                a new directory, or the new name of an old one, late.
+            patience_s: How long to look for it, in seconds, if another host has seen it: network file systems show a
+                new or renamed directory late.
 
         Raises:
             CheckpointNotFoundError: The directory is not a finished checkpoint.
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What it holds."""
+        """The manifest, read once."""
         return read_manifest(self.path)
 
     @property
@@ -84,14 +84,14 @@ class Checkpoint:
 
     @property
     def pointers_pending(self) -> bool:
-        """Whether a crash came between its publication and the moving of its pointers."""
-        return os.path.isfile(self.path / names.TOKEN)  # noqa: PTH113 - pathlib raises where the disk fails
+        """Whether a crash came after it was published and before its pointers were moved."""
+        return os.path.isfile(self.path / names.TOKEN)  # noqa: PTH113 - pathlib raises if the disk fails
 
     def check_files(self) -> None:
         """Compare the presence and size of every file with the manifest; contents are not read.
 
         Raises:
-            CorruptCheckpointError: A file is missing, no plain file, or of another size.
+            CorruptCheckpointError: A file is missing, not a regular file, or has another size.
         """
         for name, record in self.manifest.files.items():
             size = size_of(self.path / name)
@@ -107,7 +107,7 @@ def _patiently(read: Callable[[], Manifest], patience_s: float) -> Manifest:
         try:
             return read()
         except (CheckpointNotFoundError, CorruptCheckpointError, OSError) as error:
-            # A file system's own error may pass, damage does not.
+            # An error of the file system may be temporary; damage is not.
             passes = not isinstance(error, CorruptCheckpointError) or isinstance(error.__cause__, OSError)
             if not passes or time.monotonic() >= deadline:
                 raise
@@ -136,7 +136,7 @@ class Catalog:
         return next((item for item in self.checkpoints if item.name == name), None)
 
     def pointed(self, pointer: str) -> Checkpoint | None:
-        """The checkpoint a pointer leads to."""
+        """The checkpoint that a pointer leads to."""
         target = read_pointer(self.root, pointer)
         return self.find(target) if target else None
 
@@ -158,16 +158,16 @@ class Catalog:
                 raise self.newer[name]
 
     def best(self, key: str, mode: str, *, after: int = 0) -> Checkpoint | None:
-        """The checkpoint with the best value of a metric, of those after a step; of equals, the earlier one."""
+        """The checkpoint after a step with the best value of a metric; the earliest of equals."""
         sign = 1.0 if mode == "min" else -1.0
         known = [item for item in self.checkpoints if item.step > after or not after]
         rated = [(sign * item.metrics[key], item.step, item) for item in known if _rates(item, key)]
         return min(rated, key=lambda entry: entry[:2])[2] if rated else None
 
     def candidates(self) -> list[Checkpoint]:
-        """What an automatic resume tries, best first: what LATEST names, then from new to old.
+        """What an automatic resume tries, in order: what LATEST names, then from new to old.
 
-        A newer one whose pointers were never moved (a crash in between) comes before LATEST.
+        A newer one whose pointers were never moved, because of a crash, comes before LATEST.
         """
         newest_first = sorted(self.checkpoints, key=lambda item: -item.step)
         latest = self.pointed(names.LATEST)
@@ -178,7 +178,7 @@ class Catalog:
         return [*newer, latest, *rest]
 
     def describe(self) -> str:
-        """One line that lists what there is, for error messages."""
+        """One line that lists the checkpoints, for error messages."""
         there = ", ".join(item.name for item in self.checkpoints) or "no checkpoint"
         bad = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
         newer = f"; of a newer format: {', '.join(sorted(self.newer))}" if self.newer else ""
@@ -191,10 +191,10 @@ def _rates(checkpoint: Checkpoint, key: str) -> bool:
 
 
 def is_checkpoint_directory(path: Path) -> bool:
-    """Whether this is a directory with a checkpoint's name, and no link to one."""
+    """Whether this is a directory with a checkpoint's name, and not a link to one."""
     if not names.is_checkpoint_name(path.name):
         return False
-    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114 - pathlib raises where the disk fails
+    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114 - pathlib raises if the disk fails
 
 
 def scan(root: Path) -> Catalog:
@@ -208,13 +208,13 @@ def scan(root: Path) -> Catalog:
         except CheckpointFormatError as error:
             newer[path.name] = error
         except CheckpointError as error:
-            if os.path.lexists(path):  # a run may be pruning; what is gone by now was never damaged
+            if os.path.lexists(path):  # a run may be pruning: a checkpoint that is gone was not damaged
                 damaged[path.name] = str(error)
     return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged, newer)
 
 
 def listing(root: Path) -> tuple[object, ...]:
-    """What is visible of a directory without opening a checkpoint; compare two to see whether it has changed."""
+    """A directory's listing without opening a checkpoint; compare two to see whether the directory has changed."""
     below = sorted(path.name for path in root.iterdir() if names.is_checkpoint_name(path.name)) if root.is_dir() else []
     return (*below, read_pointer(root, names.LATEST), read_pointer(root, names.BEST))
 

@@ -20,20 +20,20 @@ _LOOKS = 5
 
 
 def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tuple[str, str]) -> dict[str, Any]:
-    """The checkpoint a selector means, as plain data; for `auto` the best one that is not skipped, or none.
+    """The checkpoint that a selector means, as plain data; for `auto` the best one that is not skipped, or none.
 
     Tries again if the directory has changed meanwhile: a live run may be pruning it.
 
     Args:
         root: The checkpoint directory.
-        selector: What to look for.
+        selector: The selector.
         passed_over: Names of damaged checkpoints, and what is wrong with them.
         best: The configured metric and its mode, min or max.
 
     Raises:
-        CheckpointNotFoundError: An explicit one does not exist.
+        CheckpointNotFoundError: An explicitly named one does not exist.
         CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to skip.
-        CorruptCheckpointError: An explicit one is damaged.
+        CorruptCheckpointError: An explicitly named one is damaged.
     """
     for _ in range(_LOOKS - 1):
         before = listing(root)
@@ -78,7 +78,7 @@ def _newest(catalog: Catalog, passed_over: Mapping[str, str]) -> dict[str, Any]:
 
 
 def deciding_metric(catalog: Catalog, configured: str) -> str:
-    """The metric that decides: under the default key the only one the checkpoints have."""
+    """The deciding metric: under the default key, the only metric of the checkpoints if there is just one."""
     found = {name for item in catalog.checkpoints for name in item.metrics}
     if configured != metric.DEFAULT_KEY or configured in found:
         return configured

@@ -1,4 +1,4 @@
-"""A run's hold on its checkpoint directory. Everything here is done by the coordinator alone."""
+"""A run's hold on its checkpoint directory. Coordinator only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Owed:
-    """Metrics of a checkpoint that are not on disk yet, and the best value of the run when they came."""
+    """Metrics of a checkpoint that are not on disk yet, and the run's best value when they arrived."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     best: BestSoFar | None = None
@@ -50,7 +50,7 @@ class Directory:
         files: The file layer.
         keep: The rules for the best checkpoint and for retention.
         run: The sweep and job number it belongs to, if any.
-        times: Of the lease.
+        times: How long the lease waits.
         may_wait: Whether to wait for a holder that may be dead.
 
     Attributes:
@@ -85,12 +85,12 @@ class Directory:
         self._metric = self._configured = keep.best_metric_key
         self._owed: dict[str, _Owed] = {}  # by checkpoint
         self.best_so_far: BestSoFar | None = None
-        self._counts_from = 0  # results up to this step are of other values
+        self._counts_from = 0  # results up to this step come from other values
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def choose(self, selector: str, passed_over: Mapping[str, str]) -> dict[str, Any]:
-        """The checkpoint a selector means; see `choosing.choose`."""
+        """The checkpoint that a selector means; see `choosing.choose`."""
         return choose(self.root, selector, passed_over, (self._configured, self._keep.best_metric_mode))
 
     def _recall(self, catalog: Catalog, before: Checkpoint | None) -> None:
@@ -103,7 +103,7 @@ class Directory:
     # -- a run begins --------------------------------------------------------------------------------------------
 
     def open(self, not_beyond: int | None) -> None:
-        """Become the writer and bring the directory into order.
+        """Become the writer and clean up the directory.
 
         Raises:
             CheckpointExistsError: Another live run writes here.
@@ -116,7 +116,7 @@ class Directory:
             recover(self._held, self.root, previous.incarnation if previous else None, not_beyond=not_beyond)
             self._hidden = {path.name for path in self.root.iterdir() if names.parse_hidden(path.name)}
         except CheckpointError:
-            raise  # some of ours are OSErrors too
+            raise  # some of our errors are also OSErrors
         except OSError as error:
             raise CheckpointConfigError(
                 f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); choose another directory, or fix "
@@ -133,12 +133,12 @@ class Directory:
         *,
         is_another: bool = False,
     ) -> dict[str, Any]:
-        """Move checkpoints out of the way that are damaged, or later than the step the run starts from.
+        """Move aside checkpoints that are damaged, or later than the step the run starts from.
 
         Args:
-            start_step: The step the run starts from; None if it starts nowhere.
+            start_step: The step the run starts from; None if no run starts.
             corrupt: Names of damaged checkpoints.
-            on_conflict: What happens to later steps: see `refuse_later`.
+            on_conflict: What to do with later steps: see `refuse_later`.
             resumed: The checkpoint the run continues from.
             is_another: Whether the checkpoints here were trained with other values; their results are not this run's.
 
@@ -147,8 +147,8 @@ class Directory:
             that decides.
 
         Raises:
-            CheckpointExistsError: There are later steps, and they are not to be set aside.
-            CheckpointFormatError: A later step is of a newer format; such a one is never set aside.
+            CheckpointExistsError: There are later steps, and they must not be set aside.
+            CheckpointFormatError: A later step has a newer format, so it is never set aside.
         """
         self.refuse_later(start_step, corrupt, on_conflict)
         damaged = [self.root / name for name in corrupt if (self.root / name).is_dir()]
@@ -170,7 +170,7 @@ class Directory:
         if read_pointer(self.root, names.BEST) in catalog.newer:
             log.warning("BEST stays as it is: it leads to a checkpoint of a newer format, whose metrics are unknown")
         elif best is not None:
-            # A crash may have come between a publication, or metrics added later, and the moving of BEST.
+            # A crash may have come after a publication, or after metrics were added, and before BEST was moved.
             move_pointer(self._held, self.root, names.BEST, best.name)
             self._best_name = best.name
         else:
@@ -184,7 +184,7 @@ class Directory:
         }
 
     def _best_until(self, before: Checkpoint | None, catalog: Catalog) -> float | None:
-        """The best value so far, that of steps which were not saved included."""
+        """The best value so far, including steps that were not saved."""
         mode = self._keep.best_metric_mode
         best = catalog.best(self._metric, mode, after=self._counts_from)
         saved = best.metrics[self._metric] if best else None
@@ -192,7 +192,7 @@ class Directory:
         return value if value is not None and metric.is_better(value, saved, mode) else saved
 
     def refuse_later(self, start_step: int | None, corrupt: Collection[str], on_conflict: str) -> None:
-        """Raise if there are sound published steps after the start that are not to be set aside. Changes nothing."""
+        """Raise if there are intact published steps after the start that must not be set aside. Changes nothing."""
         if start_step is None:
             return
         catalog = scan(self.root)
@@ -203,11 +203,11 @@ class Directory:
             raise conflict_error(later, start_step)
 
     def fence(self) -> None:
-        """Raise if another incarnation has taken the directory over."""
+        """Raise if another incarnation has taken over the directory."""
         self._lease.check()
 
     def close(self) -> None:
-        """Release the directory. Idempotent. In a forked process nothing happens: the directory is its parent's."""
+        """Release the directory. Idempotent. Does nothing in a forked process: the directory is its parent's."""
         if os.getpid() != self._owner.pid:
             return
         if self._janitor is not None:
@@ -229,9 +229,9 @@ class Directory:
     # -- a checkpoint is published -------------------------------------------------------------------------------
 
     def point_to(self, name: str) -> None:
-        """Move the pointers to a new checkpoint; a failure never takes the checkpoint back.
+        """Move the pointers to a new checkpoint; a failure does not unpublish the checkpoint.
 
-        First, what a run that had lost the directory has retired or moved meanwhile is put right.
+        Also undoes what a run that had lost the directory has retired or moved meanwhile.
         """
         try:
             self._point_latest(name)
@@ -244,7 +244,7 @@ class Directory:
             log.warning("%s is published, but its pointers could not be moved: %s", self.root / name, error)
 
     def _undo_late_changes(self) -> None:
-        """Put right what a run that had lost the directory has done since the last save."""
+        """Undo what a run that had lost the directory has done since the last save."""
         if self._heart is None:
             return
         try:
@@ -257,13 +257,13 @@ class Directory:
         """Move LATEST, but never to an earlier step: only `settle` goes back."""
         step = names.step_of(name)
         if self._latest is not None and step < self._latest:
-            log.warning("LATEST stays at step %d: %s is of an earlier step", self._latest, self.root / name)
+            log.warning("LATEST stays at step %d: %s is an earlier step", self._latest, self.root / name)
             return
         move_pointer(self._held, self.root, names.LATEST, name)
         self._latest = step
 
     def _point_best(self) -> None:
-        """Make BEST lead to the best checkpoint that this run knows, if another run has moved it."""
+        """Point BEST to the best checkpoint that this run knows, if another run has moved it."""
         best, found = self._best_name, read_pointer(self.root, names.BEST)
         if best is not None and found not in {None, best} and (self.root / best).is_dir():
             move_pointer(self._held, self.root, names.BEST, best)
@@ -307,8 +307,8 @@ class Directory:
 
         Args:
             name: The checkpoint.
-            metrics: What arrived.
-            best: The best value of the run when it did.
+            metrics: The new metrics.
+            best: The run's best value when they arrived.
         """
         owed = self._owed.setdefault(name, _Owed())
         owed.metrics.update(metrics)
@@ -320,7 +320,7 @@ class Directory:
         for name, owed in list(self._owed.items()):
             try:
                 self._write_metrics(name, owed)
-            except CheckpointError as error:  # the checkpoint is gone, or damaged, or the directory another run's
+            except CheckpointError as error:  # the checkpoint is gone or damaged, or another run has the directory
                 log.warning("metrics of %s could not be added: %s", name, error)
             except OSError as error:
                 log.warning(
@@ -336,21 +336,21 @@ class Directory:
         checkpoint = Checkpoint.open(self.root / name)
         best = {KEY: owed.best.as_data()} if owed.best is not None else {}
         body = seal({**checkpoint.added, "metrics": {**checkpoint.metrics, **owed.metrics}, **best})
-        # One name for all attempts: the next one removes what a full disk left of the last.
+        # One name for all attempts: the next one removes what is left of an attempt on a full disk.
         prepared = self.root / f".{names.METRICS}.{self._owner.incarnation}"
         replace_prepared(self._held, prepared, checkpoint.path / names.METRICS, body)
         self._consider(checkpoint)
 
     def prune(self) -> None:
-        """Unpublish what no policy of the run keeps and no pointer leads to; it is deleted in a separate thread."""
+        """Unpublish what no policy of the run keeps and no pointer leads to; a separate thread deletes it."""
         if self._policies:
             catalog = scan(self.root)
-            self.fence()  # all that is listed was there while the lease was held
+            self.fence()  # everything listed existed while the lease was held
             context = Context(self._metric, self._keep.best_metric_mode, time.time())
             self.retire(superfluous(catalog, self._policies, context))
 
     def retire(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Unpublish these at once; they are deleted in a separate thread.
+        """Unpublish these immediately; a separate thread deletes them.
 
         Raises:
             OSError: One cannot be renamed; the others are unpublished anyway.

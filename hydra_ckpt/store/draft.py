@@ -4,7 +4,7 @@
     (write)  every rank, having read the token back
     publish  manifest written whole; directories flushed; renamed; parent flushed
 
-A draft with a complete manifest is complete: any run that finds it may finish it. Any other draft is debris.
+A draft with a complete manifest is complete: any run that finds it may publish it. Any other draft is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hydra_ckpt.store.small_files import read_small_file
 _RETRY_S = 0.05
 _MAX_TOKEN_BYTES = 4096
 TAKEN_BACK_WITHIN_S = 1.0
-"""A name that has been visible for longer stays: a rank that was cut off may have seen it."""
+"""In seconds. A name that has been visible for longer stays: a rank that was cut off may have seen it."""
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ def create_draft(files: Files, root: Path, name: str) -> Draft:
     """Coordinator only: make the hidden directory.
 
     Raises:
-        CheckpointExistsError: A checkpoint of this name is published already.
+        CheckpointExistsError: A checkpoint of this name is already published.
     """
     if (root / name).exists():
         raise CheckpointExistsError(
-            f"{root / name} exists already; it is not overwritten. Save under another step, "
-            f"or move that directory away first"
+            f"{root / name} already exists and is not overwritten. Save under another step, or move that directory "
+            f"away first"
         )
     draft = Draft(root / names.hidden_name(name, "draft"), name, names.nonce())
     try:
@@ -73,7 +73,7 @@ def join_draft(path: Path, name: str, token: str, *, patience_s: float) -> Draft
     """Find the coordinator's draft from another process, perhaps on another host.
 
     Raises:
-        CheckpointError: It does not appear: the directory is not the coordinator's.
+        CheckpointError: The draft does not appear: the directory is not the coordinator's.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -92,7 +92,7 @@ def join_draft(path: Path, name: str, token: str, *, patience_s: float) -> Draft
 
 
 def complete_draft(files: Files, draft: Draft, manifest: Manifest) -> None:
-    """Coordinator only: write the manifest; from here on the draft is whole."""
+    """Coordinator only: write the manifest; after this the draft is complete."""
     sync_tree(files, draft.path)
     files.write_new(draft.path / names.MANIFEST, to_bytes(manifest))
     files.sync_dir(draft.path)
@@ -106,13 +106,13 @@ def sync_tree(files: Files, root: Path) -> None:
 
 
 def publish_draft(files: Files, draft: Draft) -> Path:
-    """Coordinator only: give a whole draft its name, atomically and durably."""
+    """Coordinator only: give a complete draft its name, atomically and durably."""
     files.rename(draft.path, draft.target)
     renamed = time.monotonic()
     try:
         files.sync_dir(draft.path.parent)
     except OSError as error:
-        # Not known to be durable, so it is not published: it goes back to where an abort finds it.
+        # It may not be durable, so it is not published: rename it back, where an abort finds it.
         if time.monotonic() - renamed < TAKEN_BACK_WITHIN_S and _is_taken_back(files, draft):
             raise
         log.warning("%s is published, but a power failure may still undo that: %s", draft.target, error)
@@ -128,6 +128,6 @@ def _is_taken_back(files: Files, draft: Draft) -> bool:
 
 
 def discard(files: Files, path: Path) -> None:
-    """Remove a draft, or what is left of one."""
+    """Remove a draft, or its remains."""
     if path.exists():
         files.remove_tree(path)

@@ -2,9 +2,9 @@
 
 A process can still be stopped between the check and the change. A late change does no harm:
 
-- What replaces another file is prepared in the checkpoint directory itself, under a hidden name. A run that takes over
-  removes such files after it has taken the lease, so a replacement that comes later finds nothing to put in place.
-- What is retired carries the incarnation of the run that retires it; see `recovery.put_back`.
+- A replacement file is prepared in the checkpoint directory itself, under a hidden name. A run that takes over removes
+  such files after it has taken the lease, so a late replacement has no source file.
+- The hidden name of a retired checkpoint contains the incarnation of the run that retired it; see `recovery.put_back`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FencedFiles(Files):
     """Coordinator only: a file layer that renames, replaces and removes nothing once the lease is lost.
 
     Args:
-        inner: The file layer that does it.
+        inner: The file layer that does the work.
         fence: Raises if another run holds the directory.
     """
 
@@ -84,7 +84,7 @@ def replace_prepared(files: Files, prepared: Path, target: Path, data: bytes) ->
 
     Args:
         files: The file layer.
-        prepared: Where it is written first. What an earlier attempt left there is removed.
+        prepared: Where it is written first. Leftovers of an earlier attempt are removed.
         target: The file to replace.
         data: Its content.
     """

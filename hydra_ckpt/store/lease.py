@@ -1,9 +1,9 @@
 """The lease: which run may write to a checkpoint directory.
 
-`owner.json` names the run, its incarnation (new at every start) and its process; the file's time of modification is the
-heartbeat. A run takes the lease at once if it is free, or if the holder is proved dead. If nothing can be proved about
-a holder, it is watched: if its heartbeat does not change for as long as three beats take, by this process's own clock,
-it is dead. A live holder is refused.
+`owner.json` names the run, its incarnation (new at every start) and its process; the file's modification time is the
+heartbeat. A run takes the lease immediately if it is free, or if the holder is proved dead. If nothing can be proved
+about a holder, its heartbeat is watched: if it does not change for three beats, by this process's own clock, the holder
+is dead. If the holder is alive, the run is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Lease", "Times", "is_held"]
 
 log = logging.getLogger(__name__)
 
-# Incarnations of this process that have released the lease, for directories in which that could not be recorded.
+# Incarnations of this process that have released their lease, for directories in which that could not be recorded.
 _RELEASED: set[str] = set()
 
 
@@ -36,10 +36,10 @@ class Times:
     """How long things take, in seconds.
 
     Attributes:
-        heartbeat_s: Between two signs of life.
-        stale_s: A heartbeat that does not change for this long belongs to a dead run: three beats and a little.
-        grace_s: How long a run that is started again waits for its own former processes to end.
-        look_s: Between two readings of a heartbeat that is watched.
+        heartbeat_s: Interval between two signs of life.
+        stale_s: A heartbeat that does not change for this long belongs to a dead run: a little over three beats.
+        grace_s: How long a restarted run waits for its own former processes to end.
+        look_s: Interval between two readings of a watched heartbeat.
     """
 
     heartbeat_s: float = 15.0
@@ -75,7 +75,7 @@ class Lease:
         """Become the directory's writer.
 
         Returns:
-            The one before, if that is known.
+            The previous writer, if known.
 
         Raises:
             CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
@@ -99,7 +99,7 @@ class Lease:
         """Wait until a holder is known to be dead.
 
         Returns:
-            What was found then, or None if there is another record by now.
+            The record found then, or None if it has been replaced.
 
         Raises:
             CheckpointExistsError: It is alive, or waiting is not allowed.
@@ -153,10 +153,10 @@ class Lease:
         return True
 
     def _claim(self, judged: Record) -> bool:
-        """Replace the record that was judged; returns whether no other run was doing the same.
+        """Replace the record that was judged; returns False if another run was doing the same.
 
-        Of several runs that have judged the same record only one creates the file that replaces it. The run that takes
-        over removes all such files, so a late run has nothing left to put in place.
+        If several runs have judged the same record, only one creates the file that replaces it. The run that takes
+        over removes all such files, so a late run has no file left to put in place.
         """
         prepared = self._claim_path(judged)
         try:
@@ -190,13 +190,13 @@ class Lease:
                 sweep_prepared(self._files, path)
 
     def _await_claimant(self, prepared: Path) -> None:
-        """Wait while another run takes the lease; what a dead one has left is removed."""
+        """Wait while another run takes the lease; removes what a dead run has left."""
         first, began = look(prepared), time.monotonic()
         while first.raw is not None and look(prepared) == first:
             waited = time.monotonic() - began
             dead = first.owner is not None and first.owner.lives() is False
             if not dead and not self._may_wait and waited > self._times.look_s:
-                raise CheckpointExistsError(f"{self._root} is being taken by another run at this moment; try again")
+                raise CheckpointExistsError(f"{self._root} is being taken by another run right now; try again")
             if dead or waited >= self._times.stale_s:
                 self._files.unlink(prepared)
                 return
@@ -250,14 +250,14 @@ class Lease:
         )
 
     def _has_held_lately(self) -> bool:
-        """Whether no run can have presumed this one dead since it last checked that it holds the lease."""
+        """Whether the lease was confirmed so recently that no other run can have presumed this one dead."""
         return time.monotonic() - self._confirmed < self._times.stale_s
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner.pid:
             raise CheckpointError(
-                f"{self._root} is held by process {self._owner.pid}, of which this process is a fork; only that "
-                "process saves"
+                f"{self._root} is held by process {self._owner.pid}, and this process is a fork of it; only the "
+                "original process saves"
             )
 
     def beat(self) -> None:
@@ -266,12 +266,12 @@ class Lease:
             self.check()
             with opened(self._path) as descriptor:
                 if self._is_mine(read_open(descriptor, self._path)):
-                    os.utime(descriptor)  # of this very file, whatever has replaced it by now
+                    os.utime(descriptor)  # on this file, even if it has been replaced by now
         except (OSError, CheckpointError):
-            return  # the next save says what is wrong
+            return  # the next save reports the problem
 
     def release(self) -> None:
-        """Release the directory, unless another run has it by now. In a forked process nothing happens."""
+        """Release the directory, unless another run has taken it. Does nothing in a forked process."""
         if os.getpid() != self._owner.pid:
             return
         _RELEASED.add(self._owner.incarnation)
@@ -287,11 +287,11 @@ class Lease:
             else:
                 self._files.unlink(prepared)
         except OSError:
-            return  # it is free as soon as this process has ended
+            return  # it becomes free when this process ends
 
 
 def is_held(root: Path) -> bool:
-    """Whether a live run writes to a directory: a guess for display, where nothing can be proved."""
+    """Whether a live run writes to a directory; if nothing can be proved, a guess for display."""
     found = read_owner(root)
     if found is None or found[0].released or found[0].incarnation in _RELEASED:
         return False

@@ -1,4 +1,4 @@
-"""Removing what a run that died has left. What cannot be removed does no harm, and must not prevent a start."""
+"""Removes what a run that died has left. Leftovers that cannot be removed are harmless and must not prevent a start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def left_if_stuck(path: Path) -> Iterator[None]:
 
 
 def sweep_prepared(files: Files, path: Path) -> None:
-    """Remove what was to replace a pointer or small file, and nothing of a user's."""
+    """Remove a file prepared to replace a pointer or small file, but never a user's file."""
     if names.is_prepared(path.name) and (path.is_symlink() or not path.is_dir()):
         with left_if_stuck(path):
             files.unlink(path)

@@ -36,8 +36,8 @@ _XXH3 = re.compile(r"[0-9a-f]{16}")
 _MAX_BYTES = 1 << 30
 _MAX_METRICS_BYTES = 16 << 20
 _MAX_DEPTH = 64
-_MOST = 1 << 62  # of every size and number
-_LAST_TIME = 1e11  # Unix time in seconds; what is later has no date
+_MOST = 1 << 62  # limit of every size and number
+_LAST_TIME = 1e11  # Unix time in seconds; later times cannot be shown as a date
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class FileRecord:
     """A file of the checkpoint.
 
     Attributes:
-        bytes: Its size.
-        xxh3: The digest of all of it; None if records in a digest sidecar cover it.
+        bytes: Its size in bytes.
+        xxh3: The digest of the whole file; None if records in a digest sidecar cover it.
     """
 
     bytes: int
@@ -77,15 +77,15 @@ class Manifest:
         epoch: Epoch at the save.
         created: Unix time in seconds.
         world_size: Ranks that wrote it.
-        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to the place of its tensors.
-        exports: Hugging Face directories in the checkpoint, by the part they show.
+        parts: Name (`model`, `model/<name>`, `optim`, `extras`) to where its tensors are.
+        exports: Hugging Face directories in the checkpoint, by the part they export.
         files: Every file except the manifest and files that are added later.
         digests: The sidecars with digests of tensor files.
         metrics: Metrics known at the save.
         plan: Fingerprint of the write plan.
         topology: How the ranks were arranged; see `Topology`.
         details: Plain data for people: versions, host, incarnation.
-        format: One of FORMATS; later ones contain what earlier readers would misread.
+        format: One of FORMATS; later ones contain data that earlier readers would misread.
     """
 
     step: int
@@ -109,9 +109,9 @@ class Manifest:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """The file's content."""
+    """The manifest file's content."""
     body = {name: getattr(manifest, name) for name in _FIELDS}
-    # Thousands of ranks have tens of thousands of files; `asdict` would copy each field of each of them.
+    # Thousands of ranks have tens of thousands of files; `asdict` would copy every field of each.
     files = {name: {"bytes": record.bytes, "xxh3": record.xxh3} for name, record in manifest.files.items()}
     parts = {name: asdict(record) for name, record in manifest.parts.items()}
     return seal({**body, "files": files, "parts": parts})
@@ -123,7 +123,7 @@ _FIELDS = tuple(item.name for item in fields(Manifest))
 def seal(body: dict[str, Any]) -> bytes:
     """Canonical JSON of `body`, which is not empty, with its digest in the last field."""
     text = _dump(body)
-    # The field sorts last, so that the text need not be made a second time.
+    # The field sorts last, so the text need not be serialized again.
     last = f',\n "{_DIGEST_FIELD}": "{xxhash.xxh3_64_hexdigest(text)}"\n}}\n'
     return text.removesuffix(b"\n}\n") + last.encode()
 
@@ -140,7 +140,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
     """
     try:
         if _SEAL.search(data, max(0, len(data) - _SEAL_BYTES)) is None:
-            raise ValueError("no seal at its end")  # found without parsing what may be far too much
+            raise ValueError("no seal at its end")  # checked before parsing, which could take far too long
         body = json.loads(data.decode())
         digest = body.pop(_DIGEST_FIELD)
         resealed = seal(body)  # a lone surrogate cannot be written
@@ -157,7 +157,7 @@ def read_sealed(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any]:
     """Read and check a sealed file of at most this many bytes.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: It does not exist.
         CorruptCheckpointError: It is damaged, a link, or far too large.
     """
     return unseal(path, read_small_file(path, limit))
@@ -167,7 +167,7 @@ def read_metrics(directory: Path) -> dict[str, Any]:
     """What was added to a checkpoint after its save: `metrics`, and perhaps more.
 
     Raises:
-        FileNotFoundError: Nothing was.
+        FileNotFoundError: Nothing was added.
         CorruptCheckpointError: It is damaged, or holds something else.
     """
     path = directory / names.METRICS
@@ -183,7 +183,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         CheckpointNotFoundError: There is none: the directory is not a checkpoint.
         CheckpointFormatError: A newer version wrote it.
-        CorruptCheckpointError: It is damaged, or names files outside.
+        CorruptCheckpointError: It is damaged, or names files outside the checkpoint.
     """
     path = directory / names.MANIFEST
     try:
@@ -253,7 +253,7 @@ def _check_kinds(path: Path, manifest: Manifest) -> None:
 
 
 def _are_metrics(value: object) -> bool:
-    """Whether this maps names to numbers that a float holds; NaN and infinities are some."""
+    """Whether this maps names to numbers that fit in a float; NaN and infinities are allowed."""
     return type(value) is dict and all(_is_number(item) for item in value.values())
 
 

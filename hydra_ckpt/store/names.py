@@ -19,18 +19,18 @@ CONSOLIDATED = "consolidated"
 NAMING = "names.json"
 # The small files of an export, in checkpoints without one.
 ASSETS = "assets"
-# The weights of an adapter, as peft calls them.
+# peft's file name for the weights of an adapter.
 ADAPTER = "adapter_model"
 OPTIMIZER = "optim"
 EXTRAS = "extras"
-# Tensors of which ranks hold different values under one name, in a file of each rank.
+# Tensors whose values differ between ranks under one name: one file per rank.
 OWN = "own"
 PROGRESS = "progress"
 CONFIG = "config"
 DIGESTS = "digests"
 
 _CHECKPOINT = re.compile(r"epoch_(\d{1,18})_step_(\d{1,18})")
-# The file that is prepared before it replaces a pointer or small file.
+# Files prepared to replace a pointer or small file.
 _PREPARED = re.compile(
     rf"\.({LATEST}|{BEST}|{LATEST}\.txt|{BEST}\.txt|{re.escape(OWNER)}|{re.escape(METRICS)})\.(after-)?[0-9a-f]{{12,}}"
 )
@@ -47,7 +47,7 @@ def checkpoint_name(epoch: int, step: int) -> str:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a directory of this name may be a checkpoint of ours."""
+    """Whether a directory of this name may be one of our checkpoints."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
@@ -76,7 +76,7 @@ def retired_name(name: str, kind: str, incarnation: str) -> str:
     Args:
         name: The checkpoint's name.
         kind: deleting, corrupt or aside.
-        incarnation: Of the run; hexadecimal digits, as `nonce` makes them.
+        incarnation: The run's incarnation; hexadecimal digits, as `nonce` makes them.
     """
     return hidden_name(name, kind, incarnation + nonce())
 
@@ -89,7 +89,7 @@ def retired_by(name: str) -> str | None:
 
 
 def is_prepared(name: str) -> bool:
-    """Whether a hidden file of this name was to replace a pointer or small file of ours."""
+    """Whether a hidden file of this name was prepared to replace one of our pointers or small files."""
     return _PREPARED.fullmatch(name) is not None
 
 

@@ -35,21 +35,21 @@ _STATE, _THREADS, _START_TICKS = 0, 17, 19
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes.
+    """The writer of a directory.
 
     Attributes:
-        incarnation: Random, new at every start.
+        incarnation: Random text, new at every start.
         host: Name of the host of rank 0.
-        pid: Its process.
-        started: When that process started, Unix time in seconds. For people: it moves when the clock is set.
-        job: The scheduler's identity of the job, kept when it is requeued; empty if there is none.
+        pid: Rank 0's process ID.
+        started: When that process started, Unix time in seconds. For people: it changes when the clock is set.
+        job: The scheduler's ID of the job, kept when it is requeued; empty if there is none.
         run: The sweep and job number the directory belongs to; empty outside a sweep.
         released: Whether it has released the directory; the record of the last writer stays.
-        boot: Identity of the boot of its host; empty if it is not known.
+        boot: Boot ID of its host; empty if unknown.
         namespace: The namespaces in which `pid` and `ticks` are counted.
-        ticks: When the process started, in clock ticks since the boot.
-        restarts: How often the job was started again, by the name and identity of what starts it.
-        launch: A digest of what stays the same when the run is started again.
+        ticks: When the process started, in clock ticks since boot.
+        restarts: How often the job was restarted, by the name and ID of its launcher.
+        launch: A digest of what stays the same when the run is restarted.
     """
 
     incarnation: str
@@ -67,7 +67,7 @@ class Owner:
 
     @classmethod
     def here(cls, run: str = "") -> Owner:
-        """This process."""
+        """The record of this process."""
         process = _stat(os.getpid())
         return cls(
             names.nonce(),
@@ -106,25 +106,25 @@ class Owner:
         )
 
     def to_bytes(self) -> bytes:
-        """The record as it is written."""
+        """The record's file content."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     def lives(self) -> bool | None:
         """Whether its process is alive; None if this process cannot determine that.
 
-        That is possible in the same boot of the same host, in the same namespace of process numbers. Hosts' names prove
-        nothing, and neither do times of the wall clock.
+        It can only within the same boot of the same host and the same PID namespace. Host names and wall-clock times
+        prove nothing.
         """
         if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
             return None
         process = _stat(self.pid)
         if process is None or int(process[_START_TICKS]) != self.ticks:
             return False
-        # A killed process that its parent has not waited for keeps its number, but writes no more.
+        # A zombie process keeps its ID, but no longer writes.
         return process[_STATE] not in "ZX" or int(process[_THREADS]) > 1
 
     def is_requeued(self, other: Owner) -> bool:
-        """Whether this is the other's job, put back into Slurm's queue: everything that ran before has been ended."""
+        """Whether this is the other's job, requeued by Slurm: everything that ran before has been ended."""
         return _restarted(SLURM, self.restarts, other.restarts) > 0
 
     def is_restarted(self, other: Owner) -> bool:
@@ -142,7 +142,7 @@ def _restarted(name: str, mine: Mapping[str, int], theirs: Mapping[str, int]) ->
 
 
 def process_identity(pid: int) -> str:
-    """What names a process of this host and no other, before or after it; empty where that cannot be told."""
+    """A text that identifies a process uniquely, also over time; empty if that is not possible."""
     process = _stat(pid)
     return "" if process is None else f"{_boot()} {_namespace()} {pid} {process[_START_TICKS]}"
 
@@ -155,7 +155,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-    """Where process numbers and start times are counted; containers have separate namespaces."""
+    """Where process IDs and start times are counted; containers have separate namespaces."""
     found = []
     for kind in ("pid", "time"):
         try:
@@ -166,21 +166,21 @@ def _namespace() -> str:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on; None if there is none, or this is not Linux."""
+    """The fields of /proc/PID/stat from the state on; None if there is no such process, or this is not Linux."""
     try:
         text = (_PROC / str(pid) / "stat").read_bytes().decode(errors="replace")
     except OSError:
         return None
-    return text.rpartition(")")[2].split()  # the name before may contain anything
+    return text.rpartition(")")[2].split()  # the process name before it may contain anything
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record of ownership as it was found.
+    """A record of ownership as read from disk.
 
     Attributes:
         raw: The file's content; None if there is no file.
-        beat: Its time of modification, in nanoseconds of whichever clock.
+        beat: Its modification time in nanoseconds, by the file server's clock.
         owner: The owner it names; None if there is none, or if it is invalid.
     """
 
@@ -190,7 +190,7 @@ class Record:
 
 
 def look(path: Path) -> Record:
-    """Read a record. The file is opened, so that a network file system asks its server.
+    """Read a record. Opening the file makes a network file system query its server.
 
     A record that is not a regular file, or far too large, has no owner.
 
@@ -210,7 +210,7 @@ def look(path: Path) -> Record:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor of a file that is open for reading; see `open_regular`."""
+    """A descriptor of a file opened for reading; see `open_regular`."""
     descriptor = open_regular(path)
     try:
         yield descriptor

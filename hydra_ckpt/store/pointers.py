@@ -30,7 +30,7 @@ def move_pointer(files: Files, root: Path, pointer: str, target: str) -> None:
 
 
 def point(files: Files, root: Path, pointer: str, target: str) -> None:
-    """Coordinator only: make `pointer` lead anywhere, by a path seen from `root`; atomically."""
+    """Coordinator only: point `pointer` anywhere, atomically; `target` is a path relative to `root`."""
     link, beside = root / pointer, root / f".{pointer}.{names.nonce()}"
     if _is_directory(link):
         log.warning(
@@ -72,7 +72,7 @@ def _unlink(files: Files, path: Path) -> None:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether there is a directory itself, not a link to one."""
+    """Whether this is a directory, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -81,8 +81,8 @@ class Protected:
     """What pointers keep.
 
     Attributes:
-        names: The checkpoints that they lead to, or into.
-        lost: Those of LATEST and BEST that exist but cannot be followed.
+        names: The checkpoints that pointers lead to, or into.
+        lost: LATEST and BEST, if they exist but cannot be followed.
     """
 
     names: frozenset[str]
@@ -110,12 +110,12 @@ def protected(root: Path) -> Protected:
 
 
 def pointers_in(root: Path) -> set[str]:
-    """Names of all pointers in a directory, the user's own included."""
+    """Names of all pointers in a directory, including the user's own."""
     return {path.name.removesuffix(".txt") for path in root.iterdir() if path.is_symlink() or path.suffix == ".txt"}
 
 
 def _text_of(root: Path, pointer: str) -> str:
-    """What a pointer says, whatever it is; a text too long for one says nothing."""
+    """A pointer's text, whatever it is; empty if it is too long for a pointer."""
     link, text = root / pointer, root / f"{pointer}.txt"
     if link.is_symlink():
         return str(link.readlink())
@@ -127,16 +127,16 @@ def _text_of(root: Path, pointer: str) -> str:
 
 
 def _name_in(root: Path, target: str) -> str | None:
-    """The checkpoint in `root` that a path leads to or into, over links."""
+    """The checkpoint in `root` that a path leads to or into, following links."""
     try:
         inside = (root / target).resolve().relative_to(root.resolve())
-    except (ValueError, RuntimeError, OSError):  # elsewhere; a NUL; links in a circle; a name too long
+    except (ValueError, RuntimeError, OSError):  # elsewhere; a NUL; a loop of links; a name too long
         return None
     return inside.parts[0] if inside.parts and names.is_checkpoint_name(inside.parts[0]) else None
 
 
 def pointed_path(root: Path, pointer: str) -> Path | None:
-    """The directory that a pointer leads to, wherever that is; None if it leads to none."""
+    """The directory that a pointer leads to, anywhere; None if it leads to none."""
     try:
         place = root / pointer
         if not os.path.lexists(place):
@@ -157,5 +157,5 @@ def read_pointer(root: Path, pointer: str) -> str | None:
             target = read_small_file(root / f"{pointer}.txt", _MAX_TEXT).decode(errors="replace").strip()
     except (OSError, CorruptCheckpointError):
         return None
-    # A pointer leads to a sibling, nowhere else.
+    # A pointer may only lead to a sibling.
     return target if names.is_checkpoint_name(target) else None

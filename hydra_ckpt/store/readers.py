@@ -1,7 +1,7 @@
 """Readers' leases: a checkpoint that is being read is not pruned.
 
-A reader holds a shared lock on the manifest. It changes nothing on disk, needs no right to write, and ends with the
-reader's process. If a file system has no locks, or does not share them with other hosts, there is no lease.
+A reader holds a shared lock on the manifest. The lock changes nothing on disk, needs no write permission, and ends with
+the reader's process. If a file system has no locks, or does not share them with other hosts, there is no lease.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def reading(checkpoint: Path) -> Iterator[None]:
     """Keep a published checkpoint from being pruned for as long as this is held.
 
     Raises:
-        FileNotFoundError: It is gone already.
+        FileNotFoundError: It is already gone.
         CorruptCheckpointError: Its manifest cannot be opened.
     """
     descriptor = open_regular(checkpoint / names.MANIFEST)
     try:
         _lock(descriptor, fcntl.LOCK_SH)
-        # Retired between the opening and the lock: what the name leads to now is not what is locked.
+        # Raises if it was retired between open and lock: then the locked file is not the one with this name.
         (checkpoint / names.MANIFEST).stat()
         yield
     finally:
@@ -42,7 +42,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 def is_read(checkpoint: Path) -> bool:
-    """Whether a reader holds a lease on a checkpoint at this moment, or may hold one if that cannot be determined."""
+    """Whether a reader holds a lease on a checkpoint right now; True if that cannot be determined."""
     try:
         descriptor = open_regular(checkpoint / names.MANIFEST, write=True)
     except (OSError, CorruptCheckpointError) as error:

@@ -1,4 +1,4 @@
-"""What a run does to a directory before it writes there: finish complete drafts, remove the others."""
+"""What a run does to a directory before writing there: publish complete drafts, remove the others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def recover(files: Files, root: Path, previous: str | None, *, not_beyond: int | None = None) -> None:
-    """Coordinator only, holding the lease: bring the directory into order after a crash.
+    """Coordinator only, holding the lease: clean up the directory after a crash.
 
     Args:
         files: The file layer.
         root: The checkpoint directory.
-        previous: The incarnation that held the lease before, if that is known.
-        not_beyond: The step the run has loaded already; whole drafts of later steps are swept, not published,
+        previous: The incarnation that held the lease before, if known.
+        not_beyond: The step the run has already loaded; complete drafts of later steps are removed, not published,
             because the run will write those steps itself.
     """
     for path in sorted(root.iterdir()):
@@ -48,26 +48,26 @@ def _sweep(files: Files, path: Path) -> None:
 def is_late(name: str, previous: str | None) -> bool:
     """Whether a directory to be deleted was retired by a run that no longer held the lease.
 
-    Every run that takes over deletes what the run before it has retired. So what an older one has retired came later.
+    Every run that takes over deletes what the previous run has retired. So anything retired by an older run came late.
 
     Args:
         name: The hidden directory's name.
-        previous: The incarnation that held the lease last, if that is known.
+        previous: The incarnation that held the lease last, if known.
     """
     retired_by = names.retired_by(name)
     return previous is not None and retired_by is not None and retired_by != previous
 
 
 def put_back(files: Files, root: Path, incarnation: str, known: Collection[str]) -> None:
-    """Coordinator only, holding the lease: undo what another run has retired since this run took over.
+    """Coordinator only, holding the lease: publish again what another run has retired since this run took over.
 
-    That run was stopped between its last look at the lease and the renaming, and continued later.
+    That run was stopped between its last check of the lease and the rename, and continued later.
 
     Args:
         files: The file layer.
         root: The checkpoint directory.
-        incarnation: Of this run.
-        known: Names of the hidden directories that were there when this run took over.
+        incarnation: This run's incarnation.
+        known: Names of the hidden directories that existed when this run took over.
     """
     for path in sorted(root.iterdir()):
         retired_by = names.retired_by(path.name)
@@ -80,7 +80,7 @@ def _put_back(files: Files, path: Path, name: str) -> bool:
     """Publish a retired checkpoint again if it is whole and its name is free.
 
     Returns:
-        Whether it must stay: it is published again, or may be another time, or a newer version wrote it.
+        Whether it must stay: it is published again, or may be later, or a newer version wrote it.
     """
     target = path.parent / name
     try:
@@ -89,7 +89,7 @@ def _put_back(files: Files, path: Path, name: str) -> bool:
         log.warning("a checkpoint of a newer version is left alone: %s", error)
         return True
     except CheckpointError as error:
-        if unanswered := isinstance(error.__cause__, OSError):  # it may be whole, and the disk may answer the next time
+        if unanswered := isinstance(error.__cause__, OSError):  # it may be whole, and readable the next time
             log.warning("a retired checkpoint is left alone: %s", error)
         return unanswered
     if not names.is_checkpoint_name(name) or target.exists():
@@ -114,7 +114,7 @@ def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None
         log.warning("the draft of a newer version is left alone: %s", error)
         return
     except CheckpointError as error:
-        if isinstance(error.__cause__, OSError):  # it may be whole, and the disk may answer the next time
+        if isinstance(error.__cause__, OSError):  # it may be whole, and readable the next time
             log.warning("a draft is left alone: %s", error)
         else:
             _sweep(files, path)
@@ -153,7 +153,7 @@ def set_aside(files: Files, paths: Iterable[Path], kind: str, incarnation: str) 
 
 
 def in_the_way(catalog: Catalog, start_step: int) -> list[Path]:
-    """The published checkpoints after the step a run starts from, which are in its way."""
+    """The published checkpoints after the step that a run starts from."""
     return [item.path for item in catalog.checkpoints if item.step > start_step]
 
 
@@ -168,7 +168,7 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
 
 
 def repoint(files: Files, catalog: Catalog, pointer: str, instead: Checkpoint | None) -> None:
-    """Coordinator only: if a pointer is gone, or what it names, let it lead elsewhere, or nowhere any more."""
+    """Coordinator only: if a pointer or its target is gone, point it to `instead`, or remove it."""
     target = read_pointer(catalog.root, pointer)
     if target is not None and (target in catalog.newer or catalog.find(target) is not None):
         return

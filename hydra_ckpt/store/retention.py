@@ -1,8 +1,8 @@
-"""Retention: which checkpoints stay, as small policies that each keep some; what no policy keeps may go.
+"""Retention: small policies that each keep some checkpoints; those that no policy keeps may be deleted.
 
 Policies come as plain data, `{newest: 3, best: 2, every_n_steps: 1000, younger_than_s: 3600}`; a checkpoint stays
-if any of them keeps it. `any_of` has a list of more mappings, for two policies of the same kind. Whatever a pointer in
-the directory leads to stays in any case, and so does what somebody reads at the moment.
+if any of them keeps it. `any_of` takes a list of more mappings, for two policies of the same kind. Checkpoints that a
+pointer in the directory leads to, or that are being read, always stay.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hydra_ckpt.values import Check, count, positive
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What policies judge by: the metric that decides, and the time."""
+    """What policies decide by: the deciding metric, and the current Unix time in seconds."""
 
     metric: str
     mode: str
     now: float
 
 
-# The names of those it keeps; None if it cannot decide, as if the policy did not exist.
+# Returns the names of the checkpoints it keeps; None if it cannot decide, as if the policy did not exist.
 Policy = Callable[[Sequence[Checkpoint], Context], set[str] | None]
 
 
@@ -75,7 +75,7 @@ def policies(retention: Mapping[str, Any] | None, max_recent: int | None) -> lis
     """Policies from plain data; none at all keeps everything.
 
     Raises:
-        CheckpointConfigError: An unknown policy, or a number that it does not take.
+        CheckpointConfigError: A policy is unknown, or its number is invalid.
     """
     wanted = dict(retention or {})
     if max_recent is not None:
@@ -103,10 +103,10 @@ def _any_of(further: Any) -> list[Policy]:
 
 
 def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -> list[Checkpoint]:
-    """The checkpoints that may go: neither kept by a policy, nor led to by a pointer, nor being read.
+    """The checkpoints that may be deleted: not kept by a policy, not the target of a pointer, and not being read.
 
-    If no policy can decide, such as `best` alone while no checkpoint has the metric, all are kept. Where LATEST or BEST
-    is damaged, what it ought to lead to stays.
+    If no policy can decide, such as `best` alone while no checkpoint has the metric, all are kept. If LATEST or BEST is
+    damaged, the checkpoint it should lead to stays.
     """
     told = [found for policy in keeping if (found := policy(catalog.checkpoints, context)) is not None]
     if not told:
@@ -117,7 +117,7 @@ def superfluous(catalog: Catalog, keeping: Sequence[Policy], context: Context) -
 
 
 def _due(catalog: Catalog, context: Context, lost: Collection[str]) -> set[str]:
-    """The checkpoints that lost pointers ought to lead to."""
+    """The checkpoints that lost pointers should lead to."""
     found: set[str] = set()
     if names.LATEST in lost:
         found.update(item.name for item in catalog.candidates()[:1])
@@ -127,12 +127,12 @@ def _due(catalog: Catalog, context: Context, lost: Collection[str]) -> set[str]:
 
 
 def retire(files: Files, checkpoint: Checkpoint, incarnation: str) -> Path:
-    """Coordinator only: unpublish a checkpoint at once, so that its bytes can be deleted at leisure.
+    """Coordinator only: unpublish a checkpoint immediately, so that its bytes can be deleted later.
 
     Args:
         files: The file layer.
-        checkpoint: What to unpublish.
-        incarnation: Of this run. If another run has taken over in the meantime, this tells it what to put back.
+        checkpoint: The checkpoint to unpublish.
+        incarnation: This run's incarnation, which tells a run that has taken over meanwhile what to put back.
 
     Returns:
         The hidden directory to delete.

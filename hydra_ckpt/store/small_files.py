@@ -1,4 +1,4 @@
-"""The one reader for the small files of a checkpoint directory, which anybody may have written."""
+"""The only reader of small files in a checkpoint directory, which may come from anyone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra_ckpt.errors import CorruptCheckpointError
 
-# The process has no descriptor left: that says nothing about the file.
+# The process has no descriptor left, which says nothing about the file.
 _NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}
 _NO_LINKS = {errno.ELOOP, errno.EMLINK}
 
@@ -20,10 +20,10 @@ def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
     Args:
         path: The file. Its directory may be a link, the file itself may not.
         limit: The most bytes it may have.
-        follow: Whether the file itself may be a link too.
+        follow: Whether the file itself may also be a link.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: It does not exist.
         CorruptCheckpointError: It is a link, not a regular file, too large, or cannot be read.
     """
     try:
@@ -37,10 +37,10 @@ def read_small_file(path: Path, limit: int, *, follow: bool = False) -> bytes:
 
 
 def read_whole(descriptor: int, path: Path, limit: int) -> bytes:
-    """Read a regular file that is open, whole.
+    """Read an open regular file whole.
 
     Args:
-        descriptor: Of the file, at its beginning; see `open_regular`.
+        descriptor: The file's descriptor, at its beginning; see `open_regular`.
         path: The file, for the error.
         limit: The most bytes it may have.
 
@@ -57,7 +57,7 @@ def read_whole(descriptor: int, path: Path, limit: int) -> bytes:
 
 
 def _read(descriptor: int, limit: int) -> bytes:
-    """All there is, up to the limit; a file of /proc says that it has no size."""
+    """Read up to the limit without trusting the size, which is 0 for files in /proc."""
     pieces, missing = [], limit
     while missing and (piece := os.read(descriptor, min(missing, 1 << 20))):
         pieces.append(piece)
@@ -71,13 +71,13 @@ def open_regular(path: Path, *, follow: bool = False, write: bool = False) -> in
     Args:
         path: The file.
         follow: Whether the file itself may be a link.
-        write: Whether it is opened for writing too, as locks on NFS need it, if this process may.
+        write: Whether to also open it for writing, which locks on NFS need, if this process may.
 
     Returns:
         The descriptor; the caller closes it.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: It does not exist.
         CorruptCheckpointError: It is a link, not a regular file, or cannot be opened.
     """
     flags = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
@@ -121,10 +121,10 @@ def size_of(path: Path) -> int:
 
 
 def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
-    """What an error of the operating system says about a file.
+    """Turn an error of the operating system into one about the file.
 
     Raises:
-        OSError: It says nothing about the file, but that this process has too many open.
+        OSError: The error is not about the file: this process has too many files open.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number in _NOT_THE_FILE:

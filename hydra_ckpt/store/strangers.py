@@ -1,4 +1,4 @@
-"""Directories that another system writes its checkpoints to: distinguished from ours, and refused. Reads only."""
+"""Detects and refuses directories where another system keeps its checkpoints. Reads only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import is_checkpoint_directory
 from hydra_ckpt.store.pointers import pointed_path
 
-# What a checkpoint of ours has, however damaged or unfinished it is, and those of other systems have not.
+# Names found in our checkpoints, however damaged or unfinished, and not in those of other systems.
 _MARKS = (names.MANIFEST, names.TOKEN, names.DIGESTS, names.PROGRESS)
-# Extensions of files that hold weights and states; directories count too, notes and the like do not.
+# Extensions of files that hold weights and state; directories also count, other files do not.
 _SUFFIXES = frozenset({".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz"})
 
 
@@ -23,19 +23,19 @@ def refuse_strangers(root: Path) -> None:
         root: A checkpoint directory; one that does not exist belongs to no system.
 
     Raises:
-        CheckpointConfigError: It holds directories or pointers of another system; names them.
+        CheckpointConfigError: It holds directories or pointers of another system; the message names them.
     """
     found = strangers(root)
     if found:
         raise CheckpointConfigError(
-            f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they have the "
-            f"location or the name of ours, but no {names.MANIFEST}. Nothing was changed. Choose another "
+            f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they are named "
+            f"or placed like ours, but have no {names.MANIFEST}. Nothing was changed. Choose another "
             "checkpoint.checkpoint_dir; to start from one of these checkpoints, set checkpoint.restore_from=PATH"
         )
 
 
 def strangers(root: Path) -> list[str]:
-    """The contents of a directory that another system must have written: its steps, and pointers to them."""
+    """What another system must have written to a directory: its steps, and pointers to them."""
     if not root.is_dir():
         return []
     steps = [path.name for path in sorted(root.iterdir()) if is_checkpoint_directory(path) and _is_strange(path)]
@@ -43,7 +43,7 @@ def strangers(root: Path) -> list[str]:
 
 
 def _strange_pointer(root: Path, pointer: str) -> str | None:
-    """A pointer that leads to a checkpoint of another system, and where to."""
+    """A pointer that leads to another system's checkpoint, with its target."""
     target = pointed_path(root, pointer)
     if target is None or not _is_strange(target) or is_checkpoint_directory(target):
         return None
@@ -51,7 +51,7 @@ def _strange_pointer(root: Path, pointer: str) -> str | None:
 
 
 def _is_strange(directory: Path) -> bool:
-    """Whether a directory holds what a checkpoint may consist of, and nothing of it is ours."""
+    """Whether a directory looks like a checkpoint, but not like one of ours."""
     try:
         below = list(directory.iterdir())
     except OSError:

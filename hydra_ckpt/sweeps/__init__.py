@@ -1,1 +1,1 @@
-"""Jobs of a sweep: what is recorded of each, how an interrupted sweep goes on, and the summary. Imports no torch."""
+"""Jobs of a sweep: their records, how an interrupted sweep continues, and the summary. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The job that this process runs, and the signals that come while it does not train."""
+"""The job this process is running, and signals that arrive while it is not training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ __all__ = ["ActiveJob", "activated", "active_job", "shield"]
 
 @dataclass
 class ActiveJob:
-    """The job that runs in this process now; its callback tells what happens to it.
+    """The job running in this process; its callback reports what happens to it.
 
     Attributes:
         checkpoint_dir: Where its checkpoints are.
+<<<<<<< HEAD
         best: The best value so far of the metric that decides; only rank 0 knows it.
+=======
+>>>>>>> english9
         stopped: Whether it was asked to stop before its end.
-        exit_code: What the program exits with where the job stopped to be continued later; None where it did not.
+        exit_code: The program's exit code if the job stopped to be continued later; otherwise None.
         reason: Why it was asked to stop, for people.
         requeue: Called at the end of a stopped job: puts it back into its launcher's queue, and ends the process. None
-            where the launcher has no queue, or something else than that launcher stopped the job.
-        signal: The signal that came since the job began; noted only in processes that `shield` is called in.
+            if the launcher has no queue, or did not stop the job itself.
+        signal: The signal received since the job began; recorded only in processes where `shield` was called.
     """
 
     checkpoint_dir: Path | None = None
@@ -41,7 +44,7 @@ class ActiveJob:
     signal: signal.Signals | None = None
 
 
-# A process runs one job at a time; it is None again behind each of them.
+# A process runs one job at a time; None between jobs.
 _active: ActiveJob | None = None
 
 
@@ -52,8 +55,8 @@ def active_job() -> ActiveJob | None:
 
 @contextmanager
 def activated() -> Iterator[ActiveJob]:
-    """Make a new job the one of this process, until the block ends."""
-    global _active  # noqa: PLW0603 - the process has one job, and code far below it has to find it
+    """Make a new job this process's active job, until the block ends."""
+    global _active  # noqa: PLW0603 - the process has one job, and code far below must find it
     before, _active = _active, ActiveJob()
     try:
         yield _active
@@ -62,20 +65,20 @@ def activated() -> Iterator[ActiveJob]:
 
 
 def shield(signals: Any) -> None:
-    """Keep signals from ending this process while nothing watches for them; from now on, and in later jobs as well.
+    """Keep signals from ending this process while nothing watches for them, now and in later jobs.
 
-    For workers of a launcher that runs jobs side by side: when one of them dies, idle or not, the launcher kills the
-    others, unsaved. A signal before training begins stops the job at its first step; between two jobs it does nothing.
+    For workers of a launcher that runs jobs side by side: when one dies, idle or not, the launcher kills the others,
+    unsaved. A signal before training begins stops the job at its first step; between two jobs it does nothing.
 
     Args:
-        signals: What stops a run, as `callbacks.checkpoint.signals` has it.
+        signals: The signals that stop a run, as in `callbacks.checkpoint.signals`.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     process = os.getpid()
 
     def note(number: int, _: object) -> None:
-        if os.getpid() != process:  # a child's signal is its own
+        if os.getpid() != process:  # a child process handles its own signals
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif _active is not None:

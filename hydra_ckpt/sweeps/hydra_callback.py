@@ -1,4 +1,4 @@
-"""`hydra/callbacks=hydra_ckpt_summary`: Hydra tells of every job, and the sweep's summary follows. Imports no torch."""
+"""`hydra/callbacks=hydra_ckpt_summary`: updates the sweep's summary after every job. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 
 
 class SummaryCallback(Callback):
-    """Keeps `checkpoints_summary.json` of a sweep, and prints it when the sweep ends, whichever way it ends.
+    """Keeps a sweep's `checkpoints_summary.json` up to date, and prints it when the sweep ends, however it ends.
 
-    What `resumable_job` has recorded stands; for an application without it, states and objectives are Hydra's.
+    Uses what `resumable_job` recorded; without it, states and objectives come from Hydra.
     """
 
     def __init__(self) -> None:
         self._shown = False
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A sweep begins."""
+        """Called when a sweep begins."""
         if _is_first_rank():
-            # Hydra says nothing of the end of a sweep in which a job has failed, or that was interrupted.
+            # Hydra does not report the end of a sweep that was interrupted, or in which a job failed.
             atexit.register(self._show, _sweep_dir(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """A job of a sweep, or a single run, has ended."""
+        """Called when a job of a sweep, or a single run, has ended."""
         if not _is_first_rank() or config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
             return
         directory = Path(config.hydra.runtime.output_dir)
@@ -52,7 +52,7 @@ class SummaryCallback(Callback):
         write_summary(_sweep_dir(config))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """The sweep has ended."""
+        """Called when the sweep has ended."""
         if _is_first_rank():
             self._show(_sweep_dir(config))
 
@@ -62,7 +62,7 @@ class SummaryCallback(Callback):
         self._shown = True
         summary = summarize(sweep_dir)
         if summary["jobs"]:
-            # In a log, lines are for other programs and must not be broken.
+            # In a log, other programs read the lines, so they must not be wrapped.
             console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
             console.print(summary_table(summary))
             console.print(str(sweep_dir / SUMMARY), markup=False, soft_wrap=True)
@@ -77,7 +77,7 @@ def _sweep_dir(config: DictConfig) -> Path:
 
 
 def _record(config: DictConfig, job_return: JobReturn) -> JobRecord:
-    """What Hydra knows of a job. Without its configuration: only `resumable_job` goes by that."""
+    """What Hydra knows about a job, without its configuration, which only `resumable_job` uses."""
     begun = JobRecord.begin(tuple(map(str, config.hydra.overrides.task)), None)
     if job_return.status == JobStatus.COMPLETED:
         return begun.returned(job_return.return_value)

@@ -1,4 +1,4 @@
-"""Jobs that can be started again: what is finished is not run anew, what was interrupted goes on."""
+"""Jobs that can be started again: finished ones are not rerun, interrupted ones continue."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
     Started again in the same run directory (the same `hydra.sweep.dir`, or the same `hydra.run.dir`):
 
-    - a job that has finished with this configuration is not run; what it returned then is returned again;
+    - a job that has finished with this configuration is not rerun; its recorded result is returned;
     - any other job runs, and its callback resumes from its newest checkpoint.
 
-    A job stopped by a signal or the time limit ends the program, the rest of a sweep too, with the callback's
-    `exit_code`. Where a launcher runs several jobs at once it ends in `JobStopped` instead, and the others finish; see
-    docs/sweeps.md. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and in a single
-    run with `checkpoint.enabled=false`, it does nothing.
+    A job stopped by a signal or the time limit ends the program, including the rest of a sweep, with the callback's
+    `exit_code`. Under a launcher that runs several jobs at once it ends with `JobStopped` instead, and the others
+    finish; see docs/sweeps.md. Each job of a sweep updates the sweep's `checkpoints_summary.json`. Outside Hydra, and
+    in a single run with `checkpoint.enabled=false`, it does nothing.
 
-    Collective: every rank of a launch; the first one decides for all.
+    Collective: call it on every rank of a launch; the first rank decides for all.
 
     Args:
         function: The job.
-        on_change: What happens where the directory belongs to a job with another configuration (settings under
-            `checkpoint` and `callbacks.checkpoint` aside): "raise", or "run" it and go on from that job's checkpoints.
+        on_change: What to do if the directory belongs to a job with another configuration (settings under
+            `checkpoint` and `callbacks.checkpoint` aside): "raise", or "run" it and resume from that job's checkpoints.
             By default a sweep raises, because its jobs may have been renumbered, and a single run runs.
 
     Returns:
@@ -76,7 +76,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if run.launcher is LauncherKind.SIDE_BY_SIDE:
                 shield(OmegaConf.select(cfg, _SIGNALS, default="SIGTERM") if OmegaConf.is_config(cfg) else "SIGTERM")
             if run.sweep_dir is None and not _checkpoints(config):
-                return task(cfg, *args, **kwargs)  # what is switched off leaves no trace
+                return task(cfg, *args, **kwargs)  # a run without checkpointing leaves no trace
             decision = json.loads(first_rank_says("job", lambda: json.dumps(_decide(run, config, on_change))))
             if "refuse" in decision:
                 raise CheckpointExistsError(decision["refuse"])
@@ -93,7 +93,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
 
 def _checkpoints(config: Any) -> bool:
-    """Whether a configuration has checkpointing on, as far as it stands in the usual place."""
+    """Whether checkpointing is on; True if the setting is not in its usual place."""
     settings = config.get("checkpoint") if isinstance(config, dict) else None
     return not isinstance(settings, dict) or settings.get("enabled") is not False
 
@@ -104,19 +104,19 @@ def _plain(cfg: Any) -> Any:
 
 
 def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]:
-    """First rank only: what is to be done with a job, as plain data."""
+    """First rank only: what to do with a job, as plain data."""
     order = _order(run)
     record = read_record(run.output_dir)
     if order is not None:
         if record is None:
             _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
-        return {"stop": f"job {run.name} waits, no further job begins: {order.why}", "exit_code": order.exit_code}
+        return {"stop": f"job {run.name} waits; no more jobs start: {order.why}", "exit_code": order.exit_code}
     if record is None or record.config is None or record.state == WAITING:
         return {}
     unlike = differences(record.config, config)
     if not unlike and record.state == FINISHED and record.has_objective:
         where = run.output_dir / RECORD
-        return {"objective": record.objective, "why": f"the job is finished already; to run it anew, remove {where}"}
+        return {"objective": record.objective, "why": f"the job has already finished; to rerun it, remove {where}"}
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
         return {}
@@ -125,15 +125,15 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
         return {
             "refuse": f"{run.output_dir} belongs to a job with another configuration ({told}). Choose another "
             "hydra.sweep.dir, keep the order of the jobs, or remove this directory; "
-            '@resumable_job(on_change="run") goes on from its checkpoints'
+            '@resumable_job(on_change="run") resumes from its checkpoints'
         }
-    return {}  # what has changed is told where the run resumes
+    return {}  # the changes are logged when the run resumes
 
 
 def _order(run: HydraRun) -> Halt | None:
-    """First rank only: why no further job of the sweep begins; None where it may."""
+    """First rank only: why no more jobs of the sweep may start; None if they may."""
     if run.sweep_dir is not None and (run.sweep_dir / _STOP).exists():
-        return Halt(f"{run.sweep_dir / _STOP} is there; remove it to go on", 0, running=True)
+        return Halt(f"{run.sweep_dir / _STOP} exists; remove it to continue", 0, running=True)
     return halted(run)
 
 
@@ -145,7 +145,7 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
             value = task()
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
-            # Where other jobs run beside it, a stopped job that calls sys.exit() must not take them along.
+            # A stopped job that calls sys.exit() must not end other jobs running beside it.
             if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
                 raise
         else:
@@ -157,13 +157,13 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
 
 
 def _result(run: HydraRun, value: Any) -> Any:
-    """What a job returned; an error where a sweeper that goes by it could not.
+    """What a job returned; raises if a sweeper cannot use it.
 
-    Optuna's sweeper would not get over a NaN; a trial that raises is a failed one, as `max_failure_rate` allows.
+    Optuna's sweeper crashes on a NaN; a trial that raises counts as failed, as `max_failure_rate` allows.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
     if run.is_judged and any(map(_is_nan, values)):
-        raise RuntimeError(f"job {run.name} returned {value}: it is finished, but a sweeper cannot go by NaN")
+        raise RuntimeError(f"job {run.name} returned {value}: it has finished, but a sweeper cannot use NaN")
     return value
 
 
@@ -177,7 +177,7 @@ def _is_nan(value: Any) -> bool:
 def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
     """End a stopped job so that it is run again, unless it may simply return."""
     if active.exit_code is None:
-        # A file stopped this job alone. What it has reached is no result of its values.
+        # A file stopped this job alone. Its partial result must not count for its values.
         if run.is_judged:
             raise _stopped(run, f"job {run.name} was stopped ({active.reason})", 0)
         return
@@ -192,8 +192,8 @@ def _end_stopped(run: HydraRun, active: ActiveJob) -> None:
 
 
 def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
-    """The ending of a job that the sweep's next start is to run."""
-    message = f"{why}. The same command goes on with it"
+    """The exception that ends a job which the sweep's next start will run."""
+    message = f"{why}. Run the same command again to continue it"
     log.warning("%s", message)
     if run.sweep_dir is not None and ends_in_exception(run):
         return JobStopped(message, exit_code, run.sweep_dir)
@@ -201,12 +201,12 @@ def _stopped(run: HydraRun, why: str, exit_code: int) -> BaseException:
 
 
 def _requeue(active: ActiveJob) -> None:
-    """Let the launcher put the job back into its queue, which ends the process; or return, and it is not put there."""
+    """Let the launcher put the job back into its queue, which ends the process; returns if it does not."""
     try:
         if active.requeue is not None:
             active.requeue()
-    except Exception as error:  # noqa: BLE001 - a launcher's, whatever it is; it must not make the job a failed one
-        log.warning("the launcher does not start the job again: %s", error)
+    except Exception as error:  # noqa: BLE001 - any error of a launcher; it must not make the job count as failed
+        log.warning("the launcher will not restart the job: %s", error)
 
 
 def _halt_others(run: HydraRun, order: Halt) -> None:
@@ -214,7 +214,7 @@ def _halt_others(run: HydraRun, order: Halt) -> None:
         if os.environ.get("RANK", "0") == "0":
             halt(run, order)
     except OSError as error:
-        log.warning("the other jobs could not be told that the sweep is stopped: %s", error)
+        log.warning("the other jobs could not be told that the sweep has stopped: %s", error)
 
 
 def _ended_stopped(record: JobRecord, active: ActiveJob) -> JobRecord:
@@ -241,7 +241,7 @@ def _with_checkpoints(run: HydraRun, record: JobRecord, active: ActiveJob) -> Jo
 
 
 def _write(run: HydraRun, record: JobRecord) -> None:
-    """First rank only. A job whose record cannot be written runs all the same."""
+    """First rank only. A job runs even if its record cannot be written."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:

@@ -1,4 +1,4 @@
-"""What is recorded of a Hydra job, in a file of its run directory."""
+"""The record of a Hydra job, in a file of its run directory."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ class JobRecord:
     Attributes:
         state: running; finished; stopped (by a signal, a file or the time limit, to be continued); failed;
             interrupted (by Ctrl-C, or it died); waiting (it never began, because the sweep was stopped).
-        overrides: What was typed for it.
-        config: Its configuration as plain data, interpolations as they are written.
-        owner: The process that ran it last.
-        started: When, Unix time in seconds.
-        ended: When that ended; None while it runs, and where it died.
+        overrides: Its command-line overrides.
+        config: Its configuration as plain data, interpolations unresolved.
+        owner: The process that last ran it.
+        started: When it started, Unix time in seconds.
+        ended: When it ended, Unix time in seconds; None while it runs, or if it died.
         objective: What its function returned, if that is plain data.
         has_objective: Whether it returned anything that could be recorded.
-        error: What it failed with.
-        requeue: Whether it was stopped by a signal or the time limit, and not by somebody's file.
-        checkpoint_dir: Where its checkpoints are, relative to the run directory if they are below it; None if it has
-            none.
+        error: The error it failed with.
+        requeue: Whether it was stopped by a signal or the time limit, rather than by a STOP file.
+        checkpoint_dir: Where its checkpoints are, relative to the run directory if inside it; None if it has none.
         best_so_far: The best value of the metric that decides, as `metric`, `mode` and `value`. It may have been
             measured at a step that was not saved. None if there is none.
     """
@@ -60,15 +59,15 @@ class JobRecord:
 
     @classmethod
     def begin(cls, overrides: tuple[str, ...], config: Any) -> JobRecord:
-        """A job of this process begins."""
+        """The record of a job that starts in this process."""
         return cls(RUNNING, overrides, config, asdict(Owner.here()), time.time())
 
     def end(self, state: str, **known: Any) -> JobRecord:
-        """The same job, ended."""
+        """The record with the job ended."""
         return replace(self, state=state, ended=time.time(), **known)
 
     def returned(self, value: Any) -> JobRecord:
-        """The same job, finished with what its function returned."""
+        """The record with the job finished and its result."""
         try:
             plain = plain_objective(value)
         except (TypeError, ValueError):
@@ -76,18 +75,18 @@ class JobRecord:
         return self.end(FINISHED, objective=plain, has_objective=True)
 
     def at(self, checkpoint_dir: str) -> JobRecord:
-        """The same job, with the place of its checkpoints."""
+        """The record with the directory of the job's checkpoints."""
         return replace(self, checkpoint_dir=checkpoint_dir)
 
     def state_now(self) -> str:
-        """The state; a job that was running when its process ended was interrupted."""
+        """The current state; a job whose process ended while it was running is interrupted."""
         owner = Owner.from_data(self.owner)
         if self.state == RUNNING and not (owner is not None and owner.lives()):
             return INTERRUPTED
         return self.state
 
     def write(self, directory: Path) -> None:
-        """Write it, atomically.
+        """Write the record atomically.
 
         Raises:
             OSError: It cannot be written.
@@ -100,10 +99,10 @@ _FIELDS = frozenset(item.name for item in fields(JobRecord))
 
 
 def plain_objective(value: Any) -> Any:
-    """A job's result as JSON holds it: numbers of other libraries become floats.
+    """A job's result as plain data: numbers of other libraries become floats.
 
     Raises:
-        TypeError: It is no plain data.
+        TypeError: It is not plain data.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -115,7 +114,7 @@ def plain_objective(value: Any) -> Any:
 
 
 def _written(objective: Any) -> Any:
-    """An objective as strict JSON, which has no NaN and no infinities."""
+    """An objective as strict JSON, without NaN and infinities."""
     if isinstance(objective, float) and not math.isfinite(objective):
         return {_NOT_FINITE: str(objective)}
     if isinstance(objective, list):
@@ -124,7 +123,7 @@ def _written(objective: Any) -> Any:
 
 
 def _read(objective: Any) -> Any:
-    """An objective from what `_written` made of it."""
+    """The reverse of `_written`."""
     if isinstance(objective, list):
         return [_read(item) for item in objective]
     if isinstance(objective, dict):
@@ -135,7 +134,7 @@ def _read(objective: Any) -> Any:
 
 
 def read_record(directory: Path) -> JobRecord | None:
-    """The record of a run directory; None where there is none, or none that can be read."""
+    """The record of a run directory; None if it is missing or unreadable."""
     path = directory / RECORD
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
@@ -159,7 +158,7 @@ def read_record(directory: Path) -> JobRecord | None:
 
 
 def _is_sound(record: JobRecord) -> bool:
-    """Whether the fields have the kinds that a reader takes for granted."""
+    """Whether the fields have the types that readers expect."""
     texts = (record.error, record.checkpoint_dir)
     return (
         record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED, WAITING)

@@ -1,4 +1,4 @@
-"""How a stopped job ends where others run beside it, and what the other jobs of its sweep are told."""
+"""How a stopped job ends when others run beside it, and how the other jobs of its sweep are told to stop."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# By whether running jobs are meant: a job that stops must not take back what all were told.
+# One file for all jobs and one for jobs not yet started, so that a job that stops does not weaken an order to all.
 _HALTS = {True: ".hydra_ckpt_halt_all.json", False: ".hydra_ckpt_halt.json"}
 _MAX_BYTES = 1 << 20
 
 
-class JobStopped(Exception):  # noqa: N818 - it is no error
-    """A job of a sweep was stopped before its end, and is to be continued by the next start of the sweep.
+class JobStopped(Exception):  # noqa: N818 - it is not an error
+    """A job of a sweep was stopped before its end; the next start of the sweep continues it.
 
     Raised by `resumable_job` under launchers that run several jobs at once (joblib, submitit). It is an ordinary
-    exception, because that is the only ending of a job under which such launchers let the other jobs finish.
+    exception, because only then do such launchers let the other jobs finish.
 
-    Pickled, it becomes a `SweepStopped`. So it arrives in the launcher's process, where the sweeper raises what a job
-    ended with: that ends the sweep without another job, and no study takes the job for a failed trial.
+    Pickling turns it into a `SweepStopped`, which arrives in the launcher's process. There the sweeper raises what a
+    job ended with: that ends the sweep without starting another job, and no study counts the job as a failed trial.
 
     Attributes:
-        exit_code: What the program exits with.
+        exit_code: The program's exit code.
         sweep_dir: The sweep's directory.
     """
 
@@ -77,7 +77,7 @@ class SweepStopped(SystemExit):
 
     @property
     def code(self) -> int:
-        """The exit code: 1 where another job of this start has failed, because the sweeper will not say so."""
+        """The exit code: 1 if another job of this start has failed, because the sweeper will not report that."""
         return 1 if _failed_jobs(self._sweep_dir) else self._exit_code
 
     @code.setter
@@ -89,13 +89,13 @@ class SweepStopped(SystemExit):
 
 
 def arrived(message: str, exit_code: int, sweep_dir: str) -> SweepStopped:
-    """What a `JobStopped` is in the launcher's process."""
+    """Turn a `JobStopped` into its form in the launcher's process, and log it."""
     log.warning("%s", message)
     return SweepStopped(message, exit_code, Path(sweep_dir))
 
 
 def _failed_jobs(sweep_dir: Path) -> list[str]:
-    """The jobs of a sweep that have failed since this process began; they are logged."""
+    """The jobs of a sweep that have failed since this process began; logs them."""
     began = psutil.Process().create_time()
     found = []
     for directory in job_directories(sweep_dir):
@@ -108,12 +108,12 @@ def _failed_jobs(sweep_dir: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Halt:
-    """What the jobs of one launcher are told: none of them begins any more.
+    """An order to the jobs of one launcher: no more jobs start.
 
     Attributes:
-        why: For people.
-        exit_code: What the program exits with.
-        running: Whether jobs that run already save and stop as well.
+        why: The reason, for people.
+        exit_code: The program's exit code.
+        running: Whether running jobs also save and stop.
     """
 
     why: str
@@ -121,29 +121,29 @@ class Halt:
     running: bool
 
 
-_begun = False  # whether this process launches a sweep, and replaces what its jobs end in: see `begin_sweep`
+_begun = False  # whether this process launches a sweep, and replaces its jobs' exceptions: see `begin_sweep`
 
 
 def begin_sweep(sweep_dir: Path) -> None:
-    """A sweep begins in this process, whose Hydra callback calls `arrived` for each `JobStopped`.
+    """Begin a sweep in this process, whose Hydra callback calls `arrived` for each `JobStopped`.
 
     Args:
-        sweep_dir: The sweep's directory. What an earlier start has told its jobs there is withdrawn.
+        sweep_dir: The sweep's directory. Orders that an earlier start left there are withdrawn.
     """
-    global _begun  # noqa: PLW0603 - jobs that run in this process are called by Hydra
+    global _begun  # noqa: PLW0603 - Hydra calls the jobs that run in this process
     _begun = True
     for name in _HALTS.values():
         try:
             (sweep_dir / name).unlink(missing_ok=True)
         except OSError as error:
-            log.debug("%s stays: %s", sweep_dir / name, error)  # it names another process
+            log.debug("%s was not removed: %s", sweep_dir / name, error)  # harmless: it names another process
 
 
 def ends_in_exception(run: HydraRun) -> bool:
-    """Whether a stopped job of a sweep ends in `JobStopped`, and otherwise in SystemExit.
+    """Whether a stopped job of a sweep ends with `JobStopped` rather than SystemExit.
 
-    In the launcher's own process only where a sweeper has asked for the jobs after it already: these are recorded as
-    waiting, so that the next start knows of them.
+    In the launcher's own process this is so only if a sweeper has already requested the jobs after it: these are
+    recorded as waiting, so that the next start finds them.
     """
     if run.sweep_dir is None:
         return False
@@ -151,7 +151,7 @@ def ends_in_exception(run: HydraRun) -> bool:
 
 
 def halt(run: HydraRun, order: Halt) -> None:
-    """Tell the other jobs of this job's launcher that no further one begins; later starts are not concerned.
+    """Tell the other jobs of this job's launcher that no more jobs start; later starts are not affected.
 
     Raises:
         OSError: It cannot be written.
@@ -161,12 +161,12 @@ def halt(run: HydraRun, order: Halt) -> None:
 
 
 def halt_jobs(sweep_dir: Path, launcher: int, order: Halt) -> None:
-    """Tell the jobs of a launcher that no further one begins.
+    """Tell the jobs of a launcher that no more jobs start.
 
     Args:
         sweep_dir: The sweep's directory.
-        launcher: The launcher's process.
-        order: What to tell.
+        launcher: The launcher's process ID.
+        order: The order.
 
     Raises:
         OSError: It cannot be written.
@@ -176,7 +176,7 @@ def halt_jobs(sweep_dir: Path, launcher: int, order: Halt) -> None:
 
 
 def halted(run: HydraRun) -> Halt | None:
-    """What the jobs of this job's launcher were told."""
+    """The order given to the jobs of this job's launcher, or None."""
     if run.sweep_dir is None or run.launcher is LauncherKind.QUEUED:
         return None
     launcher = process_identity(_launcher(run))
@@ -185,7 +185,7 @@ def halted(run: HydraRun) -> Halt | None:
 
 
 def _read(path: Path, launcher: str) -> Halt | None:
-    """What a file tells the jobs of a launcher."""
+    """The order in a file; None unless it is for the jobs of this launcher."""
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
         order = Halt(str(data["why"]), int(data["exit_code"]), data["running"] is True)
@@ -195,5 +195,5 @@ def _read(path: Path, launcher: str) -> Halt | None:
 
 
 def _launcher(run: HydraRun) -> int:
-    """The process that launches the jobs: this one, or the one that has started it."""
+    """The ID of the process that launches the jobs: this one, or its parent."""
     return os.getpid() if run.launcher is LauncherKind.ONE_BY_ONE else os.getppid()

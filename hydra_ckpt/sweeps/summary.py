@@ -1,4 +1,4 @@
-"""The summary of a sweep: every job, its state, and its checkpoints; made from what lies on disk at any time."""
+"""The summary of a sweep: every job, its state, and its checkpoints; can be built from disk at any time."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _LOCK_WAIT_S = 20.0
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a directory is a sweep's: it has a summary, or a job below it has a record or checkpoints of ours.
+    """Whether a directory belongs to a sweep: it has a summary, or a job below it has our record or checkpoints.
 
-    Of other runs of Hydra's nothing could be told.
+    There would be nothing to report about other Hydra runs.
     """
     return (directory / SUMMARY).is_file() or any(_is_ours(path) for path in job_directories(directory))
 
@@ -63,7 +63,7 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
 
 
 def write_summary(sweep_dir: Path) -> dict[str, Any]:
-    """Write the summary and let BEST lead to the best checkpoint of all jobs; each is replaced atomically.
+    """Write the summary, and point BEST to the best checkpoint of all jobs; each is replaced atomically.
 
     Returns:
         The summary.
@@ -81,7 +81,7 @@ def write_summary(sweep_dir: Path) -> dict[str, Any]:
 
 
 def finite(data: Any) -> Any:
-    """The same data without NaN and infinities, which JSON does not know."""
+    """The same data without NaN and infinities, which JSON does not have."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -91,7 +91,7 @@ def finite(data: Any) -> Any:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time, so that a summary made earlier does not replace one made later."""
+    """Allow one writer at a time, so that an older summary does not replace a newer one."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     deadline = time.monotonic() + _LOCK_WAIT_S
     try:
@@ -101,7 +101,7 @@ def _locked(directory: Path) -> Iterator[None]:
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break  # no locks here
+                    break  # this file system has no locks
                 time.sleep(0.02)
         yield
     finally:
@@ -124,7 +124,7 @@ def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
-    """Job 10 behind job 9."""
+    """Sort key that puts job 10 after job 9."""
     pieces = re.split(r"(\d+)", str(path.relative_to(sweep_dir)))
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
@@ -150,7 +150,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
 
 
 class _Found:
-    """What a job's checkpoints say. Of many only those are opened that LATEST and BEST lead to."""
+    """A job's checkpoints. Opens only those that LATEST and BEST point to."""
 
     def __init__(self, sweep_dir: Path, root: Path) -> None:
         self._sweep_dir = sweep_dir
@@ -161,7 +161,7 @@ class _Found:
 
     @property
     def metric(self) -> dict[str, Any] | None:
-        """The metric that decides in this job, and its best value."""
+        """The job's deciding metric and its best value."""
         if self.best is None:
             return None
         details = [item.manifest.details for item in (self.last, self.best) if item is not None]
@@ -172,7 +172,7 @@ class _Found:
         return None if key is None else {"name": key, "mode": mode, "value": values[key]}
 
     def entry(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-        """A checkpoint as plain data; paths are seen from the sweep's directory."""
+        """A checkpoint as plain data; paths are relative to the sweep's directory."""
         if checkpoint is None:
             return None
         path = os.path.relpath(checkpoint.path, self._sweep_dir)
@@ -195,12 +195,12 @@ def _state(record: JobRecord | None, root: Path) -> str:
     if record is None:
         return RUNNING if is_held(root) else "unknown"
     state = record.state_now()
-    # On another host nothing is known of a process, but its heartbeat in the directory is seen.
+    # A process on another host cannot be checked, but its heartbeat in the directory can.
     return RUNNING if state == INTERRUPTED and record.ended is None and is_held(root) else state
 
 
 def overrides_of(path: Path) -> list[str]:
-    """What Hydra noted of a job that has no record."""
+    """The overrides that Hydra recorded, for a job without our record."""
     try:
         found = parse_yaml(read_small_file(path / _HYDRA / "overrides.yaml", MAX_BYTES).decode())
     except (OSError, CorruptCheckpointError, UnicodeDecodeError) as error:
@@ -210,7 +210,7 @@ def overrides_of(path: Path) -> list[str]:
 
 
 def _best(jobs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best of the jobs' best checkpoints; the earlier of equals."""
+    """The best of the jobs' best checkpoints; the first of equals."""
     best: dict[str, Any] | None = None
     for job in jobs:
         if job["metric"] is None or (best is not None and job["metric"]["name"] != best["metric"]["name"]):

@@ -1,4 +1,4 @@
-"""The summary of a sweep for people."""
+"""The summary of a sweep as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLOURS = {"finished": "green", "running": "cyan", "failed": "red"}
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """A row for each job, with what was typed for it alone; the best one is marked."""
+    """A row for each job, with the overrides that not all jobs share; the best job is marked."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in ("job", "overrides", "state", "last", "best", "metric", "export", ""):
         table.add_column(title, overflow="fold")
@@ -32,7 +32,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def _common(jobs: list[dict[str, Any]]) -> set[str]:
-    """Overrides of all jobs; a single one has nothing in common."""
+    """Overrides that all jobs share; none if there is a single job."""
     typed = [set(job["overrides"]) for job in jobs]
     return set.intersection(*typed) if len(typed) > 1 else set()
 

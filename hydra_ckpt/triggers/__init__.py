@@ -1,1 +1,1 @@
-"""What makes a save due: schedules and signals. They decide; they know nothing of how a save is done."""
+"""What makes a save due: schedules and signals. They decide; they know nothing about how to save."""

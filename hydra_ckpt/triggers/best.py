@@ -1,4 +1,4 @@
-"""The best metric so far, and which metric that is. Pure: it is told metrics, and judges."""
+"""The best metric so far, and which metric decides. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class BestMetric:
     Args:
         key: `checkpoint.best_metric_key`.
         mode: "min" or "max".
-        enabled: Whether anything is decided by it. If not, nothing is objected to.
+        enabled: Whether the best metric is used. If not, no metrics are refused.
 
     Attributes:
-        key: The metric that decides, as far as that is known.
+        key: The deciding metric, as far as it is known.
         value: Its best value so far, or None.
-        refused: What a step's metrics were refused for, until `known` has raised it.
+        refused: The error with which a step's metrics were refused, until `known` raises it.
     """
 
     def __init__(self, key: str, mode: str, *, enabled: bool) -> None:
@@ -37,7 +37,7 @@ class BestMetric:
         self._told = False
 
     def note(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
-        """Take in the metrics of a step. What is wrong with them is kept for `known`.
+        """Record the metrics of a step. An error in them is kept for `known`.
 
         Returns:
             The metrics as floats.
@@ -64,23 +64,23 @@ class BestMetric:
         return self.value
 
     def validate(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Take in the metrics of a validation.
+        """Record the metrics of a validation.
 
         Returns:
-            Plain data: `values` as floats, whether one is an `improved` one, the `key` that decides, the `best` value.
+            Plain data: `values` as floats, whether the best value `improved`, the deciding `key`, the `best` value.
 
         Raises:
-            CheckpointConfigError: Under the default key it cannot be told which of them decides.
+            CheckpointConfigError: Under the default key it is not clear which of them decides.
         """
         values = metric.as_floats(metrics)
         self._seen.update(values)
-        # What validation gives for one step is no clearer in two parts than at once.
+        # Metrics of one step count together, even if validation reports them in two calls.
         self._validated.update(values)
         improved = self._consider(self._validated, decisive=self._enabled)
         return {"values": values, "improved": improved, "key": self.key, "best": self.value}
 
     def warn_if_absent(self) -> None:
-        """Warn, once, if other metrics have come and never the configured one. Called when a save can get no more."""
+        """Warn, once, if metrics came but never the configured one. Called when no more can come for a save."""
         expected = self._enabled and self._configured != metric.DEFAULT_KEY
         if expected and not self._told and self._seen and self._configured not in self._seen:
             self._told = True
@@ -90,9 +90,9 @@ class BestMetric:
         """Whether these metrics improve on the best.
 
         Args:
-            values: What was measured.
-            decisive: Whether, where none is configured, the one among them decides from then on, whatever a step's own
-                metrics were. Beside a configured one nothing else decides.
+            values: The measured metrics.
+            decisive: Whether the deciding one among them, if none is configured, stays the deciding metric from now on,
+                whatever a step's own metrics were. If one is configured, no other metric decides.
         """
         key = self.key
         if key not in values:

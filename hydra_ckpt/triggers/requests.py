@@ -1,4 +1,4 @@
-"""Files that ask a run for something: `SAVE` saves once, `STOP` saves and stops. Looked for by rank 0 alone."""
+"""Request files for a run: `SAVE` saves once, `STOP` saves and stops. Only rank 0 looks for them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hydra_ckpt.sweeps.stopping import halted
 log = logging.getLogger(__name__)
 
 SAVE, STOP = "SAVE", "STOP"
-HALT = "HALT"  # no file of this name: the launcher has told its jobs to save and stop
-# On a file system far away a look takes milliseconds.
+HALT = "HALT"  # not a file name: the launcher has told its jobs to save and stop
+# On a remote file system one look takes milliseconds.
 INTERVAL_S = 1.0
 
 
 class RequestFiles:
-    """The places where such files may appear.
+    """The places where request files may appear.
 
     Args:
-        places: Directories of this run; a file found there is removed, because it was meant for this run alone.
-        shared: The sweep's directory: `STOP` there is meant for all its jobs, and stays.
+        places: Directories of this run; a file found there is removed, because it is meant for this run alone.
+        shared: The sweep's directory: `STOP` there is meant for all its jobs, and is kept.
         halted: Whether the launcher has told its jobs to save and stop.
     """
 
@@ -40,7 +40,7 @@ class RequestFiles:
 
     @classmethod
     def of(cls, root: Path) -> RequestFiles:
-        """The files of the run whose checkpoints lie in a directory."""
+        """The request files of the run with this checkpoint directory."""
         run = HydraRun.current()
         if run is None:
             return cls([root])
@@ -52,10 +52,10 @@ class RequestFiles:
         return cls([run.output_dir, root], run.sweep_dir, is_halted)
 
     def look(self, now: float) -> set[str]:
-        """What is asked for, at most once a second.
+        """The current requests; looks at most once a second, and is empty in between.
 
         Args:
-            now: Seconds of any one clock.
+            now: Time in seconds, always from the same clock.
         """
         if now < self._next_s:
             return set()
@@ -68,13 +68,13 @@ class RequestFiles:
         return found
 
     def _take(self, path: Path) -> bool:
-        """Whether the file was there; it is removed, so that it is obeyed once."""
+        """Whether the file exists; removes it, so that it is obeyed once."""
         if path in self._refused or not path.is_file():
             return False
-        log.info("%s is obeyed, and removed", path)
+        log.info("%s found: obeying and removing it", path)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._refused.add(path)
-            log.warning("%s cannot be removed (%s); in this run it is not obeyed again", path, error)
+            log.warning("%s cannot be removed (%s); this run will not obey it again", path, error)
         return True

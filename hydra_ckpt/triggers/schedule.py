@@ -1,4 +1,4 @@
-"""When a save is due. Pure: it is told steps, epochs and the time, and decides."""
+"""When a save is due. Pure: decides from steps, epochs and times passed in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 from hydra_ckpt.errors import CheckpointConfigError
 
 DEFAULT_INTERVAL_S = 1800.0
-# Of the time left before the limit, what steps and the last save may take beyond the longest seen so far.
+# How much longer than the longest so far the remaining steps and the last save may take, in seconds.
 _MARGIN_S = 5.0
 
 
@@ -41,7 +41,7 @@ class Schedule:
         """Check the cadences; without any, saves are due every 30 minutes.
 
         Raises:
-            CheckpointConfigError: A number that is not positive.
+            CheckpointConfigError: A number is not positive, or a setting has the wrong type.
         """
         steps = _steps(at_steps)
         numbers = {
@@ -57,7 +57,7 @@ class Schedule:
             value = numbers[name]
             if value is not None and not isinstance(value, int):
                 raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a whole number")
-        if not isinstance(on_improvement, bool):  # a text would count as true
+        if not isinstance(on_improvement, bool):  # a string would count as true
             raise CheckpointConfigError(
                 f"callbacks.checkpoint.on_improvement={on_improvement!r}: expected true or false"
             )
@@ -66,24 +66,24 @@ class Schedule:
         return cls(every_n_steps, every_n_seconds, every_n_epochs, steps, on_improvement, max_run_time_s)
 
     def as_data(self) -> dict[str, Any]:
-        """The cadences as plain data, to be handed from rank to rank."""
+        """The cadences as plain data, to send to other ranks."""
         data = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
         return {**data, "at_steps": sorted(self.at_steps)}
 
     def begin(self, now: float) -> None:
-        """Training begins; times are seconds of one clock."""
+        """Record that training begins; all times are seconds of one clock."""
         self._began = self._last = now
 
     def saved(self, now: float) -> None:
-        """A save has begun."""
+        """Record that a save has begun."""
         self._last = now
 
     def is_due_at(self, step: int) -> bool:
-        """Whether this step is to be saved."""
+        """Whether to save at this step."""
         return step in self.at_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0)
 
     def is_due_after_epoch(self, epoch: int) -> bool:
-        """Whether the end of this epoch (counted from 0) is to be saved."""
+        """Whether to save at the end of this epoch (counted from 0)."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
 
     def is_due_by_time(self, now: float) -> bool:
@@ -91,14 +91,14 @@ class Schedule:
         return self.every_n_seconds is not None and now - self._last >= self.every_n_seconds
 
     def calls(self, now: float) -> bool:
-        """Whether the interval is over; asked again, it says so only after the next interval."""
+        """Whether the interval is over; if so, starts the next interval."""
         due = self.is_due_by_time(now)
         if due:
             self._last = now
         return due
 
     def is_time_up(self, now: float, needed_s: float) -> bool:
-        """Whether there is just time enough left for what takes `needed_s` seconds."""
+        """Whether the time left is only just enough for `needed_s` seconds of work."""
         return self.max_run_time_s is not None and now - self._began + needed_s + _MARGIN_S >= self.max_run_time_s
 
 
@@ -111,7 +111,7 @@ def _steps(given: object) -> frozenset[int]:
         if all(number > 0 for number in numbers):
             return frozenset(numbers)
     raise CheckpointConfigError(
-        f"callbacks.checkpoint.at_steps={given!r}: expected a list of whole numbers from 1, such as [100, 1000]"
+        f"callbacks.checkpoint.at_steps={given!r}: expected a list of whole numbers from 1 up, such as [100, 1000]"
     )
 
 

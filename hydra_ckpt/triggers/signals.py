@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop, chained to whatever handles them already."""
+"""Signals that ask a run to save and stop, chained to their existing handlers."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ log = logging.getLogger(__name__)
 
 
 def _requeues(handler: Any) -> bool:
-    """Whether a handler is submitit's that puts the job back into the queue, and ends the process on the spot."""
+    """Whether this is submitit's handler that puts the job back into the queue and immediately ends the process."""
     module = str(getattr(handler, "__module__", ""))
     return module.startswith("submitit.") and getattr(handler, "__name__", "") == "checkpoint_and_try_requeue"
 
 
 class _Link:
-    """One handler of ours in the chain of a signal; in front as soon as it is made, which only the main thread can.
+    """One of our handlers in a signal's chain; creating it puts it in front. Main thread only.
 
-    Whoever comes later may hold on to it, so it can be called when it is over, and in forked processes, which know
-    nothing of the run. There it does what would have happened without it.
+    Later handlers may keep a reference to it, so it can be called after it has ended, and in forked processes, which
+    know nothing about the run. Then it does what would have happened without it.
 
     Args:
-        number: The signal; kept.
-        note: Called with the signal, and whether a handler that is not ours hears of it as well.
+        number: The signal.
+        note: Called with the signal, and whether a handler that is not ours is also called.
     """
 
     def __init__(self, number: signal.Signals, note: Callable[[signal.Signals, bool], None]) -> None:
         self.number = number
         self._note = note
         self._process: int | None = os.getpid()
-        # None: not set from Python, and so never to be called or put back.
+        # None: not set from Python, so it is never called or restored.
         self._before: Any = signal.getsignal(number)
         signal.signal(number, self)
 
     @property
     def watches(self) -> bool:
-        """Whether it is not over, and this is the process that made it."""
+        """Whether it has not ended, and this is the process that created it."""
         return self._process == os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle the signal."""
         front, earlier = signal.getsignal(number), self.earlier()
         if self.watches:
-            # One that ends the process must not come before the save: see `SignalWatch.requeue`.
+            # A handler that ends the process must not run before the save: see `SignalWatch.requeue`.
             passes_on = callable(earlier) and earlier is not signal.default_int_handler and not _requeues(earlier)
             self._note(self.number, passes_on or not isinstance(front, _Link))
             if passes_on:
@@ -60,40 +60,40 @@ class _Link:
             signal.signal(number, earlier)
         if callable(earlier):
             earlier(number, frame)
-        elif front is self:  # what stands in front has been called, and would be so without us
+        elif front is self:  # otherwise the handler in front has been called, as it would be without us
             signal.raise_signal(number)
 
     @property
     def requeue(self) -> Callable[[], object] | None:
-        """Calls the handler that puts the job back into the queue; None where this signal has none."""
+        """Calls the handler that puts the job back into the queue; None if this signal has none."""
         earlier = self.earlier()
         return partial(earlier, int(self.number), None) if _requeues(earlier) else None
 
     def end(self) -> None:
-        """Watch no longer; what was there before is put back if nobody else has come in front since."""
-        self._process, self._before = None, self.earlier()  # those that are over are not held on to
+        """Stop watching; the earlier handler is restored unless another one has been put in front since."""
+        self._process, self._before = None, self.earlier()  # keep no reference to links that have ended
         in_front = signal.getsignal(self.number) is self
         if in_front and threading.current_thread() is threading.main_thread():
             signal.signal(self.number, self._before)
 
     def earlier(self) -> Any:
-        """What would handle the signal without this one, and without links that are over."""
+        """What would handle the signal without this link, and without links that have ended."""
         if isinstance(self._before, _Link) and not self._before.watches:
             return self._before.earlier()
         return signal.SIG_DFL if self._before is None else self._before
 
 
 class SignalWatch:
-    """Notes that a signal came; earlier handlers are called as well, and put back at the end.
+    """Records signals; earlier handlers are also called, and restored at the end.
 
-    The signal by which submitit puts a job back into its queue is watched in any case. Its handler ends the process, so
-    it is not called when the signal comes, but by whoever ends the stopped job; see `requeue`.
+    The signal with which submitit requeues a job is always watched. Its handler ends the process, so it is not called
+    when the signal arrives, but when the stopped job ends; see `requeue`.
 
     Args:
         signals: Names or numbers.
 
     Attributes:
-        received: The last one that came, or None.
+        received: The last signal received, or None.
     """
 
     def __init__(self, signals: Iterable[str | int] | str | int | None) -> None:
@@ -103,22 +103,22 @@ class SignalWatch:
         self._unheard: signal.Signals | None = None
 
     def install(self) -> None:
-        """Start watching; only the main thread can."""
+        """Start watching. Main thread only; other threads log a warning."""
         queued = [item for item in signal.Signals if _requeues(signal.getsignal(item))]
         signals = list(dict.fromkeys([*self._signals, *queued]))
         if not signals or self._links:
             return
         if threading.current_thread() is not threading.main_thread():
             names = ", ".join(item.name for item in signals)
-            log.warning("signals (%s) are not watched: training does not run in the main thread", names)
+            log.warning("signals (%s) are not watched: training is not running in the main thread", names)
             return
         self._links = [_Link(item, self._hear) for item in signals]
 
     def requeue(self, *, stopped: bool) -> Callable[[], object] | None:
-        """What puts the job back into its launcher's queue, and ends the process; None where nothing does, or should.
+        """What puts the job back into its launcher's queue and ends the process; None if nothing does, or should.
 
-        It should where the launcher's own signal came; on Slurm also where the run has stopped without one, because its
-        time was up. A local launcher has no queue to wait in: the job would start again at once.
+        It should if the launcher's own signal came; on Slurm also if the run stopped without one, because its time was
+        up. A local launcher has no queue: the job would restart immediately.
 
         Args:
             stopped: Whether the run has stopped to be continued.
@@ -130,19 +130,19 @@ class SignalWatch:
         return None
 
     def remove(self, *, obeyed: bool) -> None:
-        """Put the earlier handlers back, where nobody else has come in front since. Idempotent.
+        """Restore the earlier handlers, unless others have been put in front since. Idempotent.
 
         Args:
-            obeyed: Whether the run has stopped for what came. If not, it is sent again, to do what it would have done;
-                another handler of the program's own has been called already.
+            obeyed: Whether the run has stopped for the signal. If not, it is raised again for its usual effect, unless
+                a handler of the program has already been called.
         """
-        # A forked process has not got what came to the run.
+        # A forked process did not receive the run's signal.
         again = self._unheard if not obeyed and any(link.watches for link in self._links) else None
         for link in self._links:
             link.end()
         self._links, self.received, self._unheard = [], None, None
         if again is not None:
-            log.info("%s came when there was no step left to stop at; it is sent again", again.name)
+            log.info("%s came when there was no step left to stop at; raising it again", again.name)
             signal.raise_signal(again)
 
     def _hear(self, came: signal.Signals, heard: bool) -> None:

@@ -1,4 +1,4 @@
-"""What ranks tell each other at every step: whether one of them wants to save or stop, and how far they are."""
+"""What ranks exchange at every step: whether one of them wants to save or stop, and which step they are at."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from hydra_ckpt.triggers.signals import SignalWatch
 log = logging.getLogger(__name__)
 
 _SMALLEST = -(1 << 63)
-# The first steps agree one by one. Later ones that are shorter than this agree as often as it passes: below 50 us a
-# step, where every single vote costs some 200 us as soon as ranks wait for each other.
+# The first steps vote one by one. Later, if steps are shorter than _BETWEEN_VOTES_S, there is one vote per
+# _BETWEEN_VOTES_S: below 50 us per step, while a vote costs some 200 us as soon as ranks wait for each other.
 _STEPS_ONE_BY_ONE = 100
 _BETWEEN_VOTES_S = 0.05
-# A step is as long as the longest of so many before it: validation counts, the compilation at the start not for ever.
+# A step is assumed to take as long as the longest of this many before it: validation counts, and the compilation at the
+# start does not count forever.
 _STEPS_SEEN = 128
 
 
 class _Said(IntEnum):
-    """Places in the vote; of each number the largest that any rank says comes back."""
+    """Indices of the numbers in the vote; the result of each is its maximum over all ranks."""
 
     STOP = 0
     YIELD = 1
@@ -41,19 +42,19 @@ class _Said(IntEnum):
     LAST_STEP = 5
     FIRST_STEP = 6  # negated
     BEST = 7  # rank 0's, as the bits of a float
-    STEP_US = 8  # microseconds a step takes
+    STEP_US = 8  # microseconds per step
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What all ranks do, equal on all of them.
+    """What all ranks do; equal on all of them.
 
     Attributes:
-        stop: A file asks to stop for good.
-        yields: A signal or the limit of time asks to stop and to be continued.
+        stop: A file asks the run to stop for good.
+        yields: A signal or the time limit asks the run to stop and be continued.
         due: The clock or a file asks for a save.
         failed: A save has failed on some rank.
-        refused: Rank 0 cannot make sense of its metrics.
+        refused: Rank 0 has refused its metrics.
         best: Rank 0's best metric so far, or None.
     """
 
@@ -66,18 +67,18 @@ class Verdict:
 
 
 class Watch:
-    """Collects what asks for saves and stops on this rank, and lets the ranks agree at every step.
+    """Collects requests to save or stop on this rank, and lets the ranks agree at every step.
 
-    On one rank what comes is heard at the same step. Several ranks hear at a step what any of them said at the one
-    before: the messages travel while the step is computed. Ranks whose steps take less than 50 ms say something only
-    every 50 ms, once they have done a hundred of them.
+    A single rank acts at the same step. Several ranks hear at each step what any of them said at the previous one: the
+    messages travel while the step is computed. After the first hundred steps, ranks whose steps take less than 50 ms
+    vote only every 50 ms.
 
     Args:
         schedule: The cadences; those by time are rank 0's.
         signals: Signals watched on every rank.
 
     Attributes:
-        reason: Why this rank has asked to stop and to be continued; None where it has not.
+        reason: Why this rank has asked to stop and be continued; None if it has not.
     """
 
     def __init__(self, schedule: Schedule, signals: SignalWatch) -> None:
@@ -93,13 +94,13 @@ class Watch:
         self._every = 1
 
     def begin(self, group: Group, schedule: Schedule, files: RequestFiles, step: int, best: BestMetric) -> None:
-        """Collective: training begins.
+        """Collective: start when training begins.
 
         Args:
             group: The ranks.
             schedule: Rank 0's cadences.
-            files: Where files may ask for something.
-            step: The last step done.
+            files: The request files.
+            step: The last completed step.
             best: The best metric so far.
         """
         self._schedule, self._files, self._group = schedule, files, group
@@ -111,18 +112,18 @@ class Watch:
             self._vote.say(self._ballot(group, step, best, failed=False, save_s=0.0))
 
     def signal_came(self, number: signal.Signals) -> None:
-        """A signal came before training began; as if it came now."""
+        """Handle a signal from before training as if it came now."""
         self._signals.received = number
 
     def end(self) -> None:
-        """Let go of the ranks. Idempotent."""
+        """Release the group. Idempotent."""
         self._vote = self._group = None
 
     def let_signals_through(self, *, obeyed: bool) -> None:
-        """Put signal handlers back. Idempotent.
+        """Restore the signal handlers. Idempotent.
 
         Args:
-            obeyed: Whether the run has stopped for what came. If not, that takes its effect now.
+            obeyed: Whether the run has stopped for the signal. If not, it takes its usual effect now.
         """
         self._signals.remove(obeyed=obeyed)
 
@@ -131,16 +132,16 @@ class Watch:
         return self._signals.requeue(stopped=stopped)
 
     def ask(self, step: int, best: BestMetric, *, failed: bool, save_s: float) -> Verdict | None:
-        """Collective: say what this rank has to say at a step, and hear what counts for all.
+        """Collective: send this rank's requests at a step, and receive the verdict for all ranks.
 
         Args:
-            step: The step done.
+            step: The step just completed.
             best: The best metric this rank knows.
             failed: Whether a save of this rank has failed.
             save_s: The longest save so far, in seconds.
 
         Returns:
-            What all ranks do; None where nothing was said at the step before.
+            What all ranks do; None if nothing was said at the previous step.
 
         Raises:
             CheckpointError: A rank has left the loop, or is at another step.
@@ -164,11 +165,11 @@ class Watch:
         if said[_Said.LAST_STEP] != -said[_Said.FIRST_STEP]:
             raise CheckpointError(
                 f"ranks are at different steps: one has called on_step_end for step {-said[_Said.FIRST_STEP]}, another "
-                f"for step {said[_Said.LAST_STEP]}. Every rank has to call it for every step"
+                f"for step {said[_Said.LAST_STEP]}. Every rank must call it for every step"
             )
 
     def _votes_apart(self, step_us: int) -> int:
-        """Steps from vote to vote, equal on all ranks because all have heard the same."""
+        """Steps between votes; equal on all ranks, because all have heard the same."""
         if self._steps < _STEPS_ONE_BY_ONE:
             return 1
         return max(1, int(_BETWEEN_VOTES_S * 1e6) // max(step_us, 1))
@@ -181,7 +182,7 @@ class Watch:
         bits = _SMALLEST
         if group.rank == 0:
             asked = self._files.look(now)
-            # What is said now is heard at the next step, and saved behind it.
+            # A vote cast now is heard at the next step, and the save comes after that.
             time_up = self._schedule.is_time_up(now, save_s + 2 * max(self._steps_s))
             stop, due = STOP in asked, self._schedule.calls(now) or SAVE in asked
             halted = HALT in asked
@@ -192,7 +193,7 @@ class Watch:
         return [stop, yields, due, failed, refused, step, -step, bits, step_us]
 
     def _note_why(self, *, time_up: bool, halted: bool) -> bool:
-        """Whether this rank asks to stop and to be continued; why is kept, and logged once."""
+        """Whether this rank asks to stop and be continued; keeps the reason, and logs it once."""
         came = self._signals.received
         if not (time_up or halted or came is not None):
             return False
@@ -209,7 +210,7 @@ def _verdict(said: list[int]) -> Verdict:
 
 
 def _bits(value: float | None) -> int:
-    """A float as a whole number; none at all as NaN. Never the smallest number, which is -0.0."""
+    """The bits of a float as an int; None as NaN. Never the smallest int, which would be -0.0."""
     found: int = struct.unpack("<q", struct.pack("<d", float("nan") if value is None else value + 0.0))[0]
     return found
 
