@@ -34,15 +34,10 @@ class Agreement:
         copies: Mesh (its digest; empty for plain tensors) to this rank's copy of it and the number of copies.
         leads: Whether this rank writes what is the same on all ranks that hold the same tensors.
         fingerprint: Equal on all ranks.
-<<<<<<< HEAD
         elsewhere: Part and name of tensors held here that ranks holding otherwise different ones write: a weight that
             two pipeline stages share.
         together: Part and name of tensors that several pipeline stages hold, sharded alike, to the leaders of these
             stages.
-=======
-        elsewhere: Part and name of tensors held here but written by ranks of another kind, such as a weight that two
-            pipeline stages share.
->>>>>>> english9
         one_host: Whether all ranks run on one host.
         leader: The first rank that holds the same tensors as this one.
         peer: This rank's index among the ranks that hold the same tensors, and their number.
@@ -191,17 +186,8 @@ class _Union:
 
 def _union(
     parts: Parts, said: Mapping[str, Any], objects: Sequence[str], channel: Channel, stage: int, leads: bool
-<<<<<<< HEAD
 ) -> _Union:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
-=======
-) -> tuple[dict[str, dict[TensorSpec, int]], dict[tuple[str, str], int], dict[str, Naming]]:
-    """Collective: merge what the kinds of ranks hold; one rank of each kind reports.
-
-    Returns:
-        Part to its tensors, each with the rank that leads the writing kind; `Agreement.crowds`; part to its naming.
-    """
->>>>>>> english9
     data = {
         part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd, _how(item)) for item in items]
         for part, items in parts.items()

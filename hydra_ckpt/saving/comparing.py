@@ -33,14 +33,9 @@ class Differences:
     """What is known to differ between ranks; it only grows.
 
     Attributes:
-<<<<<<< HEAD
-        own: Labels of the tensors and the plain data that are stored for each rank.
-        anywhere: The same labels, of all pipeline stages.
-        apart: Mesh and replicated dimensions of tensors that their first replica writes whole.
-=======
         own: Labels of the tensors and plain data stored once per rank.
+        anywhere: The same labels, of all pipeline stages.
         apart: Mesh and replicated dimensions of tensors that the first replica writes whole.
->>>>>>> english9
     """
 
     own: set[str] = field(default_factory=set)

@@ -21,14 +21,9 @@ class Told:
         leader: The first rank that holds the same tensors.
         is_own: Whether values may differ between ranks, and are then stored once per rank.
         mesh: Equal on ranks of one device mesh.
-<<<<<<< HEAD
-        digests: Of each tensor, and of all else, by label.
-        constant: Labels of the parameters whose elements are all equal, which says nothing of where they come from.
-        between_stages: Whether the ranks are of different pipeline stages.
-=======
         digests: Digests of the tensors and of the plain data, by label.
         constant: Labels of parameters whose elements are all equal: equal constants say nothing about their origin.
->>>>>>> english9
+        between_stages: Whether the ranks are of different pipeline stages.
     """
 
     leader: int
@@ -104,12 +99,8 @@ def judge(
         is_first: Whether the ranks compare for the first time.
 
     Raises:
-<<<<<<< HEAD
         TopologyError: Tensors of one name are different experts, and nothing says on which ranks; or, at the first
             comparison, a weight that two pipeline stages share is not equal.
-=======
-        TopologyError: Tensors of one name are different experts, and nothing says which rank has which.
->>>>>>> english9
     """
     found, refused, drifted = Judgement(), [], []
     for group in _groups(rows):

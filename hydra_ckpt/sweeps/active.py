@@ -23,10 +23,7 @@ class ActiveJob:
 
     Attributes:
         checkpoint_dir: Where its checkpoints are.
-<<<<<<< HEAD
         best: The best value so far of the metric that decides; only rank 0 knows it.
-=======
->>>>>>> english9
         stopped: Whether it was asked to stop before its end.
         exit_code: The program's exit code if the job stopped to be continued later; otherwise None.
         reason: Why it was asked to stop, for people.
