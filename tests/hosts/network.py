@@ -71,7 +71,14 @@ class Host:
         everything = {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, env=everything, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            command,
+            env=everything,
+            cwd=REPOSITORY,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,  # or a launcher that ends its process group ends the test as well
         )
 
     def run_inside(self, *command: str) -> None:
