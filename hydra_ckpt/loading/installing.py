@@ -80,6 +80,7 @@ class Installer:
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
+        schedulers: Dotted name of a live scheduler to its saved state, encoded.
         resized: For each model the buffers, already read, whose saved size differs from the live one.
         notes: Collects what the report will list.
     """
@@ -92,6 +93,7 @@ class Installer:
     like: Callable[[str], DTensor]
     same_ranks: bool
     other_stages: bool
+    schedulers: Mapping[str, Any]
     resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
 
@@ -191,9 +193,8 @@ class Installer:
     def objects(self, available: Collection[str]) -> None:
         """Install schedulers, extras and the data loader, if they are requested and stored."""
         if "lr_scheduler" in available:
-            pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
-            for (name, scheduler), tree in pairs:
-                self._give(name, scheduler, tree)
+            for name, tree in self.schedulers.items():
+                self._give(name, self.state.named_schedulers[name], tree)
         if "extras" in available:
             for name, extra in self.state.extras.items():
                 if name in self.shared["extras"]:

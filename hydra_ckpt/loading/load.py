@@ -200,6 +200,7 @@ class Load:
             tensors=plan.tensors,
             same_ranks=source.same_ranks,
             other_stages=source.other_stages,
+            schedulers=plan.schedulers,
             resized=plan.resized,
             like=lambda name: self._like(source, name),
             notes=self._notes,

@@ -23,7 +23,7 @@ from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.state.optimizer_loading import Fit, fit, leave_reordered, moved_groups
+from hydra_ckpt.state.optimizer_loading import Fit, fit, has_parameters, leave_reordered, moved_groups
 from hydra_ckpt.state.optimizer_targets import targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
@@ -59,6 +59,7 @@ class LoadPlan:
         tensors: The tensors that encoded values refer to, by name; to be filled.
         resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
         fit: The part of the optimizers' state that fits; None if none is loaded.
+        schedulers: Dotted name of a live scheduler to its saved state, encoded.
         absent: Single objects that the checkpoint does not have, by dotted name.
         mismatch: All mismatches.
     """
@@ -67,6 +68,7 @@ class LoadPlan:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     fit: Fit | None = None
+    schedulers: dict[str, Any] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     mismatch: Mismatch = field(default_factory=Mismatch)
 
@@ -254,7 +256,9 @@ class _Matcher:
     def _match_optimizers(self) -> None:
         described, named = self.source.shared["optimizer"], self.source.state.named_optimizers
         parameters = self.source.extractor.parameter_names(self.source.state)
-        found = self.plan.fit = fit(described, named, parameters)
+        homes = self.source.counterparts("optimizer", len(described["optimizers"]), len(named))
+        found = self.plan.fit = fit(described, named, parameters, homes)
+        self._skip_wrappers(described, homes)
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
         leave_reordered(described, found, parameters, {name: prod(item.spec.shape) for name, item in stored.items()})
         self._leave_own_state(found)
@@ -287,6 +291,13 @@ class _Matcher:
         into = targets(described, found, shapes, named, parameters, everything)
         self._want(stored, set(tensor_names(found.trees())), into)
 
+    def _skip_wrappers(self, described: Mapping[str, Any], homes: Sequence[int | None]) -> None:
+        """Note saved wrappers without parameters that the AppState lacks; other optimizers are known by theirs."""
+        keys, saved = self._keys("optimizer"), described["optimizers"]
+        bare = [number for number in map(int, described.get("own", ())) if not has_parameters(described, number)]
+        left = [number for number in bare if number not in homes and number < len(saved)]
+        self._skip([f"optimizer.{number if keys is None else keys[number]}" for number in sorted(left)])
+
     def _leave_own_state(self, found: Fit) -> None:
         """Refuse the optimizers' per-rank tensors, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
@@ -317,7 +328,8 @@ class _Matcher:
         kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
         trees = [shared.get(kind, {}) for kind in kinds]
         if "lr_scheduler" in available:
-            trees.append(self._match_schedulers())
+            self._match_schedulers()
+            trees.append(self.plan.schedulers)
         if "extras" in available:
             live = templates(self.source.state)
             self._keep_known_extras(live)
@@ -332,26 +344,45 @@ class _Matcher:
         places = Places(self.source.state, live, placements(trees), strides(trees))
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
-    def _match_schedulers(self) -> list[Any]:
-        """The saved states for the live schedulers, in order; additional live ones stay as they were built."""
+    def _match_schedulers(self) -> None:
+        """Find the saved state of each live scheduler; further live ones stay as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
-        self.plan.absent.update(live[len(saved) :])
-        if (moved := self._moved_groups()) and saved and live:
+        homes = self.source.counterparts("lr_scheduler", len(saved), len(live))
+        self.plan.schedulers = {name: saved[home] for name, home in zip(live, homes, strict=True) if home is not None}
+        self.plan.absent.update(set(live) - self.plan.schedulers.keys())
+        if self.plan.schedulers and (moved := self._moved_groups()):
             self.plan.mismatch.different["lr_scheduler"] = (
                 f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
                 "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
             )
-        if len(saved) > len(live):
+        keys = self._keys("lr_scheduler")
+        if keys is not None:
+            self._skip([f"lr_scheduler.{key}" for number, key in enumerate(keys) if number not in homes])
+        elif len(saved) > len(live):
             self.plan.mismatch.different["lr_scheduler"] = (
                 f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
             )
-        return list(saved[: len(live)])
+
+    def _keys(self, kind: str) -> list[str] | None:
+        """The saved keys by which optimizers or schedulers were matched; None if they were matched by position."""
+        here = self.source.state.keys[kind]
+        found: list[str] | None = self.source.shared.get("keys", {}).get(kind)
+        return None if here is None else found
+
+    def _skip(self, dotted: Sequence[str]) -> None:
+        """Note objects of the checkpoint that the AppState lacks."""
+        self.source.notes.skipped += dotted
+        self.source.notes.texts += [f"in the checkpoint, but not used here: {', '.join(dotted)}"] if dotted else []
 
     def _moved_groups(self) -> list[str]:
         source, found = self.source, self.plan.fit
         if found is None or source.other_stages:
             return []
-        return moved_groups(source.shared["optimizer"], found, source.extractor.parameter_names(source.state))
+        described, live = source.shared["optimizer"], len(source.state.optimizers)
+        homes: list[int | None] = list(range(live))
+        if self._keys("lr_scheduler") is not None:  # by position, a scheduler belongs to the optimizer of its number
+            homes = source.counterparts("optimizer", len(described["optimizers"]), live)
+        return moved_groups(described, found, source.extractor.parameter_names(source.state), homes)
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""

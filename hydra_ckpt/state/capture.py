@@ -197,7 +197,7 @@ class Extractor:
             refuse_lost(maps.values(), _trained(state))
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
         omitted = [f"{called(name)}.{tensor}" for name, mapped in maps.items() for tensor in mapped.omitted]
-        shared: dict[str, Any] = {"holds": self.held(state), "stage": self.stage}
+        shared: dict[str, Any] = {"holds": self.held(state), "stage": self.stage, "keys": state.keys}
         shards: dict[str, torch.Tensor] = {}
         if state.optimizers:
             self._apart += [Apart() for _ in state.optimizers[len(self._apart) :]]

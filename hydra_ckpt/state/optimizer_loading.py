@@ -98,17 +98,30 @@ def section(described: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     return described if not path else described.get("inner", {}).get(path, nothing)
 
 
-def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapping[int, str]) -> Fit:
+def fit(
+    described: Mapping[str, Any],
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+    homes: Sequence[int | None],
+) -> Fit:
     """Find the saved options and state of every live group.
+
+    Args:
+        described: The saved description.
+        optimizers: What the live optimizers are called, to these.
+        names: Identity of a parameter to its name.
+        homes: For each the number of the saved one of the same key or position. Only what has no parameters needs it.
 
     Raises:
         CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     found = Fit(holders(optimizers, names))
     for holder in found.live:
-        _fit_holder(found, section(described, holder.path), holder, names, len(optimizers))
-    for number in range(len(optimizers)):
-        home = _home(described, found.live, number, names)
+        _fit_holder(found, section(described, holder.path), holder, names, homes)
+    for number, place in enumerate(homes):
+        if place is None and not any(holder.parameters for holder in found.live if holder.number == number):
+            found.absent.add(number)
+        home = _home(described, found.live, number, names, place)
         tree = described.get("own", {}).get(str(number if home is None else home))
         if tree is None or number in found.absent | found.refused:
             continue
@@ -126,26 +139,45 @@ def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
 
 
-def _home(described: Mapping[str, Any], live: Sequence[Holder], number: int, names: Mapping[int, str]) -> int | None:
+def has_parameters(described: Mapping[str, Any], number: int) -> bool:
+    """Whether the saved optimizer of a number, or one inside it, had parameters."""
+    paths = ["", *described.get("inner", {})]
+    return any(
+        group["params"] for path in paths for one in _numbered(described, number, path) for group in one["groups"]
+    )
+
+
+def _home(
+    described: Mapping[str, Any],
+    live: Sequence[Holder],
+    number: int,
+    names: Mapping[int, str],
+    place: int | None,
+) -> int | None:
     """The number that an optimizer had when it was saved, by the groups of parameters that it and those inside it have.
 
-    None if none had the same.
+    None if none had the same. The place of the same key or position comes first: groups may be empty.
     """
     mine = {
         holder.path: [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
         for holder in live
         if holder.number == number and holder.groups
     }
-    wanted = [number, *range(len(described["optimizers"]))]  # its own place first: groups may be empty
+    wanted = [*([] if place is None else [place]), *range(len(described["optimizers"]))]
     return next((place for place in wanted if all(_had(described, place, *item) for item in mine.items())), None)
 
 
 def _had(described: Mapping[str, Any], number: int, path: str, groups: Sequence[Sequence[str]]) -> bool:
     """Whether the optimizer of a number, or one inside it, had these groups of parameters."""
+    there = _numbered(described, number, path)
+    return any([group["params"] for group in one["groups"]] == groups for one in there)
+
+
+def _numbered(described: Mapping[str, Any], number: int, path: str) -> list[Mapping[str, Any]]:
+    """What a description says of the optimizer of a number, or of those inside it under one path."""
     saved = section(described, path)["optimizers"]
     # Older checkpoints do not number those inside.
-    there = [one for place, one in enumerate(saved) if one.get("number", number if path else place) == number]
-    return any([group["params"] for group in one["groups"]] == groups for one in there)
+    return [one for place, one in enumerate(saved) if one.get("number", number if path else place) == number]
 
 
 def leave_reordered(
@@ -180,7 +212,7 @@ def leave_reordered(
 
 
 def _fit_holder(
-    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], optimizers: int
+    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], homes: Sequence[int | None]
 ) -> None:
     saved = {
         name: (index, group["options"], optimizer["class"])
@@ -196,7 +228,7 @@ def _fit_holder(
         everyone += members
         missing += [name for name in members if name not in saved]
         if not members:
-            rows.append(_empty_group(described, holder, index, optimizers))
+            rows.append(_empty_group(described, holder, index, homes))
             continue
         rows.append(_fit_group(found, holder, index, group, {name: saved[name] for name in members if name in saved}))
     if everyone and len(missing) == len(everyone) and not holder.path:
@@ -231,14 +263,22 @@ def _splits(described: Mapping[str, Any], holder: Holder, names: Mapping[int, st
     return False
 
 
-def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, str]) -> list[str]:
+def moved_groups(
+    described: Mapping[str, Any], found: Fit, names: Mapping[int, str], homes: Sequence[int | None]
+) -> list[str]:
     """Groups that are not at the place where their parameters were: what goes by position does not fit them.
 
     Other tools' directories do not say how groups were arranged.
+
+    Args:
+        described: The saved description.
+        found: What of it fits.
+        names: Identity of a parameter to its name.
+        homes: For each live optimizer the number of the saved one whose place it has.
     """
     if not all(optimizer["class"] for optimizer in described["optimizers"]):
         return []
-    homes = {
+    before = {
         name: (number, index)
         for number, optimizer in enumerate(described["optimizers"])
         for index, group in enumerate(optimizer["groups"])
@@ -249,7 +289,8 @@ def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, s
         for holder in found.live
         if not holder.path and holder.number not in found.absent | found.refused
         for index, group in enumerate(holder.groups)
-        if {homes.get(names[id(item)], (holder.number, index)) for item in group["params"]} - {(holder.number, index)}
+        if {before[name] for item in group["params"] if (name := names[id(item)]) in before}
+        - {(homes[holder.number], index)}
     ]
 
 
@@ -258,12 +299,14 @@ def _place(holder: Holder, index: int | None = None) -> str:
     return f"{holder.called}{inner}" + ("" if index is None else f", group {index}")
 
 
-def _empty_group(described: Mapping[str, Any], holder: Holder, index: int, optimizers: int) -> dict[str, Any] | None:
-    """The options of a group without parameters, which only its number identifies."""
-    saved = described["optimizers"]
-    if len(saved) != optimizers or len(saved[holder.number]["groups"]) != len(holder.groups):
+def _empty_group(
+    described: Mapping[str, Any], holder: Holder, index: int, homes: Sequence[int | None]
+) -> dict[str, Any] | None:
+    """The options of a group without parameters, which only its number and the optimizer's key or number identify."""
+    saved, home = described["optimizers"], homes[holder.number]
+    if home is None or len(saved) != len(homes) or len(saved[home]["groups"]) != len(holder.groups):
         return None
-    group: dict[str, Any] = saved[holder.number]["groups"][index]
+    group: dict[str, Any] = saved[home]["groups"][index]
     return None if group["params"] else group["options"]
 
 
