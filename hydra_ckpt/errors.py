@@ -16,6 +16,7 @@ Each message says what happened, where, and what to do.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,11 @@ _LISTED = 20
 def some_of(names: Sequence[str], most: int = 5) -> str:
     """The first few of many names, for a message."""
     return ", ".join(names[:most]) + (" and more" if len(names) > most else "")
+
+
+def leave_out(dotted: str) -> str:
+    """The last remedy of every refusal: how to continue training without a value in the checkpoint."""
+    return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{glob.escape(dotted)}"]'
 
 
 def printable(text: str) -> str:

@@ -101,7 +101,7 @@ def shell(text: str) -> None:
 
 
 # Their commands take a minute each; those of the README and the tutorial are always run.
-SLOW = {"clusters.md", "hydra.md", "huggingface.md"}
+SLOW = {"clusters.md", "configuration.md", "hydra.md", "huggingface.md", "sweeps.md", "tutorial.md"}
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,9 @@ def saved_by_transformers(model: nn.Module, directory: Path) -> dict[str, torch.
     return load_file(directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "mixtral" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_experts_move_between_ranks_and_the_export_is_what_transformers_saves(tmp_path: Path, kind: str) -> None:
     reference = Run(kind, 1, 1)
     reference.train(2)

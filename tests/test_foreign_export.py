@@ -83,6 +83,7 @@ def test_a_checkpoint_of_another_tool_becomes_what_save_pretrained_writes(tmp_pa
         _check(tmp_path / "out" / name, name, tmp_path / "reference" / name)
 
 
+@pytest.mark.slow
 def test_the_tool_takes_types_files_and_parts_by_option(tmp_path: Path) -> None:
     run_distributed(_save, 2, tmp_path / "theirs", False)
     make("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="20KB")

@@ -139,7 +139,7 @@ def test_a_restart_goes_on_in_the_one_run_directory(app: Path, kind: str) -> Non
     assert (run / "checkpoints" / "LATEST").resolve().name == "epoch_0_step_6"
 
 
-@pytest.mark.parametrize("kind", ["static", slow("standalone"), slow("c10d"), slow("accelerate")])
+@pytest.mark.parametrize("kind", [slow("static"), slow("standalone"), slow("c10d"), slow("accelerate")])
 def test_a_restart_of_a_sweep_goes_on_in_the_one_sweep_directory(app: Path, kind: str) -> None:
     finished(start([*launcher(kind), str(app), "-m", *ONE_RUN, "lr=0.1,0.2", "dies=true"], app.parent))
     [sweep] = app.parent.glob("multirun/*/*")

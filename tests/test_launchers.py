@@ -187,6 +187,7 @@ def objective(value: float) -> float:
     return pytest.approx(value + 1 / 6, rel=1e-6)  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [[], pytest.param(JOBLIB, marks=pytest.mark.slow), pytest.param(SUBMITIT, marks=pytest.mark.slow)]
 )

@@ -143,7 +143,7 @@ def _all_kinds(root: Path, mode: str) -> Any:
     return found if dist.get_rank() == 0 else None
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_adapters_of_two_ranks(tmp_path: Path, mode: str) -> None:
     found, _ = run_distributed(_all_kinds, 2, tmp_path, mode)
     for kind, expected in found.items():

@@ -286,7 +286,7 @@ def losses(output: str) -> dict[str, str]:
         (0, ()),
         pytest.param(2, ("mesh.dp_shard=2",), marks=pytest.mark.slow),
         pytest.param(2, ("mesh.dp_shard=1", "mesh.dp_replicate=2"), marks=pytest.mark.slow),
-        (2, ("mesh.tp=2",)),
+        pytest.param(2, ("mesh.tp=2",), marks=pytest.mark.slow),
     ],
     ids=["one", "fsdp2", "ddp", "tp"],
 )
@@ -317,11 +317,13 @@ def test_a_sweep_runs_its_jobs_after_each_other(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
     trained("-m", "seed=0,1", "trainer.max_steps=2", cwd=tmp_path, ranks=2)
     assert len(list(tmp_path.glob("multirun/hydra_ckpt/*/*/[01]/checkpoints/LATEST"))) == 2
 
 
+@pytest.mark.slow
 def test_switched_off_it_trains_and_leaves_no_checkpoint(tmp_path: Path) -> None:
     output = trained(
         "run_name=off", "checkpoint=off", "trainer.max_steps=2", "trainer.tracker=tensorboard", cwd=tmp_path
@@ -347,7 +349,8 @@ def _recipe(tmp_path: Path, ranks: int, *overrides: str) -> Path:
     return tmp_path / "outputs/hydra_ckpt" / name / "checkpoints/LATEST/model/consolidated"
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_pretrained_model_is_trained_whole_and_by_an_adapter(tmp_path: Path, ranks: int) -> None:
     base = _recipe(tmp_path, 1, "run_name=base")
     still = "optimizer.lr=0.0"

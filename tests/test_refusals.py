@@ -138,6 +138,7 @@ def test_settings_that_do_not_fit_end_it_in_one_line(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_says_it_for_the_job_and_runs_the_others(tmp_path: Path) -> None:
     refuses = "checkpoint.save_consolidated=sometimes,final"
     done = command("-m", refuses, "data.path=/nowhere", "run_name=sweep", cwd=tmp_path)

@@ -97,6 +97,7 @@ def test_sigterm_ends_the_sweep_and_the_same_command_goes_on(app: App) -> None:
     assert "no more jobs start" in (app.sweep / "0" / "app.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_of_another_configuration_is_refused_in_a_sweep_and_run_alone(app: App) -> None:
     assert app.sweep_over("lr=0.3,0.1", "steps=2").returncode == 0
     assert app.runs == ["0 0", "1 0"]

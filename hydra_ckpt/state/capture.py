@@ -30,7 +30,7 @@ from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adap
 from hydra_ckpt.state.plain import is_state, plain_of
 from hydra_ckpt.state.wrappers import refuse_fsdp1
 from hydra_ckpt.storage.decoding import decode, strides
-from hydra_ckpt.storage.encoding import Sink, encode
+from hydra_ckpt.storage.encoding import Sink, encode, refuse_shared_names
 from hydra_ckpt.storage.sharing import Apart
 from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
@@ -97,7 +97,7 @@ class Extractor:
     unsaved: tuple[str, ...] = ()
     localize: Localizer = field(default_factory=Localizer)
     _maps: dict[str, ModelMap] = field(default_factory=dict)
-    _mapped: tuple[int, ...] = ()
+    _mapped: tuple[Any, ...] = ()
     _resumable: bool | None = None
     _apart: list[Apart] = field(default_factory=list)
 
@@ -116,7 +116,7 @@ class Extractor:
 
     def maps(self, state: AppState) -> dict[str, ModelMap]:
         """Model name to where its tensors live; with PEFT an entry for each adapter."""
-        identity = tuple(id(module) for modules in state.models.values() for module in modules)
+        identity: tuple[Any, ...] = tuple((name, *map(id, modules)) for name, modules in state.models.items())
         if self.is_peft:  # adapters come and go, embeddings may be trained later
             wrapped = [(name, modules) for name, modules in state.models.items() if is_peft_model(modules[0])]
             identity += tuple(hash(key) for name, modules in wrapped for key in adapters(name, modules[0]))
@@ -300,6 +300,7 @@ class Sinks:
             raise CheckpointError(
                 f"{dotted}: its state contains itself, or is nested too deeply to be stored"
             ) from None
+        refuse_shared_names(dotted, sink, self.tensors)
         self.tensors.update(sink)
         self.own.update(sink.own)
         self.omitted += sink.omitted
@@ -418,6 +419,6 @@ def templates(state: AppState) -> Mapping[str, torch.Tensor]:
     """The live tensors of extras by their names in a checkpoint, as far as they exist yet."""
     tensors: dict[str, torch.Tensor] = {}
     for name, extra in state.extras.items():
-        with suppress(CheckpointError):  # an object that cannot be saved may still be loaded into
+        with suppress(Exception):  # an object that cannot be saved, or has no state yet, may still be loaded into
             encode(extra.state_dict(), f"{name}:", tensors)
     return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -81,6 +82,12 @@ class _Kept:
 
     tensor: torch.Tensor
     item: LocalTensor
+    facts: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, item: LocalTensor) -> _Kept:
+        """A new one."""
+        return cls(tensor, item, _facts(item.tensor))
 
     def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool) -> bool:
         """Whether the same live tensor, with its memory where it was, would give the same result again."""
@@ -88,12 +95,16 @@ class _Kept:
         return (
             tensor is self.tensor
             and type(local) in _PLAIN
-            and local.data_ptr() == item.tensor.data_ptr()
-            and local.shape == item.tensor.shape
-            and local.dtype == item.tensor.dtype
+            and _facts(local) == self.facts
             and item.divisible == divisible
             and item.late == late
         )
+
+
+def _facts(local: torch.Tensor) -> tuple[Any, ...]:
+    """What `tensor.data = ...` and methods such as `t_()` change in a tensor that stays the same object."""
+    conj = local.dtype.is_complex and local.is_conj()
+    return local.data_ptr(), local.shape, local.stride(), local.dtype, conj, local.is_neg()
 
 
 # Other kinds may be pending results, whose memory cannot be accessed.
@@ -133,7 +144,7 @@ class Localizer:
             return self._make(name, tensor, local, divisible=divisible, late=late)
         kept = self._kept.get(name)
         if kept is None or not kept.holds(tensor, local, divisible=divisible, late=late):
-            kept = _Kept(tensor, self._make(name, tensor, local, divisible=divisible, late=late))
+            kept = _Kept.of(tensor, self._make(name, tensor, local, divisible=divisible, late=late))
             self._kept[name] = kept
         return kept.item
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hydra_ckpt.errors import CheckpointConfigError, TopologyError, some_of
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError, leave_out, some_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
@@ -28,9 +28,8 @@ from hydra_ckpt.state.module_oracle import (
     told_by,
 )
 from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
-from hydra_ckpt.state.wrappers import canonical, inside, unwrap
+from hydra_ckpt.state.wrappers import canonical, inside, still_inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
-from hydra_ckpt.storage.encoding import leave_out
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
@@ -87,6 +86,7 @@ class ModelMap:
     _beside: list[Slot] = field(default_factory=list)
     _cores: list[nn.Module] = field(default_factory=list)
     _everything: list[Slot] = field(default_factory=list)
+    _tied_buffers: list[tuple[Slot, Slot]] = field(default_factory=list)
     _ours: tuple[str, ...] | None = None
     _omits: Callable[[str], bool] = lambda _: False
 
@@ -168,6 +168,7 @@ class ModelMap:
             if chosen.is_parameter:
                 self.names[id(chosen.tensor)] = chosen.name
             self.aliases.update({slot.name: chosen.name for slot in names if slot is not chosen})
+            self._tied_buffers += [(slot, chosen) for slot in names if slot is not chosen and not slot.is_parameter]
 
     def _name_after_other_stages(self, sources: Mapping[str, str]) -> None:
         """Give a weight that is tied to one of another pipeline stage the other's name: it is stored once."""
@@ -301,7 +302,12 @@ class ModelMap:
     def is_current(self) -> bool:
         """Whether the model still has the modules, parameters and places of buffers that were walked."""
         self.reshard()
-        return all(walked.is_as_it_was() for walked in self._walked) and self._adapts_as_it_did()
+        return (
+            all(walked.is_as_it_was() for walked in self._walked)
+            and all(one.tensor is other.tensor for one, other in self._tied_buffers)
+            and all(still_inside(walked.module) for walked in self._walked if walked.is_wrapper)
+            and self._adapts_as_it_did()
+        )
 
     def keep(self, renamed: Mapping[str, Sequence[str]], *, buffers: bool) -> None:
         """Store only these tensors, under other names.

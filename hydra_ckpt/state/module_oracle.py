@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out
 from hydra_ckpt.state.optimizer_oracle import differing, is_own_method, same_tensor
-from hydra_ckpt.storage.encoding import leave_out
 from hydra_ckpt.storage.subclasses import local_part
 
 _MODULE = "torch.nn.modules.module"

@@ -18,7 +18,7 @@ from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
-from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary
+from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary, refuse_shared_names
 from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart
 
 SEPARATOR = ":"
@@ -105,6 +105,7 @@ def _described(
     for number, (optimizer, sink) in enumerate(zip(optimizers.values(), sinks, strict=True)):
         if asks:
             _add_own(found, number, optimizer, [item for item in everyone if item.number == number], names, sink)
+        refuse_shared_names(sink.called, sink, found.tensors)
         found.tensors.update(sink)
         found.own.update(sink.own)
         found.omitted.extend(sink.omitted)
@@ -157,7 +158,7 @@ def _describe_state(
         known = names.get(id(parameter)) if id(parameter) in here_too else None
         if known is None or not (type(held) is dict or isinstance(held, Mapping)):
             continue  # its state_dict returns this
-        if takes_short_cut and not isinstance(parameter, DTensor):
+        if takes_short_cut and not isinstance(parameter, DTensor) and SEPARATOR not in known:
             section["state"][known] = encoded = _ordinary(held, f"{known}{inside}", sink)
             if encoded:
                 continue
@@ -174,7 +175,7 @@ def _ordinary(held: Mapping[Any, Any], inside: str, sink: Sink) -> dict[str, Any
     """Encode a state that is ordinary tensors alone, as nearly every state is; nothing if it is not: a short cut."""
     found = {}
     for key, value in held.items():
-        if type(key) is not str or key == "~" or not is_ordinary(value):
+        if type(key) is not str or not key.isidentifier() or not is_ordinary(value):
             return {}
         name = inside + key
         found[key] = {"~": "tensor", "v": name}
@@ -194,6 +195,7 @@ def _take(found: Described, sink: Sink, here: Sink, parameter: torch.Tensor | No
                 found.data["plain"].append(name)
         if not from_step:
             found.unsteady.add(name)
+    refuse_shared_names(sink.called, here, sink)
     sink.update(here)
     sink.own.update(here.own)
     sink.omitted += here.omitted

@@ -78,7 +78,8 @@ class Walked:
     Attributes:
         name: What the names of its tensors begin with.
         module: The module.
-        children: Its modules.
+        kind: Its class; `fully_shard`, for example, gives it another one.
+        children: Its modules by name.
         parameters: Name to identity.
         buffers: Names of those that are saved.
         is_wrapper: Whether it only passes on what is inside it.
@@ -86,7 +87,8 @@ class Walked:
 
     name: str
     module: nn.Module
-    children: list[nn.Module | None]
+    kind: type[nn.Module]
+    children: list[tuple[str, nn.Module | None]]
     parameters: dict[str, int]
     buffers: list[str]
     is_wrapper: bool
@@ -100,12 +102,14 @@ class Walked:
             module: The module.
             is_wrapper: Whether it only passes on what is inside it.
         """
-        return cls(name, module, list(module._modules.values()), _identities(module), persistent(module), is_wrapper)
+        children = list(module._modules.items())
+        return cls(name, module, type(module), children, _identities(module), persistent(module), is_wrapper)
 
     def is_as_it_was(self) -> bool:
-        """Whether it still has the same modules, parameters and places of buffers."""
+        """Whether it still has the same class, modules, parameters and places of buffers."""
         return (
-            list(self.module._modules.values()) == self.children
+            type(self.module) is self.kind
+            and list(self.module._modules.items()) == self.children
             and _identities(self.module) == self.parameters
             and persistent(self.module) == self.buffers
         )

@@ -49,6 +49,14 @@ def inside(module: nn.Module) -> nn.Module | None:
     return inner
 
 
+def still_inside(module: nn.Module) -> bool:
+    """Whether a wrapper still passes on only what is inside it; if not, it is no longer taken for one."""
+    if module not in _TRANSPARENT or transparent(module) is _TRANSPARENT[module]:
+        return True
+    del _TRANSPARENT[module]
+    return False
+
+
 # Wrappers of other libraries, with what they pass on as their own state.
 _TRANSPARENT: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
 

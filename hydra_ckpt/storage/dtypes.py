@@ -6,8 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, leave_out
 from hydra_ckpt.storage.header import LIMIT, MAX_DIMENSIONS
+from hydra_ckpt.storage.subclasses import inner_memory, is_wrapper, local_part
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -60,6 +61,12 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise CheckpointConfigError(
             f"{name} is not initialized yet, as in LazyLinear: run one forward pass before its state is saved or loaded"
+        )
+    if is_wrapper(inner_memory(local_part(tensor))):
+        raise CheckpointConfigError(
+            f"{name} is a {type(local_part(tensor)).__qualname__}, a tensor that wraps others, which only the state of "
+            "optimizers and extras may be: load the model's weights as ordinary tensors and convert them after "
+            f"loading, {leave_out(f'model.{name}')}"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")

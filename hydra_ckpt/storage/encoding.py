@@ -10,7 +10,6 @@ both have its label: `{"~": "same", "v": ["ema:seen#0", [1, 2]]}`, and in the ot
 
 from __future__ import annotations
 
-import glob
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, leave_out
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
 from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing
@@ -99,6 +98,27 @@ class Sink(dict[str, torch.Tensor]):
         if found:
             self.omitted.append(self.dotted(name))
         return found
+
+
+def refuse_shared_names(called: str, found: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> None:
+    """Raise if a tensor would get the name of another one in the files.
+
+    Example: the tensor `lr` of an optimizer's options and one that a parameter's state has under `options.lr`.
+
+    Args:
+        called: What messages call the object that was encoded last.
+        found: Its tensors by name.
+        known: The tensors by name that were encoded before it.
+
+    Raises:
+        CheckpointError: A name is in both, for different tensors.
+    """
+    clashing = next((name for name in found.keys() & known.keys() if found[name] is not known[name]), None)
+    if clashing is not None:
+        raise CheckpointError(
+            f"{called}: two tensors would have the name {clashing!r} in the files; rename this object, or the "
+            "key of its state"
+        )
 
 
 def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -335,11 +355,6 @@ class _Encoder:
         return CheckpointError(f"{self._sink.dotted(name)}: {why}, {leave_out(whole)}")
 
 
-def leave_out(dotted: str) -> str:
-    """The last remedy of every refusal: how to continue training without a value in the checkpoint."""
-    return f'or, if it may be lost, leave it out: checkpoint.allow_unsaved=["{glob.escape(dotted)}"]'
-
-
 def _plain(value: torch.Tensor) -> torch.Tensor:
     """A tensor detached from autograd; the tensor itself if it is not attached, so that its identity is kept."""
     return value.detach() if isinstance(value, torch.nn.Parameter) or value.requires_grad else value
@@ -373,6 +388,7 @@ def is_ordinary(value: Any) -> bool:
         and value.dtype in SAFETENSORS_DTYPE
         and value.layout is _STRIDED
         and value.stride() == row_major(value.shape)
+        and not value.requires_grad
         and not value.__dict__
     )
 

@@ -107,7 +107,8 @@ def _to_enum(content: list[Any]) -> Enum:
     module, qualname, name, value = content
     kind = _class_at(module, qualname, Enum)
     member = kind.__members__.get(name) if name is not None else _flags(kind, value)
-    if member is None or repr(member.value) != repr(value):
+    # A set has no order, and NaN is not equal to itself.
+    if member is None or not (member.value == value or repr(member.value) == repr(value)):
         raise CheckpointError(
             f"the checkpoint holds {module}.{qualname}.{name or ''} with the value {value!r}, which it does not have "
             "in this program; restore the class as it was"

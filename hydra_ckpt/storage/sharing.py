@@ -25,7 +25,8 @@ _LEAVES = {bool, bytes, complex, float, int, str, type(None)}
 # Besides these, only dicts and their subclasses change in place.
 _MUTABLE = (list, torch.Tensor, deque, set, bytearray, np.ndarray, io.BytesIO, torch.Generator)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_SIMPLE = {torch.Tensor, DTensor, bool, float, int, str, type(None)}
+_TENSORS = {torch.Tensor, DTensor}
+_SIMPLE = {*_TENSORS, bool, float, int, str, type(None)}
 # Methods that are called here and where tensors are written.
 _NEEDED = {
     *("as_strided", "clone", "contiguous", "copy_", "cpu", "data_ptr", "detach", "dim", "element_size", "is_conj"),
@@ -127,7 +128,7 @@ class Apart:
         _look_through(list(options), among_options, repeated)
         if repeated or not kinds <= _SIMPLE:
             return Sharing.of([*options, *states])
-        tensors = [item for item in items if isinstance(item, torch.Tensor)] if len(kinds) > 1 else items
+        tensors = items if kinds <= _TENSORS else [item for item in items if isinstance(item, torch.Tensor)]
         tensors += [item for item in among_options.values() if isinstance(item, torch.Tensor)]
         if any(tensor.__dict__ for tensor in tensors):
             return Sharing.of([*options, *states])
