@@ -15,6 +15,7 @@ from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, called, told_by
 from hydra_ckpt.state.dataloader import ResumableLoader
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
@@ -109,7 +110,7 @@ class Installer:
             if dotted in absent:
                 continue
             states = self.shared.get("extra_state", {}).get(name, {})
-            mapped.set_extra_state(self._decoded(states))
+            mapped.set_extra_state(dotted, self._extra_states(dotted, mapped, states))
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
             entries = self.shared.get("entries", {}).get(name, [])
@@ -119,7 +120,7 @@ class Installer:
             metadata = self.shared.get("metadata", {}).get(name)
             decoded = None if metadata is None else self._decoded(metadata)
             unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
-            unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
+            unlike += self._unlike_extra_states(dotted, mapped, states)
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions store all buffers this way.
         if any(own_buffers.values()) and not self.same_ranks:
@@ -130,16 +131,24 @@ class Installer:
         missing = (*self.notes.missing, *self.shared.get("unsaved", ()))
         return {name.removeprefix(f"{dotted}.") for name in missing if name.startswith(f"{dotted}.")}
 
-    def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    def _extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A new copy of a model's saved extra states; values left out come from the live ones."""
+        found = {name: value for name, value in self._decoded(saved).items() if value is not OMITTED}
+        if missing_from([saved[name] for name in found]):
+            fill(found, mapped.extra_state(dotted))
+        return found
+
+    def _unlike_extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> list[str]:
         """Extra states that modules report differently from those they were given; notes those on one side only."""
+        live = mapped.extra_state(dotted)
         if not self.other_stages:
             for names, found in (
                 (saved.keys() - live.keys(), self.notes.skipped),
                 (live.keys() - saved.keys(), self.notes.missing),
             ):
                 found += [f"{dotted}.{name}" for name in sorted(names)]
-        both = {name: tree for name, tree in saved.items() if name in live}
-        return [name.removeprefix(".") for name in differing(self._decoded(both), {name: live[name] for name in both})]
+        both = {name: tree for name, tree in self._extra_states(dotted, mapped, saved).items() if name in live}
+        return [name.removeprefix(".") for name in differing(both, {name: live[name] for name in both})]
 
     def optimizers(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """Install the optimizers' state and options, and whatever else they save.
@@ -200,7 +209,7 @@ class Installer:
                 if name in self.shared["extras"]:
                     self._give(f"extras.{name}", extra, self.shared["extras"][name])
         if "dataloader" in available and self.own is not None:
-            self.state.dataloader.load_state_dict(self.own["dataloader"])
+            _load("dataloader", self.state.dataloader, self.own["dataloader"])
             claims = self.notes.exact if isinstance(self.state.dataloader, ResumableLoader) else self.notes.trusted
             claims.append("dataloader")
 
@@ -218,14 +227,7 @@ class Installer:
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out entirely: it stays as it was built
         whole = self._whole(dotted, item, tree)
-        try:
-            item.load_state_dict(whole())
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}"
-            ) from error
+        _load(dotted, item, whole())
         if self.other_stages:  # it was given the state of all stages, and keeps its own
             self.notes.trusted.append(dotted)
             return
@@ -277,3 +279,21 @@ class Installer:
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]
+
+
+def _load(dotted: str, item: Any, state: Any) -> None:
+    """Let an object load its state.
+
+    Raises:
+        CheckpointError: It raises.
+    """
+    try:
+        item.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}. "
+            "Build it as in the run that saved, or leave it out: give AppState no such object, or load only other "
+            "parts (restore_parts)"
+        ) from error

@@ -18,7 +18,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, leave_out
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -214,7 +214,8 @@ class Extractor:
             for number, (name, scheduler) in enumerate(state.named_schedulers.items())
         ]
         shared["extra_state"] = {
-            name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state) for name, mapped in maps.items()
+            name: sinks.encode(called(name), f"extra_state:{name}", partial(mapped.extra_state, called(name)))
+            for name, mapped in maps.items()
         }
         shared["entries"] = self._entries({name: found.entries for name, found in told.items()}, sinks)
         shared["metadata"] = {
@@ -255,8 +256,17 @@ class Extractor:
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:
             self.try_dataloader(state)
-        take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
-        return take() if self._resumable and take is not None else None
+        ask = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
+        if not self._resumable or ask is None:
+            return None
+        try:
+            return ask()
+        except Exception as error:
+            raise CheckpointConfigError(
+                f"dataloader ({type(state.dataloader).__qualname__}): its state_dict() raises {type(error).__name__}: "
+                f"{error}. Fix it; or pass AppState another loader (hydra_ckpt.resumable(loader, seed=...) makes one "
+                "from a plain DataLoader) or none"
+            ) from error
 
 
 @dataclass
@@ -333,7 +343,8 @@ def told_by(dotted: str, item: Any) -> Any:
         return item.state_dict()
     except Exception as error:
         raise CheckpointConfigError(
-            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}"
+            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}. Fix it, "
+            f"{leave_out(dotted)}"
         ) from error
 
 
@@ -420,5 +431,5 @@ def templates(state: AppState) -> Mapping[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, extra in state.extras.items():
         with suppress(Exception):  # an object that cannot be saved, or has no state yet, may still be loaded into
-            encode(extra.state_dict(), f"{name}:", tensors)
+            encode(told_by(f"extras.{name}", extra), f"{name}:", tensors)
     return tensors

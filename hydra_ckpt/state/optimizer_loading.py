@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, some_of
+from hydra_ckpt.state.capture import told_by
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
 from hydra_ckpt.state.optimizer_oracle import differing
@@ -446,7 +447,7 @@ def give_back(
             with suppress(AttributeError):  # it shows the groups of the other one
                 one.param_groups = other.param_groups
     walk()
-    return list(differing(decoded(), optimizer.state_dict(), called))
+    return list(differing(decoded(), told_by(called, optimizer), called))
 
 
 def _share_groups(one: Any, other: Any) -> bool:

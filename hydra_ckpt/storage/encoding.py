@@ -42,6 +42,8 @@ _WITH_ATTRIBUTES = {OrderedDict, Counter}
 _FILLED = {"tuple", "size", "ordered", "counter", "namedtuple", "defaultdict"}
 # Those whose content has plain data before what they hold.
 _WITH_HEADS = {"namedtuple", "defaultdict", "deque"}
+# Python converts no longer ones to text: 4300 digits.
+_MOST_BITS = 14284
 # Notes of the compiler, for this process alone.
 _COMPILER = "_dynamo_"
 _STRIDED = torch.strided
@@ -161,8 +163,10 @@ class _Encoder:
         kind = type(value)
         if self._has_patterns and self._sink is not None and self._sink.omits(name):
             return _tagged(UNSAVED, None)
-        if value is None or kind in (bool, int, str):
+        if value is None or kind in (bool, str):
             return value
+        if kind is int:
+            return self._number(value, name)
         if kind is float:
             return value if math.isfinite(value) else _tagged("float", repr(value))
         if id(value) in self._sharing.repeated:
@@ -211,8 +215,16 @@ class _Encoder:
 
     def _list(self, value: list[Any], name: str) -> Any:
         if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+            for index, number in enumerate(value):
+                if type(number) is int and number.bit_length() > _MOST_BITS:
+                    self._number(number, _join(name, str(index)))
             return list(value)
         return [self.value(item, _join(name, str(index))) for index, item in enumerate(value)]
+
+    def _number(self, value: int, name: str) -> int:
+        if value.bit_length() > _MOST_BITS:
+            raise self._refused(name, "an int of more than 4300 digits cannot be stored; store it as bytes")
+        return value
 
     def _content(self, tag: str, content: Any, name: str) -> Any:
         """What `tagged` has made of a value: JSON data, a tensor, or a container made just now, so in one place."""

@@ -1,0 +1,168 @@
+"""What messages and reports claim: every error names its object, and `exact` means what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, LoadReport
+from hydra_ckpt.testing import run_distributed
+
+
+class Holder:
+    """Takes its state over as it is; fails where it is told to."""
+
+    def __init__(self, held: Any = None, fails: str = "") -> None:
+        self.held, self.fails = held, fails
+
+    def state_dict(self) -> Any:
+        if self.fails == "state_dict":
+            raise ValueError("boo")
+        return {"held": self.held}
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.fails == "load_state_dict":
+            raise ValueError("boo")
+        self.held = state["held"]
+
+
+class Module(nn.Linear):
+    """With extra state; its methods fail where they are told to."""
+
+    def __init__(self, fails: str = "", held: Any = 1) -> None:
+        super().__init__(1, 1)
+        self.fails, self.held = fails, held
+
+    def get_extra_state(self) -> Any:
+        if self.fails == "get_extra_state":
+            raise ValueError("boo")
+        return self.held
+
+    def set_extra_state(self, state: Any) -> None:
+        if self.fails == "set_extra_state":
+            raise ValueError("boo")
+        self.held = state
+
+
+def save(root: Path, *states: AppState, rank: int = 0, **options: Any) -> None:
+    with CheckpointingConfig(checkpoint_dir=str(root), **options).build(rank, 0, 0) as checkpointer:
+        for step, state in enumerate(states, 1):
+            checkpointer.save(state, step=step).result()
+
+
+def load(root: Path, state: AppState, rank: int = 0, **options: Any) -> LoadReport:
+    with CheckpointingConfig(checkpoint_dir=str(root), **options).build(rank, 0, 0) as checkpointer:
+        report = checkpointer.load(state, restore_from="latest")
+    assert report is not None
+    return report
+
+
+# --- errors
+
+
+def test_an_extra_state_that_raises_is_named_when_it_is_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(Module("get_extra_state"))
+    remedy = r'checkpoint\.allow_unsaved=\["model\.0\._extra_state"\]'
+    with pytest.raises(CheckpointError, match=rf"model\.0\._extra_state \(Module\).* ValueError: boo.*{remedy}"):
+        save(tmp_path, AppState(model))
+    save(tmp_path, AppState(model), allow_unsaved=["model.0._extra_state"])  # the remedy works
+    fresh = nn.Sequential(Module(held=7))
+    report = load(tmp_path, AppState(fresh))
+    assert fresh[0].held == 7
+    assert report.missing == ("model.0._extra_state",)
+
+
+def test_an_extra_state_that_raises_is_named_when_it_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, AppState({"net": Module()}))
+    with pytest.raises(CheckpointError, match=r"model\.net\._extra_state \(Module\): its set_extra_state\(\) raises"):
+        load(tmp_path, AppState({"net": Module("set_extra_state")}))
+
+
+def test_a_part_of_an_extra_state_may_be_left_out(tmp_path: Path) -> None:
+    save(tmp_path, AppState(Module(held={"a": 1, "b": 2})), allow_unsaved=["model._extra_state.b"])
+    fresh = Module(held={"a": 7, "b": 8})
+    report = load(tmp_path, AppState(fresh))
+    assert fresh.held == {"a": 1, "b": 8}
+    assert report.missing == ("model._extra_state.b",)
+    assert "model" in report.exact
+
+
+def test_a_loader_that_raises_later_is_named(tmp_path: Path) -> None:
+    loader = Holder(1)
+    state = AppState(nn.Linear(1, 1), dataloader=loader)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
+        checkpointer.save(state, step=1).result()
+        loader.fails = "state_dict"
+        with pytest.raises(CheckpointError, match=r"dataloader \(Holder\): its state_dict\(\) raises.*resumable"):
+            checkpointer.save(state, step=2).result()
+    fresh = Holder(fails="load_state_dict")
+    with pytest.raises(CheckpointError, match=r"dataloader \(Holder\): its load_state_dict\(\) raises.*restore_parts"):
+        load(tmp_path, AppState(nn.Linear(1, 1), dataloader=fresh))
+
+
+def test_extras_that_raise_are_named_with_a_remedy(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    remedy = r'checkpoint\.allow_unsaved=\["extras\.box"\]'
+    with pytest.raises(CheckpointError, match=rf"extras\.box \(Holder\): its state_dict\(\) raises.*{remedy}"):
+        save(tmp_path, AppState(model, extras={"box": Holder(fails="state_dict")}))
+    save(tmp_path, AppState(model, extras={"box": Holder(1)}))
+    with pytest.raises(CheckpointError, match=r"extras\.box \(Holder\): its state_dict\(\) raises ValueError: boo"):
+        load(tmp_path, AppState(model, extras={"box": Holder(fails="state_dict")}))
+
+
+LONG = 10**5000
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (LONG, "extras.box.held"),
+        ([1, -LONG], "extras.box.held.1"),
+        ({LONG: 1}, "extras.box.held.<key>"),
+        (range(LONG), "extras.box.held"),
+    ],
+    ids=["bare", "list", "key", "range"],
+)
+def test_an_int_that_python_does_not_write_out_is_named(tmp_path: Path, held: Any, name: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(held)}))
+    assert f"{name}" in str(caught.value)
+    assert "an int of more than 4300 digits cannot be stored" in str(caught.value)
+    assert f'checkpoint.allow_unsaved=["{name.removesuffix(".<key>")}"]' in str(caught.value)
+
+
+def test_the_longest_int_that_python_writes_out_is_saved(tmp_path: Path) -> None:
+    longest, fresh = 2**14284 - 1, Holder()
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder([longest, -longest])}))
+    load(tmp_path, AppState(nn.Linear(1, 1), extras={"box": fresh}))
+    assert fresh.held == [longest, -longest]
+
+
+def _unequal(root: Path, kind: str) -> str:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    held = {
+        "shape": {"a": torch.ones(3 + rank)},
+        "key": {"a": torch.ones(1)} if rank else {},
+        "type": {"a": torch.ones(1, dtype=(torch.float32, torch.float64)[rank])},
+    }[kind]
+    state = AppState(nn.Linear(1, 1), extras={"box": Holder(held)})
+    try:
+        save(root, state, rank=rank)
+    except CheckpointError as error:
+        save(root / "2", state, rank=rank, allow_unsaved=["extras.box"])  # the remedy works
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["shape", "key", "type"])
+def test_extras_that_differ_between_ranks_are_named_with_a_remedy(tmp_path: Path, kind: str) -> None:
+    for text in run_distributed(_unequal, 2, tmp_path, kind):
+        assert "extras.box: give it the same keys, and tensors of the same shapes and types, on every rank" in text
+        assert 'checkpoint.allow_unsaved=["extras.box"]' in text
+        assert "Build the same model" not in text
