@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -166,3 +167,124 @@ def test_extras_that_differ_between_ranks_are_named_with_a_remedy(tmp_path: Path
         assert "extras.box: give it the same keys, and tensors of the same shapes and types, on every rank" in text
         assert 'checkpoint.allow_unsaved=["extras.box"]' in text
         assert "Build the same model" not in text
+
+
+# --- what is exact
+
+
+class Doubling(Holder):
+    """Takes over what it is given, and changes it in place."""
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = state["held"]
+        self.held["tensor"].mul_(2)
+        self.held["array"] += 1
+
+
+def test_what_an_extra_does_to_the_tensors_that_it_is_given_is_not_exact(tmp_path: Path) -> None:
+    held = {"tensor": torch.arange(6.0).view(2, 3).t(), "array": np.arange(3), "same": torch.ones(2)}
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(held), "plain": Holder(held)}))
+    fresh = Doubling()
+    report = load(tmp_path, AppState(nn.Linear(1, 1), extras={"box": fresh, "plain": Holder()}))
+    assert report.trusted == ("extras.box",)
+    assert "extras.plain" in report.exact
+    assert "extras.box" not in report.exact
+    [note] = [note for note in report.notes if note.startswith("extras.box loaded its state, but")]
+    assert "extras.box.held.array, extras.box.held.tensor" in note
+    assert "same" not in note
+
+
+def test_a_wrapper_that_changes_its_state_in_place_is_not_exact(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    held = {"tensor": torch.ones(2), "array": np.arange(3)}
+    save(tmp_path, AppState(model, Holder(held)))
+    report = load(tmp_path, AppState(model, Doubling()))
+    assert report.trusted == ("optimizer",)
+    assert "optimizer" not in report.exact
+
+
+def test_an_extra_state_that_changes_what_it_is_given_is_not_exact(tmp_path: Path) -> None:
+    class Changing(Module):
+        def set_extra_state(self, state: Any) -> None:
+            self.held = state
+            state["tensor"].mul_(2)
+
+    save(tmp_path, AppState(Module(held={"tensor": torch.ones(2)})))
+    report = load(tmp_path, AppState(Changing()))
+    assert report.trusted == ("model",)
+    assert "model" not in report.exact
+
+
+class Overwriting(nn.Module):
+    """Its extra state overwrites its tensors, and those of its child, in place or with others."""
+
+    def __init__(self, value: float, *, replaces: bool = False, size: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("count", torch.full((2,), value))
+        self.child = nn.Linear(2, 2)
+        self.replaces, self.size = replaces, size
+
+    def get_extra_state(self) -> Any:
+        return 1
+
+    def set_extra_state(self, state: Any) -> None:
+        if self.replaces:
+            self.count = torch.zeros(self.size)
+            return
+        self.weight.data.fill_(9)
+        self.count.zero_()
+        self.child.weight.data.fill_(9)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("consolidated", [False, "always"])
+def test_what_was_saved_is_live_whatever_an_extra_state_does_to_it(
+    tmp_path: Path, replaces: bool, consolidated: Any
+) -> None:
+    saved, fresh = Overwriting(1.0), Overwriting(0.0, replaces=replaces)
+    save(tmp_path, AppState(saved), save_consolidated=consolidated)
+    report = load(tmp_path, AppState(fresh))
+    for name, value in saved.state_dict().items():
+        assert name.endswith("_extra_state") or torch.equal(value, fresh.state_dict()[name]), name
+    assert "model" in report.exact
+
+
+def test_a_tensor_that_an_extra_state_replaces_by_another_size_is_named(tmp_path: Path) -> None:
+    save(tmp_path, AppState(Overwriting(1.0)))
+    report = load(tmp_path, AppState(Overwriting(0.0, replaces=True, size=3)))
+    assert report.trusted == ("model",)
+    assert any(note.startswith("model loaded its state, but") and "count" in note for note in report.notes)
+
+
+class Rates(Holder):
+    """A scheduler that sets its optimizer's rate when it is loaded."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Any) -> None:
+        super().__init__()
+        self.optimizer, self.rate = optimizer, rate
+
+    def load_state_dict(self, state: Any) -> None:
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(self.rate)
+        else:
+            group["lr"] = self.rate
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_an_optimizer_whose_rate_a_scheduler_changes_is_not_exact(tmp_path: Path, kind: Any) -> None:
+    def state(rate: float) -> tuple[AppState, torch.optim.Optimizer]:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=kind(0.5))
+        return AppState(model, optimizer, Rates(optimizer, rate)), optimizer
+
+    save(tmp_path, state(0.25)[0])
+    fresh, optimizer = state(0.25)
+    report = load(tmp_path, fresh)
+    assert optimizer.param_groups[0]["lr"] == 0.25  # as with PyTorch's own load_state_dict()
+    assert report.trusted == ("optimizer",)
+    assert "lr_scheduler" in report.exact
+    assert "lr_scheduler changed optimizer.0.lr while it loaded its state" in report.notes
+    unchanged = load(tmp_path, state(0.5)[0])
+    assert {"optimizer", "lr_scheduler"} <= set(unchanged.exact)

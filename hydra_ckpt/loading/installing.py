@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, counted, some_of
+from hydra_ckpt.loading.untouched import Before, Options
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, called, told_by
@@ -19,8 +20,9 @@ from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from
+from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from, own_names, tensor_names
 from hydra_ckpt.storage.encoding import OWN, UNSAVED
+from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store.catalog import Checkpoint
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
@@ -67,6 +69,13 @@ class Notes:
             f"{some_of(sorted(unlike))}"
         )
 
+    def changed(self, what: str, by: str, names: Collection[str]) -> None:
+        """Note that an object that had been restored was changed by the loading of another one."""
+        if what in self.exact:
+            self.exact.remove(what)
+            self.trusted.append(what)
+        self.texts.append(f"{by} changed {some_of(sorted(names))} while it loaded its state")
+
 
 @dataclass(frozen=True)
 class Installer:
@@ -82,6 +91,8 @@ class Installer:
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
         schedulers: Dotted name of a live scheduler to its saved state, encoded.
+        fetches: For each model what was read into its tensors.
+        read_again: Reads such tensors once more.
         resized: For each model the buffers, already read, whose saved size differs from the live one.
         notes: Collects what the report will list.
     """
@@ -95,6 +106,8 @@ class Installer:
     same_ranks: bool
     other_stages: bool
     schedulers: Mapping[str, Any]
+    fetches: Mapping[str, Sequence[Fetch]]
+    read_again: Callable[[Sequence[Fetch]], Any]
     resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
 
@@ -110,17 +123,19 @@ class Installer:
             if dotted in absent:
                 continue
             states = self.shared.get("extra_state", {}).get(name, {})
-            mapped.set_extra_state(dotted, self._extra_states(dotted, mapped, states))
+            entries = self.shared.get("entries", {}).get(name, [])
+            metadata = self.shared.get("metadata", {}).get(name)
+            before = self._before([states, entries, metadata])
+            unlike += self._set_extra_states(name, mapped, states)
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
-            entries = self.shared.get("entries", {}).get(name, [])
             given = [
                 {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
             ]
-            metadata = self.shared.get("metadata", {}).get(name)
             decoded = None if metadata is None else self._decoded(metadata)
             unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
             unlike += self._unlike_extra_states(dotted, mapped, states)
+            unlike += [key.rpartition(":")[2] for key in before.changed()]
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions store all buffers this way.
         if any(own_buffers.values()) and not self.same_ranks:
@@ -130,6 +145,30 @@ class Installer:
         """Names of a model's tensors that were not loaded."""
         missing = (*self.notes.missing, *self.shared.get("unsaved", ()))
         return {name.removeprefix(f"{dotted}.") for name in missing if name.startswith(f"{dotted}.")}
+
+    def _set_extra_states(self, name: str, mapped: ModelMap, states: Mapping[str, Any]) -> list[str]:
+        """Give modules their extra state, and their tensors what was saved if that has changed them.
+
+        Returns:
+            Names of tensors that were replaced by others that do not fit.
+        """
+        dotted = called(name)
+        given = self._extra_states(dotted, mapped, states)
+        if not given.keys() & mapped.extra_states.keys():
+            mapped.set_extra_state(dotted, given)
+            return []
+        fetches = self.fetches.get(name, ())
+        live = {slot.name: slot.tensor for slot in mapped.slots}
+        before = Before.of({str(number): item.into for number, item in enumerate(fetches)})
+        mapped.set_extra_state(dotted, given)
+        self.read_again([fetches[int(number)] for number in before.changed()])
+        return mapped.put_back(live)
+
+    def _before(self, trees: Any) -> Before:
+        """The tensors that encoded data refers to, before an object gets them."""
+        shards = {} if self.own is None else self.own.get("shards", {})
+        own = {name: shards[name] for name in own_names(trees) if name in shards}
+        return Before.of({name: self.tensors[name] for name in tensor_names(trees) if name in self.tensors} | own)
 
     def _extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A new copy of a model's saved extra states; values left out come from the live ones."""
@@ -171,8 +210,9 @@ class Installer:
         for number, tree in found.own.items():
             dotted, optimizer = named[number]
             decoded = self._whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
+            before = self._before(tree)
             unlike = give_back(dotted, optimizer, decoded, found, walk)
-            self.notes.took(dotted, unlike)
+            self.notes.took(dotted, [*unlike, *before.changed()])
         left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):
             self.notes.exact += [dotted] if number not in left else []
@@ -226,12 +266,17 @@ class Installer:
         """Let an object load its state, and check whether it reports the same state afterwards."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out entirely: it stays as it was built
-        whole = self._whole(dotted, item, tree)
+        whole, before = self._whole(dotted, item, tree), self._before(tree)
+        optimizers = self.state.named_optimizers
+        options = Options.of(optimizers)
         _load(dotted, item, whole())
+        for name, changed in options.changed(optimizers).items():
+            self.notes.changed(name, dotted, changed)
         if self.other_stages:  # it was given the state of all stages, and keeps its own
             self.notes.trusted.append(dotted)
             return
-        self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
+        unlike = list(differing(whole(), told_by(dotted, item), dotted))
+        self.notes.took(dotted, [*unlike, *(f"{dotted}.{name.rpartition(':')[2]}" for name in before.changed())])
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
         """Restore the random generators, or derive them if the ranks differ."""

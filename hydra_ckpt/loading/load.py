@@ -22,7 +22,7 @@ from hydra_ckpt.state.optimizer_loading import empty_states
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp
 from hydra_ckpt.storage.ledger import Ledger, Span, join
-from hydra_ckpt.storage.read import fetch
+from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, share_out
 from hydra_ckpt.store.catalog import Checkpoint
 
@@ -172,11 +172,16 @@ class Load:
         root, manifest = self.checkpoint.path, self.checkpoint.manifest
         if self.verify:
             self._ledger = Ledger(checks(root, manifest.files, manifest.digests))
-        ordered = sorted(plan.fetches, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
+        count = self._fetch(source, plan.fetches, self._ledger)
+        return count, [] if self._ledger is None else self._ledger.done()
+
+    def _fetch(self, source: Source, wanted: Sequence[Fetch], ledger: Ledger | None) -> int:
+        """Read, in the order of the files; returns the number of bytes."""
+        root = self.checkpoint.path
+        ordered = sorted(wanted, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
         foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
         own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
-        count = fetch(root, own, self._ledger) + fetch_distcp(root, foreign, source.lengths)
-        return count, [] if self._ledger is None else self._ledger.done()
+        return fetch(root, own, ledger) + fetch_distcp(root, foreign, source.lengths)
 
     def _verify_rest(self, done: Sequence[Sequence[int]]) -> None:
         """Collective: compare, once each, the digests that no rank compared while reading."""
@@ -201,6 +206,8 @@ class Load:
             same_ranks=source.same_ranks,
             other_stages=source.other_stages,
             schedulers=plan.schedulers,
+            fetches=plan.of_models,
+            read_again=lambda items: self._fetch(source, items, None),
             resized=plan.resized,
             like=lambda name: self._like(source, name),
             notes=self._notes,

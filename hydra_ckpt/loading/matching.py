@@ -56,6 +56,7 @@ class LoadPlan:
 
     Attributes:
         fetches: Boxes of stored tensors, with the tensors that receive them.
+        of_models: Those of each model's tensors.
         tensors: The tensors that encoded values refer to, by name; to be filled.
         resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
         fit: The part of the optimizers' state that fits; None if none is loaded.
@@ -65,6 +66,7 @@ class LoadPlan:
     """
 
     fetches: list[Fetch] = field(default_factory=list)
+    of_models: dict[str, Sequence[Fetch]] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     fit: Fit | None = None
@@ -140,7 +142,9 @@ class _Matcher:
             if part_of(name) not in saved and saved & live.keys():
                 self.plan.absent.add(called(name))  # the checkpoint does not have this object
                 continue
+            first = len(self.plan.fetches)
             self._match_model(name, mapped)
+            self.plan.of_models[name] = self.plan.fetches[first:]
 
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))

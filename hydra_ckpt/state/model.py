@@ -382,6 +382,24 @@ class ModelMap:
         return {slot.name: slot.tensor for slot in [*self.slots, *self._beside] if not slot.is_parameter}
 
     @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Copy values into the tensors of these names that were replaced by others since.
+
+        Returns:
+            Names of those whose replacements do not fit.
+        """
+        unlike = []
+        for slot in self.slots:
+            before, now = tensors[slot.name], getattr(slot.owner, slot.attribute, None)
+            if now is before:
+                continue
+            if isinstance(now, torch.Tensor) and (now.shape, now.dtype) == (before.shape, before.dtype):
+                now.copy_(before)
+            else:
+                unlike.append(slot.name)
+        return unlike
+
+    @torch.no_grad()
     def set_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the buffers of these names."""
         live = self.buffers()
