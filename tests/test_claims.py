@@ -288,3 +288,90 @@ def test_an_optimizer_whose_rate_a_scheduler_changes_is_not_exact(tmp_path: Path
     assert "lr_scheduler changed optimizer.0.lr while it loaded its state" in report.notes
     unchanged = load(tmp_path, state(0.5)[0])
     assert {"optimizer", "lr_scheduler"} <= set(unchanged.exact)
+
+
+# --- each name in one field
+
+
+def _two_ranks(root: Path, names: bool) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    save(root, _differing(rank, names), rank=rank)
+
+
+def _differing(value: int, names: bool) -> AppState:
+    """Everything that is plain data differs with the value."""
+    model = Module(held=value)
+    optimizers: dict[str, Any] = {"main": torch.optim.SGD(model.parameters(), lr=0.5 + value), "wrapper": Holder(value)}
+    schedulers = {"one": Holder(value), "two": Holder(5), "three": Holder(torch.full((2,), float(value)))}
+    extras = {"box": Holder(value), "same": Holder(1), "gone": Holder(value)}
+    optimizers["main"].state[model.weight]["note"] = value
+    if names:
+        return AppState(model, optimizers, schedulers, extras=extras)
+    return AppState(model, optimizers["main"], schedulers["one"], extras=extras)
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_what_is_rank_0_s_is_rederived_by_name_and_not_exact(tmp_path: Path, names: bool) -> None:
+    run_distributed(_two_ranks, 2, tmp_path, names)
+    fresh = _differing(7, names)
+    del fresh.extras["gone"]
+    report = load(tmp_path, fresh)
+    inside = {"rng", "extras.box", "model.extra_state"}
+    if names:
+        schedulers = {"lr_scheduler.one", "lr_scheduler.three"}
+        inside |= {
+            *schedulers,
+            "optimizer.main.weight",
+            "optimizer.main.param_groups.0",
+            "optimizer.wrapper.state_dict()",
+        }
+        exact = {"optimizer.main", "optimizer.wrapper", "lr_scheduler.two"}
+    else:
+        inside |= {"lr_scheduler", "optimizer.weight", "optimizer.param_groups.0"}
+        exact = {"optimizer"}
+    assert set(report.rederived) == inside
+    assert set(report.exact) == {"model", "extras.same", "progress", *exact}
+    assert report.skipped == ("extras.gone",)
+    for name in inside - {"rng"}:
+        assert f"{name}: each rank had its own values; those of rank 0 are used on all ranks" in report.notes
+
+
+def _with_entries(root: Path) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    save(root, AppState(Entries(float(rank))), rank=rank)
+
+
+class Entries(nn.Linear):
+    """Its state_dict() has an entry that is no buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(1, 1)
+        self.seen = torch.full((2,), value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}seen"] = self.seen
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.seen = state.pop(f"{prefix}seen")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_entries_of_rank_0_are_named(tmp_path: Path) -> None:
+    run_distributed(_with_entries, 2, tmp_path)
+    report = load(tmp_path, AppState(Entries(7.0)))
+    assert "model.state_dict()" in report.rederived
+
+
+def test_what_is_left_out_as_a_whole_is_not_exact(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    options = {"allow_unsaved": ["optimizer.wrapper", "extras.box", "lr_scheduler"]}
+    main = torch.optim.SGD(model.parameters(), lr=0.5)
+    state = AppState(model, {"main": main, "wrapper": Holder(1)}, Holder(1), extras={"box": Holder(1)})
+    save(tmp_path, state, **options)
+    fresh = AppState(model, {"main": main, "wrapper": Holder(7)}, Holder(7), extras={"box": Holder(7)})
+    report = load(tmp_path, fresh)
+    assert set(report.missing) == {"optimizer.wrapper", "extras.box", "lr_scheduler"}
+    assert set(report.exact) == {"model", "optimizer.main", "rng", "progress"}

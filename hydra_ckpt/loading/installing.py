@@ -320,7 +320,9 @@ class Installer:
             if part not in wanted or not new or part in notes.rederived:
                 continue
             notes.missing += new
-            notes.derived(part, f"not in the checkpoint, so left as it was built: {', '.join(new)}")
+            notes.texts.append(f"not in the checkpoint, so left as it was built: {', '.join(new)}")
+            if part == "dataloader":  # it starts from the beginning
+                notes.rederived.append(part)
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]

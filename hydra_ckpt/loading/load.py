@@ -90,6 +90,7 @@ class Load:
         # The step of a foreign directory is known only once it has been read.
         checkpoint, notes, available = source.checkpoint, self._notes, source.available()
         step, epoch = (checkpoint.step, checkpoint.epoch) if "progress" in self.parts else (0, 0)
+        elsewhere = {*notes.trusted, *notes.rederived, *notes.missing, *notes.skipped}
         loaded = (part for part in PARTS if part in available and plan.takes_any(part, len(self.state.optimizers)))
         return LoadReport(
             step=step,
@@ -97,7 +98,7 @@ class Load:
             path=checkpoint.path,
             metrics=checkpoint.metrics,
             loaded=tuple(loaded),
-            exact=tuple(notes.exact),
+            exact=tuple(name for name in notes.exact if name not in elsewhere),
             trusted=tuple(notes.trusted),
             missing=tuple(dict.fromkeys(notes.missing)),
             skipped=(*(part for part in PARTS if part not in available and source.has(part)), *notes.skipped),

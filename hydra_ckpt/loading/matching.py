@@ -15,7 +15,8 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.loading.per_rank import ELSEWHERE, owner_of
+from hydra_ckpt.loading.labels import called_here, label_of_tensor, part_of_label
+from hydra_ckpt.loading.per_rank import ELSEWHERE
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.state import stages
@@ -112,17 +113,24 @@ class _Matcher:
 
     def _note_plain(self) -> None:
         """Report the plain data for which all ranks get rank 0's values."""
-        kinds = {"extra_state": "model"}
-        available = self.source.available()
         for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
-            kind = label.partition(".")[0]
-            if kinds.get(kind, kind) in available:
-                self._derived_from_rank_0(label.rstrip("."))
+            self._derived_from_rank_0(label)
 
     def _derived_from_rank_0(self, label: str) -> None:
-        self.source.notes.derived(
-            label, f"{label}: each rank had its own values; those of rank 0 are used on all ranks"
-        )
+        if part_of_label(label) not in self.source.available():
+            return
+        state, shared = self.source.state, self.source.shared
+        saved = {"optimizer": shared.get("optimizer", {}).get("optimizers", []), "lr_scheduler": shared["lr_scheduler"]}
+        live = {"optimizer": len(state.optimizers), "lr_scheduler": len(state.lr_schedulers)}
+        homes = {kind: self.source.counterparts(kind, len(items), live[kind]) for kind, items in saved.items()}
+        names, fits = self.source.extractor.parameter_names(state), self.plan.fit
+        holders = [] if fits is None else fits.live
+        owners = {names[id(item)]: holder.called for holder in holders for item in holder.parameters}
+        dotted = called_here(label, state, shared.get("extra_state", {}), homes, owners)
+        if dotted is not None and dotted not in self.source.notes.rederived:
+            self.source.notes.derived(
+                dotted, f"{dotted}: each rank had its own values; those of rank 0 are used on all ranks"
+            )
 
     def _leave_own(self, label: str, dotted: str) -> None:
         """Note per-rank values that no rank gets here: an error, or left as built."""
@@ -316,14 +324,14 @@ class _Matcher:
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.EXTRAS)
         available = self.source.available()
         for name in sorted(own):
-            kind, label = owner_of(name)
+            label = label_of_tensor(name)
+            kind, _, extra = label.partition(".")
             if kind != "extras":
-                if ("model" if kind == "extra_state" else kind) in available:
-                    self._derived_from_rank_0(label)
-            elif kind in available and label in self.source.state.extras:
-                self._leave_own(f"extras: {name}", f"extras.{label}")
-                self.source.shared["extras"].pop(label, None)
-                self.plan.absent.add(f"extras.{label}")
+                self._derived_from_rank_0(label)
+            elif kind in available and extra in self.source.state.extras:
+                self._leave_own(f"extras: {name}", label)
+                self.source.shared["extras"].pop(extra, None)
+                self.plan.absent.add(label)
 
     def _match_extras(self) -> None:
         available = self.source.available()

@@ -226,6 +226,7 @@ def _add_own(
     here.sharing = None  # it is told more than what was walked
     here.inside = f"optimizer {number}{SEPARATOR}"
     tree = own_state(optimizer, inside, [*sink.values(), *sink.own.values()], here)
+    sink.omitted += here.omitted
     if tree is None:
         return
     found.data.setdefault("own", {})[str(number)] = tree
@@ -239,7 +240,6 @@ def _add_own(
     found.alone.update(name for name, tensor in here.items() if not isinstance(tensor, DTensor))
     sink.update(here)
     sink.own.update(here.own)
-    sink.omitted += here.omitted
 
 
 def _like(tensor: DTensor, parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
