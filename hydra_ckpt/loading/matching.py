@@ -22,13 +22,14 @@ from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.meshes import explain
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.state.optimizer_loading import Fit, fit, has_parameters, leave_reordered, moved_groups
-from hydra_ckpt.state.optimizer_targets import targets
+from hydra_ckpt.state.optimizer_targets import homeless, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
-from hydra_ckpt.storage.decoding import own_names, placements, strides, tensor_names
+from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, strides, tensor_names
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store import names
@@ -132,9 +133,9 @@ class _Matcher:
                 dotted, f"{dotted}: each rank had its own values; those of rank 0 are used on all ranks"
             )
 
-    def _leave_own(self, label: str, dotted: str) -> None:
-        """Note per-rank values that no rank gets here: an error, or left as built."""
-        self.plan.mismatch.different[label] = ELSEWHERE
+    def _leave_own(self, label: str, dotted: str, why: str = ELSEWHERE) -> None:
+        """Note values that no rank gets here: an error, or left as built."""
+        self.plan.mismatch.different[label] = why
         self.plan.mismatch.left.append(dotted)
 
     def _match_models(self) -> None:
@@ -298,9 +299,7 @@ class _Matcher:
         if self.strict and (found.missing or found.different):
             return
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
-        modules = [module for models in self.source.state.models.values() for module in models]
-        everything = [item for module in modules for item in (*module.parameters(), *module.buffers())]
-        into = targets(described, found, shapes, named, parameters, everything)
+        into = targets(described, found, shapes, named, parameters, self._tensors())
         self._want(stored, set(tensor_names(found.trees())), into)
 
     def _skip_wrappers(self, described: Mapping[str, Any], homes: Sequence[int | None]) -> None:
@@ -313,11 +312,16 @@ class _Matcher:
     def _leave_own_state(self, found: Fit) -> None:
         """Refuse the optimizers' per-rank tensors, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
-        if not own:
-            return
-        lost = found.drop(own)
-        for label in sorted(lost):
+        for label in sorted(found.drop(own)) if own else ():
             self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
+        lost = homeless(self.source.shared["optimizer"], found, self._tensors())
+        for label in sorted(found.drop(lost)) if lost else ():
+            self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}", explain(lost[label]))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The models' tensors."""
+        modules = [module for models in self.source.state.models.values() for module in models]
+        return [item for module in modules for item in (*module.parameters(), *module.buffers())]
 
     def _leave_own_extras(self) -> None:
         """Refuse extras with per-rank tensors, or leave them as built; for other objects use rank 0's tensors."""
@@ -336,16 +340,13 @@ class _Matcher:
     def _match_extras(self) -> None:
         available = self.source.available()
         live: Mapping[str, torch.Tensor] = {}
-        shared = self.source.shared
-        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
-        trees = [shared.get(kind, {}) for kind in kinds]
         if "lr_scheduler" in available:
             self._match_schedulers()
-            trees.append(self.plan.schedulers)
         if "extras" in available:
             live = templates(self.source.state)
             self._keep_known_extras(live)
-            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        self._leave_homeless(live)
+        trees = self._trees()
         if own_names(trees) and not self.source.same_ranks:
             self.plan.mismatch.different["extras"] = (
                 "they hold shards of a tensor subclass, which fit only the ranks that had them"
@@ -353,8 +354,40 @@ class _Matcher:
         stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
         wanted = set(tensor_names(trees))
         # Never read into the live tensors: the objects load their state themselves.
-        places = Places(self.source.state, live, placements(trees), strides(trees))
+        places = self._places(live, trees)
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
+
+    def _trees(self) -> list[Any]:
+        """The encoded data whose tensors are in the part `extras`."""
+        shared, available = self.source.shared, self.source.available()
+        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
+        trees: list[Any] = [shared.get(kind, {}) for kind in kinds]
+        trees.append(self.plan.schedulers)
+        if "extras" in available:
+            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        return trees
+
+    def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
+        return Places(self.source.state, live, placements(trees), strides(trees), foreign_meshes(trees))
+
+    def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Refuse objects with DTensors whose mesh is not here, or leave them as built."""
+        places = self._places(live, self._trees())
+        lost = places.homeless()
+        if not lost:
+            return
+        shared = self.source.shared
+        holders = [(self.plan.schedulers, "")]
+        holders.append((shared.get("extras", {}), "extras."))
+        holders += [(states, f"{called(model)}.") for model, states in shared.get("extra_state", {}).items()]
+        holders += [(part, f"{called(model)}.") for model, parts in shared.get("entries", {}).items() for part in parts]
+        for held, prefix in holders:
+            for key in list(held):
+                for name in sorted(set(tensor_names(held[key])).intersection(lost)):
+                    dotted = f"{prefix}{key}"
+                    self._leave_own(f"{dotted} ({name})", dotted, explain(places.foreign[name]))
+                    held.pop(key, None)
+                    self.plan.absent.add(dotted)
 
     def _match_schedulers(self) -> None:
         """Find the saved state of each live scheduler; further live ones stay as they were built."""

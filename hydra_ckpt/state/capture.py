@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, leave_out
 from hydra_ckpt.layout.aliases import Naming
@@ -25,6 +27,7 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.state.meshes import described, meshes_of
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
@@ -208,7 +211,7 @@ class Extractor:
             parts[names.OPTIMIZER] = described.locals(self.localize)
             shards.update(described.own)
             omitted += described.omitted
-        sinks = Sinks(self.stage, self.unsaved)
+        sinks = Sinks(self.stage, self.unsaved, meshes_of(_tensors(state)))
         shared["lr_scheduler"] = [
             sinks.encode(name, f"lr_scheduler:{number}", partial(told_by, name, scheduler))
             for number, (name, scheduler) in enumerate(state.named_schedulers.items())
@@ -276,6 +279,7 @@ class Sinks:
     Args:
         stage: The pipeline stage, which keeps the names apart.
         unsaved: Patterns of dotted names that are left out.
+        meshes: The meshes of the models' tensors.
 
     Attributes:
         tensors: Of all objects, by name.
@@ -285,6 +289,7 @@ class Sinks:
 
     stage: int
     unsaved: tuple[str, ...]
+    meshes: Collection[DeviceMesh] = ()
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
@@ -303,6 +308,7 @@ class Sinks:
         inside = qualify(name, self.stage)
         sink = Sink(inside, dotted, unsaved=self.unsaved)
         sink.tells_placements = True
+        sink.describe_mesh = lambda tensor: described(tensor.device_mesh) if self._is_foreign(tensor) else None
         is_out = not dotted.startswith("model") and is_left_out(dotted, self.unsaved)
         try:
             encoded = encode(None if is_out else ask(), inside, sink)
@@ -315,6 +321,17 @@ class Sinks:
         self.own.update(sink.own)
         self.omitted += sink.omitted
         return encoded
+
+    def _is_foreign(self, tensor: DTensor) -> bool:
+        return all(mesh != tensor.device_mesh for mesh in self.meshes)
+
+
+def _tensors(state: AppState) -> Iterator[torch.Tensor]:
+    """The models' tensors."""
+    for modules in state.models.values():
+        for module in modules:
+            yield from module.parameters()
+            yield from module.buffers()
 
 
 def _refuse_meta(parts: Mapping[str, Sequence[LocalTensor]]) -> None:

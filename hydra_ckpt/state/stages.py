@@ -78,6 +78,8 @@ def _optimizers(described: Sequence[Document]) -> Document:
     placed = [one for one in described if "placements" in one]
     if placed:
         found["placements"] = {name: dims for one in placed for name, dims in one["placements"].items()}
+    if any("foreign" in one for one in described):
+        found["foreign"] = {name: mesh for one in described for name, mesh in one.get("foreign", {}).items()}
     if any("plain" in one for one in described):
         found["plain"] = [name for one in described for name in one.get("plain", [])]
     paths = dict.fromkeys(path for one in described for path in one.get("inner", {}))

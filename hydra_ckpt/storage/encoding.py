@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -27,7 +27,7 @@ from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
 
-TAG, STRIDES, PLACEMENTS = "~", "s", "p"
+TAG, STRIDES, PLACEMENTS, MESH = "~", "s", "p", "m"
 # Values that are not in the tree: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
 # One object in several places; another object over the same memory; a part of that memory.
@@ -66,9 +66,11 @@ class Sink(dict[str, torch.Tensor]):
         omitted: Dotted names of the values that were left out.
         own: DTensors whose shards are tensor subclasses, by name: each rank has to store its own.
         tells_placements: Whether DTensors say in the data how they are placed.
+        describe_mesh: Describes the mesh of a DTensor, for those that need it; None if no DTensor says it.
     """
 
     tells_placements = False
+    describe_mesh: Callable[[DTensor], Any] | None = None
 
     def __init__(
         self, inside: str, called: str, known: Mapping[int, Any] | None = None, unsaved: Sequence[str] = ()
@@ -327,6 +329,8 @@ class _Encoder:
             found[PLACEMENTS] = [
                 placement.dim if isinstance(placement, Shard) else None for placement in value.placements
             ]
+            if self._sink.describe_mesh is not None and (told := self._sink.describe_mesh(value)) is not None:
+                found[MESH] = told
         self._tensors[name] = value
         return found
 
