@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ __all__ = ["first_rank_says", "register_resolvers"]
 
 _TIME_VARIABLE = "HYDRA_CKPT_LAUNCH_TIME"
 _STORE_KEY = "hydra_ckpt/launch_time"
+# The agent is up before its ranks are started.
+_AGENT_S = 60
 _said = count()
 
 
@@ -112,4 +114,12 @@ def _agents_store() -> TCPStore:
     """The store of torchrun's agent, which outlives the ranks."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_AGENT_S))
+    except RuntimeError as error:
+        raise TopologyError(
+            f"the store of torchrun's agent at {address}:{port} does not answer within {_AGENT_S} s. If that host is "
+            "lost, torchrun has kept its address: start with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give the run "
+            "directory a name (hydra.run.dir=..., in hydra-ckpt-train run_name=...)"
+        ) from error

@@ -164,28 +164,54 @@ class _Matcher:
         if naming is not None:
             held = {alias.name for key in held for alias in naming.by_source.get(key, ())}
             items = Exporter(naming)(items)
-        self.plan.mismatch.unexpected += [prefix + key for key in stored.keys() - held - set(mapped.omitted)]
+        strange = stored.keys() - held - set(mapped.omitted)
+        taken = self._take_odd(name, mapped, items, stored, strange) if naming is None else set()
+        self.plan.mismatch.unexpected += [prefix + key for key in strange - taken]
         own = self._match_own(name, prefix, mapped)
+        # What was one tensor when it was saved, and is not here.
+        ties = self.source.shared.get("ties", {}).get(name, {}) if naming is None else {}
         for item in items:
-            if naming is None and self._resize(name, mapped, item, stored.get(item.spec.name)):
+            key = item.spec.name
+            if key in taken:
                 continue
-            fits = self._match_tensor(prefix, item, stored.get(item.spec.name))
+            if key in ties and key not in stored:
+                self.source.notes.texts.append(f"{key} was one tensor with {ties[key]} when saved, and is not here")
+            fits = self._match_tensor(prefix, item, stored.get(key) or stored.get(ties.get(key, key)))
             if fits is not None and (item.place.origin or item.spec.name) not in own:
                 self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
             self.plan.mismatch.different[prefix + "state_dict()"] = "its entries belong to other parts of the model"
 
-    def _resize(self, model: str, mapped: ModelMap, item: LocalTensor, stored: StoredTensor | None) -> bool:
-        """Read a buffer of another size separately, if its module will accept it."""
-        name, spec = item.spec.name, None if stored is None else stored.spec
-        if stored is None or spec is None or spec.dtype != item.spec.dtype or spec.shape == item.spec.file_shape:
-            return False
-        if item.place.mesh or not mapped.resizes(name, spec.shape):
-            return False
-        target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device=item.tensor.device)
-        self.plan.resized.setdefault(model, {})[name] = target
-        self.plan.fetches.append(Fetch(stored, Box.whole(spec.shape), target))
-        return True
+    def _take_odd(
+        self,
+        model: str,
+        mapped: ModelMap,
+        items: Sequence[LocalTensor],
+        stored: Mapping[str, StoredTensor],
+        strange: Collection[str],
+    ) -> set[str]:
+        """Read tensors separately that the model lacks, or has in another size, if its modules accept them.
+
+        Returns:
+            Their names.
+        """
+        resized = [
+            item.spec.name
+            for item in items
+            if not item.place.mesh
+            and (found := stored.get(item.spec.name)) is not None
+            and found.spec.dtype == item.spec.dtype
+            and found.spec.shape != item.spec.file_shape
+        ]
+        specs = {name: stored[name].spec for name in (*strange, *resized)}
+        # Without memory: the sizes are a file's.
+        odd = {name: torch.empty(one.shape, dtype=TORCH_DTYPE[one.dtype], device="meta") for name, one in specs.items()}
+        taken = mapped.accepted(odd)
+        for name in taken:
+            target = torch.empty_like(odd[name], device="cpu")
+            self.plan.resized.setdefault(model, {})[name] = target
+            self.plan.fetches.append(Fetch(stored[name], Box.whole(specs[name].shape), target))
+        return taken
 
     def _match_own(self, model: str, prefix: str, mapped: ModelMap) -> set[str]:
         """A model's tensors that are not taken from the shared ones; fetches this rank's own."""

@@ -43,6 +43,26 @@ def _held_bytes(module: nn.Module) -> int:
     return sum(item.nbytes for item in (*module.parameters(), *module.buffers()))
 
 
+def _accepts(module: nn.Module, prefix: str, values: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a module has these tensors after they were loaded into a copy of it.
+
+    Args:
+        module: The module.
+        prefix: What the names of its tensors begin with.
+        values: The tensors, on the meta device.
+    """
+    if _held_bytes(module) + sum(value.nbytes for value in values.values()) > _MOST_TRIED_BYTES:
+        return False
+    given = {name.removeprefix(prefix): torch.zeros_like(value, device="cpu") for name, value in values.items()}
+    try:
+        tried = copy.deepcopy(module)
+        tried.load_state_dict({**tried.state_dict(), **given})
+        after = tried.state_dict()
+        return all(name in after and after[name].shape == value.shape for name, value in given.items())
+    except Exception:  # noqa: BLE001 - a foreign module's own loading
+        return False
+
+
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
     """Names of tied weights to the names of the weights they are tied to, as transformers 5 declares them."""
     declared = getattr(model, "all_tied_weights_keys", None)  # those in effect; the class only names the possible ones
@@ -222,21 +242,30 @@ class ModelMap:
                 f"(register_load_state_dict_pre_hook), {leave_out(f'{called}.{min(lost)}')}"
             )
 
-    def resizes(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a buffer takes this size when its module is loaded, as those of observers do; tried on a copy."""
-        slot = next((slot for slot in self.slots if slot.name == name and not slot.is_parameter), None)
-        if slot is None or self._ours is not None or len(self._cores) > 1 or name in self.aliases.values():
-            return False
-        if not customizes_loading(slot.owner) or _held_bytes(slot.owner) > _MOST_TRIED_BYTES:
-            return False
-        try:
-            tried = copy.deepcopy(slot.owner)
-            state = tried.state_dict()
-            tried.load_state_dict({**state, slot.attribute: torch.zeros(tuple(shape), dtype=slot.tensor.dtype)})
-            taken = tried._buffers[slot.attribute]
-        except Exception:  # noqa: BLE001 - a foreign module's own loading
-            return False
-        return taken is not None and tuple(taken.shape) == tuple(shape)
+    def accepted(self, odd: Mapping[str, torch.Tensor]) -> set[str]:
+        """Which tensors that the model lacks, or has in another size, its modules take when they are loaded.
+
+        Buffers of observers change their size, others are None until they are loaded, and hooks add whole modules. It
+        is tried on copies.
+
+        Args:
+            odd: These tensors by name, of the saved size and element type; their values do not matter.
+        """
+        if (
+            not odd
+            or self._ours is not None
+            or len(self._cores) > 1
+            or not odd.keys().isdisjoint(self.aliases.values())
+        ):
+            return set()
+        inner = [walked for walked in self._walked if not walked.is_wrapper and customizes_loading(walked.module)]
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        loading = {walked.name: walked.module for walked in inner}
+        for name, value in odd.items():
+            place = max((place for place in loading if name.startswith(place)), key=len, default=None)
+            if place is not None:
+                found.setdefault(place, {})[name] = value
+        return {name for place, values in found.items() for name in values if _accepts(loading[place], place, values)}
 
     def give_back(
         self,

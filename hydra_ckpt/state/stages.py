@@ -56,6 +56,10 @@ def combine(documents: Sequence[Document], holds: str, stage: int, schedulers: i
         for name in dict.fromkeys(name for document in documents for name in document.get(kind, {})):
             trees = [expanded(document[kind][name]) for document in documents if name in document.get(kind, {})]
             combined[kind][name] = _merge(trees, f"{kind}[{name!r}]", notes)
+    combined["ties"] = {}
+    for document in documents:
+        for model, aliases in document.get("ties", {}).items():
+            combined["ties"].setdefault(model, {}).update(aliases)
     combined["unsaved"] = sorted({name for document in documents for name in document.get("unsaved", [])})
     combined["of_other_stages"] = [
         name
