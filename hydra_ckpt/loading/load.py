@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.loading.installing import Installer, Notes
-from hydra_ckpt.loading.matching import LoadPlan, plan_load
+from hydra_ckpt.loading.load_plan import LoadPlan
+from hydra_ckpt.loading.matching import plan_load
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state.app_state import AppState

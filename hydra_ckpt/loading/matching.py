@@ -16,6 +16,7 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.labels import called_here, label_of_tensor, part_of_label
+from hydra_ckpt.loading.load_plan import LoadPlan
 from hydra_ckpt.loading.per_rank import ELSEWHERE
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.loading.translation import Saved, translate
@@ -25,7 +26,8 @@ from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.meshes import explain
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.state.optimizer_loading import Fit, fit, has_parameters, leave_reordered, moved_groups
+from hydra_ckpt.state.optimizer_homes import has_parameters
+from hydra_ckpt.state.optimizer_loading import Fit, fit, leave_reordered, moved_groups
 from hydra_ckpt.state.optimizer_targets import homeless, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
@@ -33,52 +35,6 @@ from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, s
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store import names
-
-
-@dataclass
-class Mismatch:
-    """The mismatches between a checkpoint and the live objects.
-
-    Attributes:
-        missing: Names that the checkpoint lacks.
-        unexpected: Names that the live objects lack.
-        different: Name to how the two differ.
-        left: What stays as it was built because of these, by dotted name.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    different: dict[str, str] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-
-
-@dataclass
-class LoadPlan:
-    """What one rank reads, and into what.
-
-    Attributes:
-        fetches: Boxes of stored tensors, with the tensors that receive them.
-        of_models: Those of each model's tensors.
-        tensors: The tensors that encoded values refer to, by name; to be filled.
-        resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
-        fit: The part of the optimizers' state that fits; None if none is loaded.
-        schedulers: Dotted name of a live scheduler to its saved state, encoded.
-        absent: Single objects that the checkpoint does not have, by dotted name.
-        mismatch: All mismatches.
-    """
-
-    fetches: list[Fetch] = field(default_factory=list)
-    of_models: dict[str, Sequence[Fetch]] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    fit: Fit | None = None
-    schedulers: dict[str, Any] = field(default_factory=dict)
-    absent: set[str] = field(default_factory=set)
-    mismatch: Mismatch = field(default_factory=Mismatch)
-
-    def takes_any(self, part: str, optimizers: int) -> bool:
-        """Whether anything of an available part is installed."""
-        return part != "optimizer" or self.fit is None or len(self.fit.absent) < optimizers
 
 
 def plan_load(source: Source, *, strict: bool) -> LoadPlan:

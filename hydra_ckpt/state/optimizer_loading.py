@@ -12,6 +12,7 @@ from hydra_ckpt.errors import CheckpointError, some_of
 from hydra_ckpt.state.capture import told_by
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
+from hydra_ckpt.state.optimizer_homes import home_of, section
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill, tensor_names
 
@@ -93,12 +94,6 @@ def empty_states(described: Mapping[str, Any]) -> dict[str, set[str]]:
     return {path: set(one.get("empty", ())) for path, one in {"": described, **described.get("inner", {})}.items()}
 
 
-def section(described: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """What a description says of the optimizers, or of those inside them under one path."""
-    nothing: Mapping[str, Any] = {"optimizers": [], "state": {}}
-    return described if not path else described.get("inner", {}).get(path, nothing)
-
-
 def fit(
     described: Mapping[str, Any],
     optimizers: Mapping[str, Any],
@@ -122,7 +117,7 @@ def fit(
     for number, place in enumerate(homes):
         if place is None and not any(holder.parameters for holder in found.live if holder.number == number):
             found.absent.add(number)
-        home = _home(described, found.live, number, names, place)
+        home = home_of(described, found.live, number, names, place)
         tree = described.get("own", {}).get(str(number if home is None else home))
         if tree is None or number in found.absent | found.refused:
             continue
@@ -138,47 +133,6 @@ def fit(
 
 def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
-
-
-def has_parameters(described: Mapping[str, Any], number: int) -> bool:
-    """Whether the saved optimizer of a number, or one inside it, had parameters."""
-    paths = ["", *described.get("inner", {})]
-    return any(
-        group["params"] for path in paths for one in _numbered(described, number, path) for group in one["groups"]
-    )
-
-
-def _home(
-    described: Mapping[str, Any],
-    live: Sequence[Holder],
-    number: int,
-    names: Mapping[int, str],
-    place: int | None,
-) -> int | None:
-    """The number that an optimizer had when it was saved, by the groups of parameters that it and those inside it have.
-
-    None if none had the same. The place of the same key or position comes first: groups may be empty.
-    """
-    mine = {
-        holder.path: [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
-        for holder in live
-        if holder.number == number and holder.groups
-    }
-    wanted = [*([] if place is None else [place]), *range(len(described["optimizers"]))]
-    return next((place for place in wanted if all(_had(described, place, *item) for item in mine.items())), None)
-
-
-def _had(described: Mapping[str, Any], number: int, path: str, groups: Sequence[Sequence[str]]) -> bool:
-    """Whether the optimizer of a number, or one inside it, had these groups of parameters."""
-    there = _numbered(described, number, path)
-    return any([group["params"] for group in one["groups"]] == groups for one in there)
-
-
-def _numbered(described: Mapping[str, Any], number: int, path: str) -> list[Mapping[str, Any]]:
-    """What a description says of the optimizer of a number, or of those inside it under one path."""
-    saved = section(described, path)["optimizers"]
-    # Older checkpoints do not number those inside.
-    return [one for place, one in enumerate(saved) if one.get("number", number if path else place) == number]
 
 
 def leave_reordered(
