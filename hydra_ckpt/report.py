@@ -17,11 +17,12 @@ class LoadReport:
         metrics: Its metrics.
         loaded: Parts of which anything was loaded.
         exact: Objects that were restored and compared with what was saved, by dotted name: `model`, `optimizer`,
-            `extras.ema`. Except what the other fields name inside them.
+            `extras.ema`; except what the other fields name inside them (`optimizer.param_groups.0`,
+            `model.head.weight`, and `buffers` for those of models). None of these names is in another field.
         trusted: Objects, or parts of them, that loaded their state themselves and do not show that they have it, such
             as data loaders of other libraries.
         rederived: State that does not continue exactly, but was derived from the step or taken from another rank:
-            `rng`, `buffers`, `dataloader`.
+            `rng`, `buffers`, `dataloader`, `lr_scheduler`, `extras.ema`, `optimizer.param_groups.0`.
         skipped: State in the checkpoint that was not loaded: parts that were not requested, or for which the AppState
             has no object, and with `load_strict=false` single names.
         missing: State of the AppState that the checkpoint lacks, so it stays as it was built: `optimizer`,

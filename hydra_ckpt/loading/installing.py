@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,15 +11,18 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, counted, some_of
+from hydra_ckpt.loading.untouched import Before, Options
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, called, told_by
 from hydra_ckpt.state.dataloader import ResumableLoader
+from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from
+from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from, own_names, tensor_names
 from hydra_ckpt.storage.encoding import OWN, UNSAVED
+from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store.catalog import Checkpoint
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
@@ -66,6 +69,13 @@ class Notes:
             f"{some_of(sorted(unlike))}"
         )
 
+    def changed(self, what: str, by: str, names: Collection[str]) -> None:
+        """Note that an object that had been restored was changed by the loading of another one."""
+        if what in self.exact:
+            self.exact.remove(what)
+            self.trusted.append(what)
+        self.texts.append(f"{by} changed {some_of(sorted(names))} while it loaded its state")
+
 
 @dataclass(frozen=True)
 class Installer:
@@ -80,6 +90,9 @@ class Installer:
         like: Finds the parameter that a sharded tensor subclass of this name belongs to.
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
+        schedulers: Dotted name of a live scheduler to its saved state, encoded.
+        fetches: For each model what was read into its tensors.
+        read_again: Reads such tensors once more.
         resized: For each model the buffers, already read, whose saved size differs from the live one.
         notes: Collects what the report will list.
     """
@@ -92,6 +105,9 @@ class Installer:
     like: Callable[[str], DTensor]
     same_ranks: bool
     other_stages: bool
+    schedulers: Mapping[str, Any]
+    fetches: Mapping[str, Sequence[Fetch]]
+    read_again: Callable[[Sequence[Fetch]], Any]
     resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
 
@@ -107,17 +123,19 @@ class Installer:
             if dotted in absent:
                 continue
             states = self.shared.get("extra_state", {}).get(name, {})
-            mapped.set_extra_state(self._decoded(states))
+            entries = self.shared.get("entries", {}).get(name, [])
+            metadata = self.shared.get("metadata", {}).get(name)
+            before = self._before([states, entries, metadata])
+            unlike += self._set_extra_states(name, mapped, states)
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
-            entries = self.shared.get("entries", {}).get(name, [])
             given = [
                 {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
             ]
-            metadata = self.shared.get("metadata", {}).get(name)
             decoded = None if metadata is None else self._decoded(metadata)
             unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
-            unlike += self._unlike_extra_states(dotted, states, mapped.extra_state())
+            unlike += self._unlike_extra_states(dotted, mapped, states)
+            unlike += [key.rpartition(":")[2] for key in before.changed()]
             self.notes.took(dotted, unlike)
         # Checkpoints of earlier versions store all buffers this way.
         if any(own_buffers.values()) and not self.same_ranks:
@@ -128,16 +146,48 @@ class Installer:
         missing = (*self.notes.missing, *self.shared.get("unsaved", ()))
         return {name.removeprefix(f"{dotted}.") for name in missing if name.startswith(f"{dotted}.")}
 
-    def _unlike_extra_states(self, dotted: str, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    def _set_extra_states(self, name: str, mapped: ModelMap, states: Mapping[str, Any]) -> list[str]:
+        """Give modules their extra state, and their tensors what was saved if that has changed them.
+
+        Returns:
+            Names of tensors that were replaced by others that do not fit.
+        """
+        dotted = called(name)
+        given = self._extra_states(dotted, mapped, states)
+        if not given.keys() & mapped.extra_states.keys():
+            mapped.set_extra_state(dotted, given)
+            return []
+        fetches = self.fetches.get(name, ())
+        live = {slot.name: slot.tensor for slot in mapped.slots}
+        before = Before.of({str(number): item.into for number, item in enumerate(fetches)})
+        mapped.set_extra_state(dotted, given)
+        self.read_again([fetches[int(number)] for number in before.changed()])
+        return mapped.put_back(live)
+
+    def _before(self, trees: Any) -> Before:
+        """The tensors that encoded data refers to, before an object gets them."""
+        shards = {} if self.own is None else self.own.get("shards", {})
+        own = {name: shards[name] for name in own_names(trees) if name in shards}
+        return Before.of({name: self.tensors[name] for name in tensor_names(trees) if name in self.tensors} | own)
+
+    def _extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A new copy of a model's saved extra states; values left out come from the live ones."""
+        found = {name: value for name, value in self._decoded(saved).items() if value is not OMITTED}
+        if missing_from([saved[name] for name in found]):
+            fill(found, mapped.extra_state(dotted))
+        return found
+
+    def _unlike_extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> list[str]:
         """Extra states that modules report differently from those they were given; notes those on one side only."""
+        live = mapped.extra_state(dotted)
         if not self.other_stages:
             for names, found in (
                 (saved.keys() - live.keys(), self.notes.skipped),
                 (live.keys() - saved.keys(), self.notes.missing),
             ):
                 found += [f"{dotted}.{name}" for name in sorted(names)]
-        both = {name: tree for name, tree in saved.items() if name in live}
-        return [name.removeprefix(".") for name in differing(self._decoded(both), {name: live[name] for name in both})]
+        both = {name: tree for name, tree in self._extra_states(dotted, mapped, saved).items() if name in live}
+        return [name.removeprefix(".") for name in differing(both, {name: live[name] for name in both})]
 
     def optimizers(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """Install the optimizers' state and options, and whatever else they save.
@@ -160,8 +210,9 @@ class Installer:
         for number, tree in found.own.items():
             dotted, optimizer = named[number]
             decoded = self._whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
+            before = self._before(tree)
             unlike = give_back(dotted, optimizer, decoded, found, walk)
-            self.notes.took(dotted, unlike)
+            self.notes.took(dotted, [*unlike, *before.changed()])
         left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):
             self.notes.exact += [dotted] if number not in left else []
@@ -191,15 +242,14 @@ class Installer:
     def objects(self, available: Collection[str]) -> None:
         """Install schedulers, extras and the data loader, if they are requested and stored."""
         if "lr_scheduler" in available:
-            pairs = zip(self.state.named_schedulers.items(), self.shared["lr_scheduler"], strict=False)
-            for (name, scheduler), tree in pairs:
-                self._give(name, scheduler, tree)
+            for name, tree in self.schedulers.items():
+                self._give(name, self.state.named_schedulers[name], tree)
         if "extras" in available:
             for name, extra in self.state.extras.items():
                 if name in self.shared["extras"]:
                     self._give(f"extras.{name}", extra, self.shared["extras"][name])
         if "dataloader" in available and self.own is not None:
-            self.state.dataloader.load_state_dict(self.own["dataloader"])
+            _load("dataloader", self.state.dataloader, self.own["dataloader"])
             claims = self.notes.exact if isinstance(self.state.dataloader, ResumableLoader) else self.notes.trusted
             claims.append("dataloader")
 
@@ -216,19 +266,17 @@ class Installer:
         """Let an object load its state, and check whether it reports the same state afterwards."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out entirely: it stays as it was built
-        whole = self._whole(dotted, item, tree)
-        try:
-            item.load_state_dict(whole())
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}"
-            ) from error
+        whole, before = self._whole(dotted, item, tree), self._before(tree)
+        optimizers = self.state.named_optimizers
+        options = Options.of(optimizers)
+        _load(dotted, item, whole())
+        for name, changed in options.changed(optimizers).items():
+            self.notes.changed(name, dotted, changed)
         if self.other_stages:  # it was given the state of all stages, and keeps its own
             self.notes.trusted.append(dotted)
             return
-        self.notes.took(dotted, list(differing(whole(), told_by(dotted, item), dotted)))
+        unlike = list(differing(whole(), told_by(dotted, item), dotted))
+        self.notes.took(dotted, [*unlike, *(f"{dotted}.{name.rpartition(':')[2]}" for name in before.changed())])
 
     def rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
         """Restore the random generators, or derive them if the ranks differ."""
@@ -272,7 +320,27 @@ class Installer:
             if part not in wanted or not new or part in notes.rederived:
                 continue
             notes.missing += new
-            notes.derived(part, f"not in the checkpoint, so left as it was built: {', '.join(new)}")
+            notes.texts.append(f"not in the checkpoint, so left as it was built: {', '.join(new)}")
+            if part == "dataloader":  # it starts from the beginning
+                notes.rederived.append(part)
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]
+
+
+def _load(dotted: str, item: Any, state: Any) -> None:
+    """Let an object load its state.
+
+    Raises:
+        CheckpointError: It raises.
+    """
+    try:
+        item.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{dotted} ({type(item).__qualname__}): its load_state_dict() raises {type(error).__name__}: {error}. "
+            "Build it as in the run that saved, or leave it out: give AppState no such object, or load only other "
+            "parts (restore_parts)"
+        ) from error

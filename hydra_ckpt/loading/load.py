@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.loading.installing import Installer, Notes
-from hydra_ckpt.loading.matching import LoadPlan, plan_load
+from hydra_ckpt.loading.load_plan import LoadPlan
+from hydra_ckpt.loading.matching import plan_load
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.state.app_state import AppState
@@ -22,7 +23,7 @@ from hydra_ckpt.state.optimizer_loading import empty_states
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import fetch_distcp
 from hydra_ckpt.storage.ledger import Ledger, Span, join
-from hydra_ckpt.storage.read import fetch
+from hydra_ckpt.storage.read import Fetch, fetch
 from hydra_ckpt.storage.verify import checks, findings, share_out
 from hydra_ckpt.store.catalog import Checkpoint
 
@@ -90,6 +91,7 @@ class Load:
         # The step of a foreign directory is known only once it has been read.
         checkpoint, notes, available = source.checkpoint, self._notes, source.available()
         step, epoch = (checkpoint.step, checkpoint.epoch) if "progress" in self.parts else (0, 0)
+        elsewhere = {*notes.trusted, *notes.rederived, *notes.missing, *notes.skipped}
         loaded = (part for part in PARTS if part in available and plan.takes_any(part, len(self.state.optimizers)))
         return LoadReport(
             step=step,
@@ -97,7 +99,7 @@ class Load:
             path=checkpoint.path,
             metrics=checkpoint.metrics,
             loaded=tuple(loaded),
-            exact=tuple(notes.exact),
+            exact=tuple(name for name in notes.exact if name not in elsewhere),
             trusted=tuple(notes.trusted),
             missing=tuple(dict.fromkeys(notes.missing)),
             skipped=(*(part for part in PARTS if part not in available and source.has(part)), *notes.skipped),
@@ -172,11 +174,16 @@ class Load:
         root, manifest = self.checkpoint.path, self.checkpoint.manifest
         if self.verify:
             self._ledger = Ledger(checks(root, manifest.files, manifest.digests))
-        ordered = sorted(plan.fetches, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
+        count = self._fetch(source, plan.fetches, self._ledger)
+        return count, [] if self._ledger is None else self._ledger.done()
+
+    def _fetch(self, source: Source, wanted: Sequence[Fetch], ledger: Ledger | None) -> int:
+        """Read, in the order of the files; returns the number of bytes."""
+        root = self.checkpoint.path
+        ordered = sorted(wanted, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
         foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
         own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
-        count = fetch(root, own, self._ledger) + fetch_distcp(root, foreign, source.lengths)
-        return count, [] if self._ledger is None else self._ledger.done()
+        return fetch(root, own, ledger) + fetch_distcp(root, foreign, source.lengths)
 
     def _verify_rest(self, done: Sequence[Sequence[int]]) -> None:
         """Collective: compare, once each, the digests that no rank compared while reading."""
@@ -200,6 +207,9 @@ class Load:
             tensors=plan.tensors,
             same_ranks=source.same_ranks,
             other_stages=source.other_stages,
+            schedulers=plan.schedulers,
+            fetches=plan.of_models,
+            read_again=lambda items: self._fetch(source, items, None),
             resized=plan.resized,
             like=lambda name: self._like(source, name),
             notes=self._notes,

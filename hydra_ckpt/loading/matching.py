@@ -15,64 +15,26 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.loading.per_rank import ELSEWHERE, owner_of
+from hydra_ckpt.loading.labels import called_here, label_of_tensor, part_of_label
+from hydra_ckpt.loading.load_plan import LoadPlan
+from hydra_ckpt.loading.per_rank import ELSEWHERE
 from hydra_ckpt.loading.source import Source
 from hydra_ckpt.loading.translation import Saved, translate
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import called, part_of, templates
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.meshes import explain
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer import SEPARATOR
+from hydra_ckpt.state.optimizer_homes import has_parameters
 from hydra_ckpt.state.optimizer_loading import Fit, fit, leave_reordered, moved_groups
-from hydra_ckpt.state.optimizer_targets import targets
+from hydra_ckpt.state.optimizer_targets import homeless, targets
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.state.places import Places
-from hydra_ckpt.storage.decoding import own_names, placements, strides, tensor_names
+from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, strides, tensor_names
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE, TORCH_DTYPE
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store import names
-
-
-@dataclass
-class Mismatch:
-    """The mismatches between a checkpoint and the live objects.
-
-    Attributes:
-        missing: Names that the checkpoint lacks.
-        unexpected: Names that the live objects lack.
-        different: Name to how the two differ.
-        left: What stays as it was built because of these, by dotted name.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    different: dict[str, str] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-
-
-@dataclass
-class LoadPlan:
-    """What one rank reads, and into what.
-
-    Attributes:
-        fetches: Boxes of stored tensors, with the tensors that receive them.
-        tensors: The tensors that encoded values refer to, by name; to be filled.
-        resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
-        fit: The part of the optimizers' state that fits; None if none is loaded.
-        absent: Single objects that the checkpoint does not have, by dotted name.
-        mismatch: All mismatches.
-    """
-
-    fetches: list[Fetch] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    fit: Fit | None = None
-    absent: set[str] = field(default_factory=set)
-    mismatch: Mismatch = field(default_factory=Mismatch)
-
-    def takes_any(self, part: str, optimizers: int) -> bool:
-        """Whether anything of an available part is installed."""
-        return part != "optimizer" or self.fit is None or len(self.fit.absent) < optimizers
 
 
 def plan_load(source: Source, *, strict: bool) -> LoadPlan:
@@ -108,21 +70,28 @@ class _Matcher:
 
     def _note_plain(self) -> None:
         """Report the plain data for which all ranks get rank 0's values."""
-        kinds = {"extra_state": "model"}
-        available = self.source.available()
         for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
-            kind = label.partition(".")[0]
-            if kinds.get(kind, kind) in available:
-                self._derived_from_rank_0(label.rstrip("."))
+            self._derived_from_rank_0(label)
 
     def _derived_from_rank_0(self, label: str) -> None:
-        self.source.notes.derived(
-            label, f"{label}: each rank had its own values; those of rank 0 are used on all ranks"
-        )
+        if part_of_label(label) not in self.source.available():
+            return
+        state, shared = self.source.state, self.source.shared
+        saved = {"optimizer": shared.get("optimizer", {}).get("optimizers", []), "lr_scheduler": shared["lr_scheduler"]}
+        live = {"optimizer": len(state.optimizers), "lr_scheduler": len(state.lr_schedulers)}
+        homes = {kind: self.source.counterparts(kind, len(items), live[kind]) for kind, items in saved.items()}
+        names, fits = self.source.extractor.parameter_names(state), self.plan.fit
+        holders = [] if fits is None else fits.live
+        owners = {names[id(item)]: holder.called for holder in holders for item in holder.parameters}
+        dotted = called_here(label, state, shared.get("extra_state", {}), homes, owners)
+        if dotted is not None and dotted not in self.source.notes.rederived:
+            self.source.notes.derived(
+                dotted, f"{dotted}: each rank had its own values; those of rank 0 are used on all ranks"
+            )
 
-    def _leave_own(self, label: str, dotted: str) -> None:
-        """Note per-rank values that no rank gets here: an error, or left as built."""
-        self.plan.mismatch.different[label] = ELSEWHERE
+    def _leave_own(self, label: str, dotted: str, why: str = ELSEWHERE) -> None:
+        """Note values that no rank gets here: an error, or left as built."""
+        self.plan.mismatch.different[label] = why
         self.plan.mismatch.left.append(dotted)
 
     def _match_models(self) -> None:
@@ -138,7 +107,9 @@ class _Matcher:
             if part_of(name) not in saved and saved & live.keys():
                 self.plan.absent.add(called(name))  # the checkpoint does not have this object
                 continue
+            first = len(self.plan.fetches)
             self._match_model(name, mapped)
+            self.plan.of_models[name] = self.plan.fetches[first:]
 
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))
@@ -280,7 +251,9 @@ class _Matcher:
     def _match_optimizers(self) -> None:
         described, named = self.source.shared["optimizer"], self.source.state.named_optimizers
         parameters = self.source.extractor.parameter_names(self.source.state)
-        found = self.plan.fit = fit(described, named, parameters)
+        homes = self.source.counterparts("optimizer", len(described["optimizers"]), len(named))
+        found = self.plan.fit = fit(described, named, parameters, homes)
+        self._skip_wrappers(described, homes)
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
         leave_reordered(described, found, parameters, {name: prod(item.spec.shape) for name, item in stored.items()})
         self._leave_own_state(found)
@@ -308,46 +281,54 @@ class _Matcher:
         if self.strict and (found.missing or found.different):
             return
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
-        modules = [module for models in self.source.state.models.values() for module in models]
-        everything = [item for module in modules for item in (*module.parameters(), *module.buffers())]
-        into = targets(described, found, shapes, named, parameters, everything)
+        into = targets(described, found, shapes, named, parameters, self._tensors())
         self._want(stored, set(tensor_names(found.trees())), into)
+
+    def _skip_wrappers(self, described: Mapping[str, Any], homes: Sequence[int | None]) -> None:
+        """Note saved wrappers without parameters that the AppState lacks; other optimizers are known by theirs."""
+        keys, saved = self._keys("optimizer"), described["optimizers"]
+        bare = [number for number in map(int, described.get("own", ())) if not has_parameters(described, number)]
+        left = [number for number in bare if number not in homes and number < len(saved)]
+        self._skip([f"optimizer.{number if keys is None else keys[number]}" for number in sorted(left)])
 
     def _leave_own_state(self, found: Fit) -> None:
         """Refuse the optimizers' per-rank tensors, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
-        if not own:
-            return
-        lost = found.drop(own)
-        for label in sorted(lost):
+        for label in sorted(found.drop(own)) if own else ():
             self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
+        lost = homeless(self.source.shared["optimizer"], found, self._tensors())
+        for label in sorted(found.drop(lost)) if lost else ():
+            self._leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}", explain(lost[label]))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The models' tensors."""
+        modules = [module for models in self.source.state.models.values() for module in models]
+        return [item for module in modules for item in (*module.parameters(), *module.buffers())]
 
     def _leave_own_extras(self) -> None:
         """Refuse extras with per-rank tensors, or leave them as built; for other objects use rank 0's tensors."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.EXTRAS)
         available = self.source.available()
         for name in sorted(own):
-            kind, label = owner_of(name)
+            label = label_of_tensor(name)
+            kind, _, extra = label.partition(".")
             if kind != "extras":
-                if ("model" if kind == "extra_state" else kind) in available:
-                    self._derived_from_rank_0(label)
-            elif kind in available and label in self.source.state.extras:
-                self._leave_own(f"extras: {name}", f"extras.{label}")
-                self.source.shared["extras"].pop(label, None)
-                self.plan.absent.add(f"extras.{label}")
+                self._derived_from_rank_0(label)
+            elif kind in available and extra in self.source.state.extras:
+                self._leave_own(f"extras: {name}", label)
+                self.source.shared["extras"].pop(extra, None)
+                self.plan.absent.add(label)
 
     def _match_extras(self) -> None:
         available = self.source.available()
         live: Mapping[str, torch.Tensor] = {}
-        shared = self.source.shared
-        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
-        trees = [shared.get(kind, {}) for kind in kinds]
         if "lr_scheduler" in available:
-            trees.append(self._match_schedulers())
+            self._match_schedulers()
         if "extras" in available:
             live = templates(self.source.state)
             self._keep_known_extras(live)
-            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        self._leave_homeless(live)
+        trees = self._trees()
         if own_names(trees) and not self.source.same_ranks:
             self.plan.mismatch.different["extras"] = (
                 "they hold shards of a tensor subclass, which fit only the ranks that had them"
@@ -355,29 +336,80 @@ class _Matcher:
         stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
         wanted = set(tensor_names(trees))
         # Never read into the live tensors: the objects load their state themselves.
-        places = Places(self.source.state, live, placements(trees), strides(trees))
+        places = self._places(live, trees)
         self._want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
-    def _match_schedulers(self) -> list[Any]:
-        """The saved states for the live schedulers, in order; additional live ones stay as they were built."""
+    def _trees(self) -> list[Any]:
+        """The encoded data whose tensors are in the part `extras`."""
+        shared, available = self.source.shared, self.source.available()
+        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
+        trees: list[Any] = [shared.get(kind, {}) for kind in kinds]
+        trees.append(self.plan.schedulers)
+        if "extras" in available:
+            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        return trees
+
+    def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
+        return Places(self.source.state, live, placements(trees), strides(trees), foreign_meshes(trees))
+
+    def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Refuse objects with DTensors whose mesh is not here, or leave them as built."""
+        places = self._places(live, self._trees())
+        lost = places.homeless()
+        if not lost:
+            return
+        shared = self.source.shared
+        holders = [(self.plan.schedulers, "")]
+        holders.append((shared.get("extras", {}), "extras."))
+        holders += [(states, f"{called(model)}.") for model, states in shared.get("extra_state", {}).items()]
+        holders += [(part, f"{called(model)}.") for model, parts in shared.get("entries", {}).items() for part in parts]
+        for held, prefix in holders:
+            for key in list(held):
+                for name in sorted(set(tensor_names(held[key])).intersection(lost)):
+                    dotted = f"{prefix}{key}"
+                    self._leave_own(f"{dotted} ({name})", dotted, explain(places.foreign[name]))
+                    held.pop(key, None)
+                    self.plan.absent.add(dotted)
+
+    def _match_schedulers(self) -> None:
+        """Find the saved state of each live scheduler; further live ones stay as they were built."""
         saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
-        self.plan.absent.update(live[len(saved) :])
-        if (moved := self._moved_groups()) and saved and live:
+        homes = self.source.counterparts("lr_scheduler", len(saved), len(live))
+        self.plan.schedulers = {name: saved[home] for name, home in zip(live, homes, strict=True) if home is not None}
+        self.plan.absent.update(set(live) - self.plan.schedulers.keys())
+        if self.plan.schedulers and (moved := self._moved_groups()):
             self.plan.mismatch.different["lr_scheduler"] = (
                 f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
                 "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
             )
-        if len(saved) > len(live):
+        keys = self._keys("lr_scheduler")
+        if keys is not None:
+            self._skip([f"lr_scheduler.{key}" for number, key in enumerate(keys) if number not in homes])
+        elif len(saved) > len(live):
             self.plan.mismatch.different["lr_scheduler"] = (
                 f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
             )
-        return list(saved[: len(live)])
+
+    def _keys(self, kind: str) -> list[str] | None:
+        """The saved keys by which optimizers or schedulers were matched; None if they were matched by position."""
+        here = self.source.state.keys[kind]
+        found: list[str] | None = self.source.shared.get("keys", {}).get(kind)
+        return None if here is None else found
+
+    def _skip(self, dotted: Sequence[str]) -> None:
+        """Note objects of the checkpoint that the AppState lacks."""
+        self.source.notes.skipped += dotted
+        self.source.notes.texts += [f"in the checkpoint, but not used here: {', '.join(dotted)}"] if dotted else []
 
     def _moved_groups(self) -> list[str]:
         source, found = self.source, self.plan.fit
         if found is None or source.other_stages:
             return []
-        return moved_groups(source.shared["optimizer"], found, source.extractor.parameter_names(source.state))
+        described, live = source.shared["optimizer"], len(source.state.optimizers)
+        homes: list[int | None] = list(range(live))
+        if self._keys("lr_scheduler") is not None:  # by position, a scheduler belongs to the optimizer of its number
+            homes = source.counterparts("optimizer", len(described["optimizers"]), live)
+        return moved_groups(described, found, source.extractor.parameter_names(source.state), homes)
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""

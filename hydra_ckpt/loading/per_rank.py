@@ -11,7 +11,7 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.state.plain import ABSENT, is_state, put_plain
 from hydra_ckpt.storage.header import read_tensors
-from hydra_ckpt.storage.stages import on_rank, unqualified
+from hydra_ckpt.storage.stages import on_rank
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import PartRecord
 
@@ -88,11 +88,3 @@ class PerRank:
             return stored
         own = {name: self.stored[f"{part}/{name}"] for name in self.names_in(part)}
         return {**stored, **{name: replace(item, spec=replace(item.spec, name=name)) for name, item in own.items()}}
-
-
-def owner_of(name: str) -> tuple[str, str]:
-    """The owner of a tensor of the part `extras`: `extras`, `lr_scheduler` or `extra_state`, and its label or name."""
-    owner = unqualified(name).partition(":")[0]
-    if owner in ("lr_scheduler", "extra_state"):
-        return owner, owner
-    return "extras", owner

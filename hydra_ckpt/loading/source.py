@@ -17,7 +17,7 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.installing import Notes
 from hydra_ckpt.loading.per_rank import PerRank
 from hydra_ckpt.state import stages
-from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.app_state import AppState, counterparts
 from hydra_ckpt.state.capture import Extractor, unpack
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import stored_tensors
@@ -94,6 +94,17 @@ class Source:
             "progress": True,
         }
         return {part for part in self.parts if takers[part] and self.has(part)}
+
+    def counterparts(self, kind: str, count: int, live: int) -> list[int | None]:
+        """For each live optimizer or scheduler the number of the saved one; None if there is none.
+
+        Args:
+            kind: `optimizer` or `lr_scheduler`.
+            count: How many were saved.
+            live: How many there are here.
+        """
+        saved = self.shared.get("keys", {}).get(kind)  # older checkpoints have none
+        return counterparts(count if saved is None or len(saved) != count else saved, self.state.keys[kind] or live)
 
     def read(self) -> None:
         """Read the values that are not tensors.

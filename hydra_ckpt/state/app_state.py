@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,6 +62,10 @@ class AppState:
         for name in self.model if isinstance(self.model, dict) else ():
             if not name.isidentifier():
                 raise CheckpointConfigError(f"model[{name!r}]: names of models must be identifiers")
+        for kind, value in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler)):
+            called = _called(kind, value)
+            if twice := sorted({name for name in called if called.count(name) > 1}):
+                raise CheckpointConfigError(f"{kind}: two objects would be called {twice[0]}; give each its own key")
 
     def _check_extras(self) -> None:
         given: Any = self.extras  # of whatever type it may be
@@ -137,6 +141,11 @@ class AppState:
         """The same by name, as `named_optimizers`."""
         return dict(zip(_called("lr_scheduler", self.lr_scheduler), self.lr_schedulers, strict=True))
 
+    @property
+    def keys(self) -> dict[str, list[str] | None]:
+        """For `optimizer` and `lr_scheduler` the keys that identify the objects; None if only their order does."""
+        return {"optimizer": _keys(self.optimizer), "lr_scheduler": _keys(self.lr_scheduler)}
+
 
 def as_list(value: Any) -> list[Any]:
     """One, several or no objects as a list. A container with a state of its own is one object."""
@@ -156,6 +165,30 @@ def _called(kind: str, value: Any) -> list[str]:
         return [f"{kind}.{key if isinstance(key, str | int) else number}" for number, key in enumerate(value)]
     count = len(as_list(value))
     return [kind] if count == 1 else [f"{kind}.{number}" for number in range(count)]
+
+
+def _keys(value: Any) -> list[str] | None:
+    """The keys of a dict of objects; None for a list, or for one object."""
+    if not isinstance(value, Mapping) or isinstance(value, Stateful):
+        return None
+    return [str(key) for key in value] if all(isinstance(key, str | int) for key in value) else None
+
+
+def counterparts(saved: Sequence[str] | int, live: Sequence[str] | int) -> list[int | None]:
+    """Which saved object each live one is: by their keys, or by position unless both have keys.
+
+    Args:
+        saved: The keys of the saved objects; or how many there are.
+        live: The same of the live objects.
+
+    Returns:
+        For each live object the number of the saved one; None if there is none.
+    """
+    if isinstance(saved, int) or isinstance(live, int):
+        count, wanted = (item if isinstance(item, int) else len(item) for item in (saved, live))
+        return [number if number < count else None for number in range(wanted)]
+    numbers = {key: number for number, key in enumerate(saved)}
+    return [numbers.get(key) for key in live]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

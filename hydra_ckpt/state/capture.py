@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,14 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, leave_out
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.state.meshes import described, meshes_of
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
@@ -197,7 +200,7 @@ class Extractor:
             refuse_lost(maps.values(), _trained(state))
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
         omitted = [f"{called(name)}.{tensor}" for name, mapped in maps.items() for tensor in mapped.omitted]
-        shared: dict[str, Any] = {"holds": self.held(state), "stage": self.stage}
+        shared: dict[str, Any] = {"holds": self.held(state), "stage": self.stage, "keys": state.keys}
         if ties := {name: mapped.aliases for name, mapped in maps.items() if mapped.aliases}:
             shared["ties"] = ties
         shards: dict[str, torch.Tensor] = {}
@@ -210,13 +213,14 @@ class Extractor:
             parts[names.OPTIMIZER] = described.locals(self.localize)
             shards.update(described.own)
             omitted += described.omitted
-        sinks = Sinks(self.stage, self.unsaved)
+        sinks = Sinks(self.stage, self.unsaved, meshes_of(_tensors(state)))
         shared["lr_scheduler"] = [
             sinks.encode(name, f"lr_scheduler:{number}", partial(told_by, name, scheduler))
             for number, (name, scheduler) in enumerate(state.named_schedulers.items())
         ]
         shared["extra_state"] = {
-            name: sinks.encode(called(name), f"extra_state:{name}", mapped.extra_state) for name, mapped in maps.items()
+            name: sinks.encode(called(name), f"extra_state:{name}", partial(mapped.extra_state, called(name)))
+            for name, mapped in maps.items()
         }
         shared["entries"] = self._entries({name: found.entries for name, found in told.items()}, sinks)
         shared["metadata"] = {
@@ -257,8 +261,17 @@ class Extractor:
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:
             self.try_dataloader(state)
-        take = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
-        return take() if self._resumable and take is not None else None
+        ask = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
+        if not self._resumable or ask is None:
+            return None
+        try:
+            return ask()
+        except Exception as error:
+            raise CheckpointConfigError(
+                f"dataloader ({type(state.dataloader).__qualname__}): its state_dict() raises {type(error).__name__}: "
+                f"{error}. Fix it; or pass AppState another loader (hydra_ckpt.resumable(loader, seed=...) makes one "
+                "from a plain DataLoader) or none"
+            ) from error
 
 
 @dataclass
@@ -268,6 +281,7 @@ class Sinks:
     Args:
         stage: The pipeline stage, which keeps the names apart.
         unsaved: Patterns of dotted names that are left out.
+        meshes: The meshes of the models' tensors.
 
     Attributes:
         tensors: Of all objects, by name.
@@ -277,6 +291,7 @@ class Sinks:
 
     stage: int
     unsaved: tuple[str, ...]
+    meshes: Collection[DeviceMesh] = ()
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
@@ -295,6 +310,7 @@ class Sinks:
         inside = qualify(name, self.stage)
         sink = Sink(inside, dotted, unsaved=self.unsaved)
         sink.tells_placements = True
+        sink.describe_mesh = lambda tensor: described(tensor.device_mesh) if self._is_foreign(tensor) else None
         is_out = not dotted.startswith("model") and is_left_out(dotted, self.unsaved)
         try:
             encoded = encode(None if is_out else ask(), inside, sink)
@@ -307,6 +323,17 @@ class Sinks:
         self.own.update(sink.own)
         self.omitted += sink.omitted
         return encoded
+
+    def _is_foreign(self, tensor: DTensor) -> bool:
+        return all(mesh != tensor.device_mesh for mesh in self.meshes)
+
+
+def _tensors(state: AppState) -> Iterator[torch.Tensor]:
+    """The models' tensors."""
+    for modules in state.models.values():
+        for module in modules:
+            yield from module.parameters()
+            yield from module.buffers()
 
 
 def _refuse_meta(parts: Mapping[str, Sequence[LocalTensor]]) -> None:
@@ -335,7 +362,8 @@ def told_by(dotted: str, item: Any) -> Any:
         return item.state_dict()
     except Exception as error:
         raise CheckpointConfigError(
-            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}"
+            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}. Fix it, "
+            f"{leave_out(dotted)}"
         ) from error
 
 
@@ -422,5 +450,5 @@ def templates(state: AppState) -> Mapping[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, extra in state.extras.items():
         with suppress(Exception):  # an object that cannot be saved, or has no state yet, may still be loaded into
-            encode(extra.state_dict(), f"{name}:", tensors)
+            encode(told_by(f"extras.{name}", extra), f"{name}:", tensors)
     return tensors

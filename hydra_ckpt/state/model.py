@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hydra_ckpt.errors import CheckpointConfigError, TopologyError, leave_out, some_of
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, TopologyError, leave_out, some_of
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
@@ -411,6 +411,24 @@ class ModelMap:
         return {slot.name: slot.tensor for slot in [*self.slots, *self._beside] if not slot.is_parameter}
 
     @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Copy values into the tensors of these names that were replaced by others since.
+
+        Returns:
+            Names of those whose replacements do not fit.
+        """
+        unlike = []
+        for slot in self.slots:
+            before, now = tensors[slot.name], getattr(slot.owner, slot.attribute, None)
+            if now is before:
+                continue
+            if isinstance(now, torch.Tensor) and (now.shape, now.dtype) == (before.shape, before.dtype):
+                now.copy_(before)
+            else:
+                unlike.append(slot.name)
+        return unlike
+
+    @torch.no_grad()
     def set_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the buffers of these names."""
         live = self.buffers()
@@ -418,14 +436,48 @@ class ModelMap:
             if name in live and live[name].shape == value.shape:
                 live[name].copy_(_placed_as(live[name], value))
 
-    def extra_state(self) -> dict[str, Any]:
-        """What is stored besides the tensors: the modules' own extra state, and buffers that `keep` has left out."""
-        own = {name: module.get_extra_state() for name, module in self.extra_states.items()}
+    def extra_state(self, called: str) -> dict[str, Any]:
+        """What is stored besides the tensors: the modules' own extra state, and buffers that `keep` has left out.
+
+        Args:
+            called: The model's name, for messages.
+
+        Raises:
+            CheckpointConfigError: A get_extra_state() raises.
+        """
+        own = {name: self._extra_state_of(called, name) for name in self.extra_states}
         return {**own, **{slot.name: slot.tensor for slot in self._beside}}
 
-    def set_extra_state(self, states: dict[str, Any]) -> None:
-        """Load it into the modules that have it."""
+    def _extra_state_of(self, called: str, name: str) -> Any:
+        if self._omits(name):
+            return None  # the encoder leaves it out
+        module = self.extra_states[name]
+        try:
+            return module.get_extra_state()
+        except Exception as error:
+            raise CheckpointConfigError(
+                f"{called}.{name} ({type(module).__qualname__}): its get_extra_state() raises {type(error).__name__}: "
+                f"{error}. Fix it, {leave_out(f'{called}.{name}')}"
+            ) from error
+
+    def set_extra_state(self, called: str, states: Mapping[str, Any]) -> None:
+        """Load it into the modules that have it.
+
+        Args:
+            called: The model's name, for messages.
+            states: Extra states and buffers by name.
+
+        Raises:
+            CheckpointError: A set_extra_state() raises.
+        """
         self.set_buffers({name: value for name, value in states.items() if isinstance(value, torch.Tensor)})
-        for name, state in states.items():
-            if name in self.extra_states:
-                self.extra_states[name].set_extra_state(state)
+        for name in states.keys() & self.extra_states.keys():
+            module = self.extra_states[name]
+            try:
+                module.set_extra_state(states[name])
+            except Exception as error:
+                raise CheckpointError(
+                    f"{called}.{name} ({type(module).__qualname__}): its set_extra_state() raises "
+                    f"{type(error).__name__}: {error}. Build the model as in the run that saved; or, if this state may "
+                    f'be lost, save it without: checkpoint.allow_unsaved=["{called}.{name}"]'
+                ) from error

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
+from hydra_ckpt.state.meshes import described
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
 from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary, refuse_shared_names
 from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart
@@ -189,6 +190,8 @@ def _take(found: Described, sink: Sink, here: Sink, parameter: torch.Tensor | No
     for name, tensor in here.items():
         if isinstance(tensor, DTensor):
             found.data["placements"][name] = _placement(tensor, parameter)
+            if not isinstance(parameter, DTensor) or tensor.device_mesh != parameter.device_mesh:
+                found.data.setdefault("foreign", {})[name] = described(tensor.device_mesh)
         elif is_sharded or not from_step:
             found.alone.add(name)
             if is_sharded and tensor.dim():
@@ -226,20 +229,24 @@ def _add_own(
     here.sharing = None  # it is told more than what was walked
     here.inside = f"optimizer {number}{SEPARATOR}"
     tree = own_state(optimizer, inside, [*sink.values(), *sink.own.values()], here)
+    sink.omitted += here.omitted
     if tree is None:
         return
     found.data.setdefault("own", {})[str(number)] = tree
     meshes = found.data.setdefault("meshes", {})
     for name, tensor in here.items():
-        like = _like(tensor, parameters.values()) if isinstance(tensor, DTensor) else None
+        if not isinstance(tensor, DTensor):
+            continue
+        like = _like(tensor, parameters.values())
+        found.data["placements"][name] = _placement(tensor, like)
         if like is not None:
             meshes[name] = names[id(like)]
-            found.data["placements"][name] = _placement(tensor, like)  # type: ignore[arg-type]
+        else:
+            found.data.setdefault("foreign", {})[name] = described(tensor.device_mesh)
     found.unsteady.update(here)
     found.alone.update(name for name, tensor in here.items() if not isinstance(tensor, DTensor))
     sink.update(here)
     sink.own.update(here.own)
-    sink.omitted += here.omitted
 
 
 def _like(tensor: DTensor, parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:

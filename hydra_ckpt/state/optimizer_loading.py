@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, some_of
+from hydra_ckpt.state.capture import told_by
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
+from hydra_ckpt.state.optimizer_homes import home_of, section
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill, tensor_names
 
@@ -92,23 +94,30 @@ def empty_states(described: Mapping[str, Any]) -> dict[str, set[str]]:
     return {path: set(one.get("empty", ())) for path, one in {"": described, **described.get("inner", {})}.items()}
 
 
-def section(described: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """What a description says of the optimizers, or of those inside them under one path."""
-    nothing: Mapping[str, Any] = {"optimizers": [], "state": {}}
-    return described if not path else described.get("inner", {}).get(path, nothing)
-
-
-def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapping[int, str]) -> Fit:
+def fit(
+    described: Mapping[str, Any],
+    optimizers: Mapping[str, Any],
+    names: Mapping[int, str],
+    homes: Sequence[int | None],
+) -> Fit:
     """Find the saved options and state of every live group.
+
+    Args:
+        described: The saved description.
+        optimizers: What the live optimizers are called, to these.
+        names: Identity of a parameter to its name.
+        homes: For each the number of the saved one of the same key or position. Only what has no parameters needs it.
 
     Raises:
         CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     found = Fit(holders(optimizers, names))
     for holder in found.live:
-        _fit_holder(found, section(described, holder.path), holder, names, len(optimizers))
-    for number in range(len(optimizers)):
-        home = _home(described, found.live, number, names)
+        _fit_holder(found, section(described, holder.path), holder, names, homes)
+    for number, place in enumerate(homes):
+        if place is None and not any(holder.parameters for holder in found.live if holder.number == number):
+            found.absent.add(number)
+        home = home_of(described, found.live, number, names, place)
         tree = described.get("own", {}).get(str(number if home is None else home))
         if tree is None or number in found.absent | found.refused:
             continue
@@ -124,28 +133,6 @@ def fit(described: Mapping[str, Any], optimizers: Mapping[str, Any], names: Mapp
 
 def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
-
-
-def _home(described: Mapping[str, Any], live: Sequence[Holder], number: int, names: Mapping[int, str]) -> int | None:
-    """The number that an optimizer had when it was saved, by the groups of parameters that it and those inside it have.
-
-    None if none had the same.
-    """
-    mine = {
-        holder.path: [[names[id(parameter)] for parameter in group["params"]] for group in holder.groups]
-        for holder in live
-        if holder.number == number and holder.groups
-    }
-    wanted = [number, *range(len(described["optimizers"]))]  # its own place first: groups may be empty
-    return next((place for place in wanted if all(_had(described, place, *item) for item in mine.items())), None)
-
-
-def _had(described: Mapping[str, Any], number: int, path: str, groups: Sequence[Sequence[str]]) -> bool:
-    """Whether the optimizer of a number, or one inside it, had these groups of parameters."""
-    saved = section(described, path)["optimizers"]
-    # Older checkpoints do not number those inside.
-    there = [one for place, one in enumerate(saved) if one.get("number", number if path else place) == number]
-    return any([group["params"] for group in one["groups"]] == groups for one in there)
 
 
 def leave_reordered(
@@ -180,7 +167,7 @@ def leave_reordered(
 
 
 def _fit_holder(
-    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], optimizers: int
+    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], homes: Sequence[int | None]
 ) -> None:
     saved = {
         name: (index, group["options"], optimizer["class"])
@@ -196,7 +183,7 @@ def _fit_holder(
         everyone += members
         missing += [name for name in members if name not in saved]
         if not members:
-            rows.append(_empty_group(described, holder, index, optimizers))
+            rows.append(_empty_group(described, holder, index, homes))
             continue
         rows.append(_fit_group(found, holder, index, group, {name: saved[name] for name in members if name in saved}))
     if everyone and len(missing) == len(everyone) and not holder.path:
@@ -231,14 +218,22 @@ def _splits(described: Mapping[str, Any], holder: Holder, names: Mapping[int, st
     return False
 
 
-def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, str]) -> list[str]:
+def moved_groups(
+    described: Mapping[str, Any], found: Fit, names: Mapping[int, str], homes: Sequence[int | None]
+) -> list[str]:
     """Groups that are not at the place where their parameters were: what goes by position does not fit them.
 
     Other tools' directories do not say how groups were arranged.
+
+    Args:
+        described: The saved description.
+        found: What of it fits.
+        names: Identity of a parameter to its name.
+        homes: For each live optimizer the number of the saved one whose place it has.
     """
     if not all(optimizer["class"] for optimizer in described["optimizers"]):
         return []
-    homes = {
+    before = {
         name: (number, index)
         for number, optimizer in enumerate(described["optimizers"])
         for index, group in enumerate(optimizer["groups"])
@@ -249,7 +244,8 @@ def moved_groups(described: Mapping[str, Any], found: Fit, names: Mapping[int, s
         for holder in found.live
         if not holder.path and holder.number not in found.absent | found.refused
         for index, group in enumerate(holder.groups)
-        if {homes.get(names[id(item)], (holder.number, index)) for item in group["params"]} - {(holder.number, index)}
+        if {before[name] for item in group["params"] if (name := names[id(item)]) in before}
+        - {(homes[holder.number], index)}
     ]
 
 
@@ -258,12 +254,14 @@ def _place(holder: Holder, index: int | None = None) -> str:
     return f"{holder.called}{inner}" + ("" if index is None else f", group {index}")
 
 
-def _empty_group(described: Mapping[str, Any], holder: Holder, index: int, optimizers: int) -> dict[str, Any] | None:
-    """The options of a group without parameters, which only its number identifies."""
-    saved = described["optimizers"]
-    if len(saved) != optimizers or len(saved[holder.number]["groups"]) != len(holder.groups):
+def _empty_group(
+    described: Mapping[str, Any], holder: Holder, index: int, homes: Sequence[int | None]
+) -> dict[str, Any] | None:
+    """The options of a group without parameters, which only its number and the optimizer's key or number identify."""
+    saved, home = described["optimizers"], homes[holder.number]
+    if home is None or len(saved) != len(homes) or len(saved[home]["groups"]) != len(holder.groups):
         return None
-    group: dict[str, Any] = saved[holder.number]["groups"][index]
+    group: dict[str, Any] = saved[home]["groups"][index]
     return None if group["params"] else group["options"]
 
 
@@ -403,7 +401,7 @@ def give_back(
             with suppress(AttributeError):  # it shows the groups of the other one
                 one.param_groups = other.param_groups
     walk()
-    return list(differing(decoded(), optimizer.state_dict(), called))
+    return list(differing(decoded(), told_by(called, optimizer), called))
 
 
 def _share_groups(one: Any, other: Any) -> bool:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.holders import Holder
+from hydra_ckpt.state.meshes import find_mesh, meshes_of
 from hydra_ckpt.state.optimizer import AS_PARAMETER, SEPARATOR, describe
 from hydra_ckpt.state.optimizer_loading import Fit
-from hydra_ckpt.storage.decoding import strides, tensor_names
+from hydra_ckpt.storage.decoding import check_meshes, strides, tensor_names
 from hydra_ckpt.storage.encoding import row_major
 from hydra_ckpt.storage.memory import fresh_like, strided_like
 from hydra_ckpt.storage.sharing import shared_memory
@@ -43,17 +45,53 @@ def targets(
     others = shared_memory([*everything, *_places(found.live)])
     with suppress(CheckpointError):  # what cannot be saved may well be loaded into
         live = describe(optimizers, names, asks=False).tensors
-    wanted_strides = strides(found.trees())
+    wanted_strides, meshes = strides(found.trees()), live_meshes(found, everything)
     into: dict[str, torch.Tensor] = {}
     for name, parameter, on_device in _wanted(described, found, names):
         if name not in tensor_shapes or name in into:
             continue  # the caller says that it is missing; or several share it
         shape, dtype = tensor_shapes[name]
-        wanted = _wanted_as(described, name, shape, dtype, wanted_strides.get(name), parameter, on_device)
+        lies = wanted_strides.get(name)
+        mesh = find_mesh(described["foreign"][name], meshes) if name in described.get("foreign", {}) else None
+        if mesh is not None:
+            wanted = _wanted_on(mesh, described["placements"][name], shape, dtype, lies)
+        else:
+            wanted = _wanted_as(described, name, shape, dtype, lies, parameter, on_device)
         held = live.get(name)
         fits = held is not None and wanted.is_like(held) and not others(held)
         into[name] = held if held is not None and fits else wanted.make()
     return into
+
+
+def live_meshes(found: Fit, everything: Sequence[torch.Tensor]) -> list[DeviceMesh]:
+    """The meshes of the models' tensors, and of state that live optimizers already have."""
+    return meshes_of([*everything, *_places(found.live)])
+
+
+def homeless(described: Mapping[str, Any], found: Fit, everything: Sequence[torch.Tensor]) -> dict[str, Sequence[Any]]:
+    """The state tensors whose mesh is neither their parameter's nor any that is here, with that mesh.
+
+    Args:
+        described: The saved description.
+        found: What of it fits.
+        everything: The models' tensors.
+    """
+    foreign, live = described.get("foreign", {}), live_meshes(found, everything)
+    check_meshes(foreign)
+    wanted = set(tensor_names(found.trees()))
+    return {name: mesh for name, mesh in foreign.items() if name in wanted and find_mesh(mesh, live) is None}
+
+
+def _wanted_on(
+    mesh: DeviceMesh,
+    dims: Sequence[int | None],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    lies: tuple[int, ...] | None,
+) -> _Wanted:
+    """A state tensor on a mesh that is not its parameter's."""
+    placements: tuple[Placement, ...] = tuple(Replicate() if dim is None else Shard(dim) for dim in dims)
+    return _Wanted(shape, dtype, lies, torch.device(mesh.device_type), (mesh, placements))
 
 
 def _places(live: Sequence[Holder]) -> Iterator[Any]:

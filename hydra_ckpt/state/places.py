@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.meshes import find_mesh, meshes_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.memory import strided_like
 from hydra_ckpt.storage.stages import unqualified
@@ -25,12 +28,28 @@ class Places:
         live: The tensors that live extras have now, by name; they determine device and mesh.
         placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
         strides: Name to strides, for those that were not row-major.
+        foreign: Name to the mesh it was on, of DTensors that were on none of the model's.
     """
 
     state: AppState
     live: Mapping[str, torch.Tensor]
     placed: Mapping[str, Sequence[int | None]]
     strides: Mapping[str, tuple[int, ...]]
+    foreign: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def homeless(self) -> list[str]:
+        """Names of DTensors whose mesh is not here, and whose object does not have them already."""
+        live = self._live_meshes()
+        return [
+            name
+            for name, mesh in self.foreign.items()
+            if unqualified(name) not in self.live and find_mesh(mesh, live) is None
+        ]
+
+    def _live_meshes(self) -> list[DeviceMesh]:
+        modules = [module for models in self.state.models.values() for module in models]
+        tensors = [item for module in modules for item in (*module.parameters(), *module.buffers())]
+        return meshes_of([*tensors, *self.live.values()])
 
     def fresh(self, name: str, spec: TensorSpec) -> torch.Tensor:
         """An empty tensor for a saved one.
@@ -62,6 +81,10 @@ class Places:
     def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
         """A DTensor on the model's mesh; None if the model is not sharded like this."""
         dims = self.placed[name]
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        if name in self.foreign:
+            mesh = find_mesh(self.foreign[name], self._live_meshes())
+            return None if mesh is None else _empty(spec, dtype, mesh, placements)
         parameters = (
             item for modules in self.state.models.values() for module in modules for item in module.parameters()
         )
@@ -74,5 +97,8 @@ class Places:
             )
         if not fitting:
             return None
-        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
-        return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=fitting[0], placements=placements)
+        return _empty(spec, dtype, fitting[0], placements)
+
+
+def _empty(spec: TensorSpec, dtype: torch.dtype, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=mesh, placements=list(placements))

@@ -3,8 +3,8 @@
 `optimizer.param_groups.<optimizer>.<group>` is a group's description, `optimizer.state.<parameter>` the state of a
 parameter that has more than tensors, and `optimizer.empty` the parameters whose state is empty. Of optimizers inside
 others, `optimizer.inner.<attributes>` is the groups and `optimizer.inner_state.<attributes>::<parameter>` a state.
-`optimizer.own.<optimizer>` is an optimizer's own `state_dict()`. Schedulers, extra state, extras and entries of modules
-have separate labels.
+`optimizer.own.<optimizer>` is an optimizer's own `state_dict()`. Schedulers, extra state, extras, entries of modules
+and the keys of optimizers and schedulers have separate labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SCHEDULERS, _GROUPS, _EMPTY = "lr_scheduler.", "optimizer.param_groups.", "opti
 _STATE, _INNER_STATE = "optimizer.state.", "optimizer.inner_state."
 _INNER, _OWN = "optimizer.inner.", "optimizer.own."
 _OF = "::"  # between an inner optimizer's attributes and a parameter
-_KINDS = ("extra_state", "extras", "entries")
+_KINDS = ("extra_state", "extras", "entries", "keys")
 
 ABSENT = object()
 """What takes the place of data under a label that a rank did not have."""

@@ -38,7 +38,9 @@ def combine(documents: Sequence[Document], holds: str, stage: int, schedulers: i
     if own is not None:
         return own, []
     notes: list[str] = []
-    combined: Document = {"lr_scheduler": _schedulers(documents, schedulers, notes)}
+    combined: Document = {}
+    combined["lr_scheduler"], keys = _schedulers(documents, schedulers, notes)
+    combined["keys"] = {"optimizer": None, "lr_scheduler": keys}
     each = [document.get("per_rank", {}) for document in documents]
     combined["per_rank"] = {
         kind: list(dict.fromkeys(label for labels in each for label in labels.get(kind, ())))
@@ -80,6 +82,8 @@ def _optimizers(described: Sequence[Document]) -> Document:
     placed = [one for one in described if "placements" in one]
     if placed:
         found["placements"] = {name: dims for one in placed for name, dims in one["placements"].items()}
+    if any("foreign" in one for one in described):
+        found["foreign"] = {name: mesh for one in described for name, mesh in one.get("foreign", {}).items()}
     if any("plain" in one for one in described):
         found["plain"] = [name for one in described for name in one.get("plain", [])]
     paths = dict.fromkeys(path for one in described for path in one.get("inner", {}))
@@ -101,15 +105,19 @@ def optimized(documents: Sequence[Document]) -> set[str]:
     }
 
 
-def _schedulers(documents: Sequence[Document], wanted: int, notes: list[str]) -> list[Any]:
-    """One state for each live scheduler: stages run the same schedule, however many schedulers each has."""
+def _schedulers(documents: Sequence[Document], wanted: int, notes: list[str]) -> tuple[list[Any], list[str] | None]:
+    """One state for each live scheduler: stages run the same schedule, however many schedulers each has.
+
+    Returns:
+        The states, and their keys; None if their order counts.
+    """
     pools = [document.get("lr_scheduler", []) for document in documents]
     kinds = {json.dumps(state, sort_keys=True): state for pool in pools for state in pool}
     if len(kinds) == 1:
-        return list(kinds.values()) * wanted
+        return list(kinds.values()) * wanted, None
     if any(pool != pools[0] for pool in pools):
         notes.append("the pipeline stages' schedulers differ; those of the first stage are used")
-    return list(pools[0])
+    return list(pools[0]), documents[0].get("keys", {}).get("lr_scheduler")
 
 
 def _merge(trees: Sequence[Any], path: str, notes: list[str]) -> Any:

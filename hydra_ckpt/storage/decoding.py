@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
-from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, OWN, PLACEMENTS, SAME, STRIDES, TAG, UNSAVED, VIEW
+from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, MESH, OWN, PLACEMENTS, SAME, STRIDES, TAG, UNSAVED, VIEW
 from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
 from hydra_ckpt.storage.subclasses import put_together
 
@@ -200,6 +200,31 @@ def placements(data: Any) -> dict[str, list[int | None]]:
         if type(dims) is not list or not all(dim is None or (type(dim) is int and 0 <= dim < 64) for dim in dims):
             raise CorruptCheckpointError("progress", f"{name!r} has invalid placements")
     return found
+
+
+def foreign_meshes(data: Any) -> dict[str, list[Any]]:
+    """The shape and dimension names of the mesh of each DTensor that was on none of the model's, by name.
+
+    Raises:
+        CorruptCheckpointError: They are not valid.
+    """
+    found = {item["v"]: item[MESH] for item in _nodes(data, "tensor") if MESH in item}
+    check_meshes(found)
+    return found
+
+
+def check_meshes(found: Mapping[str, Any]) -> None:
+    """Check descriptions of meshes.
+
+    Raises:
+        CorruptCheckpointError: One is not a shape and names, or none.
+    """
+    for name, mesh in found.items():
+        shape, names = mesh if type(mesh) is list and len(mesh) == 2 else (None, None)
+        if type(shape) is not list or not all(type(size) is int for size in shape):
+            raise CorruptCheckpointError("progress", f"{name!r} has an invalid mesh")
+        if names is not None and (type(names) is not list or not all(type(item) is str for item in names)):
+            raise CorruptCheckpointError("progress", f"{name!r} has an invalid mesh")
 
 
 def _nodes(data: Any, tag: str) -> Iterator[dict[str, Any]]:

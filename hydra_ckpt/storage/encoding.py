@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -27,7 +27,7 @@ from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
 
-TAG, STRIDES, PLACEMENTS = "~", "s", "p"
+TAG, STRIDES, PLACEMENTS, MESH = "~", "s", "p", "m"
 # Values that are not in the tree: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
 # One object in several places; another object over the same memory; a part of that memory.
@@ -42,6 +42,8 @@ _WITH_ATTRIBUTES = {OrderedDict, Counter}
 _FILLED = {"tuple", "size", "ordered", "counter", "namedtuple", "defaultdict"}
 # Those whose content has plain data before what they hold.
 _WITH_HEADS = {"namedtuple", "defaultdict", "deque"}
+# Python converts no longer ones to text: 4300 digits.
+_MOST_BITS = 14284
 # Notes of the compiler, for this process alone.
 _COMPILER = "_dynamo_"
 _STRIDED = torch.strided
@@ -64,9 +66,11 @@ class Sink(dict[str, torch.Tensor]):
         omitted: Dotted names of the values that were left out.
         own: DTensors whose shards are tensor subclasses, by name: each rank has to store its own.
         tells_placements: Whether DTensors say in the data how they are placed.
+        describe_mesh: Describes the mesh of a DTensor, for those that need it; None if no DTensor says it.
     """
 
     tells_placements = False
+    describe_mesh: Callable[[DTensor], Any] | None = None
 
     def __init__(
         self, inside: str, called: str, known: Mapping[int, Any] | None = None, unsaved: Sequence[str] = ()
@@ -161,8 +165,10 @@ class _Encoder:
         kind = type(value)
         if self._has_patterns and self._sink is not None and self._sink.omits(name):
             return _tagged(UNSAVED, None)
-        if value is None or kind in (bool, int, str):
+        if value is None or kind in (bool, str):
             return value
+        if kind is int:
+            return self._number(value, name)
         if kind is float:
             return value if math.isfinite(value) else _tagged("float", repr(value))
         if id(value) in self._sharing.repeated:
@@ -211,8 +217,16 @@ class _Encoder:
 
     def _list(self, value: list[Any], name: str) -> Any:
         if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+            for index, number in enumerate(value):
+                if type(number) is int and number.bit_length() > _MOST_BITS:
+                    self._number(number, _join(name, str(index)))
             return list(value)
         return [self.value(item, _join(name, str(index))) for index, item in enumerate(value)]
+
+    def _number(self, value: int, name: str) -> int:
+        if value.bit_length() > _MOST_BITS:
+            raise self._refused(name, "an int of more than 4300 digits cannot be stored; store it as bytes")
+        return value
 
     def _content(self, tag: str, content: Any, name: str) -> Any:
         """What `tagged` has made of a value: JSON data, a tensor, or a container made just now, so in one place."""
@@ -315,6 +329,8 @@ class _Encoder:
             found[PLACEMENTS] = [
                 placement.dim if isinstance(placement, Shard) else None for placement in value.placements
             ]
+            if self._sink.describe_mesh is not None and (told := self._sink.describe_mesh(value)) is not None:
+                found[MESH] = told
         self._tensors[name] = value
         return found
 

@@ -1,0 +1,58 @@
+"""What a load reads, and into what, and everything that does not match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hydra_ckpt.state.optimizer_loading import Fit
+from hydra_ckpt.storage.read import Fetch
+
+
+@dataclass
+class Mismatch:
+    """The mismatches between a checkpoint and the live objects.
+
+    Attributes:
+        missing: Names that the checkpoint lacks.
+        unexpected: Names that the live objects lack.
+        different: Name to how the two differ.
+        left: What stays as it was built because of these, by dotted name.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    different: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoadPlan:
+    """What one rank reads, and into what.
+
+    Attributes:
+        fetches: Boxes of stored tensors, with the tensors that receive them.
+        of_models: Those of each model's tensors.
+        tensors: The tensors that encoded values refer to, by name; to be filled.
+        resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
+        fit: The part of the optimizers' state that fits; None if none is loaded.
+        schedulers: Dotted name of a live scheduler to its saved state, encoded.
+        absent: Single objects that the checkpoint does not have, by dotted name.
+        mismatch: All mismatches.
+    """
+
+    fetches: list[Fetch] = field(default_factory=list)
+    of_models: dict[str, Sequence[Fetch]] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    fit: Fit | None = None
+    schedulers: dict[str, Any] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)
+    mismatch: Mismatch = field(default_factory=Mismatch)
+
+    def takes_any(self, part: str, optimizers: int) -> bool:
+        """Whether anything of an available part is installed."""
+        return part != "optimizer" or self.fit is None or len(self.fit.absent) < optimizers

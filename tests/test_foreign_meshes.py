@@ -1,0 +1,208 @@
+"""DTensors on a mesh that is not their parameter's, or none of the model's, come back on that mesh or are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
+from hydra_ckpt.testing import run_distributed
+
+
+class Holder:
+    """Takes its state over as it is."""
+
+    def __init__(self, held: Any = None) -> None:
+        self.held = held
+
+    def state_dict(self) -> Any:
+        return {"held": self.held}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = state["held"]
+
+
+class Module(nn.Linear):
+    """With extra state."""
+
+    def __init__(self, held: Any = None) -> None:
+        super().__init__(4, 4)
+        self.held = held
+
+    def get_extra_state(self) -> Any:
+        return self.held
+
+    def set_extra_state(self, state: Any) -> None:
+        self.held = state
+
+
+def save_and_load(root: Path, state: AppState, fresh: AppState, **options: Any) -> LoadReport:
+    rank = dist.get_rank()
+    with CheckpointingConfig(checkpoint_dir=str(root)).build(rank, 0, 0) as checkpointer:
+        checkpointer.save(state, step=1).result()
+    with CheckpointingConfig(checkpoint_dir=str(root), **options).build(rank, 0, 0) as checkpointer:
+        report = checkpointer.load(fresh, restore_from="latest")
+    assert report is not None
+    return report
+
+
+def on(mesh: DeviceMesh, *placements: Any, start: float = 0.0) -> DTensor:
+    return distribute_tensor(torch.arange(start, start + 8), mesh, placements or [Shard(0)])
+
+
+def sharded(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
+    model = nn.Linear(4, 4) if model is None else model
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def replicated() -> nn.Module:
+    torch.manual_seed(0)
+    return DistributedDataParallel(nn.Linear(4, 4))
+
+
+def assert_same(found: Any, saved: DTensor) -> None:
+    assert isinstance(found, DTensor)
+    assert (found.device_mesh, found.placements) == (saved.device_mesh, saved.placements)
+    assert torch.equal(found.to_local(), saved.to_local())
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+
+
+def _siblings(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    value, twice = on(mesh["tp"]), on(mesh, Shard(0), Replicate())
+    _extras(root, mesh, value, twice)
+    model, fresh = sharded(mesh["dp"], Module(value)), sharded(mesh["dp"], Module())
+    assert "model" in save_and_load(root / "model", AppState(model), AppState(fresh)).exact
+    assert_same(fresh.held, value)
+    for place, saved in (("first", value), ("second", twice)):
+        _state(root / place, mesh, saved)
+
+
+def _extras(root: Path, mesh: DeviceMesh, value: DTensor, twice: DTensor) -> None:
+    own = on(mesh["dp"])
+    saved = {"held": [value, twice, own]}
+    fresh, scheduler = Holder(), Holder()
+    state = AppState(sharded(mesh["dp"]), None, Holder(value), extras={"box": Holder(saved)})
+    again = AppState(sharded(mesh["dp"]), None, scheduler, extras={"box": fresh})
+    report = save_and_load(root / "extras", state, again)
+    for found, before in zip([*fresh.held["held"], scheduler.held], [value, twice, own, value], strict=True):
+        assert_same(found, before)
+    assert {"extras.box", "lr_scheduler"} <= set(report.exact)
+
+
+def _state(root: Path, mesh: DeviceMesh, value: DTensor) -> None:
+    model, fresh = sharded(mesh["dp"]), sharded(mesh["dp"])
+    optimizer, again = momentum(model), momentum(fresh)
+    optimizer.state[model.weight]["momentum_buffer"] = value
+    optimizer.param_groups[0]["option"] = value
+    report = save_and_load(root, AppState(model, optimizer), AppState(fresh, again))
+    assert_same(again.state[fresh.weight]["momentum_buffer"], value)
+    assert_same(again.param_groups[0]["option"], value)
+    assert "optimizer" in report.exact
+
+
+def test_a_mesh_that_was_cut_from_the_same_mesh_as_the_models_is_found(tmp_path: Path) -> None:
+    run_distributed(_siblings, 2, tmp_path)
+
+
+def _live(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    value, other = on(mesh), on(mesh, start=9.0)
+    fresh = Holder(other)
+    state, again = AppState(replicated(), extras={"box": Holder(value)}), AppState(replicated(), extras={"box": fresh})
+    assert "extras.box" in save_and_load(root / "extras", state, again).exact
+    assert_same(fresh.held, value)
+    model, there = replicated(), replicated()
+    optimizer, loaded = momentum(model), momentum(there)
+    optimizer.state[model.module.weight]["momentum_buffer"] = value
+    loaded.state[there.module.weight]["momentum_buffer"] = other
+    report = save_and_load(root / "state", AppState(model, optimizer), AppState(there, loaded))
+    assert_same(loaded.state[there.module.weight]["momentum_buffer"], value)
+    assert "optimizer" in report.exact
+
+
+def test_the_mesh_of_a_tensor_that_the_object_already_has_is_used(tmp_path: Path) -> None:
+    run_distributed(_live, 2, tmp_path)
+
+
+def _of_nobody(root: Path, kind: str) -> tuple[str, LoadReport, bool]:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def state(value: Any) -> tuple[AppState, Callable[[], Any]]:
+        torch.manual_seed(0)
+        core = Module(value if kind == "model" else None)
+        model = DistributedDataParallel(core)
+        optimizer, scheduler, extra = momentum(model), Holder(), Holder()
+        if kind == "optimizer" and value is not None:
+            optimizer.state[core.weight]["momentum_buffer"] = value
+        scheduler.held = value if kind == "lr_scheduler" else None
+        extra.held = value if kind == "extras" else None
+        values: dict[str, Callable[[], Any]] = {
+            "model": lambda: core.held,
+            "optimizer": lambda: optimizer.state[core.weight].get("momentum_buffer"),
+            "lr_scheduler": lambda: scheduler.held,
+            "extras": lambda: extra.held,
+        }
+        return AppState(model, optimizer, scheduler, extras={"box": extra}), values[kind]
+
+    fresh, value = state(None)
+    with pytest.raises(KeyMismatchError) as caught:
+        save_and_load(root, state(on(mesh))[0], fresh)
+    config = CheckpointingConfig(checkpoint_dir=str(root), load_strict=False)
+    with config.build(dist.get_rank(), 0, 0) as checkpointer:
+        report = checkpointer.load(fresh, restore_from="latest")
+    assert report is not None
+    return str(caught.value), report, value() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        ("model", "model._extra_state"),
+        ("optimizer", "optimizer.module.weight.momentum_buffer"),
+        ("lr_scheduler", "lr_scheduler"),
+        ("extras", "extras.box"),
+    ],
+)
+def test_a_mesh_that_is_not_here_is_refused_by_name_or_the_object_left_as_built(
+    tmp_path: Path, kind: str, missing: str
+) -> None:
+    for text, report, is_as_built in run_distributed(_of_nobody, 2, tmp_path, kind):
+        assert "it was on a device mesh of shape [2], and no tensor here is on such a mesh" in text
+        assert "checkpoint.load_strict=false" in text
+        assert is_as_built
+        assert missing.replace("module.", "") in report.missing
+        assert missing not in report.exact
+
+
+def _models_mesh(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    rank = dist.get_rank()
+    with CheckpointingConfig(checkpoint_dir=str(root)).build(rank, 0, 0) as checkpointer:
+        state = AppState(sharded(mesh), extras={"box": Holder(on(mesh))})
+        checkpointer.save(state, step=1).result()
+
+
+def test_what_was_on_the_models_own_mesh_says_no_mesh_and_loads_on_any(tmp_path: Path) -> None:
+    run_distributed(_models_mesh, 2, tmp_path)
+    [shared] = (tmp_path / "epoch_0_step_1/progress").glob("shared-*.json")
+    assert json.loads(shared.read_text())["extras"]["box"]["held"] == {"~": "tensor", "v": "box:held", "p": [0]}
+    fresh = Holder()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
+        checkpointer.load(AppState(nn.Linear(4, 4), extras={"box": fresh}), restore_from="latest")
+    assert torch.equal(fresh.held, torch.arange(8.0))
