@@ -447,7 +447,7 @@ def _same_name_of_two_stages(directory: Path) -> str:
 
 def test_a_name_that_two_stages_make_of_different_tensors_is_refused(tmp_path: Path) -> None:
     for text in run_distributed(_same_name_of_two_stages, 2, tmp_path):
-        assert "the adapter makes layers.0 of layer1 on rank 1, and of layer0 on rank 0" in text
+        assert "the adapter makes layers.0 from layer1 on rank 1, and from layer0 on rank 0" in text
 
 
 def test_a_cast_that_loses_is_refused() -> None:

@@ -96,6 +96,11 @@ class Watched:
     place: Hashable = ("", ())
     between_stages: bool = False
 
+    @property
+    def has_plain(self) -> bool:
+        """Whether the plain data is compared with it. Each pipeline stage has its own."""
+        return self.is_own and not self.between_stages
+
     @cached_property
     def always(self) -> list[int]:
         """Positions of the tensors that are digested in full at every save."""
@@ -217,7 +222,7 @@ class Watchlist:
             small = [tensors[position] for position in group.always]
             small += [_elements(tensors[position]) for position in ([] if full else group.sampled(turn))]
             values = [digest(small, ()), *(one.digest(tensors) for one in turns)]
-            text = _text(plain, self._left_out) if group.is_own else b""
+            text = _text(plain, self._left_out) if group.has_plain else b""
             found[group.key] = digest_of(text + b"".join(value.to_bytes(8, "little") for value in values))
         return found
 
@@ -231,7 +236,7 @@ class Watchlist:
                 labels = [member.label for member in group.members]
                 values = digest_each([tensors[member.position] for member in group.members])
                 found[group.key] = dict(zip(labels, values, strict=True))
-                if group.is_own:
+                if group.has_plain:
                     found[group.key].update({label: digest_of(_json(tree)) for label, tree in plain.items()})
         return found
 
