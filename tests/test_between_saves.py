@@ -264,3 +264,42 @@ def _extra_called_as_extra_state() -> AppState:
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path, build: Callable[[], AppState]) -> None:
     with pytest.raises(CheckpointError, match="two tensors would have the name"):
         carried(tmp_path, build(), build())
+
+
+def _swap_keys(state: AppState) -> None:
+    held = state.optimizer.state[state.model.weight]  # type: ignore[union-attr]
+    held["exp_avg"], held["exp_avg_sq"] = held["exp_avg_sq"], held["exp_avg"]
+
+
+def _swap_parameters(state: AppState) -> None:
+    states = state.optimizer.state
+    weight, bias = state.model.parameters()  # type: ignore[union-attr]
+    states[weight]["step"], states[bias]["step"] = states[bias]["step"], states[weight]["step"]
+
+
+def _add_key(state: AppState) -> None:
+    state.optimizer.state[state.model.weight]["more"] = torch.ones(2)  # type: ignore[union-attr]
+
+
+def _clear(state: AppState) -> None:
+    del state.optimizer.state[state.model.bias]  # type: ignore[union-attr]
+
+
+def _share(state: AppState) -> None:
+    held = state.optimizer.state
+    held[state.model.bias]["step"] = held[state.model.weight]["step"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [_swap_keys, _swap_parameters, _add_key, _clear, _share])
+def test_state_that_moves_to_other_keys_and_parameters(tmp_path: Path, change: Callable[[AppState], None]) -> None:
+    def build() -> AppState:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.state[model.bias]["step"] += 1
+        return AppState(model, optimizer)
+
+    state, fresh = build(), build()
+    carried(tmp_path, state, fresh, lambda: change(state))
+    assert not list(differing(state.optimizer.state_dict(), fresh.optimizer.state_dict()))

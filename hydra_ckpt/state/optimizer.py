@@ -20,7 +20,7 @@ from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import described
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
 from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary, refuse_shared_names
-from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart
+from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart, Encoded
 
 SEPARATOR = ":"
 OPTIONS = "options"
@@ -96,13 +96,13 @@ def _described(
     found = Described({"optimizers": [], "state": {}, "placements": {}, "plain": [], "empty": []})
     everyone = holders(optimizers, names)
     sinks = [Sink("", called, unsaved=unsaved) for called in optimizers]
+    known = [*apart, *(Apart() for _ in sinks[len(apart) :])]
     for number, sink in enumerate(sinks):
-        inside = [holder for holder in everyone if holder.number == number]
-        known = apart[number] if number < len(apart) else Apart()
-        sink.sharing = known.sharing(*_held(inside))
+        sink.sharing = known[number].sharing(*_held([holder for holder in everyone if holder.number == number]))
     taken: dict[str, set[str]] = {}
     for holder in everyone:
-        _describe_holder(found, holder, names, sinks[holder.number], taken.setdefault(holder.path, set()))
+        number = holder.number
+        _describe_holder(found, holder, names, sinks[number], taken.setdefault(holder.path, set()), known[number])
     for number, (optimizer, sink) in enumerate(zip(optimizers.values(), sinks, strict=True)):
         if asks:
             _add_own(found, number, optimizer, [item for item in everyone if item.number == number], names, sink)
@@ -120,7 +120,9 @@ def _held(inside: Sequence[Holder]) -> tuple[list[Mapping[Any, Any]], list[dict[
     return states, [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, taken: set[str]) -> None:
+def _describe_holder(
+    found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, taken: set[str], apart: Apart
+) -> None:
     section, inside = found.data, SEPARATOR
     if holder.path:
         section = found.data.setdefault("inner", {}).setdefault(
@@ -147,22 +149,33 @@ def _describe_holder(found: Described, holder: Holder, names: Mapping[int, str],
         _take(found, sink, here, group["params"][0] if members else None, from_step=False)
     number = {"number": holder.number} if holder.path else {}
     section["optimizers"].append({"class": type(holder.optimizer).__qualname__, **number, "groups": groups})
-    _describe_state(found, holder, names, sink, section, inside)
+    here_too = {id(parameter) for parameter in holder.parameters}
+    parameters = [names.get(id(item)) if id(item) in here_too else None for item in holder.state]
+    if sink.unsaved or sink.sharing is not NOTHING_SHARED:
+        _describe_state(found, holder, parameters, sink, section, inside)
+        return
+    before = apart.encoded.get(holder.path)
+    if before is None or before.parameters != parameters:
+        before = _ordinary_state(holder, parameters, inside)
+    if before is None:
+        _describe_state(found, holder, parameters, sink, section, inside)
+        return
+    apart.encoded[holder.path] = before
+    section["state"].update(before.state)
+    sink.update(before.tensors)
 
 
 def _describe_state(
-    found: Described, holder: Holder, names: Mapping[int, str], sink: Sink, section: dict[str, Any], inside: str
+    found: Described,
+    holder: Holder,
+    parameters: Sequence[str | None],
+    sink: Sink,
+    section: dict[str, Any],
+    inside: str,
 ) -> None:
-    here_too = {id(parameter) for parameter in holder.parameters}
-    takes_short_cut = not sink.unsaved and sink.sharing is NOTHING_SHARED
-    for parameter, held in holder.state.items():
-        known = names.get(id(parameter)) if id(parameter) in here_too else None
+    for known, (parameter, held) in zip(parameters, holder.state.items(), strict=True):
         if known is None or not (type(held) is dict or isinstance(held, Mapping)):
             continue  # its state_dict returns this
-        if takes_short_cut and not isinstance(parameter, DTensor) and SEPARATOR not in known:
-            section["state"][known] = encoded = _ordinary(held, f"{known}{inside}", sink)
-            if encoded:
-                continue
         here = sink.another()
         if here.omits(f"{known}{inside}"):
             sink.omitted += here.omitted
@@ -172,15 +185,20 @@ def _describe_state(
         _take(found, sink, here, parameter, from_step=True)
 
 
-def _ordinary(held: Mapping[Any, Any], inside: str, sink: Sink) -> dict[str, Any]:
-    """Encode a state that is ordinary tensors alone, as nearly every state is; nothing if it is not: a short cut."""
-    found = {}
-    for key, value in held.items():
-        if type(key) is not str or not key.isidentifier() or not is_ordinary(value):
-            return {}
-        name = inside + key
-        found[key] = {"~": "tensor", "v": name}
-        sink[name] = value  # the long way may find it again, under the same name
+def _ordinary_state(holder: Holder, parameters: Sequence[str | None], inside: str) -> Encoded | None:
+    """A state that is ordinary tensors alone, as nearly every state of plain parameters is; None if it is not."""
+    found = Encoded(parameters, {}, {})
+    for known, (parameter, held) in zip(parameters, holder.state.items(), strict=True):
+        if known is None or SEPARATOR in known or not held or isinstance(parameter, DTensor) or type(held) is not dict:
+            return None
+        tree = {}
+        for key, value in held.items():
+            if type(key) is not str or not key.isidentifier() or not is_ordinary(value):
+                return None
+            name = f"{known}{inside}{key}"
+            tree[key] = {"~": "tensor", "v": name}
+            found.tensors[name] = value
+        found.state[known] = tree
     return found
 
 

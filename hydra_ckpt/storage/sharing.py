@@ -107,12 +107,31 @@ class Sharing:
 NOTHING_SHARED = Sharing()
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What became of an optimizer's state that is ordinary tensors alone.
+
+    Attributes:
+        parameters: Names of the parameters, in the order of the state.
+        state: Parameter name to its state as JSON data.
+        tensors: The tensors by name.
+    """
+
+    parameters: Sequence[str | None]
+    state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
 class Apart:
-    """Knows tensors that share nothing; from save to save they are the same, and need no second look."""
+    """Knows an optimizer's tensors that share nothing; from save to save they are the same, and need no second look.
+
+    Attributes:
+        encoded: Path of an optimizer (or one inside it) to what became of its state; empty once anything has changed.
+    """
 
     def __init__(self) -> None:
-        self._objects: list[int] = []
-        self._addresses: list[int] | None = None
+        self.encoded: dict[str, Encoded] = {}
+        self._seen: tuple[Any, ...] | None = None
 
     def sharing(self, states: Collection[Mapping[Any, Any]], options: Collection[Mapping[str, Any]]) -> Sharing:
         """What an optimizer holds more than once.
@@ -127,27 +146,31 @@ class Apart:
         repeated = set[int]()
         _look_through(list(options), among_options, repeated)
         if repeated or not kinds <= _SIMPLE:
+            self.encoded = {}
             return Sharing.of([*options, *states])
         tensors = items if kinds <= _TENSORS else [item for item in items if isinstance(item, torch.Tensor)]
         tensors += [item for item in among_options.values() if isinstance(item, torch.Tensor)]
         if any(tensor.__dict__ for tensor in tensors):
+            self.encoded = {}
             return Sharing.of([*options, *states])
-        objects, addresses = list(map(id, tensors)), _addresses(tensors)
-        if addresses is not None and (objects, addresses) == (self._objects, self._addresses):
+        facts = _facts(tensors)
+        seen = (list(map(id, tensors)), facts, [key for held in states for key in held], list(map(len, states)))
+        if facts is not None and seen == self._seen:
             return NOTHING_SHARED
+        self.encoded, self._seen = {}, None
         found = Sharing.of([*options, *states])
         if found is NOTHING_SHARED:
-            self._objects, self._addresses = objects, addresses
+            self._seen = seen
         return found
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the memory of each begins, then the number of elements of each; None if one has no memory."""
+def _facts(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]] | None:
+    """Where the memory of each is and how it is read; None if one has no memory."""
     parts = [tensor._local_tensor if type(tensor) is DTensor else tensor for tensor in tensors]  # noqa: SLF001
     if not set(map(type, parts)) <= _PLAIN:
         return None
     try:
-        return [part.data_ptr() for part in parts] + [part.numel() for part in parts]
+        return [(part.data_ptr(), part.shape, part.stride(), part.dtype, part.requires_grad) for part in parts]
     except RuntimeError:  # a sparse one
         return None
 
