@@ -189,7 +189,7 @@ def _ordinary_state(holder: Holder, parameters: Sequence[str | None], inside: st
     """A state that is ordinary tensors alone, as nearly every state of plain parameters is; None if it is not."""
     found = Encoded(parameters, {}, {})
     for known, (parameter, held) in zip(parameters, holder.state.items(), strict=True):
-        if known is None or SEPARATOR in known or not held or isinstance(parameter, DTensor) or type(held) is not dict:
+        if known is None or SEPARATOR in known or isinstance(parameter, DTensor) or type(held) is not dict or not held:
             return None
         tree = {}
         for key, value in held.items():
