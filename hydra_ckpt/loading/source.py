@@ -18,7 +18,8 @@ from hydra_ckpt.loading.installing import Notes
 from hydra_ckpt.loading.per_rank import PerRank
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.app_state import AppState, counterparts
-from hydra_ckpt.state.capture import Extractor, unpack
+from hydra_ckpt.state.capture import Extractor
+from hydra_ckpt.state.packing import unpack
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import stored_tensors
 from hydra_ckpt.storage.header import read_tensors

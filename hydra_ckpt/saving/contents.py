@@ -46,8 +46,9 @@ from hydra_ckpt.saving.planning import (
 from hydra_ckpt.saving.save import Content, Merged
 from hydra_ckpt.saving.watching import label_of
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Captured, Packed, pack_json, part_of
+from hydra_ckpt.state.capture import Captured, part_of
 from hydra_ckpt.state.local import Exporter, LocalTensor
+from hydra_ckpt.state.packing import Packed, pack_json
 from hydra_ckpt.state.peft import adapters
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.naming import encode_naming

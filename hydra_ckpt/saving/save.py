@@ -16,7 +16,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.files import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.saving.planning import PartLayout
-from hydra_ckpt.state.capture import Packed
+from hydra_ckpt.state.packing import Packed
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
 from hydra_ckpt.storage.merge import merge_shards

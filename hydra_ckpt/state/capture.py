@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CorruptCheckpointError, leave_out
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -29,10 +24,10 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import described, meshes_of
 from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.packing import Taken, take
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
 from hydra_ckpt.state.wrappers import refuse_fsdp1
-from hydra_ckpt.storage.decoding import decode, strides
 from hydra_ckpt.storage.encoding import Sink, encode, refuse_shared_names
 from hydra_ckpt.storage.sharing import Apart
 from hydra_ckpt.storage.stages import qualify
@@ -40,22 +35,6 @@ from hydra_ckpt.storage.subclasses import local_part
 from hydra_ckpt.store import names
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A snapshot of plain data, turned into bytes only when they are needed: in the background.
-
-    Attributes:
-        make: Gives the bytes.
-    """
-
-    make: Callable[[], bytes]
-
-    @cached_property
-    def data(self) -> bytes:
-        """The bytes."""
-        return self.make()
 
 
 @dataclass(frozen=True)
@@ -388,61 +367,6 @@ def _trained(state: AppState) -> set[int]:
 def part_of(model: str) -> str:
     """The part of a checkpoint that holds a model."""
     return f"{names.MODEL}/{model}" if model else names.MODEL
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A snapshot of a nested dict.
-
-    Attributes:
-        tree: The dict as JSON data.
-        tensors: Copies of its tensors.
-    """
-
-    tree: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-    def packed(self, **more: Any) -> Packed:
-        """As one safetensors file: the tensors, and the rest as JSON in the metadata.
-
-        Args:
-            **more: Further entries, without tensors.
-        """
-        tree = {**self.tree, **{key: encode(value, key, {}) for key, value in more.items()}}
-        return Packed(lambda: safetensors_bytes(self.tensors, metadata={"tree": _json(tree).decode()}))
-
-
-def take(value: dict[str, Any]) -> Taken:
-    """Take a snapshot of a nested dict: its tensors are copied."""
-    tensors: dict[str, torch.Tensor] = {}
-    tree = encode(value, "", tensors)
-    return Taken(tree, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-
-
-def pack_json(value: Any) -> Packed:
-    """JSON data as bytes, made in the background; it must not be changed any more."""
-    return Packed(partial(_json, value))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def unpack(path: Path, data: bytes) -> Any:
-    """The dict that `take` was given, from the bytes that `Taken.packed` made.
-
-    Raises:
-        CorruptCheckpointError: The data was not made that way.
-    """
-    try:
-        tensors = safetensors_load(data)
-        length = int.from_bytes(data[:8], "little")
-        tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["tree"])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
-    for name, lies in strides(tree).items():
-        tensors[name] = torch.empty_strided(tensors[name].shape, lies, dtype=tensors[name].dtype).copy_(tensors[name])
-    return decode(tree, tensors)
 
 
 def templates(state: AppState) -> Mapping[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, TopologyEr
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
+from hydra_ckpt.state.growing import accepted
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.module_oracle import (
     Told,
@@ -33,34 +33,6 @@ from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safe
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
-
-
-# A module with more is not copied to try what it does.
-_MOST_TRIED_BYTES = 64 << 20
-
-
-def _held_bytes(module: nn.Module) -> int:
-    return sum(item.nbytes for item in (*module.parameters(), *module.buffers()))
-
-
-def _accepts(module: nn.Module, prefix: str, values: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a module has these tensors after they were loaded into a copy of it.
-
-    Args:
-        module: The module.
-        prefix: What the names of its tensors begin with.
-        values: The tensors, on the meta device.
-    """
-    if _held_bytes(module) + sum(value.nbytes for value in values.values()) > _MOST_TRIED_BYTES:
-        return False
-    given = {name.removeprefix(prefix): torch.zeros_like(value, device="cpu") for name, value in values.items()}
-    try:
-        tried = copy.deepcopy(module)
-        tried.load_state_dict({**tried.state_dict(), **given})
-        after = tried.state_dict()
-        return all(name in after and after[name].shape == value.shape for name, value in given.items())
-    except Exception:  # noqa: BLE001 - a foreign module's own loading
-        return False
 
 
 def _tied_to(model: nn.Module) -> Mapping[str, str]:
@@ -243,29 +215,10 @@ class ModelMap:
             )
 
     def accepted(self, odd: Mapping[str, torch.Tensor]) -> set[str]:
-        """Which tensors that the model lacks, or has in another size, its modules take when they are loaded.
-
-        Buffers of observers change their size, others are None until they are loaded, and hooks add whole modules. It
-        is tried on copies.
-
-        Args:
-            odd: These tensors by name, of the saved size and element type; their values do not matter.
-        """
-        if (
-            not odd
-            or self._ours is not None
-            or len(self._cores) > 1
-            or not odd.keys().isdisjoint(self.aliases.values())
-        ):
+        """Which tensors that the model lacks, or has in another size, its modules take; see `growing.accepted`."""
+        if self._ours is not None or len(self._cores) > 1 or set(odd) & set(self.aliases.values()):
             return set()
-        inner = [walked for walked in self._walked if not walked.is_wrapper and customizes_loading(walked.module)]
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        loading = {walked.name: walked.module for walked in inner}
-        for name, value in odd.items():
-            place = max((place for place in loading if name.startswith(place)), key=len, default=None)
-            if place is not None:
-                found.setdefault(place, {})[name] = value
-        return {name for place, values in found.items() for name in values if _accepts(loading[place], place, values)}
+        return accepted({walked.name: walked.module for walked in self._walked if not walked.is_wrapper}, odd)
 
     def give_back(
         self,
