@@ -19,7 +19,8 @@ from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import described
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
-from hydra_ckpt.storage.encoding import OWN, Sink, encode, is_ordinary, refuse_shared_names
+from hydra_ckpt.storage.encoding import OWN, Sink, encode, refuse_shared_names
+from hydra_ckpt.storage.facts import is_ordinary
 from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart, Encoded
 
 SEPARATOR = ":"

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError, leave_out
 from hydra_ckpt.state.holders import Holder
-from hydra_ckpt.storage.encoding import Sink, attributes, encode, narrowed
+from hydra_ckpt.storage.encoding import Sink, encode
+from hydra_ckpt.storage.facts import attributes, narrowed
 from hydra_ckpt.storage.sharing import Sharing, memory_pattern
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
 

@@ -18,7 +18,7 @@ from hydra_ckpt.state.meshes import find_mesh, meshes_of
 from hydra_ckpt.state.optimizer import AS_PARAMETER, SEPARATOR, describe
 from hydra_ckpt.state.optimizer_loading import Fit
 from hydra_ckpt.storage.decoding import check_meshes, strides, tensor_names
-from hydra_ckpt.storage.encoding import row_major
+from hydra_ckpt.storage.facts import row_major
 from hydra_ckpt.storage.memory import fresh_like, strided_like
 from hydra_ckpt.storage.sharing import shared_memory
 

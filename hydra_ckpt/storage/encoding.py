@@ -15,7 +15,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hydra_ckpt.errors import CheckpointError, leave_out
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
+from hydra_ckpt.storage.facts import attributes, is_apart, narrowed, row_major
 from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
@@ -44,9 +44,6 @@ _FILLED = {"tuple", "size", "ordered", "counter", "namedtuple", "defaultdict"}
 _WITH_HEADS = {"namedtuple", "defaultdict", "deque"}
 # Python converts no longer ones to text: 4300 digits.
 _MOST_BITS = 14284
-# Notes of the compiler, for this process alone.
-_COMPILER = "_dynamo_"
-_STRIDED = torch.strided
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -322,7 +319,7 @@ class _Encoder:
         if (lies := value.stride()) != row_major(value.shape):
             if any(step == 0 and size > 1 for step, size in zip(lies, value.shape, strict=True)):
                 return self._expanded(value, name)
-            if not _is_apart(value.shape, lies):
+            if not is_apart(value.shape, lies):
                 raise self._refused(name, "its elements share memory with each other; store a .contiguous() one")
             found[STRIDES] = list(lies)
         if isinstance(value, DTensor) and self._sink is not None and self._sink.tells_placements:
@@ -382,48 +379,3 @@ def _join(name: str, key: str) -> str:
 
 def _tagged(tag: str, content: Any) -> dict[str, Any]:
     return {TAG: tag, "v": content}
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """What Python code has put on a value, but for the notes of torch.compile, which are for one process alone."""
-    return {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith(_COMPILER)}
-
-
-def narrowed(value: torch.Tensor) -> torch.Tensor:
-    """An expanded view before it was expanded: the first column of a (3, 4) tensor with strides (1, 0)."""
-    for dim, stride in enumerate(value.stride()):
-        if stride == 0 and value.shape[dim] > 1:
-            value = value.narrow(dim, 0, 1)
-    return value
-
-
-def is_ordinary(value: Any) -> bool:
-    """Whether a value is a plain row-major tensor, as nearly all are: its name says everything."""
-    return (
-        type(value) is torch.Tensor
-        and value.dtype in SAFETENSORS_DTYPE
-        and value.layout is _STRIDED
-        and value.stride() == row_major(value.shape)
-        and not value.requires_grad
-        and not value.__dict__
-    )
-
-
-@lru_cache(maxsize=4096)
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a row-major tensor. Example: (12, 4, 1) for the shape (2, 3, 4)."""
-    found, step = [], 1
-    for size in reversed(shape):
-        found.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(found))
-
-
-def _is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether no two elements share memory. Example: (3, 4) with strides (1, 3) is; with (2, 1) it is not."""
-    end = 0
-    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
-        if step <= end:
-            return False
-        end += step * (size - 1)
-    return True
