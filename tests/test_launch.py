@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.jobs import launch
@@ -215,3 +216,41 @@ def test_ranks_that_cannot_agree_on_a_time_are_told(monkeypatch: pytest.MonkeyPa
     launch._launched_at.cache_clear()
     with pytest.raises(TopologyError, match="run_name"):
         launch._run_directory(None)
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from hydra_ckpt.jobs.launch import attempt, first_rank_says
+from hydra_ckpt.jobs.process_group import init_process_group
+
+said = first_rank_says("word", lambda: sys.argv[1])
+init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+print(attempt(), said, int(total))
+"""
+
+
+def test_ranks_whose_agents_count_restarts_differently_meet_after_each_restart() -> None:
+    """As agents do that lose a host: one has seen its rank fail, the other only that a host is missing."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    seen = []
+    for word, counts in (("one", "00"), ("two", "01"), ("three", "12")):
+        each = [{"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": counts[rank]} for rank in range(2)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, word],
+                env={**os.environ, **common, **own, "TORCHELASTIC_USE_AGENT_STORE": "True"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for own in each
+        ]
+        said = [rank.communicate(timeout=200)[0].split() for rank in ranks]
+        assert said[0] == said[1]
+        assert said[0][1:] == [word, "2"]
+        seen.append(said[0][0])
+    assert len(set(seen)) == 3

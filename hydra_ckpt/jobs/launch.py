@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cache
 from itertools import count
@@ -28,12 +30,16 @@ from hydra_ckpt.errors import TopologyError
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["first_rank_says", "register_resolvers"]
+__all__ = ["attempt", "first_rank_says", "register_resolvers"]
 
 _TIME_VARIABLE = "HYDRA_CKPT_LAUNCH_TIME"
 _STORE_KEY = "hydra_ckpt/launch_time"
+_ATTEMPT_KEY = "hydra_ckpt/attempt"
 # The agent is up before its ranks are started.
 _AGENT_S = 60
+# All ranks are started at once, and import the same; on a shared file system that may take minutes.
+_START_S = 600
+_BETWEEN_S = 0.05
 _said = count()
 
 
@@ -98,12 +104,56 @@ def first_rank_says(what: str, say: Callable[[], str]) -> str:
     if not _is_torchrun():
         return say()
     # The store outlives a restart, and the restarted ranks must not read earlier answers.
-    key = f"hydra_ckpt/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_said)}"
+    key = f"hydra_ckpt/{what}/{attempt()}/{next(_said)}"
     store = _agents_store()
     if os.environ.get("RANK") == "0":
         store.set(key, say())
     answered: bytes = store.get(key)
     return answered.decode()
+
+
+@cache
+def attempt() -> str:
+    """Collective, under torchrun: text that is equal on all ranks, and another one after each restart.
+
+    torchrun's own count of restarts is not: when a host is lost, the agent that sees a rank fail counts one more, and
+    an agent that only sees the host missing does not. Empty where the store is as new as the ranks.
+    """
+    if not _is_torchrun():
+        return ""
+    store, rank = _agents_store(), int(os.environ["RANK"])
+    return _found_attempt(store, int(os.environ["WORLD_SIZE"])) if rank == 0 else _join_attempt(store, rank)
+
+
+def _found_attempt(store: TCPStore, ranks: int) -> str:
+    """Rank 0: name the attempt, and answer each rank that has heard the name."""
+    name = os.urandom(8).hex()
+    store.set(_ATTEMPT_KEY, name)
+    asking = [f"{_ATTEMPT_KEY}/{name}/{rank}" for rank in range(1, ranks)]
+    try:
+        store.wait(asking, timedelta(seconds=_START_S))
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(asking, 1) if not store.check([key])]
+        raise TopologyError(f"ranks {late[:8]} have not started within {_START_S} s of rank 0") from error
+    for key, asked in zip(asking, store.multi_get(asking), strict=True):
+        store.set(f"{key}/answer", asked.decode())
+    return name
+
+
+def _join_attempt(store: TCPStore, rank: int) -> str:
+    """Hear rank 0's name of the attempt. The first one heard may be of ranks that are gone, which answer nobody."""
+    mine, deadline = os.urandom(8).hex(), time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        with suppress(RuntimeError):  # nothing within a second: perhaps there is a new name by now
+            store.wait([_ATTEMPT_KEY], timedelta(seconds=1))
+            name = store.get(_ATTEMPT_KEY).decode()
+            key = f"{_ATTEMPT_KEY}/{name}/{rank}"
+            store.set(key, mine)
+            store.wait([f"{key}/answer"], timedelta(seconds=1))
+            if store.get(f"{key}/answer").decode() == mine:
+                return name
+        time.sleep(_BETWEEN_S)
+    raise TopologyError(f"rank {rank} has not heard of rank 0 within {_START_S} s of its start")
 
 
 def _is_torchrun() -> bool:

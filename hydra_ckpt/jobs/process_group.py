@@ -6,6 +6,8 @@ import os
 from itertools import count
 from typing import Any
 
+from hydra_ckpt.jobs.launch import attempt
+
 __all__ = ["init_process_group"]
 
 _jobs = count()
@@ -32,6 +34,5 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
     if "RANK" not in os.environ or dist.is_initialized():
         return
     store, rank, size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"hydra_ckpt/attempt_{attempt}/job_{next(_jobs)}", store)
+    store = PrefixStore(f"hydra_ckpt/attempt_{attempt()}/job_{next(_jobs)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
