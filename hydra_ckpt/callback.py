@@ -283,6 +283,7 @@ class CheckpointCallback:
         if not self._should_stop and self._step > 0:
             epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
             self._live.note_best(self._best.value)
+            self._live.recheck(self._state, self._step, epoch)
             if self._live.wants(self._step, epoch):
                 self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
             self._saved_step, self._saved_epoch = self._step, epoch

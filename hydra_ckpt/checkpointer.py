@@ -405,6 +405,22 @@ class Checkpointer:
         """Whether a final save of this step would add anything to what is published."""
         return self.enabled and self._saver.wants(step, epoch)
 
+    def recheck(self, state: AppState, step: int, epoch: int) -> None:
+        """Collective, before the final save: compare in full what the last save only sampled.
+
+        If replicas differ, that checkpoint is set aside, and the final save makes it again.
+
+        Raises:
+            CheckpointError: They differ, and `checkpoint.on_drift` is raise.
+        """
+        if not self.enabled:
+            return
+        self.wait()
+        if self._saver.has_drifted(state, step, epoch):
+            name = self._saver.request(step, epoch, None, is_final=True).name
+            self._channel.coordinator_step("setting a checkpoint aside", lambda: self._directory.withdraw(name))
+            self._saver.known.withdraw(name)
+
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -497,3 +498,47 @@ def test_plain_state_that_one_rank_has_alone_is_its_own(tmp_path: Path, holder: 
     found = run_distributed(_held_by_one_rank, 2, tmp_path, holder)
     assert found[holder] == {"n": 3}
     assert found[1 - holder] == {}
+
+
+def _drifts_before_its_last_save(root: str, last: int, on_drift: str) -> tuple[list[str], str]:
+    """One element of rank 1 changes, in a large tensor, before a step that is saved by the cadence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1500, 1500, bias=False) for _ in range(3)))
+    state = AppState(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hydra_ckpt").addHandler(handler)
+    error = ""
+    config = CheckpointingConfig(
+        checkpoint_dir=root, is_async=True, wait_for_staging=True, save_consolidated="always", on_drift=on_drift
+    )
+    try:
+        with CheckpointCallback(config, every_n_steps=2) as callback:
+            callback.on_train_begin(state)
+            for step in range(1, last + 1):
+                if step == 4 and dist.get_rank() == 1:
+                    with torch.no_grad():
+                        model[2].weight[777, 555] = 5.0
+                callback.on_step_end(step)
+            callback.on_train_end()
+    except CheckpointError as failure:
+        error = str(failure)
+    return texts, error
+
+
+@pytest.mark.parametrize("last", [4, 5], ids=["saved by the cadence", "saved at the end"])
+def test_the_last_checkpoint_is_compared_in_full_whoever_made_it(tmp_path: Path, last: int) -> None:
+    (texts, _), _ = run_distributed(_drifts_before_its_last_save, 2, str(tmp_path), last, "warn")
+    assert any("are replicas and hold different values in 1 of the 3 tensors" in text for text in texts)
+    newest = scan(tmp_path).pointed("LATEST")
+    assert newest is not None
+    assert newest.step == last
+    assert newest.manifest.details["replicas"] == "compared in full"
+    (file,) = (newest.path / "model" / "consolidated").glob("*.safetensors")
+    assert load_file(file)["2.weight"][777, 555] != 5.0
+
+
+def test_a_run_whose_last_checkpoint_holds_drifted_replicas_ends_in_an_error_if_asked_to(tmp_path: Path) -> None:
+    for _, error in run_distributed(_drifts_before_its_last_save, 2, str(tmp_path), 4, "raise"):
+        assert "are replicas and hold different values in 1 of the 3 tensors" in error

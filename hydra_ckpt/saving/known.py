@@ -57,6 +57,11 @@ class KnownSaves:
             self._exported.add(request.name)
         self._request, self.pending = request, pending
 
+    def withdraw(self, name: str) -> None:
+        """Record that a published checkpoint was set aside."""
+        self._published.discard(name)
+        self._exported.discard(name)
+
     def forget(self, request: SaveRequest) -> None:
         """Record that a save has failed."""
         if not request.adds_export:

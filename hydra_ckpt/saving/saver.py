@@ -102,6 +102,7 @@ class Saver:
         self._warm.set()
         self.known = KnownSaves(group, channel, directory.root)
         self._weights: dict[str, frozenset[Digested]] = {}
+        self._sampled = ""  # the last checkpoint, if its replicas were not compared in full
         self._warned_of_strangers = False
         self.left_out = LeftOut(config.write.unsaved, channel)
         self.longest_save_s = 0.0
@@ -151,7 +152,10 @@ class Saver:
             raise CheckpointExistsError(f"{self._directory.root / name} is already published; each step is saved once")
         pending = PendingSave(request.step)
         self.left_out.check(() if captured is None else captured.omitted)
-        look, error = self._look(captured, error, full=request.compares_fully or not self._config.write.is_async)
+        full = request.compares_fully or not self._config.write.is_async
+        if not request.adds_export:
+            self._sampled = "" if full else request.name
+        look, error = self._look(captured, error, full=full)
         drift = self._compare(state, look)
         from_shards = request.adds_export and self._has_changed(state, captured, request)
         transaction: Transaction
@@ -193,6 +197,31 @@ class Saver:
     def begin_run(self, state: AppState) -> None:
         """Collective: record which parameters differ before the first step."""
         self._contents.comparer.begin(*plain_parameters(self._extractor, state))
+
+    def has_drifted(self, state: AppState, step: int, epoch: int) -> bool:
+        """Collective, at the end: whether replicas differ that the last save only sampled; their weights are as saved.
+
+        Raises:
+            CheckpointError: They differ, and `checkpoint.on_drift` is raise.
+        """
+        request = self.request(step, epoch, None, is_final=True)
+        if self._group.world_size == 1 or request.name != self._sampled or not self.known.has(request.name):
+            return False
+        self._sampled = ""
+        captured, error = self._capture(state, request, metric.DEFAULT_KEY)
+        self._channel.raise_together("taking the state apart", error)
+        assert captured is not None  # raise_together has raised otherwise
+        self._contents.agree(state, captured)
+        # Before the comparison: once replicas are known to differ, other ranks would write them.
+        saved_as = self.request(step, epoch, None, is_final=False)
+        live = self._weights_now(state, captured, consolidated=saved_as.consolidated)
+        is_as_saved = live == self._weights.get(request.name)
+        look, error = self._look(captured, None, full=True)
+        drift = self._compare(state, look)
+        self._channel.raise_together("comparing replicas", error)
+        if drift and self._config.write.raises_drift:
+            raise CheckpointError(drift)
+        return bool(drift) and bool(self._channel.agree("comparing weights", is_as_saved, all))
 
     def _look(
         self, captured: Captured | None, error: Exception | None, *, full: bool
@@ -236,10 +265,12 @@ class Saver:
             )
         return bool(unknown or changed)
 
-    def _weights_now(self, state: AppState, captured: Captured) -> frozenset[Digested] | None:
+    def _weights_now(
+        self, state: AppState, captured: Captured, *, consolidated: bool = False
+    ) -> frozenset[Digested] | None:
         """Digests of the models' bytes that this rank would write; None if they cannot be computed."""
         try:
-            content, sources = self._contents.make(state, captured, consolidated=False, export_only=False)
+            content, sources = self._contents.make(state, captured, consolidated=consolidated, export_only=False)
             live = borrow(model_sources(sources, content.plan).tensors)
             return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
         except Exception:
@@ -332,7 +363,7 @@ class Saver:
         staged.release()
         if isinstance(transaction, Save | AddExport):
             self._stats.written_bytes += transaction.writer.content.plan.nbytes
-        if isinstance(transaction, Save) and not request.consolidated:
+        if isinstance(transaction, Save):
             self._weights = {request.name: transaction.writer.weights}
         self.longest_save_s = max(self.longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))

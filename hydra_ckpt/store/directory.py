@@ -341,6 +341,11 @@ class Directory:
         replace_prepared(self._held, prepared, checkpoint.path / names.METRICS, body)
         self._consider(checkpoint)
 
+    def withdraw(self, name: str) -> None:
+        """Set a checkpoint of this run aside that is made again at once, under the same name; pointers stay."""
+        self.fence()
+        set_aside(self._held, [self.root / name], "aside", self._owner.incarnation)
+
     def prune(self) -> None:
         """Unpublish what no policy of the run keeps and no pointer leads to; a separate thread deletes it."""
         if self._policies:
