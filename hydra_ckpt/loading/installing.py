@@ -293,13 +293,16 @@ class Installer:
             "differently",
         )
 
-    def note_new(self, wanted: Collection[str], available: Collection[str], absent: Collection[str]) -> None:
+    def note_new(
+        self, wanted: Collection[str], available: Collection[str], absent: Collection[str], left: Collection[str]
+    ) -> None:
         """Report the objects that have no state in the checkpoint and so stay as they were built.
 
         Args:
             wanted: The parts to load.
             available: Those that the checkpoint has.
             absent: Single objects of available parts that the checkpoint lacks, by dotted name.
+            left: Objects that it has and that do not fit; they are reported already.
         """
         state, notes = self.state, self.notes
         here = {
@@ -316,7 +319,7 @@ class Installer:
             notes.texts += [f"in the checkpoint, but not used here: {', '.join(left)}"] if left else []
         for part, dotted in here.items():
             known = saved.get(part, dotted if part in available else [])
-            new = [name for name in dotted if name not in known or name in absent]
+            new = [name for name in dotted if (name not in known or name in absent) and name not in left]
             if part not in wanted or not new or part in notes.rederived:
                 continue
             notes.missing += new

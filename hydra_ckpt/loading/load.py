@@ -225,7 +225,7 @@ class Load:
             installer.rng(self.checkpoint, self.topology, self.channel.world_size)
         if "progress" in self.parts:
             self._notes.exact.append("progress")
-        installer.note_new(self.parts, available, plan.absent)
+        installer.note_new(self.parts, available, plan.absent, plan.mismatch.left)
 
     def _like(self, source: Source, name: str) -> DTensor:
         """The parameter whose mesh and placements a shard of a tensor subclass had."""

@@ -84,7 +84,7 @@ class _Matcher:
         holders = [] if fits is None else fits.live
         owners = {names[id(item)]: holder.called for holder in holders for item in holder.parameters}
         dotted = called_here(label, state, shared.get("extra_state", {}), homes, owners)
-        if dotted is not None and dotted not in self.source.notes.rederived:
+        if dotted is not None and dotted not in {*self.source.notes.rederived, *self.plan.mismatch.left}:
             self.source.notes.derived(
                 dotted, f"{dotted}: each rank had its own values; those of rank 0 are used on all ranks"
             )
@@ -273,7 +273,7 @@ class _Matcher:
                 "it holds shards of a tensor subclass, which fit only the ranks that had them"
             )
         self.plan.mismatch.different.update(found.different)
-        self.plan.mismatch.left += [place.replace(", group ", ".") for place in found.different]
+        self.plan.mismatch.left += [place.replace(", group ", ".param_groups.") for place in found.different]
         self.source.notes.texts += found.notes
         self.source.notes.missing += found.lacking
         if found.lacking:
