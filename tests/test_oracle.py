@@ -1195,8 +1195,8 @@ def test_an_option_that_the_checkpoint_lacks_is_reported(tmp_path: Path) -> None
     report = load(tmp_path, AppState(fresh, optimizer))
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert optimizer.param_groups[0]["scale"] == 3
-    assert report.missing == ("optimizer.0.scale",)
-    assert any("as it was built: optimizer.0.scale" in note for note in report.notes)
+    assert report.missing == ("optimizer.param_groups.0.scale",)
+    assert any("as it was built: optimizer.param_groups.0.scale" in note for note in report.notes)
 
 
 class Doubled(nn.Module):

@@ -278,13 +278,13 @@ def _fit_group(
     if len(kinds) > 1:
         first = {_kind(number, options): name for name, (number, options, _) in reversed([*saved.items()])}
         found.different[_place(holder, index)] = (
-            f"its parameters had different options in the checkpoint, see {sorted(first.values())}; "
-            "group them as in the run that saved"
+            "its parameters had different options in the checkpoint (for example, "
+            f"{' and '.join(sorted(first.values())[:2])} had). Group them as in the run that saved"
         )
         return None
     options = next(iter(kinds.values()), None)
     if options is not None:
-        dotted = ".".join(filter(None, (holder.called, holder.path, str(index))))
+        dotted = ".".join(filter(None, (holder.called, holder.path, "param_groups", str(index))))
         found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - _BESIDE))
     return options
 
