@@ -1,0 +1,64 @@
+"""A start or an end that fails or is interrupted does not keep the directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from hydra_ckpt import Checkpointer, CheckpointError, CheckpointingConfig
+from hydra_ckpt.files import Files
+from tests.test_zombies import make_state
+
+
+def build(root: Path, files: Files | None = None, **options: bool) -> Checkpointer:
+    config = CheckpointingConfig(checkpoint_dir=str(root), **options)  # type: ignore[arg-type]
+    return Checkpointer(config.resolve(), dp_rank=0, tp_rank=0, pp_rank=0, files=files)
+
+
+def is_released(root: Path) -> bool:
+    return bool(json.loads((root / "owner.json").read_text())["released"])
+
+
+class FailsOnce(Files):
+    def __init__(self) -> None:
+        self.has_failed = False
+
+    def rename(self, source: Path, target: Path) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            raise OSError(5, "Input/output error")
+        super().rename(source, target)
+
+
+class InterruptedOnce(Files):
+    def __init__(self) -> None:
+        self.has_failed = False
+
+    def sync_dir(self, path: Path) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            signal.raise_signal(signal.SIGINT)
+        super().sync_dir(path)
+
+
+@pytest.mark.parametrize(("files", "error"), [(FailsOnce(), CheckpointError), (InterruptedOnce(), KeyboardInterrupt)])
+def test_a_start_that_fails_releases_the_directory(tmp_path: Path, files: Files, error: type[BaseException]) -> None:
+    with build(tmp_path) as engine:
+        engine.save(make_state(), step=1).result()
+    shutil.copytree(tmp_path / "epoch_0_step_1", tmp_path / ".epoch_0_step_7.draft-ab12")
+    engine = build(tmp_path, files)
+    with pytest.raises(error):
+        engine.start(make_state())
+    assert is_released(tmp_path)
+    assert engine.start(make_state()) is not None  # the same one may try again
+    assert not is_released(tmp_path)
+    engine.save(make_state(), step=9).result()
+    engine.close()
+    with build(tmp_path) as other:
+        report = other.start(make_state())
+        assert report is not None
+        assert report.path.name == "epoch_0_step_9"
