@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,35 @@ def test_a_start_that_fails_releases_the_directory(tmp_path: Path, files: Files,
         report = other.start(make_state())
         assert report is not None
         assert report.path.name == "epoch_0_step_9"
+
+
+class SlowManifest(Files):
+    """Takes long to publish, and is interrupted meanwhile."""
+
+    def __init__(self) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+
+    def write_new(self, path: Path, data: bytes) -> None:
+        if path.name == "manifest.json":
+            self.begun.set()
+            self.goes_on.wait()
+        super().write_new(path, data)
+
+
+def test_a_second_close_finishes_what_an_interrupted_one_did_not(tmp_path: Path) -> None:
+    files = SlowManifest()
+    engine = build(tmp_path, files, is_async=True)
+    engine.start(make_state())
+    pending = engine.save(make_state(), step=1)
+    files.begun.wait()
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert not pending.done()
+    with pytest.raises(CheckpointError, match="closed"):
+        engine.save(make_state(), step=2)
+    threading.Timer(0.2, files.goes_on.set).start()
+    engine.close()
+    assert pending.result() is not None
+    assert is_released(tmp_path)
+    engine.close()
