@@ -344,9 +344,9 @@ def test_a_checkpoint_that_another_process_keeps_locked_is_named_and_not_set_asi
     manifest = tmp_path / "epoch_0_step_2" / "manifest.json"
     with manifest.open() as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
-        with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
-            with pytest.raises(CheckpointError, match=f"{manifest} has been locked by another process"):
-                engine.start(STATE)
+        engine = CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0)
+        with engine, pytest.raises(CheckpointError, match=f"{manifest} has been locked by another process"):
+            engine.start(STATE)
     assert steps_in(tmp_path) == [1, 2]
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
         report = engine.start(STATE)

@@ -187,6 +187,8 @@ class Directory:
         self._best_name = None
         if read_pointer(self.root, names.BEST) in catalog.newer:
             log.warning("BEST stays as it is: it leads to a checkpoint of a newer format, whose metrics are unknown")
+        elif read_pointer(self.root, names.BEST) in catalog.links:
+            log.warning("BEST stays as it is: it leads to a symbolic link, which is not followed")
         elif best is not None:
             # A crash may have come after a publication, or after metrics were added, and before BEST was moved.
             move_pointer(self._held, self.root, names.BEST, best.name)
@@ -215,6 +217,7 @@ class Directory:
             return
         catalog = scan(self.root)
         catalog.refuse_newer(None, start_step)
+        catalog.refuse_links(start_step)
         later = in_the_way(catalog, start_step)
         later = [path for path in later if path.name not in corrupt]
         if later and on_conflict != "set_aside":
