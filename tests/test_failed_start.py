@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ from hydra_ckpt.files import Files
 from tests.test_zombies import make_state
 
 
-def build(root: Path, files: Files | None = None, **options: bool) -> Checkpointer:
-    config = CheckpointingConfig(checkpoint_dir=str(root), **options)  # type: ignore[arg-type]
+def build(root: Path, files: Files | None = None, **options: Any) -> Checkpointer:
+    config = CheckpointingConfig(checkpoint_dir=str(root), **options)
     return Checkpointer(config.resolve(), dp_rank=0, tp_rank=0, pp_rank=0, files=files)
 
 
@@ -96,3 +97,29 @@ def test_a_second_close_finishes_what_an_interrupted_one_did_not(tmp_path: Path)
     assert pending.result() is not None
     assert is_released(tmp_path)
     engine.close()
+
+
+def test_a_forked_process_does_not_wait_for_a_save_of_its_parent(tmp_path: Path) -> None:
+    files = SlowManifest()
+    with build(tmp_path, files, is_async=True) as engine:
+        engine.start(make_state())
+        pending = engine.save(make_state(), step=1)
+        files.begun.wait()
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)  # ends a child that waits
+                pending.wait()
+                pending.wait_staged()
+                with pytest.raises(CheckpointError, match="forked"):
+                    pending.result()
+                engine.wait()
+                engine.close()
+                os._exit(5)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        files.goes_on.set()
+        assert os.waitstatus_to_exitcode(status) == 5
+        assert pending.result() is not None
+        assert not is_released(tmp_path)
