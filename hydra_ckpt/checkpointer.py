@@ -83,7 +83,7 @@ class Checkpointer:
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
         refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload))
-        self._closed = not config.write.enabled
+        self._closed = self._let_go = not config.write.enabled  # _let_go: close() has come to its end
         if self._closed:
             return
         self.group = Group.create(process_group, config.write.timeout_s)
@@ -503,16 +503,19 @@ class Checkpointer:
     def close(self) -> None:
         """Finish what is under way, end the background threads, release the directory. Idempotent.
 
+        If it is interrupted, the next call does the rest.
+
         Raises:
             SaveFailedError: The last save failed and its error was not raised yet.
             SaveOutcomeUnknown: This rank was cut off from the others, and does not know whether the save is published.
         """
-        if not self._closed:
-            self._closed = True
+        self._closed = True
+        if not self._let_go:
             self._saver.close()
             self._directory.close()
             self._channel.close()
             self.group.close()
+            self._let_go = True
         self.report_failure()
 
     def refuse_closed(self, what: str) -> None:

@@ -57,6 +57,7 @@ class Worker:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._has_left = False  # changed with the lock: no job is queued that will not be done
+        self._ended = threading.Event()  # an interrupted Thread.join() marks a thread as ended that still runs
         self._thread = _WorkerThread(target=self._run, name=name, daemon=False)
         self._thread.start()
 
@@ -89,12 +90,24 @@ class Worker:
         done.wait()
 
     def close(self) -> None:
-        """Do what is queued, then end the thread. Idempotent."""
-        if self._thread.is_alive():
+        """Do what is queued, then end the thread. Idempotent; if interrupted, call it again.
+
+        Does nothing in a forked process: the thread is its parent's.
+        """
+        if os.getpid() != self._pid:
+            return
+        if not self._ended.is_set():
             self._jobs.put(None)
-            self._thread.join()
+            self._ended.wait()
+        self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
+
+    def _work(self) -> None:
         while True:
             try:
                 job = self._jobs.get(timeout=_POLL_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from hydra_ckpt import AppState, CheckpointConfigError, CheckpointingConfig
+from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig
 from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.pointers import protected, remove_pointer
@@ -336,3 +337,18 @@ def test_a_pointer_that_cannot_be_read_is_named(tmp_path: Path, caplog: pytest.L
     (tmp_path / "LATEST").symlink_to("../elsewhere")
     assert protected(tmp_path).lost == {"LATEST"}
     assert re.search(r"LATEST leads to .*, which is not a checkpoint", caplog.text)
+
+
+def test_a_checkpoint_that_another_process_keeps_locked_is_named_and_not_set_aside(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    manifest = tmp_path / "epoch_0_step_2" / "manifest.json"
+    with manifest.open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        engine = CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0)
+        with engine, pytest.raises(CheckpointError, match=f"{manifest} has been locked by another process"):
+            engine.start(STATE)
+    assert steps_in(tmp_path) == [1, 2]
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        report = engine.start(STATE)
+        assert report is not None
+        assert report.path.name == "epoch_0_step_2"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from hydra_ckpt.errors import SaveOutcomeUnknown
+from hydra_ckpt.errors import CheckpointError, SaveOutcomeUnknown
 from hydra_ckpt.store.catalog import Checkpoint
 
 
@@ -23,6 +24,7 @@ class PendingSave:
     def __init__(self, step: int) -> None:
         self.step = step
         self.skipped = False
+        self._pid = os.getpid()
         self._staged = threading.Event()
         self._outcome: Future[Checkpoint | None] = Future()
         self._raised = False
@@ -42,6 +44,8 @@ class PendingSave:
         Raises:
             TimeoutError: Staging takes longer than `timeout_s` seconds.
         """
+        if self._is_forked:
+            return  # the parent copies its own memory
         if not self._staged.wait(timeout_s):
             raise TimeoutError(f"the state of step {self.step} was not staged within {timeout_s} s")
         self.when_staged()
@@ -60,7 +64,12 @@ class PendingSave:
             SaveFailedError: The save failed on at least one rank.
             SaveOutcomeUnknown: This rank was cut off from the others, and has not met them since.
             TimeoutError: The save takes longer than `timeout_s`; it continues.
+            CheckpointError: This process was forked while the save was under way, and cannot learn how it ends.
         """
+        if self._is_forked and not self._outcome.done():
+            raise CheckpointError(
+                f"step {self.step}: this process was forked from process {self._pid}, which saves; wait for it there"
+            )
         try:
             return self._outcome.result(timeout_s)
         except FutureTimeoutError:
@@ -72,8 +81,14 @@ class PendingSave:
             raise
 
     def wait(self) -> None:
-        """Return when the save is over, however it ended."""
-        self._outcome.exception()
+        """Return when the save is over, however it ended; at once in a forked process, whose parent saves."""
+        if not self._is_forked:
+            self._outcome.exception()
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is not the process that saves; its threads do not exist here."""
+        return os.getpid() != self._pid
 
     @property
     def error(self) -> BaseException | None:

@@ -12,7 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from hydra_ckpt.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import Manifest, read_manifest, read_metrics
 from hydra_ckpt.store.pointers import read_pointer
@@ -124,12 +130,14 @@ class Catalog:
         damaged: Name to what is wrong, for directories that have a checkpoint's name.
         newer: Name to the error that describes it, for checkpoints of a newer format. Nothing that changes a directory
             touches them.
+        links: Symbolic links that have a checkpoint's name, by step. They are not followed, and nothing touches them.
     """
 
     root: Path
     checkpoints: tuple[Checkpoint, ...]
     damaged: dict[str, str]
     newer: dict[str, CheckpointFormatError] = field(default_factory=dict)
+    links: tuple[str, ...] = ()
 
     def find(self, name: str) -> Checkpoint | None:
         """The checkpoint of this name."""
@@ -157,6 +165,20 @@ class Catalog:
             if beyond is None or names.step_of(name) > beyond:
                 raise self.newer[name]
 
+    def refuse_links(self, beyond: int = -1) -> None:
+        """Raise if a link has the name of a checkpoint after a step: what it leads to must not be skipped silently.
+
+        Raises:
+            CheckpointConfigError: There is one; names the last, and the remedy.
+        """
+        if self.links and names.step_of(self.links[-1]) > beyond:
+            link = self.root / self.links[-1]
+            target = os.path.realpath(link)
+            raise CheckpointConfigError(
+                f"{link} is a symbolic link to {target}, and links to checkpoints are not followed. Move the "
+                f"checkpoint back in place of the link, or set restore_from={target} to continue from it"
+            )
+
     def best(self, key: str, mode: str, *, after: int = 0) -> Checkpoint | None:
         """The checkpoint after a step with the best value of a metric; the earliest of equals."""
         sign = 1.0 if mode == "min" else -1.0
@@ -182,7 +204,8 @@ class Catalog:
         there = ", ".join(item.name for item in self.checkpoints) or "no checkpoint"
         bad = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
         newer = f"; of a newer format: {', '.join(sorted(self.newer))}" if self.newer else ""
-        return f"{self.root} holds {there}{bad}{newer}"
+        links = f"; links that are not followed: {', '.join(self.links)}" if self.links else ""
+        return f"{self.root} holds {there}{bad}{newer}{links}"
 
 
 def _rates(checkpoint: Checkpoint, key: str) -> bool:
@@ -199,9 +222,10 @@ def is_checkpoint_directory(path: Path) -> bool:
 
 def scan(root: Path) -> Catalog:
     """Read a directory; one that does not exist is empty."""
-    found, damaged, newer = [], {}, {}
+    found, damaged, newer, links = [], {}, {}, []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if not is_checkpoint_directory(path):
+            links += [path.name] if names.is_checkpoint_name(path.name) and path.is_symlink() else []
             continue
         try:
             found.append(Checkpoint.open(path))
@@ -210,7 +234,8 @@ def scan(root: Path) -> Catalog:
         except CheckpointError as error:
             if os.path.lexists(path):  # a run may be pruning: a checkpoint that is gone was not damaged
                 damaged[path.name] = str(error)
-    return Catalog(root, tuple(sorted(found, key=lambda item: (item.step, item.epoch))), damaged, newer)
+    published = tuple(sorted(found, key=lambda item: (item.step, item.epoch)))
+    return Catalog(root, published, damaged, newer, tuple(sorted(links, key=names.step_of)))
 
 
 def listing(root: Path) -> tuple[object, ...]:

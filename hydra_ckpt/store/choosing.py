@@ -34,6 +34,7 @@ def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tupl
         CheckpointNotFoundError: An explicitly named one does not exist.
         CheckpointFormatError: A newer version wrote it, or one that the automatic choice would have to skip.
         CorruptCheckpointError: An explicitly named one is damaged.
+        CheckpointConfigError: A link has a checkpoint's name, and the selector names none.
     """
     for _ in range(_LOOKS - 1):
         before = listing(root)
@@ -49,6 +50,8 @@ def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tupl
 
 def _look(root: Path, selector: str, passed_over: Mapping[str, str], best: tuple[str, str]) -> dict[str, Any]:
     catalog = scan(root)
+    if selector in ("auto", "latest", "best"):
+        catalog.refuse_links()
     if selector == "auto":
         return _newest(catalog, passed_over)
     configured, mode = best

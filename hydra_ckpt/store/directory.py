@@ -80,6 +80,7 @@ class Directory:
         self._latest: int | None = None  # the step LATEST leads to: this run never moves it below
         self._best_name: str | None = None
         self._heart: Heart | None = None
+        self._may_hold = False  # whether the lease is held, or an interrupted step may have taken it
         self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = self._configured = keep.best_metric_key
@@ -103,15 +104,25 @@ class Directory:
     # -- a run begins --------------------------------------------------------------------------------------------
 
     def open(self, not_beyond: int | None) -> None:
-        """Become the writer and clean up the directory.
+        """Become the writer and clean up the directory. If that fails or is interrupted, release the directory.
 
         Raises:
             CheckpointExistsError: Another live run writes here.
             CheckpointConfigError: The directory cannot be written, or another system keeps its checkpoints there.
         """
         try:
+            self._take(not_beyond)
+            self._heart = self._heart or Heart(self.times.heartbeat_s, self._lease.beat)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _take(self, not_beyond: int | None) -> None:
+        """Take the lease and clean up the directory."""
+        try:
             refuse_strangers(self.root)
             self.files.make_dir(self.root)
+            self._may_hold = True
             previous = self._lease.acquire()
             recover(self._held, self.root, previous.incarnation if previous else None, not_beyond=not_beyond)
             self._hidden = {path.name for path in self.root.iterdir() if names.parse_hidden(path.name)}
@@ -122,7 +133,14 @@ class Directory:
                 f"checkpoint.checkpoint_dir={self.root} cannot be written ({error}); choose another directory, or fix "
                 "its permissions or free some space"
             ) from error
-        self._heart = Heart(self.times.heartbeat_s, self._lease.beat)
+
+    def _let_go(self) -> None:
+        """Stop the heartbeat and release the lease, as far as there are any."""
+        if self._heart is not None:
+            self._heart.stop()
+        if self._may_hold:
+            self._lease.release()
+        self._heart, self._may_hold = None, False
 
     def settle(
         self,
@@ -169,6 +187,8 @@ class Directory:
         self._best_name = None
         if read_pointer(self.root, names.BEST) in catalog.newer:
             log.warning("BEST stays as it is: it leads to a checkpoint of a newer format, whose metrics are unknown")
+        elif read_pointer(self.root, names.BEST) in catalog.links:
+            log.warning("BEST stays as it is: it leads to a symbolic link, which is not followed")
         elif best is not None:
             # A crash may have come after a publication, or after metrics were added, and before BEST was moved.
             move_pointer(self._held, self.root, names.BEST, best.name)
@@ -197,6 +217,7 @@ class Directory:
             return
         catalog = scan(self.root)
         catalog.refuse_newer(None, start_step)
+        catalog.refuse_links(start_step)
         later = in_the_way(catalog, start_step)
         later = [path for path in later if path.name not in corrupt]
         if later and on_conflict != "set_aside":
@@ -221,10 +242,7 @@ class Directory:
                     {name: owed.metrics for name, owed in self._owed.items()},
                 )
         finally:
-            if self._heart is not None:
-                self._heart.stop()
-                self._lease.release()
-                self._heart = None
+            self._let_go()
 
     # -- a checkpoint is published -------------------------------------------------------------------------------
 

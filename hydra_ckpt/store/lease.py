@@ -81,9 +81,10 @@ class Lease:
             CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
         """
         previous = None
+        _RELEASED.discard(self._owner.incarnation)  # a start that failed has released it, and is tried again
         while True:
             record = look(self._path)
-            if self._is_mine(record):
+            if self._holds(record):
                 break
             previous = record.owner
             free = record if previous is None else self._await_end(previous, record)
@@ -94,6 +95,9 @@ class Lease:
 
     def _is_mine(self, record: Record) -> bool:
         return record.owner is not None and record.owner.incarnation == self._owner.incarnation
+
+    def _holds(self, record: Record) -> bool:
+        return self._is_mine(record) and record.owner is not None and not record.owner.released
 
     def _await_end(self, other: Owner, record: Record) -> Record | None:
         """Wait until a holder is known to be dead.
@@ -277,7 +281,7 @@ class Lease:
         _RELEASED.add(self._owner.incarnation)
         prepared = self._path.with_name(f".{names.OWNER}.{self._owner.incarnation}")
         try:
-            if not self._is_mine(look(self._path)):
+            if not self._holds(look(self._path)):
                 return
             self._files.unlink(prepared)
             self._files.write_new(prepared, replace(self._owner, released=True).to_bytes())

@@ -10,17 +10,22 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.small_files import open_regular
 
 log = logging.getLogger(__name__)
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+
+# A run that prunes holds its lock for an instant.
+_PATIENCE_S = 5.0
+_RETRY_S = 0.05
 
 
 @contextmanager
@@ -30,10 +35,11 @@ def reading(checkpoint: Path) -> Iterator[None]:
     Raises:
         FileNotFoundError: It is already gone.
         CorruptCheckpointError: Its manifest cannot be opened.
+        CheckpointError: Another process keeps it locked. That is no damage, so it is not passed over.
     """
     descriptor = open_regular(checkpoint / names.MANIFEST)
     try:
-        _lock(descriptor, fcntl.LOCK_SH)
+        _share(descriptor, checkpoint / names.MANIFEST)
         # Raises if it was retired between open and lock: then the locked file is not the one with this name.
         (checkpoint / names.MANIFEST).stat()
         yield
@@ -52,6 +58,19 @@ def is_read(checkpoint: Path) -> bool:
         return not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
+
+
+def _share(descriptor: int, manifest: Path) -> None:
+    """Take a shared lock, but do not wait for ever: the process that holds the file may be stopped."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB):
+        if time.monotonic() >= deadline:
+            raise CheckpointError(
+                f"{manifest} has been locked by another process for {_PATIENCE_S:.0f} s, so the checkpoint cannot be "
+                "read safely: a run or `hydra-ckpt prune` there may be stopped. Find the process (lsof, fuser or "
+                "/proc/locks), let it continue or end it, and start again"
+            )
+        time.sleep(_RETRY_S)
 
 
 def _lock(descriptor: int, kind: int) -> bool:

@@ -138,7 +138,7 @@ def _move_left_pointers(files: Files, catalog: Catalog) -> None:
 
 def _latest_step(catalog: Catalog) -> int | None:
     target = read_pointer(catalog.root, names.LATEST)
-    if target is not None and target in catalog.newer:
+    if target is not None and (target in catalog.newer or target in catalog.links):
         return names.step_of(target)
     latest = catalog.pointed(names.LATEST)
     return None if latest is None else latest.step
@@ -168,9 +168,13 @@ def conflict_error(paths: list[Path], start_step: int) -> CheckpointExistsError:
 
 
 def repoint(files: Files, catalog: Catalog, pointer: str, instead: Checkpoint | None) -> None:
-    """Coordinator only: if a pointer or its target is gone, point it to `instead`, or remove it."""
+    """Coordinator only: if a pointer or its target is gone, point it to `instead`, or remove it.
+
+    A pointer to a checkpoint of a newer format, or to a link in a checkpoint's place, stays as it is.
+    """
     target = read_pointer(catalog.root, pointer)
-    if target is not None and (target in catalog.newer or catalog.find(target) is not None):
+    kept = (*catalog.newer, *catalog.links)
+    if target is not None and (target in kept or catalog.find(target) is not None):
         return
     if instead is not None:
         move_pointer(files, catalog.root, pointer, instead.name)
