@@ -278,6 +278,7 @@ def test_an_error_that_cannot_be_encoded_does_not_keep_a_summary_from_being_writ
 def test_a_job_whose_checkpoints_cannot_be_looked_for_is_shown_without_any(tmp_path: Path, place: str) -> None:
     _job_ended(tmp_path, "0", checkpoint_dir=place)
     _job_ended(tmp_path, "1")
+    (tmp_path / "elsewhere").symlink_to("x" * 300)
     jobs = write_summary(tmp_path)["jobs"]
     assert [(job["job"], job["checkpoints"], job["last"]) for job in jobs] == [("0", 0, None), ("1", 0, None)]
     assert [job["job"] for job in _tool("list", tmp_path, "--json")["jobs"]] == ["0", "1"]

@@ -120,7 +120,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """Run directories of jobs below a sweep's directory."""
     try:
-        below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+        below = sorted(path for path in directory.iterdir() if not path.is_symlink() and path.is_dir())
     except OSError:
         return
     for path in below:
