@@ -161,7 +161,7 @@ class Files:
     def rename(self, source: Path, target: Path) -> None:
         """Give a file or directory a name that does not exist yet."""
         # rename(2) of a directory silently replaces an empty one.
-        if target.exists() or target.is_symlink():
+        if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "already there", str(target))
         source.rename(target)
 

@@ -30,6 +30,7 @@ from hydra_ckpt.saving.contents import Sources
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.storage.pool import SMALL_BYTES, BufferPool
 from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.owner import look
 from hydra_ckpt.testing import FaultyFiles, run_distributed
 
 
@@ -185,10 +186,20 @@ def test_a_manifest_that_is_no_file_is_passed_over(tmp_path: Path, make: Any) ->
 
 
 @pytest.mark.parametrize(
-    "body", ['{"incarnation": [1], "host": "a", "pid": 1, "started": 1.0}', '{"pid": "abc"}', "[]"]
+    "body",
+    [
+        '{"incarnation": [1], "host": "a", "pid": 1, "started": 1.0}',
+        '{"pid": "abc"}',
+        "[]",
+        *(
+            f'{{"incarnation": "a", "host": "a", "pid": 1, "started": {number}}}'
+            for number in ("NaN", "1e999", "-Infinity")
+        ),
+    ],
 )
 def test_an_owner_record_that_makes_no_sense_counts_as_none(tmp_path: Path, body: str) -> None:
     (tmp_path / "owner.json").write_text(body)
+    assert look(tmp_path / "owner.json").owner is None
     with engine(tmp_path) as checkpointer:
         checkpointer.save(state_of(), step=1)
     assert scan(tmp_path).pointed("LATEST") is not None

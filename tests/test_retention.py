@@ -211,6 +211,25 @@ def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
     assert not list(copy.glob("*.txt"))
 
 
+@pytest.mark.parametrize("target", ["x" * 300, "a/" * 2000])
+@pytest.mark.parametrize("name", ["LATEST", "BEST"])
+def test_a_pointer_whose_text_is_no_valid_path_leads_nowhere(tmp_path: Path, name: str, target: str) -> None:
+    save_steps(tmp_path, 1, 4)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(target)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        report = engine.start(STATE)
+        assert report is not None
+        assert report.step == 4
+        engine.save(STATE, step=5, metrics={"loss": 0.0}).result()
+        engine.drain()
+    assert scan(tmp_path).pointed("LATEST").step == 5  # type: ignore[union-attr]
+    remove_pointer(Files(), tmp_path, name)
+    (tmp_path / name).symlink_to(target)
+    remove_pointer(Files(), tmp_path, name)
+    assert not (tmp_path / name).is_symlink()
+
+
 READER = """
 import sys
 from pathlib import Path

@@ -19,7 +19,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hydra_ckpt import AppState, CheckpointConfigError, CheckpointError, CheckpointingConfig, CorruptCheckpointError
+from hydra_ckpt import (
+    AppState,
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointingConfig,
+    CorruptCheckpointError,
+)
 from hydra_ckpt.cli import app
 from hydra_ckpt.errors import printable
 from hydra_ckpt.files import Files
@@ -229,6 +236,26 @@ def test_an_owner_that_is_a_link_is_replaced_and_what_it_leads_to_is_not(root: P
     a_run_goes_on(root, 3, [3, 9])
     assert not (root / "owner.json").is_symlink()
     assert (tmp_path / "elsewhere.json").read_text() == record
+
+
+def test_an_owner_that_is_a_directory_is_refused_by_name_until_it_is_removed(root: Path) -> None:
+    (root / "owner.json").unlink()
+    (root / "owner.json").mkdir()
+    before = sorted(root.iterdir())
+    directory = Directory(root, Files(), KeepOptions("loss", "min", None, None), None)
+    with pytest.raises(CheckpointExistsError, match=r"owner\.json is a directory.*Remove the directory"):
+        directory.open(None)
+    assert sorted(root.iterdir()) == before
+    (root / "owner.json").rmdir()
+    a_run_goes_on(root, 3, [3, 9])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("x" * 300)])
+def test_an_owner_that_is_a_pipe_or_leads_nowhere_is_replaced(root: Path, make: Callable[[Path], None]) -> None:
+    (root / "owner.json").unlink()
+    make(root / "owner.json")
+    a_run_goes_on(root, 3, [3, 9])
+    assert (root / "owner.json").is_file()
 
 
 def test_a_record_that_the_disk_does_not_give_may_be_a_live_run_s(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hydra_ckpt.sweeps.record import RECORD, JobRecord
+from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
 from tests.sweep_app import App
 
 REPOSITORY = Path(__file__).parents[1]
@@ -257,3 +260,32 @@ def test_show_prints_the_command_that_goes_on_and_it_does(app: App) -> None:
     assert data["changed"] == []
     assert data["parts"].keys() == {"model"}
     assert sum(data["files"].values()) == data["bytes"]
+
+
+def _job_ended(sweep: Path, name: str, **known: Any) -> None:
+    (sweep / name).mkdir(parents=True)
+    replace(JobRecord.begin((), {}).end("failed"), **known).write(sweep / name)
+
+
+def test_an_error_that_cannot_be_encoded_does_not_keep_a_summary_from_being_written(tmp_path: Path) -> None:
+    _job_ended(tmp_path, "0", error="RuntimeError: cannot read /data/\udcff.bin")
+    summary = write_summary(tmp_path)
+    assert json.loads((tmp_path / SUMMARY).read_text()) == summary
+    assert summary["jobs"][0]["error"].endswith("\udcff.bin")
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "a/" * 3000, "a\0b", "a\ud800b"])
+def test_a_job_whose_checkpoints_cannot_be_looked_for_is_shown_without_any(tmp_path: Path, place: str) -> None:
+    _job_ended(tmp_path, "0", checkpoint_dir=place)
+    _job_ended(tmp_path, "1")
+    (tmp_path / "elsewhere").symlink_to("x" * 300)
+    jobs = write_summary(tmp_path)["jobs"]
+    assert [(job["job"], job["checkpoints"], job["last"]) for job in jobs] == [("0", 0, None), ("1", 0, None)]
+    assert [job["job"] for job in _tool("list", tmp_path, "--json")["jobs"]] == ["0", "1"]
+
+
+def test_a_job_runs_also_if_its_record_cannot_be_written(app: App) -> None:
+    (app.sweep / "0" / RECORD).mkdir(parents=True)
+    done = app.sweep_over("lr=0.3", "steps=2")
+    assert (done.returncode, app.runs) == (0, ["0 0"]), done.stderr
+    assert "the job's state could not be recorded" in (app.sweep / "0" / "app.log").read_text()

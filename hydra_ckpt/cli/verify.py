@@ -128,7 +128,7 @@ def _paths(located: Located) -> Iterator[Path]:
         yield located.root / located.only
         return
     found = [path for path in located.root.iterdir() if names.is_checkpoint_name(path.name)]
-    yield from sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_order)
+    yield from sorted((path for path in found if not path.is_symlink() and path.is_dir()), key=_order)
 
 
 def _order(path: Path) -> tuple[int, str]:

@@ -9,6 +9,7 @@ A process can still be stopped between the check and the change. A late change d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ class FencedFiles(Files):
 
     def unlink(self, path: Path) -> None:
         """See `Files`; only while the lease is held."""
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             self._fence()
             self._inner.unlink(path)
 

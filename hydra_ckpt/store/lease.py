@@ -162,6 +162,7 @@ class Lease:
         If several runs have judged the same record, only one creates the file that replaces it. The run that takes
         over removes all such files, so a late run has no file left to put in place.
         """
+        self._refuse_directory()
         prepared = self._claim_path(judged)
         try:
             self._files.write_new(prepared, self._owner.to_bytes())
@@ -207,6 +208,13 @@ class Lease:
             time.sleep(min(self._times.look_s, 0.05))
 
     # -- refusing --------------------------------------------------------------------------------------------------
+
+    def _refuse_directory(self) -> None:
+        if not self._path.is_symlink() and self._path.is_dir():
+            raise CheckpointExistsError(
+                f"{self._path} is a directory, and the file that says which run writes to {self._root} must be in its "
+                "place. Remove the directory, or give it another name"
+            )
 
     def _refuse_other_job(self, other: Owner) -> None:
         if other.run and self._owner.run and other.run != self._owner.run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -101,6 +102,7 @@ class Owner:
             all(isinstance(text, str) for text in texts)
             and all(type(number) is int and number >= 0 for number in numbers)
             and type(self.started) in {int, float}
+            and -math.inf < self.started < math.inf  # JSON as Python reads it has NaN and infinities
             and type(self.restarts) is dict
             and all(type(count) is int for count in self.restarts.values())
         )
@@ -203,7 +205,7 @@ def look(path: Path) -> Record:
     except (FileNotFoundError, NotADirectoryError):
         return Record(None)
     except CorruptCheckpointError as error:
-        if isinstance(error.__cause__, OSError) and path.is_file() and not path.is_symlink():
+        if isinstance(error.__cause__, OSError) and not path.is_symlink() and path.is_file():
             raise error.__cause__ from None
         return Record(b"")
 

@@ -73,7 +73,7 @@ def _unlink(files: Files, path: Path) -> None:
 
 def _is_directory(path: Path) -> bool:
     """Whether this is a directory, not a link to one."""
-    return path.is_dir() and not path.is_symlink()
+    return not path.is_symlink() and path.is_dir()  # `is_dir` fails on a link whose text is no valid path
 
 
 @dataclass(frozen=True, slots=True)

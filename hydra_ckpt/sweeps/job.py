@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
 from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
@@ -248,5 +248,5 @@ def _write(run: HydraRun, record: JobRecord) -> None:
         record.write(run.output_dir)
         if run.sweep_dir is not None:
             write_summary(run.sweep_dir)
-    except (OSError, CheckpointError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the record, the job is worth more
         log.warning("the job's state could not be recorded: %s", error)

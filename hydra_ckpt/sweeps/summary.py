@@ -45,9 +45,17 @@ def is_sweep(directory: Path) -> bool:
 
 
 def _is_ours(job: Path) -> bool:
-    root = job / _DEFAULT_DIRECTORY
-    below = root.iterdir() if root.is_dir() else ()
-    return (job / RECORD).is_file() or any(names.is_checkpoint_name(path.name) for path in below)
+    return (job / RECORD).is_file() or bool(_checkpoints_in(job / _DEFAULT_DIRECTORY))
+
+
+def _checkpoints_in(root: Path) -> list[str]:
+    """The names of a directory's checkpoints by step; none if it is missing or cannot be listed."""
+    try:
+        below = [path.name for path in root.iterdir()] if root.is_dir() else []
+    except OSError as error:
+        log.warning("a directory of checkpoints is left out of the summary: %s", error)
+        return []
+    return sorted((name for name in below if names.is_checkpoint_name(name)), key=names.step_of)
 
 
 def summarize(sweep_dir: Path) -> dict[str, Any]:
@@ -74,7 +82,8 @@ def write_summary(sweep_dir: Path) -> dict[str, Any]:
     with _locked(sweep_dir):
         summary = summarize(sweep_dir)
         text = json.dumps(finite(summary), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Files(), sweep_dir / SUMMARY, text.encode(), names.nonce())
+        # A lone surrogate, as from a file name that is not UTF-8, becomes the escape that JSON has for it.
+        write_atomically(Files(), sweep_dir / SUMMARY, text.encode(errors="backslashreplace"), names.nonce())
         if summary["best"] is not None:
             point(Files(), sweep_dir, names.BEST, summary["best"]["checkpoint"])
     return summary
@@ -111,7 +120,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """Run directories of jobs below a sweep's directory."""
     try:
-        below = sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+        below = sorted(path for path in directory.iterdir() if not path.is_symlink() and path.is_dir())
     except OSError:
         return
     for path in below:
@@ -154,8 +163,7 @@ class _Found:
 
     def __init__(self, sweep_dir: Path, root: Path) -> None:
         self._sweep_dir = sweep_dir
-        below = (path.name for path in root.iterdir()) if root.is_dir() else iter(())
-        self.names = sorted((name for name in below if names.is_checkpoint_name(name)), key=names.step_of)
+        self.names = _checkpoints_in(root)
         self.last = _opened(root, read_pointer(root, names.LATEST) or next(reversed(self.names), None))
         self.best = _opened(root, read_pointer(root, names.BEST))
 
@@ -186,7 +194,7 @@ def _opened(root: Path, name: str | None) -> Checkpoint | None:
     except CheckpointFormatError as error:
         log.warning("left out of the summary: %s", error)
         return None
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         log.debug("left out of the summary: %s", error)
         return None
 
