@@ -194,7 +194,7 @@ def test_nothing_is_written_over_and_damage_is_found_first(saved: Path, tmp_path
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").touch()
-    with pytest.raises(CheckpointExistsError, match="full exists already"):
+    with pytest.raises(CheckpointExistsError, match="full already exists"):
         export_checkpoint(checkpoint, full)
     assert run(tmp_path / "run", full).returncode == 2
     assert run(tmp_path / "run", tmp_path / "x", "--dtype", "int8").returncode == 2
