@@ -57,3 +57,18 @@ def test_the_remedies_work(tmp_path: Path) -> None:
         report = engine.start(make_state())
         assert report is not None
         assert report.step == 4
+
+
+def test_links_to_older_checkpoints_are_in_nobodys_way(tmp_path: Path) -> None:
+    root, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    place = moved(root, disk, (1,))
+    with build(root, restore_from=str(place)) as engine:
+        engine.start(make_state())
+        engine.save(make_state(), step=2, metrics={"loss": 0.1}).result()
+    for selector in ("auto", "latest", "best"):
+        with build(root, restore_from=selector) as engine:
+            report = engine.start(make_state())
+            assert report is not None
+            assert report.step == 2
+    assert (root / place.name).is_symlink()

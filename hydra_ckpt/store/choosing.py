@@ -51,7 +51,10 @@ def choose(root: Path, selector: str, passed_over: Mapping[str, str], best: tupl
 def _look(root: Path, selector: str, passed_over: Mapping[str, str], best: tuple[str, str]) -> dict[str, Any]:
     catalog = scan(root)
     if selector in ("auto", "latest", "best"):
-        catalog.refuse_links()
+        # Links to older checkpoints, moved to an archive, are in nobody's way.
+        newest = catalog.checkpoints[-1].step if catalog.checkpoints else -1
+        is_best = selector == "best" and read_pointer(root, names.BEST) in catalog.links
+        catalog.refuse_links(-1 if is_best else newest)
     if selector == "auto":
         return _newest(catalog, passed_over)
     configured, mode = best
