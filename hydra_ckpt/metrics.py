@@ -17,16 +17,29 @@ def as_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """Each metric as a float.
 
     Raises:
-        CheckpointConfigError: A value that `float()` does not take.
+        CheckpointConfigError: They are not a mapping, a name cannot be written to a file, or `float()` does not take a
+            value.
     """
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise CheckpointConfigError(f'metrics={metrics!r} is not valid; it takes a mapping such as {{"loss": 0.5}}')
     torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     found = {}
     for name, value in (metrics or {}).items():
+        _refuse_unwritable(name)
         try:
             found[str(name)] = float(value.detach() if torch is not None and isinstance(value, torch.Tensor) else value)
         except Exception as error:  # noqa: BLE001 - what float() calls is anybody's code
             raise CheckpointConfigError(f"metric {name!r}: {value!r} is not a number ({error})") from None
     return found
+
+
+def _refuse_unwritable(name: object) -> None:
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise CheckpointConfigError(
+            f"metric {name!r}: the name has a character that cannot be written as UTF-8; give it another name"
+        ) from None
 
 
 def deciding_key(metrics: Mapping[str, float], key: str) -> str | None:

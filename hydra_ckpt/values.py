@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ __all__ = [
     "Check",
     "choice",
     "count",
+    "directory",
     "minutes",
     "optional",
     "place",
@@ -111,7 +113,10 @@ def text(name: str, value: object) -> str:
 
 # Names of stores, as they begin a URL. A path made of one has lost one of its two slashes.
 _STORES = "s3|s3a|s3n|gs|gcs|az|azure|abfs|abfss|adl|wasb|wasbs|hf|msc|memory|file|https?|ftp|sftp|ssh|hdfs|oss|r2|dbfs"
-_URL = re.compile(rf"\s*([A-Za-z][A-Za-z0-9+.-]*(::|://)|({_STORES}):/)", re.IGNORECASE)
+_URL = re.compile(
+    rf"\s*([A-Za-z][A-Za-z0-9+.-]*::|({_STORES}):|(.*/)?([A-Za-z][A-Za-z0-9+.-]*://|({_STORES}):/))", re.IGNORECASE
+)
+_INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 
 
 def refuse_url(name: str, value: object) -> None:
@@ -133,9 +138,31 @@ def refuse_url(name: str, value: object) -> None:
 
 
 def place(name: str, value: object) -> str:
-    """Takes a text that names a local file or directory, and no URL."""
+    """Takes a text that names a local file or directory: no URL, and nothing that the system refuses as a path."""
     found = text(name, value)
     refuse_url(f"checkpoint.{name}", found)
+    if interpolation := _INTERPOLATION.search(found):
+        refuse(name, value, f"a path; {interpolation[0]} is resolved only in a configuration that Hydra has composed")
+    if "\0" in found or not _is_encodable(found):
+        refuse(name, value, "a path that the file system can store, without NUL and lone surrogates")
+    return found
+
+
+def _is_encodable(path: str) -> bool:
+    """Whether the system can be given this path; it can have names that are not UTF-8."""
+    try:
+        return bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
+
+
+def directory(name: str, value: object) -> str:
+    """Takes a place that may begin with `~` or `~user`."""
+    found = place(name, value)
+    try:
+        Path(found).expanduser()
+    except RuntimeError:
+        refuse(name, value, f"a path; {Path(found).parts[0]} is no home directory of this host")
     return found
 
 

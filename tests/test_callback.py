@@ -281,6 +281,23 @@ def test_it_must_be_clear_which_metric_decides(tmp_path: Path) -> None:
         assert callback.best_metric is None
 
 
+@pytest.mark.parametrize("metrics", [5, "loss", [("loss", 1.0)], 0, {"lo\ud800ss": 1.0}])
+def test_metrics_that_are_no_mapping_or_have_a_name_that_cannot_be_written_are_refused(
+    tmp_path: Path, metrics: Any
+) -> None:
+    state = make_state()
+    named = r"metrics=.*takes a mapping" if not isinstance(metrics, dict) else r"metric 'lo\\ud800ss'"
+    with make(tmp_path, _every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        with pytest.raises(CheckpointConfigError, match=named):
+            callback.on_step_end(1, metrics=metrics)
+        with pytest.raises(CheckpointConfigError, match=named):
+            callback.on_validation_end(metrics)
+        with pytest.raises(CheckpointConfigError, match=named):
+            callback.checkpointer.save(state, step=2, metrics=metrics)
+        assert callback.checkpointer.save(state, step=3, metrics={"loss": 1.0}).result() is not None
+
+
 def test_on_improvement_saves_only_what_is_better(tmp_path: Path) -> None:
     state = make_state()
     with make(tmp_path, _on_improvement=True) as callback:

@@ -157,7 +157,8 @@ def test_what_is_no_checkpoint_of_anybody_is_no_hindrance(tmp_path: Path) -> Non
 # -- URLs --------------------------------------------------------------------------------------------------------------
 
 URLS = ["s3://bucket/run", "gs://b", "az://b/x", "abfs://c@a/x", "hf://a/b", "msc://p/x", "memory://x", "file:///tmp/x",
-        "https://host/x", "S3://b/x", "simplecache::s3://b", "anything+else://x"]  # fmt: skip
+        "https://host/x", "S3://b/x", "simplecache::s3://b", "anything+else://x",
+        "s3:bucket/x", "gs:bucket/x", "hdfs:x", "out/s3://b/x", "./s3://b", "out/s3:/b"]  # fmt: skip
 KEYS = ["checkpoint_dir", "staging_dir", "restore_from", "model_repo_id", "model_cache_dir", "original_model_root_dir"]
 
 
@@ -173,9 +174,25 @@ def test_a_url_made_a_path_is_refused_too() -> None:
         CheckpointingConfig(checkpoint_dir=Path("s3://bucket/run"))
 
 
-@pytest.mark.parametrize("path", ["a/b", "/data/run:1/x", "C:/data", "~/runs", "org/model-1.0", "a:b"])
+@pytest.mark.parametrize(
+    "path",
+    ["a/b", "/data/run:1/x", "C:/data", "~/runs", "org/model-1.0", "a:b", "run:1/x", "./s3:b/x", "$HOME/x", "a\udcff"],
+)
 def test_a_path_is_none(path: str) -> None:
     assert CheckpointingConfig(checkpoint_dir=path, restore_from=path, model_repo_id=path).checkpoint_dir == path
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "${oc.env:SCRATCH}/x", "a/${now}"])
+def test_what_cannot_be_a_path_is_refused_by_name(key: str, path: str) -> None:
+    with pytest.raises(CheckpointConfigError, match=f"checkpoint.{key}=.*it takes a path"):
+        CheckpointingConfig(**{key: path})
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "staging_dir", "model_cache_dir", "original_model_root_dir"])
+def test_the_home_of_an_unknown_user_is_refused_by_name(key: str) -> None:
+    with pytest.raises(CheckpointConfigError, match=f"checkpoint.{key}=.*~nouser is no home"):
+        CheckpointingConfig(**{key: "~nouser/x"})
 
 
 def test_urls_are_refused_wherever_they_would_become_local_paths(

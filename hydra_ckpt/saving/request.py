@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class SaveRequest:
 
     step: int
     epoch: int
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
     consolidated: bool
     is_final: bool = False
     adds_export: bool = False

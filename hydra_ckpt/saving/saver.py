@@ -117,7 +117,7 @@ class Saver:
             or (mode is SaveConsolidatedMode.FINAL and is_final)
             or self._config.write.is_peft  # an adapter is small, so every save writes it whole
         )
-        request = SaveRequest(step, epoch, dict(metrics or {}), consolidated, is_final)
+        request = SaveRequest(step, epoch, {} if metrics is None else metrics, consolidated, is_final)
         request.compares_fully = is_final or is_last
         request.adds_export = self.known.would_add_export(request)
         return request
