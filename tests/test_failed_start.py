@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import pytest
 from hydra_ckpt import Checkpointer, CheckpointError, CheckpointingConfig
 from hydra_ckpt.files import Files
 from tests.test_zombies import make_state
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Where a shell has started the tests in the background, interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def build(root: Path, files: Files | None = None, **options: Any) -> Checkpointer:
@@ -76,7 +85,7 @@ class SlowManifest(Files):
     def write_new(self, path: Path, data: bytes) -> None:
         if path.name == "manifest.json":
             self.begun.set()
-            self.goes_on.wait()
+            self.goes_on.wait(60)
         super().write_new(path, data)
 
 
