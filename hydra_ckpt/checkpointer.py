@@ -415,7 +415,7 @@ class Checkpointer:
         """
         if not self.enabled:
             return
-        self.wait()
+        self.meet()  # a rank that was cut off must know how the save ended before the ranks compare
         if self._saver.has_drifted(state, step, epoch):
             name = self._saver.request(step, epoch, None, is_final=True).name
             self._channel.coordinator_step("setting a checkpoint aside", lambda: self._directory.withdraw(name))

@@ -36,7 +36,7 @@ class Part(nn.Module):
 
 
 class Counter:
-    """An extra of which each stage has its own, under the same name."""
+    """An extra: each stage has its own, under the same name."""
 
     def __init__(self, value: float) -> None:
         self.seen = torch.full((3,), value)

@@ -246,7 +246,7 @@ def test_a_parameter_of_two_optimizers_is_refused_and_the_remedy_works(tmp_path:
             optimizer.step()
 
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
-        with pytest.raises(CheckpointError, match=r"shared.weight belongs to two .* optimizer.other, .*into extras"):
+        with pytest.raises(CheckpointError, match=r"shared.weight is in two .* optimizer.other, .*into extras"):
             checkpointer.save(build(apart=False), step=1).result()
         state, fresh = build(apart=True), build(apart=True)
         step(state)

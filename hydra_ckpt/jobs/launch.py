@@ -108,7 +108,10 @@ def first_rank_says(what: str, say: Callable[[], str]) -> str:
     store = _agents_store()
     if os.environ.get("RANK") == "0":
         store.set(key, say())
-    answered: bytes = store.get(key)
+    try:
+        answered: bytes = store.get(key)
+    except RuntimeError as error:
+        raise TopologyError(f"rank 0 has not said within {_START_S} s what is to be done ({what})") from error
     return answered.decode()
 
 
@@ -122,10 +125,10 @@ def attempt() -> str:
     if not _is_torchrun():
         return ""
     store, rank = _agents_store(), int(os.environ["RANK"])
-    return _found_attempt(store, int(os.environ["WORLD_SIZE"])) if rank == 0 else _join_attempt(store, rank)
+    return _name_attempt(store, int(os.environ["WORLD_SIZE"])) if rank == 0 else _join_attempt(store, rank)
 
 
-def _found_attempt(store: TCPStore, ranks: int) -> str:
+def _name_attempt(store: TCPStore, ranks: int) -> str:
     """Rank 0: name the attempt, and answer each rank that has heard the name."""
     name = os.urandom(8).hex()
     store.set(_ATTEMPT_KEY, name)
@@ -166,10 +169,12 @@ def _agents_store() -> TCPStore:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_AGENT_S))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_AGENT_S))
     except RuntimeError as error:
         raise TopologyError(
             f"the store of torchrun's agent at {address}:{port} does not answer within {_AGENT_S} s. If that host is "
             "lost, torchrun has kept its address: start with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and give the run "
             "directory a name (hydra.run.dir=..., in hydra-ckpt-train run_name=...)"
         ) from error
+    store.set_timeout(timedelta(seconds=_START_S))  # what the ranks wait for each other may take longer
+    return store

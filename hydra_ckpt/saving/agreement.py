@@ -105,15 +105,9 @@ def agree(
     leads = positions["leader"] == channel.rank
     if positions["several"]:
         union = _union(parts, said, objects, channel, stage, leads)
-        writers, crowds, adapted = union.writers, union.crowds, union.adapted
-        together = union.together(positions["leader"])
-        specs = {part: list(found) for part, found in writers.items()}
-        elsewhere = frozenset(
-            (part, spec.name)
-            for part, items in local.items()
-            for spec in items
-            if part != names.OWN and writers[part][spec] != positions["leader"]
-        )
+        crowds, adapted, together = union.crowds, union.adapted, union.together(positions["leader"])
+        specs = {part: list(found) for part, found in union.writers.items()}
+        elsewhere = union.elsewhere(local, positions["leader"])
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
     texts = itertools.chain.from_iterable((part, *describe(items)) for part, items in ordered.items())
     copies = {mesh: tuple(place) for mesh, place in zip(meshes, positions["copies"], strict=True)}
@@ -179,6 +173,15 @@ class _Union:
     crowds: Mapping[tuple[str, str], int]
     adapted: Mapping[str, Naming]
     shared: Sequence[tuple[str, str, Sequence[int]]]
+
+    def elsewhere(self, local: Mapping[str, Sequence[TensorSpec]], leader: int) -> frozenset[tuple[str, str]]:
+        """See `Agreement.elsewhere`; for the stage of this leader, which holds `local`."""
+        return frozenset(
+            (part, spec.name)
+            for part, specs in local.items()
+            for spec in specs
+            if part != names.OWN and self.writers[part][spec] != leader
+        )
 
     def together(self, leader: int) -> dict[tuple[str, str], tuple[int, ...]]:
         """See `Agreement.together`; for the stage of this leader."""

@@ -180,6 +180,11 @@ class Saver:
             transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
         self.known.begin(request, pending)  # only now: a save that never began would be waited for forever
+        self._submit(pending, request, transaction, staged)
+        return pending
+
+    def _submit(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
+        """Hand a save to the background."""
         try:
             self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
         except CheckpointError as failure:
@@ -188,7 +193,6 @@ class Saver:
             pending.fail(failure)  # nothing else would, and close() waits for it
             pending.seen()
             raise
-        return pending
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Record the mesh of expert parallelism."""
@@ -215,7 +219,7 @@ class Saver:
         # Before the comparison: once replicas are known to differ, other ranks would write them.
         saved_as = self.request(step, epoch, None, is_final=False)
         live = self._weights_now(state, captured, consolidated=saved_as.consolidated)
-        is_as_saved = live == self._weights.get(request.name)
+        is_as_saved = live is not None and live == self._weights.get(request.name)
         look, error = self._look(captured, None, full=True)
         drift = self._compare(state, look)
         self._channel.raise_together("comparing replicas", error)

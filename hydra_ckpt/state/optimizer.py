@@ -136,8 +136,8 @@ def _describe_holder(
         if not taken.isdisjoint(members) or len(set(members)) < len(members):
             name = next(name for number, name in enumerate(members) if name in taken or name in members[:number])
             raise CheckpointError(
-                f"the parameter {name} belongs to two groups of optimizers, the second of which is {holder.called}, "
-                f"group {index}. Give it to one; or move {holder.called} into extras, whose own state_dict() is stored "
+                f"the parameter {name} is in two optimizer groups; the second one is {holder.called}, group {index}. "
+                f"Keep it in one; or move {holder.called} into extras, whose own state_dict() is stored "
                 "as it is"
             )
         taken.update(members)

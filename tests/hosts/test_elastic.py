@@ -1,4 +1,4 @@
-"""torchrun over several hosts, of which one is lost: the others go on from the newest checkpoint."""
+"""torchrun on several hosts: when one host is lost, the others continue from the newest checkpoint."""
 
 from __future__ import annotations
 
