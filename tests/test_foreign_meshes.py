@@ -206,3 +206,17 @@ def test_what_was_on_the_models_own_mesh_says_no_mesh_and_loads_on_any(tmp_path:
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
         checkpointer.load(AppState(nn.Linear(4, 4), extras={"box": fresh}), restore_from="latest")
     assert torch.equal(fresh.held, torch.arange(8.0))
+
+
+def _placeholders(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    for number, placeholder in enumerate((torch.zeros(()), torch.zeros(8), torch.zeros(4))):
+        value, fresh = on(mesh, start=3.0), Holder(placeholder)
+        state = AppState(sharded(mesh), extras={"box": Holder(value)})
+        report = save_and_load(root / str(number), state, AppState(sharded(mesh), extras={"box": fresh}))
+        assert_same(fresh.held, value)
+        assert "extras.box" in report.exact
+
+
+def test_a_dtensor_replaces_the_plain_placeholder_of_a_fresh_object(tmp_path: Path) -> None:
+    run_distributed(_placeholders, 2, tmp_path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from hydra_ckpt.errors import CheckpointError, counted, some_of
-from hydra_ckpt.loading.untouched import Before, Options
+from hydra_ckpt.loading.untouched import Before, Options, Restored
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor, called, told_by
@@ -91,7 +93,7 @@ class Installer:
         same_ranks: Whether each rank finds what it saved itself.
         other_stages: Whether it was saved by other pipeline stages.
         schedulers: Dotted name of a live scheduler to its saved state, encoded.
-        fetches: For each model what was read into its tensors.
+        restored: What was read into tensors that live on in an object, by its dotted name.
         read_again: Reads such tensors once more.
         resized: For each model the buffers, already read, whose saved size differs from the live one.
         notes: Collects what the report will list.
@@ -106,7 +108,7 @@ class Installer:
     same_ranks: bool
     other_stages: bool
     schedulers: Mapping[str, Any]
-    fetches: Mapping[str, Sequence[Fetch]]
+    restored: Mapping[str, Sequence[Fetch]]
     read_again: Callable[[Sequence[Fetch]], Any]
     resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
@@ -157,12 +159,12 @@ class Installer:
         if not given.keys() & mapped.extra_states.keys():
             mapped.set_extra_state(dotted, given)
             return []
-        fetches = self.fetches.get(name, ())
-        live = {slot.name: slot.tensor for slot in mapped.slots}
+        fetches = self.restored.get(dotted, ())
+        memory = mapped.memory()
         before = Before.of({str(number): item.into for number, item in enumerate(fetches)})
         mapped.set_extra_state(dotted, given)
         self.read_again([fetches[int(number)] for number in before.changed()])
-        return mapped.put_back(live)
+        return mapped.put_back(memory)
 
     def _before(self, trees: Any) -> Before:
         """The tensors that encoded data refers to, before an object gets them."""
@@ -211,7 +213,8 @@ class Installer:
             dotted, optimizer = named[number]
             decoded = self._whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
             before = self._before(tree)
-            unlike = give_back(dotted, optimizer, decoded, found, walk)
+            with self._guarding(dotted, [name for name in self.restored if name != "optimizer"]):
+                unlike = give_back(dotted, optimizer, decoded, found, walk)
             self.notes.took(dotted, [*unlike, *before.changed()])
         left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):
@@ -253,6 +256,28 @@ class Installer:
             claims = self.notes.exact if isinstance(self.state.dataloader, ResumableLoader) else self.notes.trusted
             claims.append("dataloader")
 
+    @contextmanager
+    def _guarding(self, dotted: str, others: Collection[str]) -> Iterator[None]:
+        """Let an object load its state; give other objects again what it overwrites in their tensors.
+
+        Args:
+            dotted: The object.
+            others: Dotted names of those that are restored already.
+        """
+        maps = {called(name): mapped for name, mapped in self.extractor.maps(self.state).items()} if others else {}
+        memory = {name: mapped.memory() for name, mapped in maps.items() if name in others}
+        restored = Restored.of({name: self.restored[name] for name in others if name in self.restored})
+        yield
+        for name, fetches in restored.overwritten().items():
+            self.read_again(fetches)
+            self.notes.texts.append(
+                f"{dotted} wrote to {some_of([item.stored.spec.name for item in fetches])} ({name}) while it loaded "
+                "its state; they were read from the checkpoint again"
+            )
+        for name, tensors in memory.items():
+            if unlike := maps[name].put_back(tensors):
+                self.notes.changed(name, dotted, unlike)
+
     def _whole(
         self, dotted: str, item: Any, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS
     ) -> Callable[[], Any]:
@@ -269,7 +294,8 @@ class Installer:
         whole, before = self._whole(dotted, item, tree), self._before(tree)
         optimizers = self.state.named_optimizers
         options = Options.of(optimizers)
-        _load(dotted, item, whole())
+        with self._guarding(dotted, () if _is_of_torch(item) else self.restored):
+            _load(dotted, item, whole())
         for name, changed in options.changed(optimizers).items():
             self.notes.changed(name, dotted, changed)
         if self.other_stages:  # it was given the state of all stages, and keeps its own
@@ -329,6 +355,11 @@ class Installer:
         notes.missing += [
             name for name in self.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]
+
+
+def _is_of_torch(item: Any) -> bool:
+    """Whether an object is one of PyTorch's own schedulers, which write to options alone."""
+    return type(item).__module__ == LRScheduler.__module__
 
 
 def _load(dotted: str, item: Any, state: Any) -> None:

@@ -208,7 +208,7 @@ class Load:
             same_ranks=source.same_ranks,
             other_stages=source.other_stages,
             schedulers=plan.schedulers,
-            fetches=plan.of_models,
+            restored=plan.restored,
             read_again=lambda items: self._fetch(source, items, None),
             resized=plan.resized,
             like=lambda name: self._like(source, name),

@@ -35,7 +35,8 @@ class LoadPlan:
 
     Attributes:
         fetches: Boxes of stored tensors, with the tensors that receive them.
-        of_models: Those of each model's tensors.
+        restored: Those of tensors that live on in an object, by its dotted name: each model, and the
+            state that `optimizer` has for parameters.
         tensors: The tensors that encoded values refer to, by name; to be filled.
         resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
         fit: The part of the optimizers' state that fits; None if none is loaded.
@@ -45,7 +46,7 @@ class LoadPlan:
     """
 
     fetches: list[Fetch] = field(default_factory=list)
-    of_models: dict[str, Sequence[Fetch]] = field(default_factory=dict)
+    restored: dict[str, Sequence[Fetch]] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     fit: Fit | None = None

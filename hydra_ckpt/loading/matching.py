@@ -109,7 +109,7 @@ class _Matcher:
                 continue
             first = len(self.plan.fetches)
             self._match_model(name, mapped)
-            self.plan.of_models[name] = self.plan.fetches[first:]
+            self.plan.restored[called(name)] = self.plan.fetches[first:]
 
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))
@@ -282,7 +282,11 @@ class _Matcher:
             return
         shapes = {name: (item.spec.shape, TORCH_DTYPE[item.spec.dtype]) for name, item in stored.items()}
         into = targets(described, found, shapes, named, parameters, self._tensors())
+        first = len(self.plan.fetches)
         self._want(stored, set(tensor_names(found.trees())), into)
+        # Schedulers may write to options, as with PyTorch's own load_state_dict().
+        state = set(tensor_names(found.state)) - set(tensor_names(found.options))
+        self.plan.restored["optimizer"] = [item for item in self.plan.fetches[first:] if item.stored.spec.name in state]
 
     def _skip_wrappers(self, described: Mapping[str, Any], homes: Sequence[int | None]) -> None:
         """Note saved wrappers without parameters that the AppState lacks; other optimizers are known by theirs."""
@@ -350,7 +354,8 @@ class _Matcher:
         return trees
 
     def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
-        return Places(self.source.state, live, placements(trees), strides(trees), foreign_meshes(trees))
+        meshes, same_ranks = foreign_meshes(trees), self.source.same_ranks
+        return Places(self.source.state, live, placements(trees), strides(trees), meshes, same_ranks)
 
     def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
         """Refuse objects with DTensors whose mesh is not here, or leave them as built."""

@@ -30,6 +30,7 @@ from hydra_ckpt.state.module_oracle import (
 from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
 from hydra_ckpt.state.wrappers import canonical, inside, still_inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable, safetensors_dtype
+from hydra_ckpt.storage.subclasses import addresses
 
 # Above this, buffers are tables rather than statistics, and the same everywhere.
 MAX_OWN_BUFFER_BYTES = 16 << 20
@@ -364,16 +365,21 @@ class ModelMap:
         return {slot.name: slot.tensor for slot in [*self.slots, *self._beside] if not slot.is_parameter}
 
     @torch.no_grad()
-    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Copy values into the tensors of these names that were replaced by others since.
+    def memory(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, over the memory that they have now, whatever is assigned later."""
+        return {slot.name: slot.tensor.detach() for slot in self.slots}
+
+    @torch.no_grad()
+    def put_back(self, memory: Mapping[str, torch.Tensor]) -> list[str]:
+        """Copy values into the tensors that were replaced, or have other memory, since `memory()` was called.
 
         Returns:
             Names of those whose replacements do not fit.
         """
         unlike = []
         for slot in self.slots:
-            before, now = tensors[slot.name], getattr(slot.owner, slot.attribute, None)
-            if now is before:
+            before, now = memory[slot.name], getattr(slot.owner, slot.attribute, None)
+            if isinstance(now, torch.Tensor) and addresses(now) == addresses(before):
                 continue
             if isinstance(now, torch.Tensor) and (now.shape, now.dtype) == (before.shape, before.dtype):
                 now.copy_(before)

@@ -29,6 +29,8 @@ class Places:
         placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
         strides: Name to strides, for those that were not row-major.
         foreign: Name to the mesh it was on, of DTensors that were on none of the model's.
+        same_ranks: Whether the ranks are arranged as in the run that saved. Then a DTensor is one again even if the
+            live object has a plain tensor so far; on another mesh, the live object decides.
     """
 
     state: AppState
@@ -36,15 +38,19 @@ class Places:
     placed: Mapping[str, Sequence[int | None]]
     strides: Mapping[str, tuple[int, ...]]
     foreign: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    same_ranks: bool = False
 
     def homeless(self) -> list[str]:
         """Names of DTensors whose mesh is not here, and whose object does not have them already."""
         live = self._live_meshes()
         return [
-            name
-            for name, mesh in self.foreign.items()
-            if unqualified(name) not in self.live and find_mesh(mesh, live) is None
+            name for name, mesh in self.foreign.items() if self._becomes_sharded(name) and find_mesh(mesh, live) is None
         ]
+
+    def _becomes_sharded(self, name: str) -> bool:
+        """Whether a saved DTensor has to be made on its mesh, because the live object does not show another place."""
+        here = self.live.get(unqualified(name))
+        return here is None or (self.same_ranks and not isinstance(here, DTensor))
 
     def _live_meshes(self) -> list[DeviceMesh]:
         modules = [module for models in self.state.models.values() for module in models]
@@ -67,8 +73,8 @@ class Places:
             like = torch.empty_like(here, dtype=dtype, requires_grad=False)
             assert isinstance(like, DTensor)  # as `here` is
             return self._laid(like, lies)
-        # Where the live object has a plain one, it wants a plain one: here, the tensor may not be sharded.
-        if here is None and name in self.placed and (sharded := self._sharded(name, spec, dtype)) is not None:
+        sharded = self._sharded(name, spec, dtype) if name in self.placed and self._becomes_sharded(name) else None
+        if sharded is not None:
             return self._laid(sharded, lies)
         device = torch.device("cpu") if here is None else here.device
         if lies is not None:

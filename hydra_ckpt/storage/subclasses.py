@@ -45,6 +45,15 @@ def inner_memory(tensor: torch.Tensor) -> torch.Tensor:
     return inner_memory(inner) if inner is not tensor and is_same else tensor
 
 
+def addresses(tensor: torch.Tensor) -> list[int]:
+    """Where the memory of this rank's part of a tensor begins; several of a wrapper."""
+    local = local_part(tensor)
+    if not is_wrapper(local):
+        return [local.data_ptr()]
+    attributes, _ = local.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [address for name in attributes for address in addresses(getattr(local, name))]
+
+
 def check_wrapper(tensor: torch.Tensor) -> None:
     """Check that a wrapper can be found again by the name of its class.
 
