@@ -411,15 +411,20 @@ class Checkpointer:
         If replicas differ, that checkpoint is set aside, and the final save makes it again.
 
         Raises:
-            CheckpointError: They differ, and `checkpoint.on_drift` is raise.
+            CheckpointError: They differ, and `checkpoint.on_drift` is raise; then nothing is saved again.
         """
         if not self.enabled:
             return
         self.meet()  # a rank that was cut off must know how the save ended before the ranks compare
-        if self._saver.has_drifted(state, step, epoch):
-            name = self._saver.request(step, epoch, None, is_final=True).name
-            self._channel.coordinator_step("setting a checkpoint aside", lambda: self._directory.withdraw(name))
+        drift, is_mixed = self._saver.find_drift(state, step, epoch)
+        raises, name = self.config.write.raises_drift, self._saver.request(step, epoch, None, is_final=True).name
+        if is_mixed:
+            self._channel.coordinator_step(
+                "setting a checkpoint aside", lambda: self._directory.withdraw(name, for_good=raises)
+            )
             self._saver.known.withdraw(name)
+        if drift and raises:
+            raise CheckpointError(f"{drift}. {name}, which holds values of both, was set aside" if is_mixed else drift)
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.

@@ -310,7 +310,10 @@ def test_one_element_that_differs_is_found_and_the_checkpoint_is_rank_0_s(
     fresh = large(0.0)
     with config_of(tmp_path).build(0, 0, 0) as engine:
         for name in (f"epoch_0_step_{step}", f"epoch_0_step_{step - 1}"):
-            engine.load(fresh, restore_from=str(tmp_path / name), parts=["model"])
+            report = engine.load(fresh, restore_from=str(tmp_path / name), parts=["model"])
+            assert report is not None
+            assert report.rederived == ("model.a",)
+            assert "replicas had drifted apart when this was saved" in report.notes[0]
             model: Any = fresh.model
             assert torch.equal(model["a"], torch.full((LARGE,), 2.0))
             assert torch.equal(model["b"], torch.full((4000,), 1.0))
@@ -343,7 +346,7 @@ def _hsdp(root: Path) -> tuple[list[str], list[str]]:
 def test_of_sharded_replicas_the_first_one_is_stored_whole(tmp_path: Path) -> None:
     results = run_distributed(_hsdp, 4, tmp_path)
     assert [wrong for _, wrong in results] == [[], [], [], []]
-    [message] = [text for text in results[0][0] if "replicas" in text]
+    [message] = [text for text in results[0][0] if "are replicas" in text]
     assert "ranks 1 and 3 are replicas" in message
 
 
@@ -363,6 +366,41 @@ class Routed(nn.Module):
         with torch.no_grad():
             for parameter in self.get_submodule(name).parameters():
                 parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + number)
+
+
+class Only(nn.Module):
+    """Nothing but an expert of each rank, under one name."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.expert = nn.Linear(3, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + number)
+
+
+def _only_experts(root: Path) -> tuple[tuple[str, str], ...]:
+    model = Only(float(dist.get_rank()))
+    state = AppState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def run() -> None:
+        with CheckpointCallback(config_of(root / "loop"), every_n_steps=1) as callback:
+            callback.on_train_begin(state)
+            callback.on_step_end(1)
+
+    def save() -> None:
+        with config_of(root / "own").build(dist.get_rank(), 0, 0) as engine:
+            engine.save(state, step=1).result()
+
+    return error_of(run), error_of(save)
+
+
+def test_experts_are_refused_also_where_nothing_is_equal_on_all_ranks(tmp_path: Path) -> None:
+    for errors in run_distributed(_only_experts, 2, tmp_path):
+        for kind, text in errors:
+            assert kind == TopologyError.__name__
+            assert "model/expert.weight" in text
+            assert "moe_mesh=" in text
 
 
 def _experts(root: Path, name: str, has_mesh: bool, load: bool) -> Any:
@@ -542,3 +580,9 @@ def test_the_last_checkpoint_is_compared_in_full_whoever_made_it(tmp_path: Path,
 def test_a_run_whose_last_checkpoint_holds_drifted_replicas_ends_in_an_error_if_asked_to(tmp_path: Path) -> None:
     for _, error in run_distributed(_drifts_before_its_last_save, 2, str(tmp_path), 4, "raise"):
         assert "are replicas and hold different values in 1 of the 3 tensors" in error
+        assert "epoch_0_step_4, which holds values of both, was set aside" in error
+    catalog = scan(tmp_path)
+    assert [item.step for item in catalog.checkpoints] == [2]  # a checkpoint never mixes values
+    newest = catalog.pointed("LATEST")
+    assert newest is not None
+    assert newest.step == 2

@@ -15,7 +15,13 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.loading.labels import called_here, label_of_tensor, part_of_label
+from hydra_ckpt.loading.labels import (
+    called_here,
+    called_in_reports,
+    label_of_tensor,
+    part_of_label,
+    part_of_tensor,
+)
 from hydra_ckpt.loading.load_plan import LoadPlan
 from hydra_ckpt.loading.per_rank import ELSEWHERE
 from hydra_ckpt.loading.source import Source
@@ -67,11 +73,23 @@ class _Matcher:
         self._leave_own_extras()
         self._match_extras()
         self._note_plain()
+        self._note_drifted()
 
     def _note_plain(self) -> None:
         """Report the plain data for which all ranks get rank 0's values."""
         for label in () if self.source.per_rank.is_here else self.source.per_rank.plain:
             self._derived_from_rank_0(label)
+
+    def _note_drifted(self) -> None:
+        """Report tensors of which all replicas get the first one's values, because they had drifted apart."""
+        available, notes = self.source.available(), self.source.notes
+        labels = [label for label in self.source.shared.get("drifted", ()) if part_of_tensor(label) in available]
+        found = [called_in_reports(label) for label in labels]
+        if found:
+            notes.rederived += [name for name in found if name not in notes.rederived]
+            notes.texts.append(
+                f"replicas had drifted apart when this was saved; all have the first one's values now: {some_of(found)}"
+            )
 
     def _derived_from_rank_0(self, label: str) -> None:
         if part_of_label(label) not in self.source.available():

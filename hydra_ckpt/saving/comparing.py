@@ -36,11 +36,13 @@ class Differences:
         own: Labels of the tensors and plain data stored once per rank.
         anywhere: The same labels, of all pipeline stages.
         apart: Mesh and replicated dimensions of tensors that the first replica writes whole.
+        drifted: Labels of the tensors among these that differ, on any rank.
     """
 
     own: set[str] = field(default_factory=set)
     anywhere: set[str] = field(default_factory=set)
     apart: set[Hashable] = field(default_factory=set)
+    drifted: set[str] = field(default_factory=set)
     _places: dict[tuple[str, Place], Place] = field(default_factory=dict)
 
     def arranged(self, parts: Parts) -> dict[str, list[LocalTensor]]:
@@ -158,6 +160,7 @@ class Comparer:
         if not self._raises:
             groups = look.watchlist.groups
             self.known.apart.update(group.place for group in groups if group.key in judgement.apart)
+            self.known.drifted.update(judgement.drifted)
         self._lists = {}
         return judgement
 

@@ -280,7 +280,8 @@ class Contents:
         tensors = [label for label in everything if label in own]
         # This includes labels that this rank does not hold.
         labels = sorted(own.difference(everything))
-        return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}})
+        drifted = sorted(self.comparer.known.drifted)
+        return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}, "drifted": drifted})
 
     def _settle(self, state: AppState, captured: Captured) -> Agreed:
         """Collective: agree on what all ranks hold, and how it is exported."""

@@ -46,20 +46,22 @@ class Judgement:
         own: Leader to the labels of what is stored once per rank from now on.
         apart: Keys of the replica groups whose first replica stores them from now on.
         drift: The message about replicas that differ; empty if there are none.
+        drifted: Labels of what differs between replicas.
     """
 
     own: dict[int, list[str]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
     drift: str = ""
+    drifted: list[str] = field(default_factory=list)
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        return {"own": list(self.own.items()), "apart": self.apart, "drift": self.drift}
+        return {**asdict(self), "own": list(self.own.items())}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Judgement:
         """The reverse of `to_data`."""
-        return cls(dict(data["own"]), data["apart"], data["drift"])
+        return cls(**{**data, "own": dict(data["own"])})
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,16 @@ def judge(
             if is_first:
                 raise TopologyError(_describe_tied(group, differing))
             found.apart.append(group.key)
+            found.drifted += differing
             drifted.append(_describe_tied(group, differing))
             continue
         if not group.first.is_own:
             experts = [label for label in differing if _follows(group.values(label), places)]
             rest = [label for label in differing if label not in set(experts)]
-            refused += _unplaced_experts(group, rest, unequal_at_start)
+            refused += _unplaced_experts(group, rest, unequal_at_start, is_first=is_first)
             if rest:
                 found.apart.append(group.key)
+                found.drifted += rest
                 drifted.append(_describe(group, rest))
             differing = experts
         for leader in {told.leader for told in group.told.values()} if differing else ():
@@ -155,8 +159,14 @@ def _follows(values: Mapping[int, int | None], places: Sequence[Sequence[int] | 
     return len(by_place) > 1 and all(len(found) == 1 for found in by_place.values())
 
 
-def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start: Collection[str]) -> list[str]:
-    """Labels of tensors that are clearly different experts."""
+def _unplaced_experts(
+    group: _Group, differing: Sequence[str], unequal_at_start: Collection[str], *, is_first: bool
+) -> list[str]:
+    """Labels of tensors that are different experts, as far as one can see.
+
+    Those of a name with `expert` are, if other tensors are equal; if none is, only at the first comparison: later the
+    replicas may have lost each other in training.
+    """
     several = len({told.mesh for told in group.told.values()}) > 1
     others = group.labels().keys() - {*differing, *group.first.constant}
     equal = any(label.startswith(f"{names.MODEL}/") for label in others)
@@ -165,7 +175,7 @@ def _unplaced_experts(group: _Group, differing: Sequence[str], unequal_at_start:
         for label in differing
         if several
         or parameter_of(label) in unequal_at_start
-        or (equal and any("expert" in part for part in parameter_of(label).split(".")))
+        or ((equal or is_first) and any("expert" in part for part in parameter_of(label).split(".")))
     ]
 
 

@@ -202,15 +202,15 @@ class Saver:
         """Collective: record which parameters differ before the first step."""
         self._contents.comparer.begin(*plain_parameters(self._extractor, state))
 
-    def has_drifted(self, state: AppState, step: int, epoch: int) -> bool:
-        """Collective, at the end: whether replicas differ that the last save only sampled; their weights are as saved.
+    def find_drift(self, state: AppState, step: int, epoch: int) -> tuple[str, bool]:
+        """Collective, at the end: compare in full the replicas that the last save only sampled.
 
-        Raises:
-            CheckpointError: They differ, and `checkpoint.on_drift` is raise.
+        Returns:
+            The message about replicas that differ, empty if none do; and whether their weights are as saved.
         """
         request = self.request(step, epoch, None, is_final=True)
         if self._group.world_size == 1 or request.name != self._sampled or not self.known.has(request.name):
-            return False
+            return "", False
         self._sampled = ""
         captured, error = self._capture(state, request, metric.DEFAULT_KEY)
         self._channel.raise_together("taking the state apart", error)
@@ -223,9 +223,7 @@ class Saver:
         look, error = self._look(captured, None, full=True)
         drift = self._compare(state, look)
         self._channel.raise_together("comparing replicas", error)
-        if drift and self._config.write.raises_drift:
-            raise CheckpointError(drift)
-        return bool(drift) and bool(self._channel.agree("comparing weights", is_as_saved, all))
+        return drift, bool(drift) and bool(self._channel.agree("comparing weights", is_as_saved, all))
 
     def _look(
         self, captured: Captured | None, error: Exception | None, *, full: bool

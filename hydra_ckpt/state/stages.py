@@ -60,7 +60,8 @@ def combine(documents: Sequence[Document], holds: str, stage: int, schedulers: i
     for document in documents:
         for model, aliases in document.get("ties", {}).items():
             combined["ties"].setdefault(model, {}).update(aliases)
-    combined["unsaved"] = sorted({name for document in documents for name in document.get("unsaved", [])})
+    for kind in ("unsaved", "drifted"):
+        combined[kind] = sorted({name for document in documents for name in document.get(kind, [])})
     combined["of_other_stages"] = [
         name
         for document in documents
