@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ class Doubling(Holder):
 
 def test_what_an_extra_does_to_the_tensors_that_it_is_given_is_not_exact(tmp_path: Path) -> None:
     held = {"tensor": torch.arange(6.0).view(2, 3).t(), "array": np.arange(3), "same": torch.ones(2)}
-    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(held), "plain": Holder(held)}))
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(held), "plain": Holder(copy.deepcopy(held))}))
     fresh = Doubling()
     report = load(tmp_path, AppState(nn.Linear(1, 1), extras={"box": fresh, "plain": Holder()}))
     assert report.trusted == ("extras.box",)

@@ -16,7 +16,8 @@ from hydra_ckpt.errors import CheckpointError, counted, some_of
 from hydra_ckpt.loading.untouched import Before, Options, Restored
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Extractor, called, told_by
+from hydra_ckpt.state.around import told_by
+from hydra_ckpt.state.capture import Extractor, called
 from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
@@ -112,6 +113,7 @@ class Installer:
     read_again: Callable[[Sequence[Fetch]], Any]
     resized: Mapping[str, Mapping[str, torch.Tensor]]
     notes: Notes
+    _given: dict[str, Any] = field(default_factory=dict)
 
     def models(self, absent: Collection[str]) -> None:
         """Install what models have besides the tensors that were read into them.
@@ -132,7 +134,8 @@ class Installer:
             if self.same_ranks:
                 mapped.set_buffers(own_buffers.get(name, {}))
             given = [
-                {key: value for key, value in self._decoded(part).items() if value is not OMITTED} for part in entries
+                {key: value for key, value in self._decoded(part, made=self._given).items() if value is not OMITTED}
+                for part in entries
             ]
             decoded = None if metadata is None else self._decoded(metadata)
             unlike += mapped.give_back(dotted, given, decoded, self.resized.get(name, {}), self._left(dotted))
@@ -155,7 +158,7 @@ class Installer:
             Names of tensors that were replaced by others that do not fit.
         """
         dotted = called(name)
-        given = self._extra_states(dotted, mapped, states)
+        given = self._extra_states(dotted, mapped, states, self._given)
         if not given.keys() & mapped.extra_states.keys():
             mapped.set_extra_state(dotted, given)
             return []
@@ -172,9 +175,11 @@ class Installer:
         own = {name: shards[name] for name in own_names(trees) if name in shards}
         return Before.of({name: self.tensors[name] for name in tensor_names(trees) if name in self.tensors} | own)
 
-    def _extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _extra_states(
+        self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any], made: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """A new copy of a model's saved extra states; values left out come from the live ones."""
-        found = {name: value for name, value in self._decoded(saved).items() if value is not OMITTED}
+        found = {name: value for name, value in self._decoded(saved, made=made).items() if value is not OMITTED}
         if missing_from([saved[name] for name in found]):
             fill(found, mapped.extra_state(dotted))
         return found
@@ -280,12 +285,19 @@ class Installer:
 
     def _whole(
         self, dotted: str, item: Any, tree: Any, others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS
-    ) -> Callable[[], Any]:
-        """A function that builds a new copy of an object's saved state; values left out come from the live object."""
+    ) -> Callable[..., Any]:
+        """A function that builds a new copy of an object's saved state; values left out come from the live object.
+
+        Its argument `made`, a dict or None, collects what other objects have too, for the copies they are given.
+        """
         live = told_by(dotted, item) if missing_from(tree) else None
         if live is None:
             return partial(self._decoded, tree, others)
-        return lambda: fill(self._decoded(tree, others), live)
+
+        def whole(made: dict[str, Any] | None = None) -> Any:
+            return fill(self._decoded(tree, others, made), live)
+
+        return whole
 
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
         """Let an object load its state, and check whether it reports the same state afterwards."""
@@ -295,7 +307,7 @@ class Installer:
         optimizers = self.state.named_optimizers
         options = Options.of(optimizers)
         with self._guarding(dotted, () if _is_of_torch(item) else self.restored):
-            _load(dotted, item, whole())
+            _load(dotted, item, whole(made=self._given))
         for name, changed in options.changed(optimizers).items():
             self.notes.changed(name, dotted, changed)
         if self.other_stages:  # it was given the state of all stages, and keeps its own

@@ -333,13 +333,15 @@ class _Matcher:
         available = self.source.available()
         for name in sorted(own):
             label = label_of_tensor(name)
-            kind, _, extra = label.partition(".")
-            if kind != "extras":
+            if label.partition(".")[0] != "extras":
                 self._derived_from_rank_0(label)
-            elif kind in available and extra in self.source.state.extras:
-                self._leave_own(f"extras: {name}", label)
-                self.source.shared["extras"].pop(extra, None)
-                self.plan.absent.add(label)
+        for extra in self.source.state.extras if own and "extras" in available else ():
+            # A tensor that several extras have bears the name of one of them.
+            found = sorted(own.intersection(tensor_names(self.source.shared["extras"].get(extra))))
+            if found:
+                self._leave_own(f"extras: {found[0]}", f"extras.{extra}")
+                del self.source.shared["extras"][extra]
+                self.plan.absent.add(f"extras.{extra}")
 
     def _match_extras(self) -> None:
         available = self.source.available()

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out
+from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
+from hydra_ckpt.state.around import Around, is_left_out, told_by
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.meshes import described, meshes_of
+from hydra_ckpt.state.meshes import meshes_of
 from hydra_ckpt.state.model import ModelMap
 from hydra_ckpt.state.packing import Taken, take
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
 from hydra_ckpt.state.wrappers import refuse_fsdp1
-from hydra_ckpt.storage.encoding import Sink, encode, refuse_shared_names
+from hydra_ckpt.storage.encoding import encode
 from hydra_ckpt.storage.sharing import Apart
-from hydra_ckpt.storage.stages import qualify
 from hydra_ckpt.storage.subclasses import local_part
 from hydra_ckpt.store import names
 
@@ -192,28 +189,28 @@ class Extractor:
             parts[names.OPTIMIZER] = described.locals(self.localize)
             shards.update(described.own)
             omitted += described.omitted
-        sinks = Sinks(self.stage, self.unsaved, meshes_of(_tensors(state)))
-        shared["lr_scheduler"] = [
-            sinks.encode(name, f"lr_scheduler:{number}", partial(told_by, name, scheduler))
-            for number, (name, scheduler) in enumerate(state.named_schedulers.items())
-        ]
-        shared["extra_state"] = {
-            name: sinks.encode(called(name), f"extra_state:{name}", partial(mapped.extra_state, called(name)))
-            for name, mapped in maps.items()
-        }
-        shared["entries"] = self._entries({name: found.entries for name, found in told.items()}, sinks)
-        shared["metadata"] = {
-            # Nothing is left out of it: `fill` does not look there.
-            name: replace(sinks, unsaved=()).encode(called(name), f"metadata:{name}:", partial(dict, found.metadata))
+        around = Around(self.stage, self.unsaved, meshes_of(_tensors(state)))
+        for number, (name, scheduler) in enumerate(state.named_schedulers.items()):
+            around.ask("lr_scheduler", number, name, partial(told_by, name, scheduler))
+        for name, mapped in maps.items():
+            around.ask("extra_state", name, called(name), partial(mapped.extra_state, called(name)))
+        for name, found in told.items():
+            for number, part in enumerate(found.entries if any(found.entries) else ()):
+                around.ask("entries", f"{name}:{number}", called(name), partial(dict, part))
+            around.ask("metadata", name, called(name), partial(dict, found.metadata))
+        for name, extra in state.extras.items():
+            around.ask("extras", name, f"extras.{name}", partial(told_by, f"extras.{name}", extra))
+        encoded = around.encode()
+        shared.update({kind: encoded[kind] for kind in ("extra_state", "metadata", "extras")})
+        shared["lr_scheduler"] = list(encoded["lr_scheduler"].values())
+        shared["entries"] = {
+            name: [encoded["entries"][f"{name}:{number}"] for number in range(len(found.entries))]
             for name, found in told.items()
+            if any(found.entries)
         }
-        shared["extras"] = {
-            name: sinks.encode(f"extras.{name}", f"{name}:", partial(told_by, f"extras.{name}", extra))
-            for name, extra in state.extras.items()
-        }
-        parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in sinks.tensors.items()]
-        shards.update(sinks.own)
-        omitted += sinks.omitted
+        parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in around.tensors.items()]
+        shards.update(around.own)
+        omitted += around.omitted
         shared["unsaved"] = omitted
         own = {
             "rng": rng.capture(),
@@ -224,18 +221,6 @@ class Extractor:
         _refuse_meta(parts)
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
         return Captured(parts, shared, plain_of(shared), take(own), adapted, tuple(omitted))
-
-    @staticmethod
-    def _entries(found: Mapping[str, Sequence[Mapping[str, Any]]], sinks: Sinks) -> dict[str, list[Any]]:
-        """The own entries of models that have any, encoded."""
-        return {
-            name: [
-                sinks.encode(called(name), f"entries:{name}:{number}:", partial(dict, part))
-                for number, part in enumerate(parts)
-            ]
-            for name, parts in found.items()
-            if any(parts)
-        }
 
     def _dataloader_state(self, state: AppState) -> Any:
         if self._resumable is None:
@@ -251,60 +236,6 @@ class Extractor:
                 f"{error}. Fix it; or pass AppState another loader (hydra_ckpt.resumable(loader, seed=...) makes one "
                 "from a plain DataLoader) or none"
             ) from error
-
-
-@dataclass
-class Sinks:
-    """Encodes the states of several objects; the names of their tensors say whose they are.
-
-    Args:
-        stage: The pipeline stage, which keeps the names apart.
-        unsaved: Patterns of dotted names that are left out.
-        meshes: The meshes of the models' tensors.
-
-    Attributes:
-        tensors: Of all objects, by name.
-        own: What only this rank can store, by name.
-        omitted: Dotted names of what was left out.
-    """
-
-    stage: int
-    unsaved: tuple[str, ...]
-    meshes: Collection[DeviceMesh] = ()
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    omitted: list[str] = field(default_factory=list)
-
-    def encode(self, dotted: str, name: str, ask: Callable[[], Any]) -> Any:
-        """An object's state as JSON data.
-
-        Args:
-            dotted: What messages call it.
-            name: What the names of its tensors begin with.
-            ask: Returns its state; not called if it is left out as a whole.
-
-        Raises:
-            CheckpointError: A value in it can be stored neither as JSON nor as a tensor.
-        """
-        inside = qualify(name, self.stage)
-        sink = Sink(inside, dotted, unsaved=self.unsaved)
-        sink.tells_placements = True
-        sink.describe_mesh = lambda tensor: described(tensor.device_mesh) if self._is_foreign(tensor) else None
-        is_out = not dotted.startswith("model") and is_left_out(dotted, self.unsaved)
-        try:
-            encoded = encode(None if is_out else ask(), inside, sink)
-        except RecursionError:
-            raise CheckpointError(
-                f"{dotted}: its state contains itself, or is nested too deeply to be stored"
-            ) from None
-        refuse_shared_names(dotted, sink, self.tensors)
-        self.tensors.update(sink)
-        self.own.update(sink.own)
-        self.omitted += sink.omitted
-        return encoded
-
-    def _is_foreign(self, tensor: DTensor) -> bool:
-        return all(mesh != tensor.device_mesh for mesh in self.meshes)
 
 
 def _tensors(state: AppState) -> Iterator[torch.Tensor]:
@@ -324,26 +255,6 @@ def _refuse_meta(parts: Mapping[str, Sequence[LocalTensor]]) -> None:
                     f"{part}: {item.spec.name} is on the meta device and has no values; fill it (to_empty(), "
                     "load_base_model()) before training"
                 )
-
-
-def is_left_out(dotted: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is left out, as `checkpoint.allow_unsaved` asks."""
-    return any(fnmatchcase(dotted, pattern) for pattern in patterns)
-
-
-def told_by(dotted: str, item: Any) -> Any:
-    """What an object's state_dict() returns.
-
-    Raises:
-        CheckpointConfigError: It raises.
-    """
-    try:
-        return item.state_dict()
-    except Exception as error:
-        raise CheckpointConfigError(
-            f"{dotted} ({type(item).__qualname__}): its state_dict() raises {type(error).__name__}: {error}. Fix it, "
-            f"{leave_out(dotted)}"
-        ) from error
 
 
 def called(model: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, some_of
-from hydra_ckpt.state.capture import told_by
+from hydra_ckpt.state.around import told_by
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
 from hydra_ckpt.state.optimizer_homes import home_of, section
