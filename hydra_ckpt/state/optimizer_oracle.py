@@ -25,6 +25,7 @@ from hydra_ckpt.storage.facts import attributes, narrowed
 from hydra_ckpt.storage.sharing import Sharing, memory_pattern
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
 
+_PLAIN = {bool, float, int, str, type(None)}
 PARAMETER = "parameter of"
 """The tag of a reference to a live parameter of the model, by name."""
 
@@ -200,10 +201,15 @@ class _Comparison:
             yield from self._unlike_attributes(saved, live, place)
         elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
             self._seen.add((id(saved), id(live)))
-            for index, (one, other) in enumerate(zip(saved, live, strict=True)):
-                yield from self.unlike(one, other, f"{place}.{index}")
+            yield from self._unlike_sequences(saved, live, place)
         elif not _is_same(saved, live):
             yield place
+
+    def _unlike_sequences(self, saved: Sequence[Any], live: Sequence[Any], place: str) -> Iterator[str]:
+        if type(saved) is not type(live):
+            yield f"{place} (a {type(live).__qualname__} now)"
+        for index, pair in () if _are_equal_numbers(saved, live) else enumerate(zip(saved, live, strict=True)):
+            yield from self.unlike(*pair, f"{place}.{index}")
 
     def _unlike_tensors(self, saved: torch.Tensor, live: torch.Tensor, place: str) -> Iterator[str]:
         if same_tensor(saved, live) and _facts(saved) == _facts(live):
@@ -219,6 +225,12 @@ class _Comparison:
         one, other = attributes(saved), attributes(live)
         if one or other:
             yield from self.unlike(one, other, f"{place}.<attributes>")
+
+
+def _are_equal_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether both hold the same plain values of the same types; NaN is looked at one by one."""
+    kinds = list(map(type, one))
+    return set(kinds) <= _PLAIN and kinds == list(map(type, other)) and list(one) == list(other)
 
 
 def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:

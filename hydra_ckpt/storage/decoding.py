@@ -14,6 +14,7 @@ from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
 from hydra_ckpt.storage.subclasses import put_together
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
+_LEAVES = {bool, float, int, str, type(None)}
 OMITTED = object()
 """Placeholder for a value that was left out, until `fill` replaces it."""
 
@@ -85,7 +86,7 @@ class _Decoder:
     def value(self, data: Any) -> Any:
         """Any value."""
         if isinstance(data, list):
-            return [self.value(item) for item in data]
+            return data.copy() if _is_flat(data) else [self.value(item) for item in data]
         if not isinstance(data, dict):
             return data
         if TAG not in data:
@@ -229,12 +230,20 @@ def check_meshes(found: Mapping[str, Any]) -> None:
 
 def _nodes(data: Any, tag: str) -> Iterator[dict[str, Any]]:
     """The nodes of encoded data with a tag whose content is a name."""
-    if isinstance(data, list | dict):
-        if isinstance(data, dict) and data.get(TAG) == tag:
-            yield data
-            return
-        for item in data if isinstance(data, list) else data.values():
-            yield from _nodes(item, tag)
+    waiting = [data]  # not by recursion, which takes much longer where there are many values
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict) and item.get(TAG) == tag:
+            yield item
+        elif isinstance(item, dict):
+            waiting += reversed(item.values())
+        elif isinstance(item, list) and not _is_flat(item):
+            waiting += reversed(item)
+
+
+def _is_flat(data: list[Any]) -> bool:
+    """Whether a list holds nothing but plain values, each as JSON has it."""
+    return set(map(type, data)) <= _LEAVES
 
 
 def missing_from(data: Any) -> bool:

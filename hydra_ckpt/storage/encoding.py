@@ -34,7 +34,7 @@ UNSAVED, OWN = "unsaved", "own"
 SAME, ALIAS, VIEW = "same", "alias", "view"
 # Attributes that Python code has put on a value: `tensor.scale = 3`, or the `_metadata` of a state dict.
 ATTRIBUTES = "attributes"
-_AS_THEY_ARE = {int, str, bool, type(None)}
+_AS_THEY_ARE = {int, float, str, bool, type(None)}
 # What `tagged` makes of a value, and what Python code can put attributes on.
 _MADE = {list, dict, torch.Tensor}
 _WITH_ATTRIBUTES = {OrderedDict, Counter}
@@ -213,7 +213,9 @@ class _Encoder:
         return self._with_attributes(value, encoded, name) if kind in _WITH_ATTRIBUTES else encoded
 
     def _list(self, value: list[Any], name: str) -> Any:
-        if set(map(type, value)) <= _AS_THEY_ARE:  # the state of Python's generator has 625 numbers
+        kinds = set(map(type, value))
+        is_finite = float not in kinds or all(type(item) is not float or math.isfinite(item) for item in value)
+        if kinds <= _AS_THEY_ARE and is_finite:  # the state of Python's generator has 625 numbers
             for index, number in enumerate(value):
                 if type(number) is int and number.bit_length() > _MOST_BITS:
                     self._number(number, _join(name, str(index)))
