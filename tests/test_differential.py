@@ -70,6 +70,19 @@ def test_whatever_one_rank_hands_over_comes_back_as_it_was(tmp_path: Path) -> No
     run_one_rank(tmp_path, 30, is_fixed=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrapper", ["none", "hooked", "override", "compile", "fabric", "returning"])
+@pytest.mark.parametrize("blocks", [("fabric", "hooked"), ("casting",), ("fabric", "casting", "extra tensor")])
+def test_wrappers_inside_a_model_and_copies_of_another_type_are_not_refused(
+    tmp_path: Path, blocks: tuple[str, ...], wrapper: str, dtype: str
+) -> None:
+    options = (("is_async", False), ("save_consolidated", "false"), ("model_save_format", "safetensors"))
+    case = Case("none", dtype, ("linear", *blocks), wrapper, "adamw", "none", "one", "none", (), 2, options)
+    outcome = check(case, tmp_path / "run")
+    assert outcome.refused is None
+    assert outcome.faults == []
+
+
 @pytest.mark.slow
 def test_whatever_one_rank_hands_over_comes_back_in_many_cases(tmp_path: Path) -> None:
     run_one_rank(tmp_path, 600, is_fixed=False)

@@ -207,7 +207,12 @@ class ModelMap:
     def _refuse_unloadable(self, called: str, core: nn.Module, entries: Iterable[str]) -> None:
         """Raise if entries of a state_dict() have no module that could load them: PyTorch would not expect them."""
         loading = [walked.name for walked in self._walked if customizes_loading(walked.module)]
-        lost = [name for name in entries if not self._omits(name) and not any(map(name.startswith, loading))]
+        expected = {name for name in entries if canonical(name) in self._covered()[0]}  # a copy, in another type
+        lost = [
+            name
+            for name in entries
+            if name not in expected and not self._omits(name) and not any(map(name.startswith, loading))
+        ]
         if lost:
             raise CheckpointConfigError(
                 f"{called} ({type(core).__qualname__}): its state_dict() adds {some_of(sorted(lost))}, which no "

@@ -21,6 +21,7 @@ from hydra_ckpt.state.optimizer_oracle import differing, is_own_method, same_ten
 from hydra_ckpt.storage.subclasses import local_part
 
 _MODULE = "torch.nn.modules.module"
+_EXTRA_STATE = "_extra_state"
 
 
 def customizes(module: nn.Module) -> bool:
@@ -234,8 +235,13 @@ def _load(
     absent = {name: item for name, item in walked.items() if name not in set(map(_plain, given))}
     placed = {name: item for name, item in given.items() if name in saved or not isinstance(item, torch.Tensor)}
     placed.update({name: item for name, item in given.items() if _plain(name) in walked})
+    further = {
+        name: item
+        for name, item in given.items()
+        if name in saved or not isinstance(item, torch.Tensor) or name.endswith(_EXTRA_STATE)
+    }
     errors: list[Exception] = []
-    for state in (given, {**given, **absent}, {**placed, **absent}):
+    for state in (given, {**given, **absent}, {**placed, **absent}, {**_expected(module, given), **further}):
         # A copy, because hooks take state dicts apart.
         pairs = ((name, item.detach() if isinstance(item, torch.Tensor) else item) for name, item in state.items())
         copy = OrderedDict(pairs)
@@ -253,6 +259,26 @@ def _load(
         f"state_dict() had when it was saved: {why}. Prepare the model as in the run that saved (quantized in the same "
         f"way, for example), {leave_out(f'{called}.{min(saved)}')}"
     ) from errors[0]
+
+
+def _expected(module: nn.Module, told: Collection[str]) -> dict[str, torch.Tensor]:
+    """A module's tensors under the names that PyTorch's own loading looks for.
+
+    Inside a model, an override of state_dict() is used when it is saved, and no override of load_state_dict() when it
+    is loaded: a wrapper that leaves its own name out of its state does not find it again.
+
+    Args:
+        module: The module.
+        told: The names that its state_dict() returns, which wrappers of PyTorch may have shortened.
+    """
+    found = {}
+    for place, inner in module.named_modules(remove_duplicate=False):
+        kept = {name: item for name, item in inner._buffers.items() if name not in inner._non_persistent_buffers_set}
+        for name, item in {**inner._parameters, **kept}.items():
+            if item is not None:
+                full = f"{place}.{name}" if place else name
+                found[_plain(full) if full not in told and _plain(full) in told else full] = item
+    return found
 
 
 def _alike(saved: Any, live: Any) -> bool:
