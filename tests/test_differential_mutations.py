@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_ckpt.loading import installing, load, matching
+from hydra_ckpt.loading.installing import around as installing_around
+from hydra_ckpt.loading.installing import install as installing_all
+from hydra_ckpt.loading.installing import optimizers as installing_optimizers
+from hydra_ckpt.loading.planning import around as planning_around
 from hydra_ckpt.state import (
     capture,
     holders,
@@ -62,16 +65,16 @@ def _state_is_not_installed_again(patch: pytest.MonkeyPatch) -> None:
     def give_back(called: str, item: Any, decoded: Any, found: Any, _: Any) -> list[str]:
         return real(called, item, decoded, found, lambda: None)
 
-    _without(patch, installing, "give_back", give_back)
+    _without(patch, installing_optimizers, "give_back", give_back)
 
 
 def _strides_are_dropped(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, matching, "strides", lambda _: {})
+    _without(patch, planning_around, "strides", lambda _: {})
     _without(patch, optimizer_targets, "strides", lambda _: {})
 
 
 def _empty_states_are_dropped(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, load, "empty_states", lambda _: set())
+    _without(patch, installing_all, "empty_states", lambda _: set())
 
 
 def _parameters_come_back_as_tensors(patch: pytest.MonkeyPatch) -> None:
@@ -126,8 +129,13 @@ def _load_hooks_of_optimizers_are_passed_over(patch: pytest.MonkeyPatch) -> None
 
 def _differences_are_not_seen(patch: pytest.MonkeyPatch) -> None:
     """A load reports as exact what it did not install."""
-    _without(patch, installing, "differing", lambda *_: [])
-    _without(patch, installing.Installer, "_give", lambda self, dotted, *_: self.notes.took(dotted, []))
+    _without(patch, installing_around, "differing", lambda *_: [])
+    _without(
+        patch,
+        installing_around.AroundInstaller,
+        "_give",
+        lambda self, dotted, *_: self.source.notes.took(dotted, []),
+    )
 
 
 def _schedulers_are_saved_as_they_begin(patch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """One load, from a selector to installed state.
 
-`restoring` (which checkpoint), `load` (ours), `foreign` (other tools'), `translation` (names that differ),
-`installing` (into the live objects).
+`restoring` chooses the checkpoint, `load` conducts the rest: `sources` open it (ours, and other tools'), `planning`
+compares it with the live objects, `reading` reads and verifies, `installing` gives the objects their state. `notes`
+collects what the report will say.
 """

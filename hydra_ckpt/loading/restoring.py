@@ -18,9 +18,9 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
-from hydra_ckpt.loading.foreign import ForeignSource, open_foreign
 from hydra_ckpt.loading.load import PARTS, Load
-from hydra_ckpt.loading.source import Source
+from hydra_ckpt.loading.sources.foreign import ForeignSource, open_foreign
+from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions
 from hydra_ckpt.state.app_state import AppState
@@ -130,7 +130,7 @@ class Restorer:
                     if self._channel.is_coordinator:
                         log.info("nothing to resume from in %s: starting fresh", self._directory.root)
                     return None
-                begin_at(load.checkpoint.step if "progress" in parts else 0)
+                begin_at(load.source.checkpoint.step if "progress" in parts else 0)
                 try:
                     report = self._finish(load)
                 except CorruptCheckpointError as error:
@@ -139,7 +139,7 @@ class Restorer:
                         overwritten = _undefined(error)
                     if selector != "auto":
                         raise overwritten or error from None
-                    self._pass_over({load.checkpoint.name: str(error)})
+                    self._pass_over({load.source.checkpoint.name: str(error)})
                     continue
             if overwritten is not None and not touched <= set(report.loaded):
                 raise overwritten  # only loading the same parts makes every tensor whole again
@@ -194,18 +194,9 @@ class Restorer:
         except CheckpointError as known:
             error = known
         self._channel.raise_together(f"opening {path}", error)
-        options = self._options
-        return Load(
-            opened[0],
-            state,
-            self._extractor,
-            self._channel,
-            self._topology,
-            parts,
-            options.verify,
-            options.strict,
-            ForeignSource if foreign else Source,
-        )
+        kind = ForeignSource if foreign else Source
+        source = kind(opened[0], state, self._extractor, self._channel, self._topology, parts)
+        return Load(source, self._channel, verify=self._options.verify, strict=self._options.strict)
 
     def _opened(self, path: Path, lease: ExitStack, *, foreign: bool, patience_s: float) -> Checkpoint:
         if foreign:
@@ -227,7 +218,7 @@ class Restorer:
         report = load.run()
         self._extractor.localize.forget()  # what was replaced must not be kept alive
         for note in report.notes if self._channel.is_coordinator else ():
-            log.warning("%s: %s", load.checkpoint.name, note)
+            log.warning("%s: %s", load.source.checkpoint.name, note)
         if self._channel.is_coordinator:
             claims = ("exact", "trusted", "rederived", "missing", "skipped")
             said = "; ".join(f"{claim}: {', '.join(found)}" for claim in claims if (found := getattr(report, claim)))

@@ -16,7 +16,7 @@ import torch
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.loading.source import Source
+from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.capture import part_of
 from hydra_ckpt.state.optimizer import SEPARATOR

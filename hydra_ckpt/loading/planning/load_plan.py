@@ -28,6 +28,24 @@ class Mismatch:
     different: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """Whether anything does not match."""
+        return any(vars(self).values())
+
+    @staticmethod
+    def of_all_ranks(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Coordinator only: missing is what any rank misses; unexpected is what no rank holds."""
+        unexpected = set(found[0]["unexpected"]).intersection(*(item["unexpected"] for item in found[1:]))
+        missing = {name for item in found for name in item["missing"]}
+        different = {name: text for item in found for name, text in item["different"].items()}
+        left = {name for item in found for name in item["left"]}
+        return {
+            "missing": sorted(missing),
+            "unexpected": sorted(unexpected),
+            "different": different,
+            "left": sorted(left),
+        }
+
 
 @dataclass
 class LoadPlan:

@@ -14,8 +14,8 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
-from hydra_ckpt.loading.installing import Notes
-from hydra_ckpt.loading.per_rank import PerRank
+from hydra_ckpt.loading.notes import Notes
+from hydra_ckpt.loading.sources.per_rank import PerRank
 from hydra_ckpt.state import stages
 from hydra_ckpt.state.app_state import AppState, counterparts
 from hydra_ckpt.state.capture import Extractor
@@ -40,9 +40,9 @@ class Source:
         channel: To the other ranks; not used to communicate here.
         topology: How they are arranged.
         parts: Which parts are wanted.
-        notes: Collects what to report.
 
     Attributes:
+        notes: Collects what to report.
         shared: What is the same on all ranks, encoded.
         own: What this rank, or its counterpart, stored for itself; None if there is nothing.
         other_stages: Whether it was saved by other pipeline stages.
@@ -58,7 +58,7 @@ class Source:
     channel: Channel
     topology: Topology
     parts: Collection[str]
-    notes: Notes
+    notes: Notes = field(default_factory=Notes)
     shared: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] | None = None
     other_stages: bool = False

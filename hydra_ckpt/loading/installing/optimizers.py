@@ -1,0 +1,68 @@
+"""Optimizers: options, state, and whatever else they save."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hydra_ckpt.loading.installing.guard import Guard
+from hydra_ckpt.loading.installing.values import Values
+from hydra_ckpt.loading.planning.load_plan import LoadPlan
+from hydra_ckpt.loading.sources.source import Source
+from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
+from hydra_ckpt.state.optimizer_oracle import PARAMETER
+
+
+@dataclass(frozen=True)
+class OptimizerInstaller:
+    """Gives optimizers their state and options.
+
+    Args:
+        source: The checkpoint, read.
+        plan: What was read.
+        values: The saved values.
+        guard: Watches what objects do while they load.
+    """
+
+    source: Source
+    plan: LoadPlan
+    values: Values
+    guard: Guard
+
+    def install(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
+        """Install the optimizers' state and options, and whatever else they save.
+
+        Args:
+            found: The parts of the saved description that fit.
+            empty: Parameters whose state was empty, by the path of the optimizer that held it.
+        """
+        parameters = self.source.extractor.parameter_names(self.source.state)
+        live = {name: parameter for parameter, name in self._parameters(parameters)}
+
+        def walk(*, is_first: bool = False) -> None:
+            made: dict[str, Any] = {}
+            states = [self.values.decoded(state, made=made) for state in found.state]
+            options = [[self.values.decoded(group, made=made) for group in groups] for groups in found.options]
+            install(found, states, options, self.source.state.named_optimizers, parameters, empty, is_first=is_first)
+
+        walk(is_first=True)
+        named = list(self.source.state.named_optimizers.items())
+        for number, tree in found.own.items():
+            dotted, optimizer = named[number]
+            decoded = self.values.whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
+            before = self.values.before(tree)
+            with self.guard.watch(dotted, [name for name in self.plan.restored if name != "optimizer"]):
+                unlike = give_back(dotted, optimizer, decoded, found, walk)
+            self.source.notes.took(dotted, [*unlike, *before.changed()])
+        left = found.absent | found.refused | found.own.keys()
+        for number, (dotted, _) in enumerate(named):
+            self.source.notes.exact += [dotted] if number not in left else []
+
+    def _parameters(self, known: Mapping[int, str]) -> Iterator[tuple[torch.Tensor, str]]:
+        """All live parameters with their names."""
+        for modules in self.source.state.models.values():
+            for module in modules:
+                yield from ((item, known[id(item)]) for item in module.parameters() if id(item) in known)

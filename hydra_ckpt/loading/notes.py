@@ -1,0 +1,69 @@
+"""What a load finds out and its report will say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from hydra_ckpt.errors import some_of
+
+
+@dataclass
+class Notes:
+    """What a load report contains besides the step. Names are dotted: `optimizer`, `extras.ema`, `model.head.weight`.
+
+    Attributes:
+        texts: Notes in plain words.
+        exact: Objects restored and compared.
+        trusted: Objects that loaded their state themselves, but report a different one afterwards.
+        rederived: The parts that could not be restored exactly.
+        missing: What the checkpoint does not have.
+        skipped: What was not loaded into anything.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    exact: list[str] = field(default_factory=list)
+    trusted: list[str] = field(default_factory=list)
+    rederived: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def derived(self, what: str, why: str) -> None:
+        """Note a part that was not restored exactly, and why."""
+        self.rederived += [what] if what not in self.rederived else []
+        self.texts.append(why)
+
+    def took(self, what: str, unlike: Collection[str]) -> None:
+        """Note an object that loaded its state itself.
+
+        Args:
+            what: The object.
+            unlike: Where its state_dict() afterwards differs from the state it was given.
+        """
+        if not unlike:
+            self.exact.append(what)
+            return
+        self.trusted.append(what)
+        self.texts.append(
+            f"{what} loaded its state, but its state_dict() reports different values afterwards: "
+            f"{some_of(sorted(unlike))}"
+        )
+
+    def changed(self, what: str, by: str, names: Collection[str]) -> None:
+        """Note that an object that had been restored was changed by the loading of another one."""
+        if what in self.exact:
+            self.exact.remove(what)
+            self.trusted.append(what)
+        self.texts.append(f"{by} changed {some_of(sorted(names))} while it loaded its state")
+
+    def leave(self, left: Collection[str], unexpected: Collection[str]) -> None:
+        """Note what stays as it was built, and what is not used, because it does not match."""
+        self.missing += left
+        self.skipped += unexpected
+        self.texts += [f"left as built (checkpoint.load_strict=false): {', '.join(left)}"] if left else []
+        self.texts += [f"not loaded: {', '.join(unexpected)}"] if unexpected else []
+
+    def only_exact(self) -> tuple[str, ...]:
+        """The exact objects that are listed nowhere else."""
+        elsewhere = {*self.trusted, *self.rederived, *self.missing, *self.skipped}
+        return tuple(name for name in self.exact if name not in elsewhere)

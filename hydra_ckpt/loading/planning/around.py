@@ -1,0 +1,131 @@
+"""Compares schedulers, extras and what modules have beside their tensors with a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hydra_ckpt.errors import some_of
+from hydra_ckpt.loading.planning.labels import (
+    label_of_tensor,
+)
+from hydra_ckpt.loading.planning.matcher import Matcher
+from hydra_ckpt.state import stages
+from hydra_ckpt.state.capture import called, templates
+from hydra_ckpt.state.meshes import explain
+from hydra_ckpt.state.optimizer_loading import moved_groups
+from hydra_ckpt.state.places import Places
+from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, strides, tensor_names
+from hydra_ckpt.store import names
+
+
+class AroundMatcher(Matcher):
+    """Matches the state around models and optimizers."""
+
+    def _leave_own_extras(self) -> None:
+        """Refuse extras with per-rank tensors, or leave them as built; for other objects use rank 0's tensors."""
+        own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.EXTRAS)
+        available = self.source.available()
+        for name in sorted(own):
+            label = label_of_tensor(name)
+            if label.partition(".")[0] != "extras":
+                self.derived_from_rank_0(label)
+        for extra in self.source.state.extras if own and "extras" in available else ():
+            # A tensor that several extras have bears the name of one of them.
+            found = sorted(own.intersection(tensor_names(self.source.shared["extras"].get(extra))))
+            if found:
+                self.leave_own(f"extras: {found[0]}", f"extras.{extra}")
+                del self.source.shared["extras"][extra]
+                self.plan.absent.add(f"extras.{extra}")
+
+    def match(self) -> None:
+        """Match schedulers, extras, and what the modules of requested models have beside their tensors."""
+        self._leave_own_extras()
+        available = self.source.available()
+        live: Mapping[str, torch.Tensor] = {}
+        if "lr_scheduler" in available:
+            self._match_schedulers()
+        if "extras" in available:
+            live = templates(self.source.state)
+            self._keep_known_extras(live)
+        self._leave_homeless(live)
+        trees = self._trees()
+        if own_names(trees) and not self.source.same_ranks:
+            self.plan.mismatch.different["extras"] = (
+                "they hold shards of a tensor subclass, which fit only the ranks that had them"
+            )
+        stored = self.source.per_rank.overlay(names.EXTRAS, self.source.stored(names.EXTRAS))
+        wanted = set(tensor_names(trees))
+        # Never read into the live tensors: the objects load their state themselves.
+        places = self._places(live, trees)
+        self.want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
+
+    def _trees(self) -> list[Any]:
+        """The encoded data whose tensors are in the part `extras`."""
+        shared, available = self.source.shared, self.source.available()
+        kinds = ("extra_state", "entries", "metadata") if "model" in available else ()
+        trees: list[Any] = [shared.get(kind, {}) for kind in kinds]
+        trees.append(self.plan.schedulers)
+        if "extras" in available:
+            trees += [tree for name, tree in shared["extras"].items() if name in self.source.state.extras]
+        return trees
+
+    def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
+        meshes, same_ranks = foreign_meshes(trees), self.source.same_ranks
+        return Places(self.source.state, live, placements(trees), strides(trees), meshes, same_ranks)
+
+    def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Refuse objects with DTensors whose mesh is not here, or leave them as built."""
+        places = self._places(live, self._trees())
+        lost = places.homeless()
+        if not lost:
+            return
+        shared = self.source.shared
+        holders = [(self.plan.schedulers, "")]
+        holders.append((shared.get("extras", {}), "extras."))
+        holders += [(states, f"{called(model)}.") for model, states in shared.get("extra_state", {}).items()]
+        holders += [(part, f"{called(model)}.") for model, parts in shared.get("entries", {}).items() for part in parts]
+        for held, prefix in holders:
+            for key in list(held):
+                for name in sorted(set(tensor_names(held[key])).intersection(lost)):
+                    dotted = f"{prefix}{key}"
+                    self.leave_own(f"{dotted} ({name})", dotted, explain(places.foreign[name]))
+                    held.pop(key, None)
+                    self.plan.absent.add(dotted)
+
+    def _match_schedulers(self) -> None:
+        """Find the saved state of each live scheduler; further live ones stay as they were built."""
+        saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
+        homes = self.source.counterparts("lr_scheduler", len(saved), len(live))
+        self.plan.schedulers = {name: saved[home] for name, home in zip(live, homes, strict=True) if home is not None}
+        self.plan.absent.update(set(live) - self.plan.schedulers.keys())
+        if self.plan.schedulers and (moved := self._moved_groups()):
+            self.plan.mismatch.different["lr_scheduler"] = (
+                f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
+                "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
+            )
+        keys = self.keys("lr_scheduler")
+        if keys is not None:
+            self.skip([f"lr_scheduler.{key}" for number, key in enumerate(keys) if number not in homes])
+        elif len(saved) > len(live):
+            self.plan.mismatch.different["lr_scheduler"] = (
+                f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
+            )
+
+    def _moved_groups(self) -> list[str]:
+        source, found = self.source, self.plan.fit
+        if found is None or source.other_stages:
+            return []
+        described, live = source.shared["optimizer"], len(source.state.optimizers)
+        homes: list[int | None] = list(range(live))
+        if self.keys("lr_scheduler") is not None:  # by position, a scheduler belongs to the optimizer of its number
+            homes = source.counterparts("optimizer", len(described["optimizers"]), live)
+        return moved_groups(described, found, source.extractor.parameter_names(source.state), homes)
+
+    def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""
+        for name, tree in self.source.shared["extras"].items() if self.source.other_stages else ():
+            if any(place.startswith(f"{name}:") for place in live):
+                self.source.shared["extras"][name] = stages.keep_known(tree, live)

@@ -1,0 +1,1 @@
+"""Opens checkpoints for a load: ours, and those of other tools."""
