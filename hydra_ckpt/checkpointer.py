@@ -21,7 +21,7 @@ from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import whole
 from hydra_ckpt.saving.save import JOIN_PATIENCE_S
-from hydra_ckpt.saving.saver import Saver, kinds
+from hydra_ckpt.saving.saver import Saver, optimizer_classes
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.state.ranks import Ranks, Topology
@@ -188,7 +188,8 @@ class Checkpointer:
         self._settle()
         self._saver.begin_run(state)
         if report is not None and self.group.rank == 0:
-            tell(report.path, changes(report.path, dict(self.config.hydra_texts), kinds(state), self.group.world_size))
+            texts, classes = dict(self.config.hydra_texts), optimizer_classes(state)
+            tell(report.path, changes(report.path, texts, classes, self.group.world_size))
         return report
 
     def _check(self, state: AppState) -> None:

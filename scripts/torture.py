@@ -35,7 +35,7 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import RankFailedError, run_distributed
 from tests.training import Run

@@ -23,7 +23,7 @@ from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement
-from hydra_ckpt.saving.planning import make_plan, state_layout
+from hydra_ckpt.saving.write_planning import make_plan, state_layout
 from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.write import create_own_files
 from hydra_ckpt.store.catalog import Checkpoint
@@ -146,7 +146,7 @@ def _save(root: Path) -> None:
     for name, block in SAVED:
         here = place(name)
         with here.build(root / f"{name}-{block}", is_async=True) as engine:
-            engine._saver._contents.block_shards = block
+            engine._saver._contents.outputs.block_shards = block
             for step in (1, 2):  # the second by the plan kept from the first
                 engine.save(Run(here).state, step=step).result()
         dist.barrier()

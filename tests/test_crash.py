@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.names import is_checkpoint_name
 from hydra_ckpt.testing import Operation, RecordingFiles, replay, run_distributed

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_ckpt.loading.installing import around as installing_around
 from hydra_ckpt.loading.installing import install as installing_all
-from hydra_ckpt.loading.installing import optimizers as installing_optimizers
-from hydra_ckpt.loading.planning import around as planning_around
+from hydra_ckpt.loading.installing import install_around as installing_around
+from hydra_ckpt.loading.installing import install_optimizers as installing_optimizers
+from hydra_ckpt.loading.planning import match_around as planning_around
 from hydra_ckpt.state import (
     capture,
     holders,
-    model,
+    model_map,
     module_oracle,
     optimizer,
     optimizer_loading,
@@ -43,15 +43,15 @@ def _no_own_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_own_entries(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model, "own_entries", lambda *_: {})
+    _without(patch, model_map, "own_entries", lambda *_: {})
 
 
 def _nothing_given_back_to_modules(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model.ModelMap, "give_back", lambda *_: [])
+    _without(patch, model_map.ModelMap, "give_back", lambda *_: [])
 
 
 def _hooks_that_only_load_are_passed_over(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model, "customizes_loading", lambda _: False)
+    _without(patch, model_map, "customizes_loading", lambda _: False)
 
 
 def _walked_tensors_are_not_put_back(patch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def _stray_keys_are_passed_over(patch: pytest.MonkeyPatch) -> None:
 
 
 def _extra_state_is_not_set(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model.ModelMap, "set_extra_state", lambda *_: None)
+    _without(patch, model_map.ModelMap, "set_extra_state", lambda *_: None)
 
 
 def _options_of_empty_groups_are_not_restored(patch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from hydra_ckpt import (
 from hydra_ckpt.distributed.channel import error_from_data, error_to_data
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage.digests import Check
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
 

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import hydra_ckpt.saving.contents
+import hydra_ckpt.saving.outputs
 from hydra_ckpt import AppState, CheckpointCallback, CheckpointingConfig
-from hydra_ckpt.saving.planning import PartLayout, consolidated_layout
+from hydra_ckpt.saving.write_planning import PartLayout, consolidated_layout
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
 
@@ -75,7 +75,7 @@ def _small_layout(part: str, diffusers: bool, *, max_bytes: int) -> PartLayout:
 
 def _train_and_export(root: Path, name: str, max_bytes: int | None, dtype: torch.dtype, options: Any) -> Any:
     if max_bytes is not None:
-        hydra_ckpt.saving.contents.consolidated_layout = partial(_small_layout, max_bytes=max_bytes)
+        hydra_ckpt.saving.outputs.consolidated_layout = partial(_small_layout, max_bytes=max_bytes)
     model = make_model(**options).to(dtype)
     if dist.is_initialized():
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -28,7 +28,7 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     KeyMismatchError,
 )
-from hydra_ckpt.hub.foreign import export_foreign
+from hydra_ckpt.hub.foreign_export import export_foreign
 from hydra_ckpt.storage import header
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import MODELS, logits, make

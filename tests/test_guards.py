@@ -26,7 +26,7 @@ from hydra_ckpt import (
     KeyMismatchError,
     TopologyError,
 )
-from hydra_ckpt.saving.contents import Sources
+from hydra_ckpt.saving.live_shares import Sources
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.storage.pool import SMALL_BYTES, BufferPool
 from hydra_ckpt.store.catalog import scan

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, CorruptCheckpointError
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import seal
 

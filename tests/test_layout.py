@@ -23,7 +23,7 @@ from torch import nn
 from hydra_ckpt.errors import CorruptCheckpointError, TopologyError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box, Region, Sharding, chunk, regions
-from hydra_ckpt.layout.files import DATA_ALIGNMENT, FileLayout, by_size, file_names, index_json, lay_out
+from hydra_ckpt.layout.file_layout import DATA_ALIGNMENT, FileLayout, by_size, file_names, index_json, lay_out
 from hydra_ckpt.layout.plan import CELL_BYTES, Piece, WritePlan, fill_files, full_coverage, reads
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec

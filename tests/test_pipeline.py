@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, TopologyError
 from hydra_ckpt.saving.agreement import agree
-from hydra_ckpt.saving.planning import PartLayout, make_plan
+from hydra_ckpt.saving.write_planning import PartLayout, make_plan
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.storage.staging import borrow
 from hydra_ckpt.storage.write import create_files, write_plan
@@ -217,7 +217,7 @@ def save(
     stages = Stages(layout, 1, tied=tied)
     stages.train(3)
     with engine_of(directory, stages, **options) as engine:
-        engine._saver._contents.block_shards = block_shards or engine._saver._contents.block_shards
+        engine._saver._contents.outputs.block_shards = block_shards or engine._saver._contents.outputs.block_shards
         engine.save(stages.state, step=3).result()
     return stages.everything()
 

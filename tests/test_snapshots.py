@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointCallback, Checkpointer, CheckpointingConfig, SaveFailedError
-from hydra_ckpt.saving.contents import Sources
+from hydra_ckpt.saving.live_shares import Sources
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.storage import samples
 from hydra_ckpt.storage.lanes import Lanes

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import scan
 
 # The stop lies inside the file layer: behind the last look at the lease, before the change itself.

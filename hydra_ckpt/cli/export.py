@@ -74,7 +74,7 @@ def export(
     kind = None if dtype is None else _dtype(dtype)
     limit = None if max_shard_size is None else _size(max_shard_size)
     if is_foreign(checkpoint):
-        from hydra_ckpt.hub.foreign import export_foreign
+        from hydra_ckpt.hub.foreign_export import export_foreign
 
         _refuse_merge(checkpoint, merge)
         make = partial(export_foreign, checkpoint, base=base, part=part, dtype=kind, max_file_bytes=limit)

@@ -17,6 +17,7 @@ from hydra_ckpt.cli.output import cell, console, iso_time, parts_data, print_jso
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, is_checkpoint_directory
+from hydra_ckpt.store.parts import models_in
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
 from hydra_ckpt.sweeps.summary import is_sweep, summarize
 from hydra_ckpt.sweeps.table import summary_table
@@ -239,7 +240,7 @@ def _part(name: str, form: str) -> str:
 
 
 def _export(checkpoint: Checkpoint) -> str:
-    models = {name for name in checkpoint.manifest.parts if name.split("/")[0] == names.MODEL}
+    models = set(models_in(checkpoint.manifest.parts))
     exported = set(checkpoint.manifest.exports)
     if not exported:
         return "-"

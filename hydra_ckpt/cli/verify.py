@@ -184,7 +184,7 @@ def _check_sizes(checkpoint: Checkpoint, verdict: _Verdict) -> None:
 
 
 def _check_bytes(checkpoint: Checkpoint, verdict: _Verdict, bar: Progress) -> None:
-    from hydra_ckpt.storage.verify import findings
+    from hydra_ckpt.storage.verification import findings
 
     # A file of the wrong size has already been reported; checking its bytes would only repeat that.
     known = {finding.file for finding in verdict.findings}
@@ -212,7 +212,7 @@ def _noting(verdict: _Verdict) -> Iterator[None]:
 
 def _checks(checkpoint: Checkpoint, verdict: _Verdict) -> Sequence[Check]:
     """The checks to make; without a sidecar of digests, only those for digests in the manifest itself."""
-    from hydra_ckpt.storage.verify import checks
+    from hydra_ckpt.storage.verification import checks
 
     manifest = checkpoint.manifest
     known = {finding.file for finding in verdict.findings}

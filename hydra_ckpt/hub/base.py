@@ -27,7 +27,7 @@ from hydra_ckpt.hub.reference import Reference, find_reference
 from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.peft import is_peft_model
 from hydra_ckpt.state.wrappers import unwrap
 from hydra_ckpt.storage.memory import bytes_of

@@ -23,7 +23,7 @@ from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.skeletons import skeleton
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.specs import TensorSpec
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.tracing import Trace
 from hydra_ckpt.state.wrappers import unwrap
 

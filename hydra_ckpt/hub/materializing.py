@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.hub.conversion import is_transformers_model
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.storage.memory import fresh_like
 
 

@@ -21,16 +21,16 @@ from hydra_ckpt.errors import (
 )
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.assets import reference_assets
-from hydra_ckpt.hub.export import FLOATS
+from hydra_ckpt.hub.model_export import FLOATS
 from hydra_ckpt.hub.offline import find_model, models_of
 from hydra_ckpt.hub.reference import at
 from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import drafted, refuse_occupied
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES
+from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.peft import embeddings_of
 from hydra_ckpt.storage.header import read_header
-from hydra_ckpt.storage.verify import checks, findings
+from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.small_files import read_small_file

@@ -14,15 +14,16 @@ from hydra_ckpt.hub.assets import json_bytes
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.plan import StoredTensor
+from hydra_ckpt.storage.file_parts import open_part
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.merge import BLOCK_BYTES
 from hydra_ckpt.storage.naming import decode_naming
-from hydra_ckpt.storage.parts import open_part
 from hydra_ckpt.storage.read import fetch
-from hydra_ckpt.storage.verify import checks, findings, read_small
+from hydra_ckpt.storage.verification import checks, findings, read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import PartRecord
+from hydra_ckpt.store.parts import is_export, models_in
 
 
 def export_checkpoint(
@@ -76,7 +77,7 @@ def _verify_rest(checkpoint: Checkpoint, source: Source, ledger: Ledger) -> None
 
 def models_of(checkpoint: Checkpoint) -> list[str]:
     """The parts of a checkpoint that hold models or their adapters."""
-    return [name for name in checkpoint.manifest.parts if name.split("/")[0] == names.MODEL]
+    return models_in(checkpoint.manifest.parts)
 
 
 def find_model(models: Sequence[str], part: str) -> str | None:
@@ -152,7 +153,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> Source:
 
 def _is_whole(record: PartRecord) -> bool:
     """Whether a part is stored in the files of an export, under the export's names."""
-    return all(Path(file).parent.name == names.CONSOLIDATED for file in record.files)
+    return is_export(record.files)
 
 
 def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
 from hydra_ckpt.files import Files
-from hydra_ckpt.hub.export import FLOATS
+from hydra_ckpt.hub.model_export import FLOATS
 from hydra_ckpt.layout.aliases import Naming
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
+from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.merge import content, write_through
 from hydra_ckpt.storage.read import Fetch

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hydra_ckpt.layout.boxes import Box, Sharding
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_size, lay_out
+from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, by_size, lay_out
 from hydra_ckpt.layout.replicas import stretches
 from hydra_ckpt.layout.specs import TensorSpec
 

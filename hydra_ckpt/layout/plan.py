@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from hydra_ckpt.layout.boxes import Box, Region, regions
-from hydra_ckpt.layout.files import FileLayout
+from hydra_ckpt.layout.file_layout import FileLayout
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec
 

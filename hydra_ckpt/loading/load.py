@@ -11,7 +11,7 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.loading.installing.install import Installer
 from hydra_ckpt.loading.planning.load_plan import LoadPlan, Mismatch
-from hydra_ckpt.loading.planning.plan import plan_load
+from hydra_ckpt.loading.planning.match import plan_load
 from hydra_ckpt.loading.reading import Reader
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.report import LoadReport

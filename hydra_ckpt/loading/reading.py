@@ -10,7 +10,7 @@ from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.storage.distcp import fetch_distcp
 from hydra_ckpt.storage.ledger import Ledger, Span
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.verify import checks, findings, share_out
+from hydra_ckpt.storage.verification import checks, findings, share_out
 from hydra_ckpt.store.catalog import Checkpoint
 
 

@@ -19,7 +19,7 @@ from hydra_ckpt.errors import (
     rebuild,
 )
 from hydra_ckpt.loading.load import PARTS, Load
-from hydra_ckpt.loading.sources.foreign import ForeignSource, open_foreign
+from hydra_ckpt.loading.sources.foreign_source import ForeignSource, open_foreign
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ReadOptions

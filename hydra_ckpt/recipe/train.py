@@ -17,10 +17,10 @@ from hydra_ckpt.recipe.mesh import plan_parallelism, shard_model
 from hydra_ckpt.recipe.model import add_adapter, build_model, load_pretrained
 from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
 from hydra_ckpt.recipe.passes import InOnePiece, Pass, Pipelined
+from hydra_ckpt.recipe.pipeline import cut
 from hydra_ckpt.recipe.reporting import Report
 from hydra_ckpt.recipe.session import seed_everything, session, world_size
 from hydra_ckpt.recipe.settings import check_together, read_settings
-from hydra_ckpt.recipe.stages import cut
 from hydra_ckpt.recipe.tokenizer import byte_tokenizer
 from hydra_ckpt.state.app_state import AppState, as_list
 from hydra_ckpt.state.dataloader import resumable

@@ -22,7 +22,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import describe, fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.local import LocalTensor
-from hydra_ckpt.storage.stages import unqualified
+from hydra_ckpt.storage.stage_names import unqualified
 from hydra_ckpt.store import names
 
 

@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
 
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.distributed.vote import Vote
-from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.hub.assets import tokenizer_assets
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.hub.card import Made
-from hydra_ckpt.hub.export import ModelExport, Wanted
+from hydra_ckpt.hub.model_export import ModelExport, Wanted
 from hydra_ckpt.layout.aliases import Naming
-from hydra_ckpt.layout.blocks import BLOCK_SHARDS
-from hydra_ckpt.layout.plan import WritePlan
-from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import ResolvedConfig
-from hydra_ckpt.saving.agreement import Agreement, Parts, agree
+from hydra_ckpt.saving.agreement import Parts, agree
+from hydra_ckpt.saving.companion_files import SmallFiles
 from hydra_ckpt.saving.comparing import Comparer, Look
 from hydra_ckpt.saving.drift import Judgement
-from hydra_ckpt.saving.planning import (
-    BESIDE,
-    PartLayout,
-    adapter_layout,
-    apart_layout,
-    consolidated_layout,
-    distcp_layout,
-    is_of_rows,
-    lay_out_part,
-    make_plan,
-    own_layout,
-    shard_layout,
-    signature,
-    state_layout,
-    tensors_of,
-)
-from hydra_ckpt.saving.save import Content, Merged
+from hydra_ckpt.saving.live_shares import Sources, sources_of
+from hydra_ckpt.saving.outputs import Agreed, Outputs, Planned
+from hydra_ckpt.saving.save import Content
 from hydra_ckpt.saving.watching import label_of
+from hydra_ckpt.saving.write_planning import (
+    is_of_rows,
+    signature,
+)
 from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.capture import Captured, part_of
+from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.packing import Packed, pack_json
-from hydra_ckpt.state.peft import adapters
-from hydra_ckpt.storage.dtypes import TORCH_DTYPE
-from hydra_ckpt.storage.naming import encode_naming
 from hydra_ckpt.store import names
+from hydra_ckpt.store.parts import is_of_models
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,59 +42,6 @@ if TYPE_CHECKING:
 _MAX_LAYOUTS = 4
 # Below every fingerprint's number.
 _NO_OPINION = -(1 << 62)
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What the ranks agreed on for a state, and what follows for exports.
-
-    Attributes:
-        agreement: The agreement.
-        namings: Model part to how its export names and stores the tensors.
-        exporters: Model part to what applies its naming.
-        kept: Parts whose export holds every tensor bit for bit, so training can resume from it.
-        of_rows: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
-    """
-
-    agreement: Agreement
-    namings: Mapping[str, Naming]
-    exporters: Mapping[str, Exporter]
-    kept: frozenset[str]
-    of_rows: bool = False
-
-    @cached_property
-    def naming_files(self) -> dict[str, bytes]:
-        """Model part to its naming, encoded."""
-        return {part: encode_naming(naming) for part, naming in self.namings.items()}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan and the choices it is based on."""
-
-    layouts: tuple[PartLayout, ...]
-    plan: WritePlan
-    merged: tuple[Merged, ...]
-    total_bytes: int
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The live tensors of a plan's shares.
-
-    Attributes:
-        tensors: Position of the share to exactly the live rows it writes.
-        late: Positions that may be copied as late as the next optimizer step.
-        casts: Dtypes to write, where they differ from the tensors' own.
-        plan: Fixes everything but the values; the same object as long as nothing else changes.
-        label: What messages call the tensor at a position.
-    """
-
-    tensors: Mapping[int, torch.Tensor]
-    late: frozenset[int]
-    casts: Mapping[int, torch.dtype]
-    plan: object = None
-    label: Callable[[int], str] = str
 
 
 class Contents:
@@ -129,7 +57,7 @@ class Contents:
 
     Attributes:
         comparer: Knows which values differ between ranks.
-        block_shards: How many neighbouring ranks share a file of state outside models, if there are more of them.
+        outputs: Plans the files.
     """
 
     def __init__(
@@ -147,13 +75,14 @@ class Contents:
         self._channel = channel
         self.comparer = Comparer(group, channel, moe_mesh, raises=config.write.raises_drift)
         self._stage = stage
-        self._keeps_ranges = keeps_ranges
-        self.block_shards = BLOCK_SHARDS
+        self.outputs = Outputs(
+            config.write, channel, diffusers_compatible=config.hub.diffusers_compatible, keeps_ranges=keeps_ranges
+        )
         self._export = ModelExport(config.hub, required=config.write.consolidated is not SaveConsolidatedMode.FALSE)
         self._settled: dict[str, Agreed] = {}
         self._plans: dict[tuple[str, bool, bool, bool], Planned] = {}
         self._held = ""
-        self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
+        self._small_files = SmallFiles(config, self._export)
 
     def agree(
         self, state: AppState, captured: Captured | None, error: Exception | None = None, *, trouble: bool = False
@@ -251,27 +180,38 @@ class Contents:
             made: The save, for model cards; None if nothing will be written.
         """
         agreed = self._settled[self._held]
-        merging = consolidated and (from_shards or self._merges(agreed.agreement))
+        merging = consolidated and (from_shards or self.outputs.merges(agreed.agreement))
         known = self.comparer.known
-        parts = self._arrange(known.arranged(captured.parts), agreed, consolidated and not merging, export_only)
+        parts = self.outputs.arrange(known.arranged(captured.parts), agreed, consolidated and not merging, export_only)
         key = (self._held, consolidated, export_only, from_shards)
         if key not in self._plans:
-            self._plans[key] = self._make_plan(parts, agreed, consolidated, merging, export_only)
+            self._plans[key] = self.outputs.plan(parts, agreed, consolidated, merging, export_only)
         planned = self._plans[key]
         leads = agreed.agreement.leads and not export_only
-        models = [part for part in captured.parts if _is_model(part)]
+        models = [part for part in captured.parts if is_of_models(part)]
+        small_files = {}
+        if self._channel.is_coordinator:
+            small_files = self._small_files.collect(state, agreed, consolidated, export_only, made)
         content = Content(
             planned.layouts,
             planned.plan,
             self._shared(captured) if leads else None,
             None if export_only else captured.own.packed(plain=known.plain_of(captured)),
-            self._assets(state, agreed, consolidated, export_only, made) if self._channel.is_coordinator else {},
+            small_files,
             {part: f"{part}/{names.CONSOLIDATED}" for part in models} if consolidated else {},
             planned.total_bytes,
             planned.merged,
             captured.omitted,
         )
-        return content, _sources(parts, planned.plan)
+        return content, sources_of(parts, planned.plan)
+
+    def check(self, state: AppState) -> None:
+        """Coordinator only: check that exports can be made as configured, long before one is due.
+
+        Raises:
+            CheckpointError: Something they need is missing.
+        """
+        self._small_files.check(state, self._settled[self._held])
 
     def _shared(self, captured: Captured) -> Packed:
         """What ranks holding the same tensors share, with the names of what each stores for itself."""
@@ -287,7 +227,7 @@ class Contents:
         """Collective: agree on what all ranks hold, and how it is exported."""
         order = self._config.write.state_dict_keys
         agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted, captured.objects)
-        models = self._models(state)
+        models = self._small_files.models(state)
         specs = {part: agreement.specs[part] for part in models}
         namings = {}
         for part, found in specs.items():
@@ -304,7 +244,8 @@ class Contents:
         agreed = Agreed(agreement, namings, exporters, kept)
         # Something missing is found here, where the error reaches all ranks.
         self._channel.coordinator_step(
-            "collecting the small files of exports", lambda: len(self._assets(state, agreed, False, False, None))
+            "collecting the small files of exports",
+            lambda: len(self._small_files.collect(state, agreed, False, False, None)),
         )
         own, error = False, None
         try:
@@ -318,192 +259,5 @@ class Contents:
         """All tensors that may be written, in their own form and as exported."""
         for part, items in parts.items():
             yield items
-            if _is_model(part) and not agreed.namings[part].is_plain:
+            if is_of_models(part) and not agreed.namings[part].is_plain:
                 yield agreed.exporters[part](items)
-
-    def _arrange(self, everything: Parts, agreed: Agreed, inline: bool, export_only: bool) -> Parts:
-        """What is written, by the part its layout is for."""
-        found: dict[str, Sequence[LocalTensor]] = {}
-        for part, items in everything.items():
-            if not _is_model(part):
-                found.update({} if export_only else {part: items})
-                continue
-            own, export = _places(part, agreed, inline, export_only)
-            if own is not None:
-                found[own] = items
-            if export is not None:
-                found[export] = items if agreed.namings[part].is_plain else agreed.exporters[part](items)
-        return found
-
-    def _make_plan(self, parts: Parts, agreed: Agreed, consolidated: bool, merging: bool, export_only: bool) -> Planned:
-        specs: dict[str, tuple[TensorSpec, ...]] = {}
-        layouts: list[PartLayout] = []
-        models = [part for part, found in agreed.agreement.specs.items() if _is_model(part) and found]
-        for part, found in agreed.agreement.specs.items():
-            if not found or (export_only and not _is_model(part)):
-                continue
-            if not _is_model(part):
-                specs[part] = found
-                layouts.append(self._state_layout(part, agreed.agreement))
-                continue
-            own, export = _places(part, agreed, consolidated and not merging, export_only)
-            if own is not None:
-                specs[own] = found
-                distcp = self._config.write.format == "torch_save"
-                layouts.append(distcp_layout(own) if distcp else shard_layout(own))
-            if export is not None:
-                specs[export] = agreed.namings[part].specs(found)
-                layout = self._export_layout(part, agreed.namings[part])
-                layouts.append(replace(layout, part=export, beside=export != part))
-        agreement = replace(agreed.agreement, specs=specs)
-        plan = make_plan(
-            parts,
-            agreement,
-            layouts,
-            self._channel.rank,
-            self._channel.world_size,
-            of_rows=agreed.of_rows,
-            read_again=merging,
-        )
-        merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
-        written = sum(spec.nbytes for found in specs.values() for spec in found)
-        written += sum(file.nbytes for item in merged for file in item.files)
-        return Planned(tuple(layouts), plan, merged, written)
-
-    def _merges(self, agreement: Agreement) -> bool:
-        """Whether consolidated files are merged from shards by one rank."""
-        write = self._config.write
-        return not write.is_peft and (
-            write.single_rank_consolidation or write.staging_dir is not None or not self._shares_files(agreement)
-        )
-
-    def _shares_files(self, agreement: Agreement) -> bool:
-        """Whether ranks may write into one file together."""
-        wanted = self._config.write.shared_writes
-        return agreement.one_host or self._keeps_ranges if wanted is None else wanted
-
-    def _merged(self, part: str, agreed: Agreed) -> Merged:
-        naming = agreed.namings[part]
-        specs = naming.specs(agreed.agreement.specs[part])
-        layout = self._export_layout(part, naming)
-        return Merged(part, tuple(lay_out_part(layout, replace(agreed.agreement, specs={part: specs}))), naming)
-
-    def _export_layout(self, part: str, naming: Naming) -> PartLayout:
-        if self._config.write.is_peft:
-            return adapter_layout(part)
-        layout = consolidated_layout(part, self._config.hub.diffusers_compatible)
-        return replace(layout, grouped=naming.files or None)
-
-    def _state_layout(self, part: str, agreement: Agreement) -> PartLayout:
-        if part == names.OWN:
-            return apart_layout(part)
-        if self._config.write.format == "torch_save" and part != names.EXTRAS:
-            return distcp_layout(part)
-        nbytes = sum(spec.nbytes for spec in agreement.specs[part])
-        shared = self._shares_files(agreement)
-        if not shared:
-            return own_layout(part)
-        return state_layout(part, nbytes, self._channel.world_size, self.block_shards)
-
-    def _assets(
-        self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
-    ) -> dict[str, bytes]:
-        """Coordinator only: the small files by path in the checkpoint.
-
-        The files of an export are included even without one, so that it can be made later.
-        """
-        found = {}
-        if not export_only:
-            found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
-        for part, (model, adapter) in self._models(state).items():
-            place = f"{part}/{names.CONSOLIDATED if consolidated else names.ASSETS}"
-            naming = agreed.namings[part]
-            assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
-            assets.update(self._tokenizer(state.tokenizer))
-            if made is not None:
-                assets.update(self._export.card(model, made))
-            found.update({f"{place}/{path}": data for path, data in assets.items()})
-            if not export_only and not self._config.write.is_peft and not (consolidated and naming.is_plain):
-                found[f"{part}/{names.NAMING}"] = agreed.naming_files[part]
-        return found
-
-    def check(self, state: AppState) -> None:
-        """Coordinator only: check that exports can be made as configured, long before one is due.
-
-        Raises:
-            CheckpointError: Something they need is missing.
-        """
-        agreed, directory = self._settled[self._held], self._config.write.staging_dir
-        for part, (model, adapter) in self._models(state).items():
-            self._export.assets(model, agreed.namings[part], adapter, has_tokenizer=state.tokenizer is not None)
-        if directory is not None:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=directory):
-                    pass
-            except OSError as error:
-                raise CheckpointConfigError(
-                    f"checkpoint.staging_dir={directory} cannot be written to: {error.strerror}. Name a local directory"
-                ) from None
-
-    def _models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
-        """Part to its model, and to the name of its adapter if it holds only that (otherwise empty)."""
-        found = {}
-        for name, modules in state.models.items():
-            keys = adapters(name, modules[0]) if self._config.write.is_peft else {name: ""}
-            found.update({part_of(key): (modules[0], adapter) for key, adapter in keys.items()})
-        return found
-
-    def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
-        """A tokenizer's files; cached, because saving a large tokenizer is slow."""
-        if self._tokenizer_files[0] is not tokenizer:
-            self._tokenizer_files = (tokenizer, tokenizer_assets(tokenizer))
-        return self._tokenizer_files[1]
-
-
-def model_sources(sources: Sources, plan: WritePlan) -> Sources:
-    """The sources of the models' own files only."""
-    wanted = {piece.share for piece in plan.pieces if plan.all_files[piece.file].path.startswith(f"{names.MODEL}/")}
-    return Sources({position: sources.tensors[position] for position in wanted}, frozenset(), {})
-
-
-def _is_model(part: str) -> bool:
-    return part == names.MODEL or part.startswith(f"{names.MODEL}/")
-
-
-def _places(part: str, agreed: Agreed, inline: bool, export_only: bool) -> tuple[str | None, str | None]:
-    """The plan's parts for a model's own tensors and for its export; None if it is not written.
-
-    Training resumes from an export that holds everything bit for bit; otherwise both are written.
-    """
-    if not inline:
-        return (None if export_only else part), None
-    if export_only or part in agreed.kept:
-        return None, part
-    return part, BESIDE + part
-
-
-def _sources(parts: Parts, plan: WritePlan) -> Sources:
-    tensors = tensors_of(parts)
-    found, casts, late = {}, {}, []
-    for position, share in plan.shares.items():
-        item = tensors[position]
-        sizes = item.place.box.sizes  # faster than querying the tensor
-        whole = not sizes or (share.start == 0 and share.stop == sizes[0])
-        found[position] = item.tensor if whole else item.tensor[share.start : share.stop]
-        dtype = TORCH_DTYPE[share.spec.dtype]
-        if dtype != item.tensor.dtype:
-            casts[position] = dtype
-        if item.late:
-            late.append(position)
-    return Sources(found, frozenset(late), casts, plan, partial(_label, parts))
-
-
-def _label(parts: Parts, position: int) -> str:
-    """The part and live name of the tensor at a position in `tensors_of`."""
-    for part, items in parts.items():
-        if position < len(items):
-            place = items[position].place
-            return f"{part.removeprefix(BESIDE)}: {place.origin or place.spec.name}"
-        position -= len(items)
-    raise IndexError(position)

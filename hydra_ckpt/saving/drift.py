@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra_ckpt.errors import TopologyError, some_of
-from hydra_ckpt.store import names
+from hydra_ckpt.store.parts import is_of_models
 
 _SHOWN = 8
 
@@ -169,7 +169,7 @@ def _unplaced_experts(
     """
     several = len({told.mesh for told in group.told.values()}) > 1
     others = group.labels().keys() - {*differing, *group.first.constant}
-    equal = any(label.startswith(f"{names.MODEL}/") for label in others)
+    equal = any(is_of_models(label) for label in others)
     return [
         label
         for label in differing

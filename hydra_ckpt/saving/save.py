@@ -13,9 +13,9 @@ from typing import Any
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.aliases import Naming
-from hydra_ckpt.layout.files import FileLayout, index_json
+from hydra_ckpt.layout.file_layout import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
-from hydra_ckpt.saving.planning import PartLayout
+from hydra_ckpt.saving.write_planning import PartLayout
 from hydra_ckpt.state.packing import Packed
 from hydra_ckpt.storage.digests import Digested, encode, hex_digest
 from hydra_ckpt.storage.distcp import Row, digest_file, finish_part, write_shares
@@ -34,6 +34,7 @@ from hydra_ckpt.store.draft import (
     publish_draft,
 )
 from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.parts import is_of_models
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class DraftWriter:
             snapshot.release()
         listed = [file.path for file in plan.all_files]
         self.weights = frozenset(
-            item for item in records if item.region.offset and listed[item.file].startswith(f"{names.MODEL}/")
+            item for item in records if item.region.offset and is_of_models(listed[item.file])
         )  # the region at offset 0 is a header
         foreign = sorted({f"{directory}/{row[5]}" for directory, found in rows.items() for row in found})
         for path in foreign:

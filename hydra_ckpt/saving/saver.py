@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,23 +21,22 @@ from hydra_ckpt.report import Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.beginning import plain_parameters
 from hydra_ckpt.saving.comparing import Look, expert_place
-from hydra_ckpt.saving.contents import Contents, Sources, model_sources
+from hydra_ckpt.saving.contents import Contents
 from hydra_ckpt.saving.exporting import AddExport
 from hydra_ckpt.saving.known import KnownSaves
 from hydra_ckpt.saving.left_out import LeftOut
+from hydra_ckpt.saving.live_shares import Sources
 from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.saving.published_weights import PublishedWeights
 from hydra_ckpt.saving.request import SaveRequest
 from hydra_ckpt.saving.save import Content, DraftWriter, Save
 from hydra_ckpt.saving.staged import Staged
+from hydra_ckpt.saving.step_hooks import StepHooks
 from hydra_ckpt.saving.transaction import FailedSave, Transaction, perform
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
 from hydra_ckpt.state.ranks import Topology
-from hydra_ckpt.storage.digests import Digested
 from hydra_ckpt.storage.pool import BufferPool
-from hydra_ckpt.storage.staging import borrow
-from hydra_ckpt.storage.write import digests_below
-from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.worker import Worker
@@ -96,14 +94,12 @@ class Saver:
         )
         self._pool = BufferPool(pinned=torch.cuda.is_available())
         self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
-        self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._hooks: list[Any] = []
+        self._hooks = StepHooks(self._before_step)
         self._warm = threading.Event()
         self._warm.set()
         self.known = KnownSaves(group, channel, directory.root)
-        self._weights: dict[str, frozenset[Digested]] = {}
+        self._weights = PublishedWeights(self._contents, channel)
         self._sampled = ""  # the last checkpoint, if its replicas were not compared in full
-        self._warned_of_strangers = False
         self.left_out = LeftOut(config.write.unsaved, channel)
         self.longest_save_s = 0.0
 
@@ -157,7 +153,7 @@ class Saver:
             self._sampled = "" if full else request.name
         look, error = self._look(captured, error, full=full)
         drift = self._compare(state, look)
-        from_shards = request.adds_export and self._has_changed(state, captured, request)
+        from_shards = request.adds_export and self._weights.have_changed(name, request.step, state, captured)
         transaction: Transaction
         staged = Staged()
         try:
@@ -175,7 +171,7 @@ class Saver:
             )
             staged = self._stage(state, sources)
             pending.when_staged = staged.let_change
-            transaction = self._transaction(request, content, staged, kinds(state))
+            transaction = self._transaction(request, content, staged, optimizer_classes(state))
         except Exception as failure:
             transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
@@ -218,8 +214,7 @@ class Saver:
         self._contents.agree(state, captured)
         # Before the comparison: once replicas are known to differ, other ranks would write them.
         saved_as = self.request(step, epoch, None, is_final=False)
-        live = self._weights_now(state, captured, consolidated=saved_as.consolidated)
-        is_as_saved = live is not None and live == self._weights.get(request.name)
+        is_as_saved = self._weights.is_as_saved(request.name, state, captured, consolidated=saved_as.consolidated)
         look, error = self._look(captured, None, full=True)
         drift = self._compare(state, look)
         self._channel.raise_together("comparing replicas", error)
@@ -248,36 +243,6 @@ class Saver:
                 found.drift,
             )
         return found.drift
-
-    def _has_changed(self, state: AppState, captured: Captured | None, request: SaveRequest) -> bool:
-        """Collective: whether the weights differ, or may differ, from those published for the step.
-
-        Averages swapped in, or batch statistics measured again, belong to no step; exporting them beside that step's
-        shards would put another model under the same name.
-        """
-        saved = self._weights.get(request.name)
-        live = None if captured is None or saved is None else self._weights_now(state, captured)
-        answers = [live is None, live is not None and live != saved]
-        unknown, changed = self._channel.agree("comparing weights", answers, _any)
-        if changed and self._group.rank == 0:
-            log.warning(
-                "the weights have changed since step %d was saved; the export holds the saved ones. To export the "
-                "weights in memory, save them under another step",
-                request.step,
-            )
-        return bool(unknown or changed)
-
-    def _weights_now(
-        self, state: AppState, captured: Captured, *, consolidated: bool = False
-    ) -> frozenset[Digested] | None:
-        """Digests of the models' bytes that this rank would write; None if they cannot be computed."""
-        try:
-            content, sources = self._contents.make(state, captured, consolidated=consolidated, export_only=False)
-            live = borrow(model_sources(sources, content.plan).tensors)
-            return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
-        except Exception:
-            log.debug("the weights cannot be compared", exc_info=True)
-            return None  # the save that follows reports why, on all ranks
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves."""
@@ -318,7 +283,7 @@ class Saver:
         if not self._config.write.is_async:
             return Staged.borrowed(sources, self._pool)
         self._warm.wait()
-        overlaps = self._hook(state) and not self._config.write.wait_for_staging
+        overlaps = self._hooks.hook(state.optimizers) and not self._config.write.wait_for_staging
         return Staged.copied(sources, self._pool, sources.late if overlaps else frozenset())
 
     def _transaction(
@@ -366,7 +331,7 @@ class Saver:
         if isinstance(transaction, Save | AddExport):
             self._stats.written_bytes += transaction.writer.content.plan.nbytes
         if isinstance(transaction, Save):
-            self._weights = {request.name: transaction.writer.weights}
+            self._weights.record(request.name, transaction.writer.weights)
         self.longest_save_s = max(self.longest_save_s, time.monotonic() - begun)
         pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))
         if self._group.rank == 0:
@@ -388,23 +353,7 @@ class Saver:
         except (OSError, CheckpointError) as error:
             log.warning("old checkpoints could not be pruned: %s", error)
 
-    def _hook(self, state: AppState) -> bool:
-        """Make every optimizer's step wait for the copies it would spoil; returns whether all of them will."""
-        for optimizer in state.optimizers:
-            if optimizer not in self._hooked and _takes_hooks(optimizer):
-                self._hooks.append(optimizer.register_step_pre_hook(_untraced(self._before_step)))
-                self._hooked.add(optimizer)
-        strangers = [type(optimizer).__qualname__ for optimizer in state.optimizers if optimizer not in self._hooked]
-        if strangers and not self._warned_of_strangers:
-            self._warned_of_strangers = True
-            log.warning(
-                "%s takes no hooks (it was created without torch.optim.Optimizer.__init__), so save() copies "
-                "everything before it returns",
-                ", ".join(strangers),
-            )
-        return not strangers
-
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self) -> None:
         if self.known.pending is not None:
             begun = time.monotonic()
             self.known.pending.wait_staged(self._config.write.timeout_s)
@@ -421,31 +370,11 @@ class Saver:
     def close(self) -> None:
         """Finish what is under way and release threads, hooks, memory and connections."""
         self._worker.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
         self._pool.clear()
         self._save_channel.close()
 
 
-def _takes_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether step() will call hooks: Optimizer.__init__ wraps it and creates the dict of hooks."""
-    return "_optimizer_step_pre_hooks" in vars(optimizer) and bool(getattr(type(optimizer).step, "hooked", False))
-
-
-def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook, not traced by torch.compile. Traced, it would break a compiled step into many graphs.
-
-    torch.compiler imports torch._dynamo, which takes seconds; creating an optimizer has already imported it.
-    """
-    untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return untraced
-
-
-def kinds(state: AppState) -> list[str]:
+def optimizer_classes(state: AppState) -> list[str]:
     """The optimizers' classes."""
     return [type(optimizer).__qualname__ for optimizer in state.optimizers]
-
-
-def _any(rows: Sequence[Sequence[bool]]) -> list[bool]:
-    """Coordinator only: for each question, whether any rank says yes."""
-    return [any(answers) for answers in zip(*rows, strict=True)]

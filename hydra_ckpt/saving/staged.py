@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from hydra_ckpt.errors import CheckpointError, counted
-from hydra_ckpt.saving.contents import Sources
+from hydra_ckpt.saving.live_shares import Sources
 from hydra_ckpt.storage.lanes import Lanes
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.storage.pool import BufferPool

@@ -19,11 +19,11 @@ import torch
 
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.saving.agreement import Agreement, Parts
-from hydra_ckpt.saving.planning import replica_of, tensors_of
+from hydra_ckpt.saving.write_planning import replica_of, tensors_of
 from hydra_ckpt.state.local import LocalTensor
 from hydra_ckpt.storage.digests import digest_of
 from hydra_ckpt.storage.folding import SMALL_BYTES, Stretch, digest, digest_each, is_constant
-from hydra_ckpt.store import names
+from hydra_ckpt.store.parts import is_of_models
 
 # A save digests 1/_SHARE of what it copies (digesting takes two thirds of the time of copying), but at least
 # _LEAST_BYTES of each group, and at most _MOST_TENSORS tensors.
@@ -245,7 +245,7 @@ class Watchlist:
         """Labels of a group's parameters and buffers whose elements are all equal."""
         tensors = tensors_of(parts)
         members = next(group.members for group in self.groups if group.key == key)
-        models = [member for member in members if member.label.startswith(f"{names.MODEL}/")]
+        models = [member for member in members if is_of_models(member.label)]
         return [member.label for member in models if is_constant(tensors[member.position].tensor)]
 
 

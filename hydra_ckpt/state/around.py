@@ -20,7 +20,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out
 from hydra_ckpt.state.meshes import described
 from hydra_ckpt.storage.encoding import Sink, encode, refuse_shared_names
 from hydra_ckpt.storage.sharing import Sharing
-from hydra_ckpt.storage.stages import qualify
+from hydra_ckpt.storage.stage_names import qualify
 
 Key = str | int
 

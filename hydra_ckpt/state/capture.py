@@ -21,7 +21,7 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.around import Around, is_left_out, told_by
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import meshes_of
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.packing import Taken, take
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
@@ -30,6 +30,7 @@ from hydra_ckpt.storage.encoding import encode
 from hydra_ckpt.storage.sharing import Apart
 from hydra_ckpt.storage.subclasses import local_part
 from hydra_ckpt.store import names
+from hydra_ckpt.store.parts import part_of
 
 log = logging.getLogger(__name__)
 
@@ -273,11 +274,6 @@ def _trained(state: AppState) -> set[int]:
     modules = [] if state.optimizers else [module for modules in state.models.values() for module in modules]
     everything = [*_stepped(state), *(parameter for module in modules for parameter in module.parameters())]
     return {id(parameter) for parameter in everything if parameter.requires_grad}
-
-
-def part_of(model: str) -> str:
-    """The part of a checkpoint that holds a model."""
-    return f"{names.MODEL}/{model}" if model else names.MODEL
 
 
 def templates(state: AppState) -> Mapping[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, some_of
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.module_oracle import customizes, told_by
 from hydra_ckpt.state.slots import persistent
 from hydra_ckpt.state.wrappers import canonical, unwrap

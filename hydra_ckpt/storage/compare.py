@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 
@@ -14,12 +13,13 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import ITEMSIZE
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
+from hydra_ckpt.storage.file_parts import Part, open_part
 from hydra_ckpt.storage.naming import decode_naming
-from hydra_ckpt.storage.parts import Part, open_part
 from hydra_ckpt.storage.read import Fetch
-from hydra_ckpt.storage.verify import read_small
+from hydra_ckpt.storage.verification import read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.parts import is_export
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _open(checkpoint: Checkpoint, part: str) -> Part:
         return Part({}, lambda _: 0, 1)
     opened = open_part(checkpoint, part)
     record = checkpoint.manifest.files.get(f"{part}/{names.NAMING}")
-    whole = all(Path(file).parent.name == names.CONSOLIDATED for file in checkpoint.manifest.parts[part].files)
+    whole = is_export(checkpoint.manifest.parts[part].files)
     if record is None or whole:
         return opened
     # Shards under the model's own names: whole tensors that only have another name in the export have that name here.

@@ -14,7 +14,7 @@ from hydra_ckpt.storage.dcp_shards import read_directory, refuse_gaps
 from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES
 from hydra_ckpt.storage.decoding import decode
 from hydra_ckpt.storage.header import read_tensors
-from hydra_ckpt.storage.verify import read_small
+from hydra_ckpt.storage.verification import read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import Manifest, read_manifest
 

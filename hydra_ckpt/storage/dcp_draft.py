@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, CheckpointExistsError, CorruptCheckpointError
 from hydra_ckpt.files import Files, write_atomically
-from hydra_ckpt.layout.files import FileLayout
+from hydra_ckpt.layout.file_layout import FileLayout
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dcp_layout import STATE
 from hydra_ckpt.store import names

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from hydra_ckpt import __version__
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.files import FileLayout, index_json
+from hydra_ckpt.layout.file_layout import FileLayout, index_json
 from hydra_ckpt.storage.dcp_draft import ASSIGNMENT
 from hydra_ckpt.storage.dcp_layout import STATE, Sidecar, Written
 from hydra_ckpt.storage.dcp_values import PLANNER_DATA, TENSORS, VALUES

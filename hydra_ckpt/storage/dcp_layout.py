@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, counted
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.layout.files import FileLayout, by_size, lay_out
+from hydra_ckpt.layout.file_layout import FileLayout, by_size, lay_out
 from hydra_ckpt.layout.plan import WritePlan, fill_files, full_coverage
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec

@@ -28,7 +28,7 @@ from hydra_ckpt.storage.dcp_values import VALUES, load_item, tensor_names
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.verify import checks, findings, share_out
+from hydra_ckpt.storage.verification import checks, findings, share_out
 from hydra_ckpt.store import names
 from hydra_ckpt.values import refuse_url
 

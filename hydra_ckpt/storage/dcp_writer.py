@@ -19,7 +19,7 @@ from torch.futures import Future
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, lay_out
+from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, lay_out
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.replicas import Share
 from hydra_ckpt.layout.specs import TensorSpec

@@ -15,7 +15,7 @@ import torch
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Region
-from hydra_ckpt.layout.files import FileLayout
+from hydra_ckpt.layout.file_layout import FileLayout
 from hydra_ckpt.layout.plan import CELL_BYTES, StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of

@@ -44,15 +44,15 @@ from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement, Parts, agree
-from hydra_ckpt.saving.planning import (
+from hydra_ckpt.saving.save import Content, DraftWriter
+from hydra_ckpt.saving.watching import Watchlist
+from hydra_ckpt.saving.write_planning import (
     PartLayout,
     consolidated_layout,
     make_plan,
     signature,
     state_layout,
 )
-from hydra_ckpt.saving.save import Content, DraftWriter
-from hydra_ckpt.saving.watching import Watchlist
 from hydra_ckpt.state.local import Localizer, LocalTensor, Place
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.store.draft import Draft

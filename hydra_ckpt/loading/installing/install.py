@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_ckpt.errors import counted
-from hydra_ckpt.loading.installing.around import AroundInstaller
+from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
-from hydra_ckpt.loading.installing.models import ModelInstaller
-from hydra_ckpt.loading.installing.optimizers import OptimizerInstaller
-from hydra_ckpt.loading.installing.values import Values
+from hydra_ckpt.loading.installing.install_around import AroundInstaller
+from hydra_ckpt.loading.installing.install_models import ModelInstaller
+from hydra_ckpt.loading.installing.install_optimizers import OptimizerInstaller
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state import rng

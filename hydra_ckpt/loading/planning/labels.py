@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import called
 from hydra_ckpt.state.optimizer import SEPARATOR
-from hydra_ckpt.storage.stages import unqualified
+from hydra_ckpt.storage.stage_names import unqualified
 from hydra_ckpt.store import names
 
 _IN_MODELS = {"extra_state": "extra_state", "entries": "state_dict()", "metadata": "state_dict()"}

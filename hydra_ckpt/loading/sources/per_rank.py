@@ -11,7 +11,7 @@ from hydra_ckpt.errors import CorruptCheckpointError
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.state.plain import ABSENT, is_state, put_plain
 from hydra_ckpt.storage.header import read_tensors
-from hydra_ckpt.storage.stages import on_rank
+from hydra_ckpt.storage.stage_names import on_rank
 from hydra_ckpt.store import names
 from hydra_ckpt.store.manifest import PartRecord
 

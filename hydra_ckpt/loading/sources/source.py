@@ -16,7 +16,7 @@ from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.notes import Notes
 from hydra_ckpt.loading.sources.per_rank import PerRank
-from hydra_ckpt.state import stages
+from hydra_ckpt.state import stage_documents as stages
 from hydra_ckpt.state.app_state import AppState, counterparts
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.state.packing import unpack
@@ -24,9 +24,10 @@ from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.distcp import stored_tensors
 from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.naming import decode_naming
-from hydra_ckpt.storage.verify import read_small
+from hydra_ckpt.storage.verification import read_small
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.store.parts import is_export, models_in
 
 
 @dataclass
@@ -168,12 +169,12 @@ class Source:
 
     def models(self) -> set[str]:
         """The parts that hold models."""
-        return {part for part in self.checkpoint.manifest.parts if part.split("/")[0] == names.MODEL}
+        return set(models_in(self.checkpoint.manifest.parts))
 
     def is_export(self, part: str) -> bool:
         """Whether the files of a model are an export, and have its names."""
         record = self.checkpoint.manifest.parts.get(part)
-        return record is not None and all(names.CONSOLIDATED in Path(file).parts for file in record.files)
+        return record is not None and is_export(record.files)
 
     def naming(self, part: str) -> Naming | None:
         """The names of the saved model's tensors in its export, if they differ."""

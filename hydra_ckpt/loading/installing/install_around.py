@@ -9,9 +9,9 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
 from hydra_ckpt.loading.installing.untouched import Options
-from hydra_ckpt.loading.installing.values import Values
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state.around import told_by

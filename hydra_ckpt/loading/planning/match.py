@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from hydra_ckpt.errors import some_of
-from hydra_ckpt.loading.planning.around import AroundMatcher
 from hydra_ckpt.loading.planning.labels import (
     called_in_reports,
     part_of_tensor,
 )
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
-from hydra_ckpt.loading.planning.models import ModelMatcher
-from hydra_ckpt.loading.planning.optimizers import OptimizerMatcher
+from hydra_ckpt.loading.planning.match_around import AroundMatcher
+from hydra_ckpt.loading.planning.match_models import ModelMatcher
+from hydra_ckpt.loading.planning.match_optimizers import OptimizerMatcher
 from hydra_ckpt.loading.sources.source import Source
 
 

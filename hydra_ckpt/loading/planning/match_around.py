@@ -12,11 +12,11 @@ from hydra_ckpt.loading.planning.labels import (
     label_of_tensor,
 )
 from hydra_ckpt.loading.planning.matcher import Matcher
-from hydra_ckpt.state import stages
+from hydra_ckpt.state import stage_documents as stages
 from hydra_ckpt.state.capture import called, templates
+from hydra_ckpt.state.fresh_tensors import Places
 from hydra_ckpt.state.meshes import explain
 from hydra_ckpt.state.optimizer_loading import moved_groups
-from hydra_ckpt.state.places import Places
 from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, strides, tensor_names
 from hydra_ckpt.store import names
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS, BlockFiles, Member, block_files
 from hydra_ckpt.layout.boxes import Box
-from hydra_ckpt.layout.files import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
+from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
 from hydra_ckpt.layout.plan import Piece, WritePlan, fill_files, fingerprint
 from hydra_ckpt.layout.replicas import Holding, Share, shares
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement, Parts
 from hydra_ckpt.state.local import LocalTensor, Place
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
-from hydra_ckpt.storage.stages import on_rank
+from hydra_ckpt.storage.stage_names import on_rank
 from hydra_ckpt.store import names
 
 # Fewer bytes than this are not worth a file of their own.

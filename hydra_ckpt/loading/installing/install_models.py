@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
 from hydra_ckpt.loading.installing.untouched import Before
-from hydra_ckpt.loading.installing.values import Values
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state.capture import called
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill, missing_from
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra_ckpt.storage.decoding import expanded
 from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, SAME, TAG, VIEW
-from hydra_ckpt.storage.stages import unqualified
+from hydra_ckpt.storage.stage_names import unqualified
 
 Document = dict[str, Any]
 

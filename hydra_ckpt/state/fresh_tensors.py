@@ -16,7 +16,7 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.meshes import find_mesh, meshes_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.memory import strided_like
-from hydra_ckpt.storage.stages import unqualified
+from hydra_ckpt.storage.stage_names import unqualified
 
 
 @dataclass(frozen=True)

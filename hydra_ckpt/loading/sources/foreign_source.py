@@ -17,8 +17,7 @@ import torch
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.sources.source import Source
-from hydra_ckpt.state import stages
-from hydra_ckpt.state.capture import part_of
+from hydra_ckpt.state import stage_documents as stages
 from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, model_prefix
@@ -33,6 +32,7 @@ from hydra_ckpt.storage.pickled import (
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.manifest import Manifest
+from hydra_ckpt.store.parts import models_in, part_of
 
 _ACCELERATE_OPTIMIZER = "optimizer_{}"
 _SCHEDULERS = ("lr_scheduler", "lr_schedulers", "scheduler", "schedulers")
@@ -252,7 +252,7 @@ class ForeignSource(Source):
 
     def models(self) -> set[str]:
         """The parts that hold models."""
-        return {part for part in self._pools if part.split("/")[0] == names.MODEL}
+        return set(models_in(self._pools))
 
     def stored(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a part, by name."""

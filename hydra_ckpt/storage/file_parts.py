@@ -12,7 +12,7 @@ from hydra_ckpt.storage.header import read_tensors
 from hydra_ckpt.storage.ledger import Ledger
 from hydra_ckpt.storage.merge import BLOCK_BYTES
 from hydra_ckpt.storage.read import Fetch, fetch
-from hydra_ckpt.storage.stages import without_stages
+from hydra_ckpt.storage.stage_names import without_stages
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
 

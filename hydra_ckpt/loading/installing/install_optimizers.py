@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
-from hydra_ckpt.loading.installing.values import Values
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install

@@ -16,18 +16,18 @@ from typing import Any
 
 from hydra_ckpt.config import hub_cache
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, KeyMismatchError, counted, some_of
-from hydra_ckpt.hub.export import FLOATS, ModelExport, Wanted
+from hydra_ckpt.hub.model_export import FLOATS, ModelExport, Wanted
 from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.resolved import HubOptions
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.dcp_index import INDEX, KeyPath, ambiguous, dotted, model_prefix
 from hydra_ckpt.storage.distcp import are_same, fetch_distcp
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE, check_name
-from hydra_ckpt.storage.parts import WHOLE_TENSORS
+from hydra_ckpt.storage.file_parts import WHOLE_TENSORS
 from hydra_ckpt.storage.pickled import ACCELERATE_MODEL, read_dcp
 from hydra_ckpt.store import names
 

@@ -14,13 +14,14 @@ from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.planning.matcher import Matcher
 from hydra_ckpt.loading.planning.translation import Saved, translate
-from hydra_ckpt.state.capture import called, part_of
+from hydra_ckpt.state.capture import called
 from hydra_ckpt.state.local import Exporter, LocalTensor
-from hydra_ckpt.state.model import ModelMap
+from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.peft import adapters, changed_settings
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store import names
+from hydra_ckpt.store.parts import part_of
 
 
 class ModelMatcher(Matcher):
