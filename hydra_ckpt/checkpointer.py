@@ -183,8 +183,8 @@ class Checkpointer:
         self.refuse_closed("beginning a run")
         self._check(state)
         self._open_run()
-        self._extractor.try_dataloader(state)
         report = self.load(state)
+        self._extractor.try_dataloader(state)  # not before: asking may fix where a fresh loader begins
         self._settle()
         self._saver.begin_run(state)
         if report is not None and self.group.rank == 0:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.loading.installing.install import Installer
+from hydra_ckpt.loading.notes import Notes
 from hydra_ckpt.loading.planning.load_plan import LoadPlan, Mismatch
 from hydra_ckpt.loading.planning.match import plan_load
 from hydra_ckpt.loading.reading import Reader
@@ -55,7 +56,12 @@ class Load:
         compared = self._together("reading the checkpoint", lambda: reader.read(source, plan.fetches), join)
         self._together("verifying the checkpoint", lambda: reader.verify_rest(compared))
         installer = Installer(source, plan, partial(reader.read_again, source))
-        self._together("installing the checkpoint", installer.install)
+
+        def install() -> dict[str, Any]:
+            installer.install()
+            return vars(source.notes)
+
+        source.notes = Notes(**self._together("installing the checkpoint", install, Notes.of_all_ranks))
         return _report(source, plan, reader.read_bytes)
 
     def _plan(self) -> LoadPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hydra_ckpt.errors import some_of
@@ -27,6 +27,11 @@ class Notes:
     rederived: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of_all_ranks(found: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
+        """Coordinator only: what any rank notes, as plain data; so reports are equal on all ranks."""
+        return {kind: list(dict.fromkeys(name for notes in found for name in notes[kind])) for kind in found[0]}
 
     def derived(self, what: str, why: str) -> None:
         """Note a part that was not restored exactly, and why."""

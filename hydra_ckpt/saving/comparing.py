@@ -36,7 +36,7 @@ class Differences:
         own: Labels of the tensors and plain data stored once per rank.
         anywhere: The same labels, of all pipeline stages.
         apart: Mesh and replicated dimensions of tensors that the first replica writes whole.
-        drifted: Labels of the tensors among these that differ, on any rank.
+        drifted: Labels of these tensors, of all ranks: once they differ, they are not compared any more.
     """
 
     own: set[str] = field(default_factory=set)

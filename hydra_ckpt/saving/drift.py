@@ -46,7 +46,7 @@ class Judgement:
         own: Leader to the labels of what is stored once per rank from now on.
         apart: Keys of the replica groups whose first replica stores them from now on.
         drift: The message about replicas that differ; empty if there are none.
-        drifted: Labels of what differs between replicas.
+        drifted: Labels of all tensors of the groups that differ.
     """
 
     own: dict[int, list[str]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def judge(
             if is_first:
                 raise TopologyError(_describe_tied(group, differing))
             found.apart.append(group.key)
-            found.drifted += differing
+            found.drifted += group.labels()
             drifted.append(_describe_tied(group, differing))
             continue
         if not group.first.is_own:
@@ -120,7 +120,7 @@ def judge(
             refused += _unplaced_experts(group, rest, unequal_at_start, is_first=is_first)
             if rest:
                 found.apart.append(group.key)
-                found.drifted += rest
+                found.drifted += group.labels()  # from now on they are not compared
                 drifted.append(_describe(group, rest))
             differing = experts
         for leader in {told.leader for told in group.told.values()} if differing else ():

@@ -95,11 +95,11 @@ class Around:
         sharing = self._sharing()
         for statement in self._statements:
             sink = self._sink(statement)
-            sink.sharing = sharing
-            if first is None:
-                first = sink
-            else:
+            if sharing is not None:
+                sink.sharing, sink.joint = sharing, {} if first is None else first.joint
+            if sharing is not None and first is not None:
                 sink.made, sink.labels = first.made, first.labels
+            first = first or sink
             found[statement.kind][statement.key] = _encoded(statement, sink)
             refuse_shared_names(statement.dotted, sink, self.tensors)
             self.tensors.update(sink)
@@ -107,8 +107,10 @@ class Around:
             self.omitted += sink.omitted
         return found
 
-    def _sharing(self) -> Sharing:
-        """What the states hold more than once, together."""
+    def _sharing(self) -> Sharing | None:
+        """What the states hold more than once, together; None if something may be left out of one and not of others."""
+        if self.unsaved:
+            return None
         try:
             return Sharing.of([statement.state for statement in self._statements])
         except RecursionError:

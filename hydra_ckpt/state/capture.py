@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_ckpt.errors import CheckpointConfigError
+from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
 from hydra_ckpt.layout.aliases import Naming
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
@@ -78,7 +78,8 @@ class Extractor:
     localize: Localizer = field(default_factory=Localizer)
     _maps: dict[str, ModelMap] = field(default_factory=dict)
     _mapped: tuple[Any, ...] = ()
-    _resumable: bool | None = None
+    _is_resumable: bool = False
+    _has_warned: bool = False
     _apart: list[Apart] = field(default_factory=list)
 
     def check(self, state: AppState) -> None:
@@ -110,22 +111,28 @@ class Extractor:
         return self._maps
 
     def try_dataloader(self, state: AppState) -> None:
-        """Check once whether the data loader can report its position; if not, warn and leave it out."""
-        self._resumable = True
-        if state.dataloader is None:
+        """Warn if the data loader cannot report its position yet; it is asked again at each save."""
+        if state.dataloader is None or self._is_resumable:
             return
         try:
-            take({"dataloader": state.dataloader.state_dict()})
+            told = state.dataloader.state_dict()
         except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
-            self._resumable = False
-            log.warning(
-                "the data loader (%s) cannot report its position (%s: %s): a resumed run starts its data from the "
-                "beginning. Pass one that can as dataloader= to AppState: hydra_ckpt.resumable(loader, seed=...) "
-                "makes one from a plain DataLoader, instead of what accelerate prepares",
-                type(state.dataloader).__name__,
-                type(error).__name__,
-                error,
-            )
+            if not self._has_warned:
+                log.warning(
+                    "the data loader (%s) cannot report its position (%s: %s): a resumed run starts its data from the "
+                    "beginning. Pass one that can as dataloader= to AppState: hydra_ckpt.resumable(loader, seed=...) "
+                    "makes one from a plain DataLoader, instead of what accelerate prepares",
+                    type(state.dataloader).__name__,
+                    type(error).__name__,
+                    error,
+                )
+            self._has_warned = True
+            return
+        try:
+            take({"dataloader": told})
+        except CheckpointError as error:
+            raise _unstorable(error) from error
+        self._is_resumable = True
 
     def _map(self, name: str, modules: list[nn.Module]) -> dict[str, ModelMap]:
         for module in modules:
@@ -224,10 +231,10 @@ class Extractor:
         return Captured(parts, shared, plain_of(shared), take(own), adapted, tuple(omitted))
 
     def _dataloader_state(self, state: AppState) -> Any:
-        if self._resumable is None:
+        if not self._is_resumable:
             self.try_dataloader(state)
         ask = getattr(state.dataloader, "state_dict", None)  # a plain DataLoader has none
-        if not self._resumable or ask is None:
+        if not self._is_resumable or ask is None:
             return None
         try:
             return ask()
@@ -237,6 +244,13 @@ class Extractor:
                 f"{error}. Fix it; or pass AppState another loader (hydra_ckpt.resumable(loader, seed=...) makes one "
                 "from a plain DataLoader) or none"
             ) from error
+
+
+def _unstorable(error: CheckpointError) -> CheckpointConfigError:
+    return CheckpointConfigError(
+        f"dataloader: {error}. Pass AppState another loader (hydra_ckpt.resumable(loader, seed=...) makes one from a "
+        "plain DataLoader) or none"
+    )
 
 
 def _tensors(state: AppState) -> Iterator[torch.Tensor]:

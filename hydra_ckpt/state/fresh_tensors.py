@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.layout.boxes import Sharding
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.meshes import find_mesh, meshes_of
+from hydra_ckpt.storage.decoding import devices, foreign_meshes, placements, splits, strides
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.memory import strided_like
 from hydra_ckpt.storage.stage_names import unqualified
+
+
+@dataclass(frozen=True)
+class Lay:
+    """How saved tensors were placed and laid out, by name.
+
+    Attributes:
+        placed: The sharded dimension of each mesh dimension, of those that were DTensors.
+        splits: The split factors of those of them that were sharded strided, as FSDP over tensor parallelism does.
+        strides: Strides, of those that were not row-major.
+        foreign: The mesh it was on, of DTensors that were on none of the model's.
+        devices: The kind of device, of plain tensors that were not in host memory.
+    """
+
+    placed: Mapping[str, Sequence[int | None]]
+    splits: Mapping[str, Sequence[int | None]]
+    strides: Mapping[str, tuple[int, ...]]
+    foreign: Mapping[str, Sequence[Any]]
+    devices: Mapping[str, str]
+
+    @classmethod
+    def of(cls, trees: Any) -> Lay:
+        """Read off encoded data."""
+        return cls(placements(trees), splits(trees), strides(trees), foreign_meshes(trees), devices(trees))
 
 
 @dataclass(frozen=True)
@@ -25,32 +52,29 @@ class Places:
 
     Args:
         state: The live objects.
-        live: The tensors that live extras have now, by name; they determine device and mesh.
-        placed: Name to the sharded dimension of each mesh dimension, of those that were DTensors.
-        strides: Name to strides, for those that were not row-major.
-        foreign: Name to the mesh it was on, of DTensors that were on none of the model's.
-        same_ranks: Whether the ranks are arranged as in the run that saved. Then a DTensor is one again even if the
-            live object has a plain tensor so far; on another mesh, the live object decides.
+        live: The tensors that live extras have now, by name. Where the ranks are arranged differently, they determine
+            device and mesh.
+        lay: How the saved ones were placed.
+        same_ranks: Whether the ranks are arranged as in the run that saved; then a tensor becomes what it was.
     """
 
     state: AppState
     live: Mapping[str, torch.Tensor]
-    placed: Mapping[str, Sequence[int | None]]
-    strides: Mapping[str, tuple[int, ...]]
-    foreign: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    same_ranks: bool = False
+    lay: Lay
+    same_ranks: bool
 
     def homeless(self) -> list[str]:
         """Names of DTensors whose mesh is not here, and whose object does not have them already."""
         live = self._live_meshes()
         return [
-            name for name, mesh in self.foreign.items() if self._becomes_sharded(name) and find_mesh(mesh, live) is None
+            name
+            for name, mesh in self.lay.foreign.items()
+            if self._becomes_sharded(name) and find_mesh(mesh, live) is None
         ]
 
     def _becomes_sharded(self, name: str) -> bool:
-        """Whether a saved DTensor has to be made on its mesh, because the live object does not show another place."""
-        here = self.live.get(unqualified(name))
-        return here is None or (self.same_ranks and not isinstance(here, DTensor))
+        """Whether a saved DTensor has to be made on its mesh: the live object shows no other place that counts."""
+        return self.same_ranks or unqualified(name) not in self.live
 
     def _live_meshes(self) -> list[DeviceMesh]:
         modules = [module for models in self.state.models.values() for module in models]
@@ -67,44 +91,73 @@ class Places:
         Raises:
             TopologyError: It was a DTensor, and there are several meshes here that it may have been on.
         """
-        here = self.live.get(unqualified(name))
-        dtype, lies = TORCH_DTYPE[spec.dtype], self.strides.get(name)
-        if isinstance(here, DTensor) and here.shape == spec.shape:
+        here, dtype, lies = self.live.get(unqualified(name)), TORCH_DTYPE[spec.dtype], self.lay.strides.get(name)
+        if isinstance(here, DTensor) and here.shape == spec.shape and not self.same_ranks:
             like = torch.empty_like(here, dtype=dtype, requires_grad=False)
             assert isinstance(like, DTensor)  # as `here` is
-            return self._laid(like, lies)
-        sharded = self._sharded(name, spec, dtype) if name in self.placed and self._becomes_sharded(name) else None
-        if sharded is not None:
-            return self._laid(sharded, lies)
-        device = torch.device("cpu") if here is None else here.device
+            return like if lies is None else strided_like(like, lies)
+        if name in self.lay.placed and self._becomes_sharded(name):
+            sharded = self._sharded(name, spec, dtype)
+            if sharded is not None:
+                return sharded if lies is None else strided_like(sharded, lies)
+        device = self._device(name, here)
         if lies is not None:
             return torch.empty_strided(spec.shape, lies, dtype=dtype, device=device)
         return torch.empty(spec.shape, dtype=dtype, device=device)
 
-    def _laid(self, tensor: DTensor, lies: tuple[int, ...] | None) -> DTensor:
-        return tensor if lies is None else strided_like(tensor, lies)
+    def _device(self, name: str, here: torch.Tensor | None) -> torch.device:
+        if here is not None and not self.same_ranks:
+            return here.device
+        kind = self.lay.devices.get(name, "cpu")
+        is_here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())  # untested on GPU
+        return torch.device(kind if is_here else "cpu")
 
     def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
         """A DTensor on the model's mesh; None if the model is not sharded like this."""
-        dims = self.placed[name]
-        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
-        if name in self.foreign:
-            mesh = find_mesh(self.foreign[name], self._live_meshes())
-            return None if mesh is None else _empty(spec, dtype, mesh, placements)
+        mesh = self._mesh_of(name)
+        if mesh is None:
+            return None
+        dims, factors = self.lay.placed[name], self.lay.splits.get(name)
+        if factors is None:
+            places = [Replicate() if dim is None else Shard(dim) for dim in dims]
+            return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=mesh, placements=places)
+        return _strided(spec, dtype, mesh, list(zip(dims, factors, strict=True)))
+
+    def _mesh_of(self, name: str) -> DeviceMesh | None:
+        if name in self.lay.foreign:
+            return find_mesh(self.lay.foreign[name], self._live_meshes())
         parameters = (
             item for modules in self.state.models.values() for module in modules for item in module.parameters()
         )
         meshes = {item.device_mesh for item in parameters if isinstance(item, DTensor)}
-        fitting = [mesh for mesh in meshes if mesh.ndim == len(dims)]
+        fitting = [mesh for mesh in meshes if mesh.ndim == len(self.lay.placed[name])]
         if len(fitting) > 1:
             raise TopologyError(
                 f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and it is not "
                 "recorded which one; let the object's state_dict() return a DTensor before the load, too"
             )
-        if not fitting:
-            return None
-        return _empty(spec, dtype, fitting[0], placements)
+        return fitting[0] if fitting else None
 
 
-def _empty(spec: TensorSpec, dtype: torch.dtype, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=mesh, placements=list(placements))
+def _strided(
+    spec: TensorSpec, dtype: torch.dtype, mesh: DeviceMesh, places: Sequence[tuple[int | None, int | None]]
+) -> DTensor:
+    """An empty DTensor with strided shards.
+
+    Args:
+        spec: The global shape.
+        dtype: The element type.
+        mesh: The mesh.
+        places: For each of its dimensions the sharded dimension and the split factor, each of them or None.
+    """
+    made = [
+        Replicate() if dim is None else Shard(dim) if factor is None else _StridedShard(dim, split_factor=factor)
+        for dim, factor in places
+    ]
+    coordinate = tuple(mesh.get_coordinate() or (0,) * mesh.ndim)
+    sharding = Sharding(
+        tuple(mesh.shape), coordinate, tuple(dim for dim, _ in places), tuple(bool(factor) for _, factor in places)
+    )
+    local = torch.empty(sharding.box(spec.shape).sizes, dtype=dtype, device=mesh.device_type)
+    stride = torch.empty(spec.shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, made, run_check=False, shape=torch.Size(spec.shape), stride=stride)

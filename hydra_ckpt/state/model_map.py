@@ -254,12 +254,7 @@ class ModelMap:
             older = {name for name, version in versions.items() if known.get(name, {}).get("version", 1) != version}
         else:
             older = set()
-        # PyTorch calls load_state_dict() of the outermost module only.
-        is_asked = self._ours is None and (
-            any(map(customizes_loading, self._inner_modules()))
-            or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self._cores)
-        )
-        if not (any(saved) or is_asked or older or resized):
+        if not (any(saved) or self.customizes_loading or older or resized):
             return []
         return [
             name
@@ -268,6 +263,15 @@ class ModelMap:
                 core, called, Told([dict(entries)], known, resized), *self._covered(), self._is_ours, older, left
             )
         ]
+
+    @property
+    def customizes_loading(self) -> bool:
+        """Whether any module does more in loading than copying tensors."""
+        # PyTorch calls load_state_dict() of the outermost module only.
+        return self._ours is None and (
+            any(map(customizes_loading, self._inner_modules()))
+            or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self._cores)
+        )
 
     def _inner_modules(self) -> Iterator[nn.Module]:
         return (walked.module for walked in self._walked if not walked.is_wrapper)

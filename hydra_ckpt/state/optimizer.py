@@ -286,5 +286,6 @@ def name_of(parameter: torch.Tensor, names: Mapping[int, str], holder: Holder, i
     except KeyError:
         raise CheckpointError(
             f"{holder.called}, group {index} holds a parameter of shape {list(parameter.shape)} that is in no model of "
-            "the AppState. Build the optimizer after wrapping or sharding the model, and give AppState both"
+            "the AppState. Build the optimizer after wrapping or sharding the model, and give AppState both; for "
+            "tensors that are in no model, put the optimizer and the tensors into extras"
         ) from None

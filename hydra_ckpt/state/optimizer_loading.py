@@ -17,7 +17,9 @@ from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill, tensor_names
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
-_BESIDE = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name", "param_names"}
+_LABELS = {"params", "name", "param_names"}
+# What schedulers add to options.
+_BESIDE = {*_LABELS, "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ def _fit_group(
     options = next(iter(kinds.values()), None)
     if options is not None:
         dotted = ".".join(filter(None, (holder.called, holder.path, "param_groups", str(index))))
-        found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - _BESIDE))
+        found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - _LABELS))
     return options
 
 
@@ -366,7 +368,7 @@ def install(
 
 
 def give_back(
-    called: str, optimizer: Any, decoded: Callable[[], Any], found: Fit, walk: Callable[[], None]
+    called: str, optimizer: Any, decoded: Callable[..., Any], found: Fit, walk: Callable[[], None]
 ) -> list[str]:
     """Hand an optimizer its own saved state_dict, and put the walked state back that it may have cast or copied.
 
@@ -376,7 +378,8 @@ def give_back(
     Args:
         called: What messages call it.
         optimizer: The optimizer.
-        decoded: Makes the state dict, each time a new one: some optimizers take theirs apart.
+        decoded: Makes the state dict, each time a new one: some optimizers take theirs apart. With `made={}` it has
+            the tensors that are read, otherwise others over the same memory, to compare with.
         found: What fits.
         walk: Installs what was walked.
 
@@ -389,7 +392,7 @@ def give_back(
     inside = [holder.optimizer for holder in found.live if holder.called == called]
     shared = [(one, other) for one in inside for other in inside if one is not other and _share_groups(one, other)]
     try:
-        optimizer.load_state_dict(decoded())
+        optimizer.load_state_dict(decoded(made={}))
     except Exception as error:
         raise CheckpointError(
             f"{called} ({type(optimizer).__qualname__}): its load_state_dict() refuses what its state_dict() returned "

@@ -10,10 +10,10 @@ except that a tensor that was read off already is only referred to. When it is l
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -22,9 +22,11 @@ from hydra_ckpt.errors import CheckpointConfigError, leave_out
 from hydra_ckpt.state.holders import Holder
 from hydra_ckpt.storage.encoding import Sink, encode
 from hydra_ckpt.storage.facts import attributes, narrowed
+from hydra_ckpt.storage.kinds import tagged
 from hydra_ckpt.storage.sharing import Sharing, memory_pattern
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
 
+_SEQUENCES = (list, tuple, deque)
 _PLAIN = {bool, float, int, str, type(None)}
 PARAMETER = "parameter of"
 """The tag of a reference to a live parameter of the model, by name."""
@@ -124,10 +126,10 @@ def _tells_only(told: Any, holder: Holder) -> bool:
         ]
     except (TypeError, AttributeError):
         return False
-    return _is_same(told["state"], state) and _is_same(told_groups, groups)
+    return is_same(told["state"], state) and is_same(told_groups, groups)
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     """The same objects in the same places; plain values count by type and value."""
     if one is other:
         return True
@@ -136,24 +138,33 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return _same_items(one, other)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    if isinstance(one, np.ndarray | np.generic):
-        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if type(one) in _PLAIN:
+        return repr(one) == repr(other)  # 0.0 and -0.0 are equal, NaN and NaN are not
+    if isinstance(one, set | frozenset):  # in any order
+        return sorted(map(_typed, one)) == sorted(map(_typed, other))
     try:
-        return bool(one == other or (one != one and other != other)) or _encode_alike(one, other)  # noqa: PLR0124 - NaN
+        return _encode_alike(one, other) if tagged(one) is not None else bool(one == other)
     except Exception:  # noqa: BLE001 - a foreign object's own comparison
         return False
+
+
+def _typed(value: Any) -> str:
+    return f"{type(value)}{value!r}"
 
 
 def _encode_alike(one: Any, other: Any) -> bool:
     """Whether two values that compare by identity, such as generators, are stored in the same way."""
     tensors: list[dict[str, torch.Tensor]] = [{}, {}]
     trees = [encode(value, "", found) for value, found in zip((one, other), tensors, strict=True)]
-    return trees[0] == trees[1] and all(same_tensor(value, tensors[1][name]) for name, value in tensors[0].items())
+    # Equal by type, too: 1 and 1.0, 0.0 and -0.0 are equal.
+    return repr(trees[0]) == repr(trees[1]) and all(
+        same_tensor(value, tensors[1][name]) for name, value in tensors[0].items()
+    )
 
 
 def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    return one.keys() == other.keys() and all(_is_same(value, other[key]) for key, value in one.items())
+    return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
 
 
 def differing(saved: Any, live: Any, place: str = "") -> Iterator[str]:
@@ -183,30 +194,34 @@ class _Comparison:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._seen: set[tuple[int, int]] = set()
+        self._partners: dict[int, int] = {}
 
     def unlike(self, saved: Any, live: Any, place: str) -> Iterator[str]:
         """Where two values are not the same."""
         if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
             yield from self._unlike_tensors(saved, live, place)
-        elif isinstance(saved, Mapping | list | tuple) and (id(saved), id(live)) in self._seen:
-            return  # in another place
+        elif isinstance(saved, Mapping | list | tuple | deque) and id(saved) in self._partners:
+            if self._partners[id(saved)] != id(live):  # it is in several places
+                yield f"{place} (it is another object than where it was the same)"
         elif isinstance(saved, Mapping) and isinstance(live, Mapping):
-            self._seen.add((id(saved), id(live)))
-            if type(saved) is not type(live):
-                yield f"{place} (a {type(live).__qualname__} now)"
-            yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
-            for key in saved.keys() & live.keys():
-                yield from self.unlike(saved[key], live[key], f"{place}.{key}")
-            yield from self._unlike_attributes(saved, live, place)
-        elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
-            self._seen.add((id(saved), id(live)))
+            self._partners[id(saved)] = id(live)
+            yield from self._unlike_mappings(saved, live, place)
+        elif isinstance(saved, _SEQUENCES) and isinstance(live, _SEQUENCES) and len(saved) == len(live):
+            self._partners[id(saved)] = id(live)
             yield from self._unlike_sequences(saved, live, place)
-        elif not _is_same(saved, live):
+        elif not is_same(saved, live):
             yield place
 
+    def _unlike_mappings(self, saved: Mapping[Any, Any], live: Mapping[Any, Any], place: str) -> Iterator[str]:
+        if _facts_of_mapping(saved) != _facts_of_mapping(live):
+            yield f"{place} (a {type(live).__qualname__} now)"
+        yield from (f"{place}.{key}" for key in saved.keys() ^ live.keys())
+        for key in saved.keys() & live.keys():
+            yield from self.unlike(saved[key], live[key], f"{place}.{key}")
+        yield from self._unlike_attributes(saved, live, place)
+
     def _unlike_sequences(self, saved: Sequence[Any], live: Sequence[Any], place: str) -> Iterator[str]:
-        if type(saved) is not type(live):
+        if (type(saved), getattr(saved, "maxlen", None)) != (type(live), getattr(live, "maxlen", None)):
             yield f"{place} (a {type(live).__qualname__} now)"
         for index, pair in () if _are_equal_numbers(saved, live) else enumerate(zip(saved, live, strict=True)):
             yield from self.unlike(*pair, f"{place}.{index}")
@@ -230,7 +245,17 @@ class _Comparison:
 def _are_equal_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether both hold the same plain values of the same types; NaN is looked at one by one."""
     kinds = list(map(type, one))
-    return set(kinds) <= _PLAIN and kinds == list(map(type, other)) and list(one) == list(other)
+    if not (set(kinds) <= _PLAIN and kinds == list(map(type, other)) and list(one) == list(other)):
+        return False
+    # 0.0 and -0.0 are equal.
+    return float not in kinds or 0.0 not in one or list(map(repr, one)) == list(map(repr, other))
+
+
+def _facts_of_mapping(value: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What a mapping is besides its values. Keys of another type may be equal: `1` and `1.0`."""
+    kinds = [] if all(type(key) is str for key in value) else sorted(map(_typed, value))
+    order = list(value) if type(value) is OrderedDict else None
+    return type(value), getattr(value, "default_factory", None), kinds, order
 
 
 def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:

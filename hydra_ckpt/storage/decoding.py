@@ -9,7 +9,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
-from hydra_ckpt.storage.encoding import ALIAS, ATTRIBUTES, MESH, OWN, PLACEMENTS, SAME, STRIDES, TAG, UNSAVED, VIEW
+from hydra_ckpt.storage.encoding import (
+    ALIAS,
+    ATTRIBUTES,
+    DEVICE,
+    MESH,
+    OWN,
+    PLACEMENTS,
+    SAME,
+    SPLITS,
+    STRIDES,
+    TAG,
+    UNSAVED,
+    VIEW,
+)
 from hydra_ckpt.storage.kinds import DECODERS as PLAIN_DECODERS
 from hydra_ckpt.storage.subclasses import put_together
 
@@ -201,6 +214,24 @@ def placements(data: Any) -> dict[str, list[int | None]]:
         if type(dims) is not list or not all(dim is None or (type(dim) is int and 0 <= dim < 64) for dim in dims):
             raise CorruptCheckpointError("progress", f"{name!r} has invalid placements")
     return found
+
+
+def splits(data: Any) -> dict[str, list[int | None]]:
+    """For DTensors that are sharded strided, the split factor for each mesh dimension, by name.
+
+    Raises:
+        CorruptCheckpointError: They are not valid factors.
+    """
+    found = {item["v"]: item[SPLITS] for item in _nodes(data, "tensor") if SPLITS in item}
+    for name, factors in found.items():
+        if type(factors) is not list or not all(one is None or (type(one) is int and one > 0) for one in factors):
+            raise CorruptCheckpointError("progress", f"{name!r} has invalid placements")
+    return found
+
+
+def devices(data: Any) -> dict[str, str]:
+    """The kind of device of plain tensors that were not in host memory, by name."""
+    return {item["v"]: item[DEVICE] for item in _nodes(data, "tensor") if type(item.get(DEVICE)) is str}
 
 
 def foreign_meshes(data: Any) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError, leave_out
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
@@ -27,7 +27,7 @@ from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing
 from hydra_ckpt.storage.subclasses import check_wrapper, is_wrapper, local_part, take_apart
 
-TAG, STRIDES, PLACEMENTS, MESH = "~", "s", "p", "m"
+TAG, STRIDES, PLACEMENTS, MESH, SPLITS, DEVICE = "~", "s", "p", "m", "f", "d"
 # Values that are not in the tree: left out, or in the file of each rank.
 UNSAVED, OWN = "unsaved", "own"
 # One object in several places; another object over the same memory; a part of that memory.
@@ -61,6 +61,7 @@ class Sink(dict[str, torch.Tensor]):
         made: Identity of a tensor in several places to the JSON data it became; bases of views have it negated.
         labels: Identity of what is in several places to what it is called.
         omitted: Dotted names of the values that were left out.
+        joint: Identity of the tensors of all objects that are encoded together, to each and what it became; else None.
         own: DTensors whose shards are tensor subclasses, by name: each rank has to store its own.
         tells_placements: Whether DTensors say in the data how they are placed.
         describe_mesh: Describes the mesh of a DTensor, for those that need it; None if no DTensor says it.
@@ -80,6 +81,7 @@ class Sink(dict[str, torch.Tensor]):
         self.made: dict[int, Any] = {}
         self.labels: dict[int, str] = {}
         self.omitted: list[str] = []
+        self.joint: dict[int, tuple[torch.Tensor, Any]] | None = None
         self.own: dict[str, torch.Tensor] = {}
 
     def another(self, known: Mapping[int, Any] | None = None) -> Sink:
@@ -198,7 +200,7 @@ class _Encoder:
     def _once(self, value: Any, name: str) -> Any:
         kind = type(value)
         if isinstance(value, torch.Tensor):
-            return self._tensor(value, name)
+            return self._tensor_once(value, name)
         if kind is dict:
             return self._dict(value, name)
         if kind is list:
@@ -215,7 +217,8 @@ class _Encoder:
     def _list(self, value: list[Any], name: str) -> Any:
         kinds = set(map(type, value))
         is_finite = float not in kinds or all(type(item) is not float or math.isfinite(item) for item in value)
-        if kinds <= _AS_THEY_ARE and is_finite:  # the state of Python's generator has 625 numbers
+        # The state of Python's generator has 625 numbers.
+        if kinds <= _AS_THEY_ARE and is_finite and not self._has_patterns:
             for index, number in enumerate(value):
                 if type(number) is int and number.bit_length() > _MOST_BITS:
                     self._number(number, _join(name, str(index)))
@@ -273,6 +276,15 @@ class _Encoder:
         with self._sealing(name):
             return self.value(key, _join(name, "<key>"))
 
+    def _tensor_once(self, value: torch.Tensor, name: str) -> Any:
+        """A tensor, which another of several objects may have in the same container."""
+        joint = None if self._sink is None else self._sink.joint
+        if joint is None:
+            return self._tensor(value, name)
+        if id(value) not in joint:
+            joint[id(value)] = (value, self._tensor(value, name))  # kept, so that no other has its identity
+        return joint[id(value)][1]
+
     def _tensor(self, value: torch.Tensor, name: str) -> Any:
         if (known := self._known.get(id(value))) is not None:
             return dict(known)
@@ -292,7 +304,7 @@ class _Encoder:
         found = self._in_memory(value, name)
         if isinstance(value, torch.nn.Parameter):
             found = _tagged("parameter", [found, value.requires_grad])
-        elif value.requires_grad and value.is_leaf:
+        elif value.requires_grad:  # what it was computed from is not stored
             found = _tagged("leaf", found)
         return self._with_attributes(value, found, name)
 
@@ -325,11 +337,13 @@ class _Encoder:
                 raise self._refused(name, "its elements share memory with each other; store a .contiguous() one")
             found[STRIDES] = list(lies)
         if isinstance(value, DTensor) and self._sink is not None and self._sink.tells_placements:
-            found[PLACEMENTS] = [
-                placement.dim if isinstance(placement, Shard) else None for placement in value.placements
-            ]
+            found[PLACEMENTS] = [getattr(placement, "dim", None) for placement in value.placements]
+            strided = [getattr(placement, "split_factor", None) for placement in value.placements]
+            found.update({SPLITS: strided} if any(strided) else {})
             if self._sink.describe_mesh is not None and (told := self._sink.describe_mesh(value)) is not None:
                 found[MESH] = told
+        elif self._sink is not None and self._sink.tells_placements and value.device.type != "cpu":
+            found[DEVICE] = value.device.type  # untested on GPU
         self._tensors[name] = value
         return found
 

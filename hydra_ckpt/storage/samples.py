@@ -109,19 +109,6 @@ class Samples:
         return torch.equal(_bytes(picked), _bytes(there))
 
 
-@torch.no_grad()
-def sample_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of 8 bytes of each page of a tensor, as one row of bytes; of a tensor within one page, all of it."""
-    if tensor.nbytes <= _PAGE * _WORD:
-        return _bytes(tensor.detach().clone().flatten())
-    if tensor.device.type == "cpu" and _is_in_words(tensor):
-        words = _words(tensor)
-        found = np.concatenate([words[_slice(places)] for places in _places(len(words), 0)])
-        return torch.from_numpy(found).view(torch.uint8)
-    order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
-    return _bytes(_elements(tensor.permute(order), 0))
-
-
 def _is_in_words(tensor: torch.Tensor) -> bool:
     """Whether its memory can be read as words that begin where it begins."""
     aligned = tensor.storage_offset() * tensor.element_size() % _WORD == 0

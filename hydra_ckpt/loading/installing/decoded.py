@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,22 @@ from hydra_ckpt.storage.decoding import OMITTED, decode, fill, missing_from, own
 from hydra_ckpt.storage.encoding import OWN
 
 _NO_OTHERS: Mapping[str, Callable[[Any], Any]] = {}
+
+
+class _Aliases(Mapping[str, torch.Tensor]):
+    """Other tensor objects over the same memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,16 @@ class Values:
         others: Mapping[str, Callable[[Any], Any]] = _NO_OTHERS,
         made: dict[str, Any] | None = None,
     ) -> Any:
-        """Saved data with its tensors filled in; data that belongs to this rank alone comes from its own file."""
-        return decode(tree, self.plan.tensors, {OWN: self._shard, **others}, made)
+        """Saved data with its tensors filled in; data that belongs to this rank alone comes from its own file.
+
+        Args:
+            tree: The data, encoded.
+            others: What to make of references to what is stored elsewhere, by their tag.
+            made: What several values hold, for those that objects are given; None for data to compare with, which
+                must not be the very tensors that objects have: it would put its own attributes on them.
+        """
+        tensors = self.plan.tensors if made is not None else _Aliases(self.plan.tensors)
+        return decode(tree, tensors, {OWN: self._shard, **others}, made)
 
     def present(self, tree: Mapping[str, Any], made: dict[str, Any] | None = None) -> dict[str, Any]:
         """A decoded dict without the values that were left out."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from hydra_ckpt.errors import counted
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
@@ -16,6 +18,7 @@ from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.capture import called
+from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.optimizer_loading import empty_states
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.read import Fetch
@@ -40,18 +43,37 @@ class Installer:
         """Install everything that is wanted and there, and note the rest; local."""
         source, plan = self.source, self.plan
         available, parts = source.available(), source.parts
-        guard, values = Guard(source, plan, self.read_again), Values(source, plan)
+        values = Values(source, plan)
+        guard = Guard(source, plan, self.read_again, is_needed=self._runs_code(available))
+        models, around = ModelInstaller(source, plan, values, guard), AroundInstaller(source, plan, values)
+        guard.begin()
         if "model" in available:
-            ModelInstaller(source, plan, values, guard).install(plan.absent)
+            models.install(plan.absent)
         if "optimizer" in available:
             assert plan.fit is not None  # made while comparing
-            OptimizerInstaller(source, plan, values, guard).install(plan.fit, empty_states(source.shared["optimizer"]))
-        AroundInstaller(source, plan, values, guard).install(available)
+            OptimizerInstaller(source, plan, values).install(plan.fit, empty_states(source.shared["optimizer"]))
+            guard.keep_states()
+        around.install(available)
+        models.compare()
+        around.compare()
+        guard.end()
         if "rng" in parts:
             self._rng(source.checkpoint, source.topology, source.channel.world_size)
         if "progress" in parts:
             source.notes.exact.append("progress")
         self._note_new(parts, available, plan.absent, plan.mismatch.left)
+
+    def _runs_code(self, available: Collection[str]) -> bool:
+        """Whether any object that is restored runs code as it loads, besides PyTorch's own."""
+        state, fit = self.source.state, self.plan.fit
+        maps = self.source.extractor.maps(state).values() if "model" in available else ()
+        return (
+            "extras" in available
+            or any(type(item).__module__ != LRScheduler.__module__ for item in state.lr_schedulers)
+            or ("dataloader" in available and not isinstance(state.dataloader, ResumableLoader))
+            or (fit is not None and bool(fit.own))
+            or any(mapped.extra_states or mapped.customizes_loading for mapped in maps)
+        )
 
     def _rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:
         """Restore the random generators, or derive them if the ranks differ."""
@@ -101,6 +123,11 @@ class Installer:
             notes.texts.append(f"not in the checkpoint, so left as it was built: {', '.join(new)}")
             if part == "dataloader":  # it starts from the beginning
                 notes.rederived.append(part)
+        if "dataloader" in wanted and state.dataloader is not None and not here["dataloader"]:
+            notes.derived("dataloader", "the data loader has no load_state_dict(), so it starts from the beginning")
+        if "model" in available and self.source.extractor.is_peft:
+            notes.trusted += [f"{called(name)}.base_model" for name in state.models]
+            notes.texts.append("the base model is not in the checkpoint; it must be the one that was trained with")
         notes.missing += [
             name for name in self.source.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_ckpt.loading.installing.decoded import Values
@@ -32,6 +32,7 @@ class ModelInstaller:
     plan: LoadPlan
     values: Values
     guard: Guard
+    _unlike: dict[str, list[str]] = field(default_factory=dict)
 
     def install(self, absent: Collection[str]) -> None:
         """Install what models have besides the tensors that were read into them.
@@ -40,8 +41,10 @@ class ModelInstaller:
             absent: Objects that the checkpoint does not have, by dotted name.
         """
         for name, mapped in self.source.extractor.maps(self.source.state).items():
-            if called(name) not in absent:
-                self.source.notes.took(called(name), self._install(name, mapped))
+            if called(name) in absent:
+                continue
+            with self.guard.turn_of(called(name)):
+                self._unlike[name] = self._install(name, mapped)
         if any(self._own_buffers.values()) and not self.source.same_ranks:
             self.source.notes.derived(
                 "buffers", "buffers, which differed between the ranks, are those of rank 0 on all ranks"
@@ -66,8 +69,15 @@ class ModelInstaller:
         given = [values.present(part, values.given) for part in entries]
         decoded = None if metadata is None else values.decoded(metadata)
         unlike += mapped.give_back(dotted, given, decoded, self.plan.resized.get(name, {}), self._left(dotted))
-        unlike += self._unlike_extra_states(dotted, mapped, states)
         return unlike + [key.rpartition(":")[2] for key in before.changed()]
+
+    def compare(self) -> None:
+        """Note which models report the state that they were given, once all objects have loaded theirs."""
+        for name, mapped in self.source.extractor.maps(self.source.state).items():
+            if name in self._unlike:
+                states = self.source.shared.get("extra_state", {}).get(name, {})
+                unlike = self._unlike_extra_states(called(name), mapped, states)
+                self.source.notes.took(called(name), [*self._unlike[name], *unlike])
 
     def _left(self, dotted: str) -> set[str]:
         """Names of a model's tensors that were not loaded."""

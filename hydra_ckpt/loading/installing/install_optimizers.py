@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from hydra_ckpt.loading.installing.decoded import Values
-from hydra_ckpt.loading.installing.guard import Guard
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
@@ -24,13 +23,11 @@ class OptimizerInstaller:
         source: The checkpoint, read.
         plan: What was read.
         values: The saved values.
-        guard: Watches what objects do while they load.
     """
 
     source: Source
     plan: LoadPlan
     values: Values
-    guard: Guard
 
     def install(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """Install the optimizers' state and options, and whatever else they save.
@@ -54,8 +51,7 @@ class OptimizerInstaller:
             dotted, optimizer = named[number]
             decoded = self.values.whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
             before = self.values.before(tree)
-            with self.guard.watch(dotted, [name for name in self.plan.restored if name != "optimizer"]):
-                unlike = give_back(dotted, optimizer, decoded, found, walk)
+            unlike = give_back(dotted, optimizer, decoded, found, walk)
             self.source.notes.took(dotted, [*unlike, *before.changed()])
         left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):

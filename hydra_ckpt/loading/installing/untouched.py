@@ -1,8 +1,7 @@
 """Finds what objects change while they load their state: tensors they were given, and what belongs to others.
 
 A saved value is compared with the live one after a load. An object may have taken over the very tensors that it was
-given, so these are compared by digest with what they were before. The tensors of models and optimizers, which others
-may write to, are too large for that: they are compared by samples, and by how often PyTorch has seen them change.
+given, so these are compared by digest with what they were before.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import torch
 
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.folding import digest_each
-from hydra_ckpt.storage.read import Fetch
-from hydra_ckpt.storage.samples import sample_of
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part
 
 # Tensors among options are numbers: a learning rate. Larger ones are compared as objects.
@@ -66,41 +63,6 @@ def _memory(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Tensors of models and optimizers, sampled after they were restored.
-
-    Attributes:
-        fetches: By dotted name, what was read into each of them.
-    """
-
-    fetches: Mapping[str, Sequence[Fetch]]
-    _seen: Mapping[str, Sequence[tuple[int, torch.Tensor]]]
-
-    @classmethod
-    def of(cls, fetches: Mapping[str, Sequence[Fetch]]) -> Restored:
-        """Look at the tensors that were read into."""
-        return cls(fetches, {name: [_look(item.into) for item in items] for name, items in fetches.items()})
-
-    def overwritten(self) -> dict[str, list[Fetch]]:
-        """By dotted name, what to read again because something has changed in the tensor."""
-        found = {}
-        for name, items in self.fetches.items():
-            pairs = zip(items, self._seen[name], strict=True)
-            changed = [item for item, seen in pairs if not _is_as(seen, _look(item.into))]
-            found.update({name: changed} if changed else {})
-        return found
-
-
-def _look(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """How often a tensor was changed in place, as far as PyTorch counts it, and a sample."""
-    return (0 if tensor.is_inference() else tensor._version), sample_of(tensor)  # noqa: SLF001 - the counter has no other name
-
-
-def _is_as(before: tuple[int, torch.Tensor], now: tuple[int, torch.Tensor]) -> bool:
-    return before[0] == now[0] and torch.equal(before[1], now[1])
-
-
-@dataclass(frozen=True)
 class Options:
     """The options of all optimizers' groups at one moment, by dotted name of the optimizer."""
 
@@ -132,4 +94,4 @@ def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone() if value.numel() <= _MOST_COPIED_ELEMENTS else value
-    return copy.copy(value) if isinstance(value, list | dict) else value
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value

@@ -40,6 +40,10 @@ def _note_drifted(source: Source) -> None:
     available, notes = source.available(), source.notes
     labels = [label for label in source.shared.get("drifted", ()) if part_of_tensor(label) in available]
     found = [called_in_reports(label) for label in labels]
+    for part in {label.partition("/")[0] for label in labels}:
+        dotted = part_of_tensor(f"{part}/")
+        if {f"{part}/{name}" for name in source.stored(part)} <= set(labels):  # all of it
+            found = [dotted, *(name for name in found if not name.startswith(f"{dotted}."))]
     if found:
         notes.rederived += [name for name in found if name not in notes.rederived]
         notes.texts.append(

@@ -14,10 +14,10 @@ from hydra_ckpt.loading.planning.labels import (
 from hydra_ckpt.loading.planning.matcher import Matcher
 from hydra_ckpt.state import stage_documents as stages
 from hydra_ckpt.state.capture import called, templates
-from hydra_ckpt.state.fresh_tensors import Places
+from hydra_ckpt.state.fresh_tensors import Lay, Places
 from hydra_ckpt.state.meshes import explain
 from hydra_ckpt.state.optimizer_loading import moved_groups
-from hydra_ckpt.storage.decoding import foreign_meshes, own_names, placements, strides, tensor_names
+from hydra_ckpt.storage.decoding import own_names, tensor_names
 from hydra_ckpt.store import names
 
 
@@ -48,7 +48,7 @@ class AroundMatcher(Matcher):
         if "lr_scheduler" in available:
             self._match_schedulers()
         if "extras" in available:
-            live = templates(self.source.state)
+            live = self._live_extras()
             self._keep_known_extras(live)
         self._leave_homeless(live)
         trees = self._trees()
@@ -62,6 +62,13 @@ class AroundMatcher(Matcher):
         places = self._places(live, trees)
         self.want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
 
+    def _live_extras(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that extras have now, if they count: asking a fresh object for its state may change it."""
+        trees = list(self.source.shared["extras"].values())
+        if self.source.same_ranks and not self.source.other_stages and not self._places({}, trees).homeless():
+            return {}
+        return templates(self.source.state)
+
     def _trees(self) -> list[Any]:
         """The encoded data whose tensors are in the part `extras`."""
         shared, available = self.source.shared, self.source.available()
@@ -73,8 +80,7 @@ class AroundMatcher(Matcher):
         return trees
 
     def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
-        meshes, same_ranks = foreign_meshes(trees), self.source.same_ranks
-        return Places(self.source.state, live, placements(trees), strides(trees), meshes, same_ranks)
+        return Places(self.source.state, live, Lay.of(trees), self.source.same_ranks)
 
     def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
         """Refuse objects with DTensors whose mesh is not here, or leave them as built."""
@@ -91,7 +97,7 @@ class AroundMatcher(Matcher):
             for key in list(held):
                 for name in sorted(set(tensor_names(held[key])).intersection(lost)):
                     dotted = f"{prefix}{key}"
-                    self.leave_own(f"{dotted} ({name})", dotted, explain(places.foreign[name]))
+                    self.leave_own(f"{dotted} ({name})", dotted, explain(places.lay.foreign[name]))
                     held.pop(key, None)
                     self.plan.absent.add(dotted)
 
