@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,104 @@ def test_what_is_left_out_as_a_whole_is_not_exact(tmp_path: Path) -> None:
     report = load(tmp_path, fresh)
     assert set(report.missing) == {"optimizer.wrapper", "extras.box", "lr_scheduler"}
     assert set(report.exact) == {"model", "optimizer.main", "rng", "progress"}
+
+
+class Changing(Holder):
+    """Does something to what it takes over."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = self.change(state["held"])
+
+
+TWICE = [1]
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "sign of zero": (0.0, lambda value: -value),
+    "sign of zero in a list": ([0.0, 1], lambda _: [-0.0, 1]),
+    "sign of a complex zero": (0j, lambda _: complex(-0.0, 0.0)),
+    "type of keys": ({1: 2}, lambda value: {float(key): item for key, item in value.items()}),
+    "type of a set's items": ({1, 2}, lambda value: set(map(float, value))),
+    "length of a deque": (deque([1], maxlen=3), deque),
+    "type of a deque's items": (deque([1, 2]), lambda value: deque(map(float, value))),
+    "factory": (defaultdict(list, a=1), lambda value: defaultdict(int, value)),
+    "slice": (slice(1, 2), lambda _: slice(1.0, 2)),
+    "order of an ordered dict": (OrderedDict(a=1, b=2), lambda value: OrderedDict(reversed(value.items()))),
+    "strides of an array": (np.ones((3, 2)), np.asfortranarray),
+    "one list becomes two": ([TWICE, TWICE], lambda value: [value[0], list(value[1])]),
+    "tuple": ((1, 2), list),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_an_object_that_changes_what_it_takes_over_is_not_exact(tmp_path: Path, kind: str) -> None:
+    value, change = CHANGES[kind]
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(value), "same": Holder(value)}))
+    state = AppState(nn.Linear(1, 1), extras={"box": Changing(change), "same": Holder()})
+    report = load(tmp_path, state)
+    assert report.trusted == ("extras.box",)
+    assert "extras.same" in report.exact
+
+
+class Draining:
+    """Hands its items over when it is asked for its state."""
+
+    def __init__(self, items: list[int]) -> None:
+        self.items = items
+
+    def state_dict(self) -> Any:
+        found, self.items = {"items": self.items}, []
+        return found
+
+    def load_state_dict(self, state: Any) -> None:
+        self.items = state["items"]
+
+
+def test_an_object_that_asking_changes_has_its_state_afterwards_and_is_trusted(tmp_path: Path) -> None:
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"queue": Draining([1, 2])}))
+    fresh = Draining([])
+    report = load(tmp_path, AppState(nn.Linear(1, 1), extras={"queue": fresh}))
+    assert fresh.items == [1, 2]
+    assert report.trusted == ("extras.queue",)
+
+
+def test_tensors_require_gradients_as_they_did(tmp_path: Path) -> None:
+    computed = nn.Parameter(torch.ones(3)) * 2
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(computed)}))
+    fresh = Holder()
+    report = load(tmp_path, AppState(nn.Linear(1, 1), extras={"box": fresh}))
+    assert fresh.held.requires_grad
+    assert torch.equal(fresh.held, computed)
+    assert "extras.box" in report.exact
+
+
+class OnOneRank(Holder):
+    """Takes its state over on rank 0 only."""
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = state["held"] if dist.get_rank() == 0 else 99
+
+
+def _on_one_rank(root: Path) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    model, rank = nn.Linear(1, 1), dist.get_rank()
+    save(root, AppState(model, extras={"box": Holder(1)}), rank=rank)
+    report = load(root, AppState(model, extras={"box": OnOneRank()}), rank=rank)
+    assert "extras.box" not in report.exact
+    return report.trusted
+
+
+def test_reports_are_equal_on_all_ranks(tmp_path: Path) -> None:
+    assert run_distributed(_on_one_rank, 2, tmp_path) == [("extras.box",)] * 2
+
+
+def test_an_item_of_a_list_is_left_out_and_only_where_it_is_named(tmp_path: Path) -> None:
+    options = {"allow_unsaved": ["extras.a.held.1", "extras.b.held.p"]}
+    both = {"p": 1, "q": 2}
+    extras = {"a": Holder([1, 2, 3]), "b": Holder(both), "c": Holder(both)}
+    save(tmp_path, AppState(nn.Linear(1, 1), extras=extras), **options)
+    a, b, c = Holder([7, 8, 9]), Holder({"p": 50, "q": 60}), Holder()
+    load(tmp_path, AppState(nn.Linear(1, 1), extras={"a": a, "b": b, "c": c}), **options)
+    assert (a.held, b.held, c.held) == ([1, 8, 3], {"p": 50, "q": 2}, both)

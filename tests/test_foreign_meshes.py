@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
@@ -220,3 +221,50 @@ def _placeholders(root: Path) -> None:
 
 def test_a_dtensor_replaces_the_plain_placeholder_of_a_fresh_object(tmp_path: Path) -> None:
     run_distributed(_placeholders, 2, tmp_path)
+
+
+def _saved_place_counts(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    plain = torch.arange(8.0).view(4, 2)
+
+    def placed(placement: Any) -> DTensor:
+        return distribute_tensor(plain, mesh, [placement])
+
+    cases = [(plain, placed(Shard(0))), (placed(Shard(0)), placed(Replicate())), (placed(Shard(1)), placed(Shard(0)))]
+    for number, (value, other) in enumerate(cases):
+        fresh = Holder(other)
+        state = AppState(sharded(mesh), extras={"box": Holder(value)})
+        report = save_and_load(root / str(number), state, AppState(sharded(mesh), extras={"box": fresh}))
+        assert "extras.box" in report.exact
+        if isinstance(value, DTensor):
+            assert_same(fresh.held, value)
+        else:
+            assert type(fresh.held) is torch.Tensor
+            assert torch.equal(fresh.held, plain)
+
+
+def test_where_the_ranks_are_the_same_a_tensor_becomes_what_was_saved(tmp_path: Path) -> None:
+    run_distributed(_saved_place_counts, 2, tmp_path)
+
+
+def _strided(root: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def model(held: Any = None) -> nn.Module:
+        torch.manual_seed(0)
+        found = nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False), "extra": Module(held)})
+        parallelize_module(found, mesh["tp"], {"fc": ColwiseParallel()})
+        fully_shard(found["fc"], mesh=mesh["dp"])
+        return found
+
+    average = model()["fc"].weight.detach().clone()
+    fresh, again = Holder(), model()
+    state = AppState(model(average), extras={"average": Holder(average)})
+    report = save_and_load(root, state, AppState(again, extras={"average": fresh}))
+    assert {"model", "extras.average"} <= set(report.exact)
+    assert_same(fresh.held, average)
+    assert_same(again["extra"].held, average)
+
+
+def test_an_average_of_weights_that_fsdp_has_sharded_over_tensor_parallelism_keeps_its_place(tmp_path: Path) -> None:
+    run_distributed(_strided, 4, tmp_path)
