@@ -22,6 +22,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.leftovers import sweep_prepared
 from hydra_ckpt.store.owner import Owner, Record, look, opened, read_open, read_owner
+from hydra_ckpt.store.relocated import belongs_to_same_job, is_copy, looks_like_copy
 
 __all__ = ["Lease", "Times", "is_held"]
 
@@ -135,7 +136,9 @@ class Lease:
         if other.released or other.incarnation in _RELEASED:
             return True
         lives = other.lives()
-        return lives is False or self._owner.is_requeued(other) or (lives is None and self._owner.is_restarted(other))
+        if lives:
+            return self._owner.is_requeued(other) or is_copy(self._files, self._root, other)
+        return lives is False or self._owner.is_requeued(other) or self._owner.is_restarted(other)
 
     def _is_former(self, other: Owner) -> bool:
         """Whether a holder is another process of this same run, which may be about to end."""
@@ -217,23 +220,31 @@ class Lease:
             )
 
     def _refuse_other_job(self, other: Owner) -> None:
-        if other.run and self._owner.run and other.run != self._owner.run:
+        if not belongs_to_same_job(self._owner, other):
             raise CheckpointExistsError(
                 f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. Give each job its own "
-                "directory, for example by a relative checkpoint.checkpoint_dir"
+                "directory, for example by a relative checkpoint.checkpoint_dir; or, if the directory was copied or "
+                f"moved here for this job, remove {self._path}"
             )
 
     def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
         age = max(time.time() - record.beat / 1e9, 0.0)
         return CheckpointExistsError(
             f"{self._root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
-            f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
+            f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir{self._if_relocated(other)}"
         )
+
+    def _if_relocated(self, other: Owner) -> str:
+        """What to do if the record may be a copy, as far as this process knows."""
+        if other.root in ("", str(self._root)):
+            return ""
+        return f". That run writes to {other.root}: if {self._root} is a copy of it, remove {self._path}"
 
     def _unproved(self, other: Owner) -> CheckpointExistsError:
         return CheckpointExistsError(
             f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; this process "
             f"cannot tell whether it is alive. If you know that it has ended, remove {self._path}"
+            f"{self._if_relocated(other)}"
         )
 
     # -- holding ---------------------------------------------------------------------------------------------------
@@ -309,4 +320,4 @@ def is_held(root: Path) -> bool:
         return False
     owner, age = found
     lives = owner.lives()
-    return abs(age) < Times().stale_s if lives is None else lives
+    return abs(age) < Times().stale_s if lives is None else lives and not looks_like_copy(root, owner)
