@@ -64,6 +64,22 @@ def test_the_best_value_of_a_step_that_was_not_saved_is_in_the_record_also_after
     assert job["metric"]["value"] <= 0.3 + 1 / 4  # the best of the steps that were saved
 
 
+def test_jobs_in_directories_below_each_other_are_all_in_the_summary(app: App) -> None:
+    values = ["sets", "sets/small", "/mnt/data/corpora/en/web/2024", "sets/.hidden/epoch_1_step_2"]
+    command = ["hydra.sweep.subdir=${hydra.job.override_dirname}", f"+data={','.join(values)}"]
+    done = app.sweep_over(*command)
+    assert done.returncode == 0, done.stderr
+    assert len(app.runs) == len(values)
+    jobs = {f"+data={value}" for value in values}
+    assert {job["job"] for job in app.summary["jobs"]} == jobs
+    assert app.states == ["finished"] * len(values)
+    (app.sweep / SUMMARY).unlink()
+    (app.sweep / "+data=sets/notes/deep/er").mkdir(parents=True)
+    assert {job["job"] for job in _tool("list", app.sweep, "--json")["jobs"]} == jobs
+    assert app.sweep_over(*command).returncode == 0
+    assert app.runs == []
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_again_and_again_ends_as_if_it_had_not_been(app: App) -> None:
     for kill in ("0 1", "0 6", "1 1", "1 2", "2 6"):

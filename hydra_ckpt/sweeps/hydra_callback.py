@@ -49,7 +49,7 @@ class SummaryCallback(Callback):
         record = read_record(directory)
         if record is None or record.config is None:
             _record(config, job_return).write(directory)
-        write_summary(_sweep_dir(config))
+        write_summary(_sweep_dir(config), directory)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Called when the sweep has ended."""

@@ -247,6 +247,6 @@ def _write(run: HydraRun, record: JobRecord) -> None:
     try:
         record.write(run.output_dir)
         if run.sweep_dir is not None:
-            write_summary(run.sweep_dir)
+            write_summary(run.sweep_dir, run.output_dir)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the record, the job is worth more
         log.warning("the job's state could not be recorded: %s", error)

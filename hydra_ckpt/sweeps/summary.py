@@ -32,7 +32,9 @@ SUMMARY = "checkpoints_summary.json"
 VERSION = 1
 _DEFAULT_DIRECTORY = "checkpoints"
 _HYDRA = ".hydra"
+# How deep jobs are looked for; deeper where a job has left this file.
 _DEPTH = 4
+_MARK = ".hydra_ckpt_jobs_below"
 _LOCK_WAIT_S = 20.0
 
 
@@ -70,8 +72,12 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
     return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
-def write_summary(sweep_dir: Path) -> dict[str, Any]:
+def write_summary(sweep_dir: Path, job: Path | None = None) -> dict[str, Any]:
     """Write the summary, and point BEST to the best checkpoint of all jobs; each is replaced atomically.
+
+    Args:
+        sweep_dir: The sweep's directory, absolute.
+        job: The directory of the job that causes this, absolute.
 
     Returns:
         The summary.
@@ -79,6 +85,8 @@ def write_summary(sweep_dir: Path) -> dict[str, Any]:
     Raises:
         OSError: It cannot be written.
     """
+    if job is not None:
+        mark(sweep_dir, job)
     with _locked(sweep_dir):
         summary = summarize(sweep_dir)
         text = json.dumps(finite(summary), indent=1, ensure_ascii=False) + "\n"
@@ -118,18 +126,44 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """Run directories of jobs below a sweep's directory."""
+    """Run directories of jobs below a sweep's directory, at any depth if our jobs recorded that (`mark`)."""
     try:
         below = sorted(path for path in directory.iterdir() if not path.is_symlink() and path.is_dir())
     except OSError:
         return
     for path in below:
-        if path.name.startswith(".") or names.is_checkpoint_name(path.name):
-            continue
-        if (path / RECORD).exists() or (path / _HYDRA).is_dir():
+        is_job, is_marked = _is_job(path), os.path.lexists(path / _MARK)
+        if is_job:
             yield path
-        elif depth > 1:
+        if is_marked or (depth > 1 and not is_job and not _is_other(path)):
             yield from job_directories(path, depth - 1)
+
+
+def _is_job(path: Path) -> bool:
+    return os.path.lexists(path / RECORD) or (not _is_other(path) and (path / _HYDRA).is_dir())
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a directory's name says that it is no job's, unless our record lies in it."""
+    return path.name.startswith(".") or names.is_checkpoint_name(path.name)
+
+
+def mark(sweep_dir: Path, job: Path) -> None:
+    """Record in every directory between a sweep's and a job's that there is a job below it.
+
+    Only jobs whose directories are named by values with slashes have such directories. Any of these may itself be
+    another job's.
+
+    Args:
+        sweep_dir: The sweep's directory.
+        job: The job's directory. One that is not below the sweep's is not in the summary.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if sweep_dir in job.parents:
+        for between in job.parents[: job.parents.index(sweep_dir)]:
+            (between / _MARK).touch()
 
 
 def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
