@@ -244,6 +244,21 @@ def test_a_killed_trial_runs_again_too(app: App) -> None:
     assert trials_of(app)[1] == ("COMPLETE", value, objective(value))
 
 
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_point_of_a_grid_is_evaluated_once_though_the_sweep_was_killed(app: App, jobs: int) -> None:
+    storage = [f"hydra.sweeper.storage=sqlite:///{app.root}/study.db", "hydra.sweeper.study_name=s"]
+    grid = ["hydra/sweeper/sampler=grid", "lr=choice(0.1,0.2,0.3)", "seed=choice(0,1)", *storage]
+    for kill in ("1 3", "3 3" if jobs == 1 else "4 3", ""):
+        ended = app.sweep_over(*optuna_over(*grid, trials=6, jobs=jobs), kill=kill)
+        assert ended.returncode == (-signal.SIGKILL if kill else 0), ended.stderr
+    points = {(lr, seed) for lr in (0.1, 0.2, 0.3) for seed in (0, 1)}
+    complete = [trial for trial in study_of(app).trials if trial.state.name == "COMPLETE"]
+    assert {(trial.params["lr"], trial.params["seed"]) for trial in complete} == points
+    first = [run for run in app.runs if run.endswith(" 0")]
+    assert len(first) == len(set(first)) == len(points)  # and no job began twice
+    assert len(app.summary["jobs"]) == len(points)
+
+
 @pytest.mark.parametrize("resumable", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["resumable", "plain"])
 @pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["stored", "in_memory"])
 def test_a_job_number_that_comes_back_with_other_values_gets_a_directory_of_its_own(

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hydra_ckpt.launchers.asking import watch_asking
 from hydra_ckpt.launchers.places import values_of, values_of_job
 from hydra_ckpt.sweeps.record import RUNNING, read_record
 from hydra_ckpt.sweeps.summary import job_directories
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def give_back(sweeper: Any, sweep_dir: Path) -> None:
-    """Let a stored study propose again the trials whose results it never received.
+    """Let a stored study propose again the trials whose results it never received, and know those it proposes now.
 
     Such a trial belongs to a job of this sweep that was stopped, was killed, or ended while the sweep was stopping.
     A trial without a directory in this sweep may belong to another process, and is left alone.
@@ -26,7 +27,10 @@ def give_back(sweeper: Any, sweep_dir: Path) -> None:
         sweep_dir: The sweep's directory.
     """
     name, storage = sweeper.get("study_name"), sweeper.get("storage")
-    if "optuna" not in str(sweeper.get("_target_")) or name is None or storage is None or not sweep_dir.is_dir():
+    if "optuna" not in str(sweeper.get("_target_")) or name is None or storage is None:
+        return
+    watch_asking(sweep_dir)
+    if not sweep_dir.is_dir():
         return
     try:
         _give_back(str(name), _opened(storage), _ended(sweep_dir))
