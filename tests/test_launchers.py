@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -12,7 +18,7 @@ import pytest
 import yaml
 
 from hydra_ckpt.sweeps.record import read_record
-from tests.sweep_app import App
+from tests.sweep_app import REPOSITORY, App
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 SUBMITIT = ["hydra/launcher=submitit_local"]
@@ -168,6 +174,38 @@ def stored(app: App, **options: int) -> list[str]:
     return optuna_over(
         f"hydra.sweeper.storage=sqlite:///{app.root}/study.db", "hydra.sweeper.study_name=s", VALUES, **options
     )
+
+
+@contextmanager
+def begun(app: App, *arguments: str, begin: bool = True, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The sweep as a program of its own, once a job has begun to train."""
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "app.py", "-m", "hydra.sweep.dir=sweep", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            while begin and not (app.root / "runs").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_second_launcher_in_the_directory_of_a_sweep_is_refused_and_may_use_another(app: App) -> None:
+    with begun(app, *stored(app, trials=2), "steps=60", STEP_S="1") as first:
+        second = app.sweep_over(*stored(app))
+        assert second.returncode == 1
+        assert f"another program launches jobs in {app.sweep} (host " in second.stderr
+        assert f"process {first.pid})" in second.stderr
+        assert "set another hydra.sweep.dir" in second.stderr
+        assert app.runs == ["0 0"]
+        assert app.run("-m", "hydra.sweep.dir=other", *stored(app, trials=1)).returncode == 0  # the same study
+        assert app.runs == ["0 0"]
+    assert [state for state, *_ in trials_of(app)] == ["RUNNING", "COMPLETE"]
+    assert app.sweep_over(*stored(app, trials=1), "steps=60").returncode == 0  # the first one was killed
+    assert [state for state, *_ in trials_of(app)] == ["COMPLETE", "COMPLETE"]
 
 
 VALUES = "lr=interval(0.01,0.5)"

@@ -17,6 +17,7 @@ _SWEEP = "hydra_ckpt:sweep"
 _POINT = ("grid_id", "search_space")
 
 _sweep: Path | None = None  # the sweep that this process launches
+_asked: set[int] = set()  # numbers of the trials that it has asked for
 
 
 def watch_asking(sweep_dir: Path) -> None:
@@ -31,6 +32,7 @@ def watch_asking(sweep_dir: Path) -> None:
     if _sweep is None:
         Study.ask = _watched(Study.ask)  # type: ignore[method-assign]
     _sweep = sweep_dir.absolute()
+    _asked.clear()
 
 
 def asked_in(trial: Any) -> str | None:
@@ -42,10 +44,12 @@ def asked_in(trial: Any) -> str | None:
 def _watched(ask: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(ask)
     def watched(study: Any, *args: Any, **kwargs: Any) -> Any:
-        points = _points_of_waiting(study)
+        before = _trials(study)
         trial = ask(study, *args, **kwargs)
         try:
-            for key, value in {**points.get(trial._trial_id, {}), _SWEEP: str(_sweep)}.items():  # noqa: SLF001
+            known = {**_point(study, trial, before), _SWEEP: str(_sweep)}
+            _asked.add(trial.number)
+            for key, value in known.items():
                 study._storage.set_trial_system_attr(trial._trial_id, key, value)  # noqa: SLF001 - no public way
         except Exception as error:  # noqa: BLE001 - a storage may fail in any way; the trial is worth more
             log.warning("trial %d: nothing could be recorded about it: %s", trial.number, error)
@@ -54,17 +58,37 @@ def _watched(ask: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-def _points_of_waiting(study: Any) -> dict[int, dict[str, Any]]:
-    """The grid points of trials that wait with their values, by the trials' IDs in the storage."""
-    import optuna
-
+def _trials(study: Any) -> list[Any]:
     try:
-        trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+        found: list[Any] = study.get_trials(deepcopy=False)
     except Exception as error:  # noqa: BLE001 - the sweeper will report what is wrong with the storage
-        log.debug("waiting trials cannot be listed: %s", error)
+        log.debug("trials cannot be listed: %s", error)
+        return []
+    return found
+
+
+def _point(study: Any, trial: Any, before: list[Any]) -> dict[str, Any]:
+    """The grid point that a trial must have, if the sampler has chosen another one; empty if it may keep it.
+
+    Args:
+        study: The study.
+        trial: The trial that was asked for.
+        before: The study's trials before that.
+    """
+    point = _point_of(study._storage.get_trial(trial._trial_id))  # noqa: SLF001
+    if not point:
         return {}
-    return {
-        trial._trial_id: {key: trial.system_attrs[key] for key in _POINT if key in trial.system_attrs}  # noqa: SLF001
-        for trial in trials
-        if trial.params
-    }
+    former = next((item for item in before if item.number == trial.number), None)
+    if former is not None and former.params:
+        return _point_of(former)  # it comes back with its values
+    mine = [item for item in before if _point_of(item).get("search_space") == point["search_space"]]
+    if not any(item.number in _asked and item.state.name == "RUNNING" and _point_of(item) == point for item in mine):
+        return {}
+    # All points are taken, and the sampler repeats one that is being evaluated. The result of a finished one is known.
+    done = (item for item in mine if item.state.name == "COMPLETE" and asked_in(item) == str(_sweep))
+    return next(map(_point_of, done), {})
+
+
+def _point_of(trial: Any) -> dict[str, Any]:
+    attributes = trial.system_attrs
+    return {key: attributes[key] for key in _POINT} if all(key in attributes for key in _POINT) else {}
