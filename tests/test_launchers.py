@@ -282,11 +282,12 @@ def test_a_killed_trial_runs_again_too(app: App) -> None:
     assert trials_of(app)[1] == ("COMPLETE", value, objective(value))
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_every_point_of_a_grid_is_evaluated_once_though_the_sweep_was_killed(app: App, jobs: int) -> None:
     storage = [f"hydra.sweeper.storage=sqlite:///{app.root}/study.db", "hydra.sweeper.study_name=s"]
     grid = ["hydra/sweeper/sampler=grid", "lr=choice(0.1,0.2,0.3)", "seed=choice(0,1)", *storage]
-    for kill in ("1 3", "3 3" if jobs == 1 else "4 3", ""):
+    for kill in ("1 3", "3 3", "") if jobs == 1 else ("0 3", "4 3", ""):
         ended = app.sweep_over(*optuna_over(*grid, trials=6, jobs=jobs), kill=kill)
         assert ended.returncode == (-signal.SIGKILL if kill else 0), ended.stderr
     points = {(lr, seed) for lr in (0.1, 0.2, 0.3) for seed in (0, 1)}
@@ -295,6 +296,17 @@ def test_every_point_of_a_grid_is_evaluated_once_though_the_sweep_was_killed(app
     first = [run for run in app.runs if run.endswith(" 0")]
     assert len(first) == len(set(first)) == len(points)  # and no job began twice
     assert len(app.summary["jobs"]) == len(points)
+
+
+@pytest.mark.slow
+def test_trials_that_never_began_because_the_sweep_was_killed_run_in_the_next_start(app: App) -> None:
+    killed = app.sweep_over(*stored(app, trials=3, jobs=3), kill="0 3")
+    assert killed.returncode == -signal.SIGKILL
+    before = trials_of(app)
+    assert [state for state, *_ in before] == ["RUNNING"] * 3
+    assert app.sweep_over(*stored(app, trials=3, jobs=3)).returncode == 0
+    assert trials_of(app) == [("COMPLETE", value, objective(value)) for _, value, _ in before]
+    assert len(app.summary["jobs"]) == 3
 
 
 @pytest.mark.parametrize("resumable", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["resumable", "plain"])

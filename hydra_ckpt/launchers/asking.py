@@ -81,12 +81,17 @@ def _point(study: Any, trial: Any, before: list[Any]) -> dict[str, Any]:
     former = next((item for item in before if item.number == trial.number), None)
     if former is not None and former.params:
         return _point_of(former)  # it comes back with its values
-    mine = [item for item in before if _point_of(item).get("search_space") == point["search_space"]]
-    if not any(item.number in _asked and item.state.name == "RUNNING" and _point_of(item) == point for item in mine):
+    same = [item for item in before if _point_of(item).get("search_space") == point["search_space"]]
+    if not any(_point_of(item) == point and _is_taken(item) for item in same):
         return {}
-    # All points are taken, and the sampler repeats one that is being evaluated. The result of a finished one is known.
-    done = (item for item in mine if item.state.name == "COMPLETE" and asked_in(item) == str(_sweep))
-    return next(map(_point_of, done), {})
+    # All points are taken, and the sampler repeats one. If an earlier start finished it, its job is not run again.
+    done = (item for item in same if item.state.name == "COMPLETE" and item.number not in _asked)
+    return next((_point_of(item) for item in done if asked_in(item) == str(_sweep)), {})
+
+
+def _is_taken(trial: Any) -> bool:
+    """Whether the result of a trial is known, or will be: this process has asked for it."""
+    return trial.state.name == "COMPLETE" or (trial.state.name == "RUNNING" and trial.number in _asked)
 
 
 def _point_of(trial: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class SweepHook(Callback):
         if not is_first:
             return
         if is_judged:
-            give_back(config.hydra.sweeper, sweep_dir)
+            give_back(config.hydra, sweep_dir)
             keep_directories(config, sweep_dir)
         if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
             _hand_signals_on(config, sweep_dir)
