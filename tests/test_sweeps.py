@@ -80,6 +80,47 @@ def test_jobs_in_directories_below_each_other_are_all_in_the_summary(app: App) -
     assert app.runs == []
 
 
+def ends_by(app: App, statement: str, *, before_the_end: bool = False) -> None:
+    """Change the application: how its function ends."""
+    program, end = app.root / "app.py", "        ckpt.on_train_end()\n"
+    told = f"        {statement}\n"
+    program.write_text(program.read_text().replace(end, told + end if before_the_end else end + told))
+
+
+@pytest.mark.parametrize("statement", ["sys.exit(0)", pytest.param("return torch.ones(2)", marks=pytest.mark.slow)])
+def test_a_job_that_ends_well_without_a_result_is_done(app: App, statement: str) -> None:
+    ends_by(app, statement)
+    done = app.sweep_over("lr=0.3,0.1")
+    assert (done.returncode, app.runs, app.states) == (0, ["0 0", "1 0"], ["finished"] * 2), done.stderr
+    assert [job["objective"] for job in app.summary["jobs"]] == [None, None]
+    again = app.sweep_over("lr=0.3,0.1")
+    assert (again.returncode, app.runs, app.states) == (0, [], ["finished"] * 2), again.stderr
+    log = (app.sweep / "0" / "app.log").read_text()
+    assert "the job has already finished without a result that could be recorded" in log
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "interrupted"), pytest.param(3, "failed", marks=pytest.mark.slow)], ids=["0", "3"]
+)
+def test_a_job_that_exits_in_the_middle_of_training_runs_again(app: App, code: int, state: str) -> None:
+    ends_by(app, f"sys.exit({code})", before_the_end=True)
+    ended = app.sweep_over("lr=0.3,0.1")
+    assert (ended.returncode, app.runs, app.states) == (code, ["0 0"], [state]), ended.stderr
+    assert app.sweep_over("lr=0.3,0.1").returncode == code
+    assert app.runs == ["0 6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_exit_under_a_parallel_launcher_ends_no_other_job(app: App, code: int) -> None:
+    ends_by(app, f"sys.exit({code}) if cfg.lr == 0.3 else None", before_the_end=code == 3)
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lr=0.3,0.1"]
+    ended = app.sweep_over(*joblib)
+    assert ended.returncode == (1 if code else 0), ended.stderr
+    assert app.states == ["failed" if code else "finished", "finished"]
+    assert ("job 0 ended by sys.exit(3) before it was done" in ended.stderr) is bool(code)
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_again_and_again_ends_as_if_it_had_not_been(app: App) -> None:
     for kill in ("0 1", "0 6", "1 1", "1 2", "2 6"):

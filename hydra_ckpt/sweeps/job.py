@@ -40,7 +40,8 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
     Started again in the same run directory (the same `hydra.sweep.dir`, or the same `hydra.run.dir`):
 
-    - a job that has finished with this configuration is not rerun; its recorded result is returned;
+    - a job that has finished with this configuration is not rerun; its recorded result is returned, or None if it ended
+      by `sys.exit(0)` or returned what is not plain data;
     - any other job runs, and its callback resumes from its newest checkpoint.
 
     A job stopped by a signal or the time limit ends the program, including the rest of a sweep, with the callback's
@@ -114,9 +115,10 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     if record is None or record.config is None or record.state == WAITING:
         return {}
     unlike = differences(record.config, config)
-    if not unlike and record.state == FINISHED and record.has_objective:
-        where = run.output_dir / RECORD
-        return {"objective": record.objective, "why": f"the job has already finished; to rerun it, remove {where}"}
+    if not unlike and record.state == FINISHED:
+        known = "" if record.has_objective else " without a result that could be recorded"
+        why = f"the job has already finished{known}; to rerun it, remove {run.output_dir / RECORD}"
+        return {"objective": record.objective, "why": why}
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
         return {}
@@ -145,8 +147,7 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
             value = task()
         except BaseException as error:
             _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
-            # A stopped job that calls sys.exit() must not end other jobs running beside it.
-            if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
+            if not (isinstance(error, SystemExit) and _survives_exit(run, error, active)):
                 raise
         else:
             ended = _ended_stopped(record, active) if active.stopped else record.returned(value)
@@ -154,6 +155,20 @@ def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
         if active.stopped:
             _end_stopped(run, active)
         return _result(run, value)
+
+
+def _survives_exit(run: HydraRun, error: SystemExit, active: ActiveJob) -> bool:
+    """Whether a job's `sys.exit()` only ends the job, and not the program, with other jobs beside or after it.
+
+    Raises:
+        RuntimeError: The job has failed, and must not end others that run beside it.
+    """
+    if active.stopped:
+        return ends_in_exception(run)
+    is_done = not error.code and not active.trains
+    if not is_done and run.launcher is not LauncherKind.ONE_BY_ONE:
+        raise RuntimeError(f"job {run.name} ended by sys.exit({error.code!r}) before it was done") from error
+    return is_done and run.sweep_dir is not None
 
 
 def _result(run: HydraRun, value: Any) -> Any:
@@ -225,7 +240,11 @@ def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> Job
     if isinstance(error, SystemExit):
         if active.stopped:
             return _ended_stopped(record, active)
-        return record.end(FAILED, error=f"exit code {error.code}") if error.code else record.end(FINISHED)
+        if error.code:
+            return record.end(FAILED, error=f"exit code {error.code}")
+        if active.trains:  # some programs exit so when a signal comes
+            return record.end(INTERRUPTED, error="sys.exit(0) before on_train_end()")
+        return record.end(FINISHED)
     if isinstance(error, Exception):
         return record.end(FAILED, error=f"{type(error).__name__}: {error}")
     return record.end(INTERRUPTED, error=type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +15,8 @@ from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.small_files import read_small_file
+
+log = logging.getLogger(__name__)
 
 RECORD = "hydra_ckpt_job.json"
 _MAX_BYTES = 64 << 20
@@ -67,10 +70,12 @@ class JobRecord:
         return replace(self, state=state, ended=time.time(), **known)
 
     def returned(self, value: Any) -> JobRecord:
-        """The record with the job finished and its result."""
+        """The record with the job finished and its result; without it if that cannot be recorded."""
         try:
             plain = plain_objective(value)
-        except (TypeError, ValueError):
+            json.dumps(_written(plain))
+        except Exception as error:  # noqa: BLE001 - objects of other libraries, and what their conversions raise
+            log.warning("the job's result, a %s, cannot be recorded: %s", type(value).__name__, error)
             return self.end(FINISHED)
         return self.end(FINISHED, objective=plain, has_objective=True)
 
