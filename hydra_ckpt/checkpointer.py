@@ -279,11 +279,15 @@ class Checkpointer:
     def _open_run(self) -> None:
         """Collective, once: become the directory's writer."""
         if not self._opened:
-            self._channel.coordinator_step(
-                "opening the checkpoint directory",
-                lambda: self._directory.open(self._start_step),
-            )
+            self._channel.coordinator_step("opening the checkpoint directory", self._open)
             self._opened = True
+
+    def _open(self) -> None:
+        """Rank 0 only."""
+        self._directory.open(self._start_step)
+        job = active_job()
+        if job is not None and job.on_hold is not None:
+            job.on_hold()
 
     def _settle(self) -> None:
         """Collective, once: clear the way for new steps."""

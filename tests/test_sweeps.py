@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hydra_ckpt.sweeps.record import RECORD, JobRecord
+from hydra_ckpt.sweeps.record import RECORD, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
 from tests.sweep_app import App
 
@@ -211,6 +215,70 @@ def _tool(*arguments: Any) -> Any:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+# -- started where it runs -----------------------------------------------------------------------------------------
+
+# A start waits 30 s for the process that holds the directory; here it waits one.
+IMPATIENT = """
+from hydra_ckpt.store.lease import Times
+defaults = list(Times.__init__.__defaults__)
+defaults[2] = 1.0
+Times.__init__.__defaults__ = tuple(defaults)
+"""
+
+
+@contextmanager
+def running(app: App, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The application as a program of its own, in the middle of training."""
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "STEP_S": "1"}
+    command = [sys.executable, "app.py", *arguments]
+    null = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
+        try:
+            while not (app.root / "runs").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+def _record_of(directory: Path) -> tuple[str, bool, str | None]:
+    found = read_record(directory)
+    assert found is not None
+    return found.state_now(directory), found.ended is not None, found.error
+
+
+def test_a_start_that_is_refused_leaves_the_record_of_the_live_job_alone(app: App) -> None:
+    program = app.root / "app.py"
+    program.write_text(program.read_text().replace("import hydra_ckpt\n", f"import hydra_ckpt\n{IMPATIENT}", 1))
+    command, run = ["hydra.run.dir=run", "steps=90"], app.root / "run"
+    with running(app, *command):
+        refused = app.run(*command)
+        assert refused.returncode == 1
+        assert "is being written by another run" in refused.stderr
+        assert _record_of(run) == ("running", False, None)
+        shutil.copytree(run, app.root / "copy", symlinks=True)
+        assert _record_of(app.root / "copy")[0] == "interrupted"
+        assert _record_of(run)[0] == "running"
+    assert _record_of(run) == ("interrupted", False, None)
+    for name in ("run", "copy"):
+        assert app.run(f"hydra.run.dir={name}", "steps=90").returncode == 0
+        assert _record_of(app.root / name) == ("finished", True, None)
+
+
+@pytest.mark.slow
+def test_a_start_that_is_refused_leaves_no_record_without_resumable_job_either(tmp_path: Path) -> None:
+    app = App(tmp_path / "app", resumable=False)
+    program = app.root / "app.py"
+    program.write_text(program.read_text().replace("import hydra_ckpt\n", f"import hydra_ckpt\n{IMPATIENT}", 1))
+    command = ["-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", "lr=0.3", "steps=90"]
+    with running(app, *command):
+        refused = app.run(*command)
+        assert refused.returncode == 1
+        assert "is being written by another run" in refused.stderr
+        assert app.states == ["running"]
 
 
 # -- many jobs in one process, and other people's sweepers ---------------------------------------------------------

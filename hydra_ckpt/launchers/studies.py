@@ -63,7 +63,7 @@ class _Jobs:
         jobs = cls(sweep_dir, [], [], may_wait)
         for path in job_directories(sweep_dir):
             record = read_record(path)
-            is_running = record is not None and record.state_now() == RUNNING
+            is_running = record is not None and record.state_now(path) == RUNNING
             (jobs.running if is_running else jobs.ended).append(values_of_job(path))
         return jobs
 

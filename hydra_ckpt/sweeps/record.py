@@ -61,9 +61,9 @@ class JobRecord:
     best_so_far: dict[str, Any] | None = None
 
     @classmethod
-    def begin(cls, overrides: tuple[str, ...], config: Any) -> JobRecord:
-        """The record of a job that starts in this process."""
-        return cls(RUNNING, overrides, config, asdict(Owner.here()), time.time())
+    def begin(cls, overrides: tuple[str, ...], config: Any, directory: Path | None = None) -> JobRecord:
+        """The record of a job that starts in this process, in a run directory."""
+        return cls(RUNNING, overrides, config, asdict(Owner.here(root=directory)), time.time())
 
     def end(self, state: str, **known: Any) -> JobRecord:
         """The record with the job ended."""
@@ -83,12 +83,22 @@ class JobRecord:
         """The record with the directory of the job's checkpoints."""
         return replace(self, checkpoint_dir=checkpoint_dir)
 
-    def state_now(self) -> str:
-        """The current state; a job whose process ended while it was running is interrupted."""
+    @property
+    def incarnation(self) -> str:
+        """The random text of the start that wrote it."""
+        return str(self.owner.get("incarnation"))
+
+    def state_now(self, directory: Path | None = None) -> str:
+        """The current state; a job whose process ended while it was running is interrupted.
+
+        Args:
+            directory: The run directory that the record was read from. If it is a copy, the job runs elsewhere.
+        """
         owner = Owner.from_data(self.owner)
-        if self.state == RUNNING and not (owner is not None and owner.lives()):
-            return INTERRUPTED
-        return self.state
+        if self.state != RUNNING:
+            return self.state
+        lives = owner is not None and owner.lives() and not (directory and _is_copy(owner, directory))
+        return RUNNING if lives else INTERRUPTED
 
     def write(self, directory: Path) -> None:
         """Write the record atomically.
@@ -98,6 +108,14 @@ class JobRecord:
         """
         data = {**asdict(self), "objective": _written(self.objective)}
         write_atomically(Files(), directory / RECORD, (json.dumps(data) + "\n").encode(), names.nonce())
+
+
+def _is_copy(owner: Owner, directory: Path) -> bool:
+    """Whether the directory that a record was written for exists elsewhere; a guess, like the state itself."""
+    try:
+        return Path(owner.root).is_absolute() and not Path(owner.root).samefile(directory)
+    except (OSError, ValueError):  # it was moved; a NUL in the path is a ValueError
+        return False
 
 
 _FIELDS = frozenset(item.name for item in fields(JobRecord))
