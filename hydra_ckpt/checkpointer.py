@@ -113,7 +113,7 @@ class Checkpointer:
         )
         self._start_step: int | None = None
         self._resumed: Path | None = None
-        self._opened = self._settled = self._ends = False
+        self._opened = self._settled = self._ends = self._is_last = False
 
     @property
     def enabled(self) -> bool:
@@ -142,12 +142,14 @@ class Checkpointer:
     def settle(self) -> None:
         """Collective: wait for the save under way; a rank that was cut off gets its outcome from rank 0."""
         if self.enabled:
+            self.refuse_closed("settling a save")
             self.wait()
             self._saver.known.settle()
 
     def meet(self) -> None:
         """Collective: wait for the save under way, and `settle` it if any rank has trouble with it."""
         if self.enabled:
+            self.refuse_closed("settling a save")
             self.wait()
             self._saver.known.meet()
 
@@ -162,12 +164,14 @@ class Checkpointer:
 
     def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
         """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
+        self.refuse_closed(what)
         return self._channel.coordinator_step(what, step)
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Set the mesh of expert parallelism, if it is known only after `build`; call on every rank."""
         self.moe_mesh = moe_mesh
         if self.enabled:
+            self.refuse_closed("setting the mesh of expert parallelism")
             self._saver.spread_experts(moe_mesh)
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -225,6 +229,7 @@ class Checkpointer:
             if restore_from is not None:
                 log.warning("checkpoint.enabled=false: restore_from=%s is ignored", restore_from)
             return None
+        self.refuse_closed("loading a checkpoint")
         refuse_url("restore_from", restore_from)
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
@@ -261,6 +266,7 @@ class Checkpointer:
         """
         pickle = self.config.read.allow_pickle
         if self.enabled:
+            self.refuse_closed("loading the base model")
             return load_base(model, self.config.hub, self._channel, allow_pickle=pickle)
         group = Group.create(self._process_group, self.config.write.timeout_s)
         channel = group.channel("base")
@@ -395,7 +401,7 @@ class Checkpointer:
         except CheckpointError:
             self.report_failure()  # more helpful than the error that the other ranks are missing from this save
             raise
-        self._ends = is_final
+        self._ends, self._is_last = is_final, is_last
         return pending
 
     def _is_busy(self) -> bool:
@@ -432,6 +438,7 @@ class Checkpointer:
         exported as configured, and warms up memory for the first save. Without it the first save does this work.
         """
         if self.enabled:
+            self.refuse_closed("preparing to save")
             self._saver.prepare(state)
 
     def decide_by(self, key: str) -> None:
@@ -501,7 +508,8 @@ class Checkpointer:
             return
         if self.config.write.raise_failures or (self._ends and not self.pending.is_unknown):
             self.pending.result()
-        log.warning("training continues: %s", self.pending.unseen_error)
+        outlook = "training stops without its last checkpoint" if self._is_last else "training continues"
+        log.warning("%s: %s", outlook, self.pending.unseen_error)
         self.pending.seen()
 
     def close(self) -> None:

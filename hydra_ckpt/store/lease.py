@@ -8,6 +8,7 @@ is dead. If the holder is alive, the run is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -67,6 +68,7 @@ class Lease:
         self._owner = owner
         self._times = times
         self._may_wait = may_wait
+        self._directory: int | None = None  # a descriptor of the directory, while the lease is held
         self._confirmed = float("-inf")  # when this run last saw that it holds the lease
         self._lock = threading.Lock()
 
@@ -82,6 +84,7 @@ class Lease:
             CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
         """
         previous = None
+        self._let_go()
         _RELEASED.discard(self._owner.incarnation)  # a start that failed has released it, and is tried again
         while True:
             record = look(self._path)
@@ -91,6 +94,7 @@ class Lease:
             free = record if previous is None else self._await_end(previous, record)
             if free is not None and not self._claim(free):
                 self._await_claimant(self._claim_path(free))
+        self._directory = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._confirmed = time.monotonic()
         return previous
 
@@ -257,6 +261,12 @@ class Lease:
         """
         self._refuse_fork()
         with self._lock:
+            if self._is_replaced():
+                raise CheckpointError(
+                    f"{self._root} is not the directory that this run began in: that one was renamed or removed, and "
+                    "another one has its path. Nothing is written here; move the former one back, or start the run "
+                    "again"
+                )
             record = look(self._path)
             if record.owner is None and self._has_held_lately():
                 self._claim(record)
@@ -271,6 +281,15 @@ class Lease:
             f"{self._root} is no longer held by this run but by {holder}; this process was presumed dead and must not "
             "publish"
         )
+
+    def _is_replaced(self) -> bool:
+        """Whether another directory has the path now. The open one keeps its identity also where inodes are made up."""
+        try:
+            return self._directory is not None and not os.path.samestat(os.fstat(self._directory), self._root.stat())
+        except FileNotFoundError:
+            return False  # it is gone, which is told apart
+        except OSError as error:
+            return error.errno == errno.ESTALE
 
     def _has_held_lately(self) -> bool:
         """Whether the lease was confirmed so recently that no other run can have presumed this one dead."""
@@ -300,7 +319,7 @@ class Lease:
         _RELEASED.add(self._owner.incarnation)
         prepared = self._path.with_name(f".{names.OWNER}.{self._owner.incarnation}")
         try:
-            if not self._holds(look(self._path)):
+            if self._is_replaced() or not self._holds(look(self._path)):
                 return
             self._files.unlink(prepared)
             self._files.write_new(prepared, replace(self._owner, released=True).to_bytes())
@@ -311,6 +330,13 @@ class Lease:
                 self._files.unlink(prepared)
         except OSError:
             return  # it becomes free when this process ends
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._directory is not None:
+            os.close(self._directory)
+        self._directory = None
 
 
 def is_held(root: Path) -> bool:
