@@ -82,7 +82,8 @@ class Checkpointer:
         self.stats = Stats()
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
-        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload))
+        limit_s = config.write.timeout_s
+        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload, limit_s))
         self._closed = self._let_go = not config.write.enabled  # _let_go: close() has come to its end
         if self._closed:
             return
