@@ -146,7 +146,8 @@ def place(name: str, value: object) -> str:
     if interpolation := _INTERPOLATION.search(found):
         refuse(name, value, f"a path; {interpolation[0]} is resolved only in a configuration that Hydra has composed")
     variable = _VARIABLE.search(found)
-    if variable and not os.path.lexists(found[: variable.end()].strip()):  # a directory may be called so
+    literal = Path(found[: variable.end()]) if variable else None
+    if variable and literal and not (literal.is_absolute() and os.path.lexists(literal)):  # one may be called so
         called = variable[1]
         refuse(name, value, f"a path; only a shell expands ${called}: write ${{oc.env:{called}}}, which Hydra resolves")
     if "\0" in found or not _is_encodable(found):
