@@ -166,8 +166,10 @@ class CheckpointCallback:
             self._saved_step, self._saved_epoch = report.step, report.epoch
         self._best.value, self._best.key = self.checkpointer.best_value, self.checkpointer.deciding_metric
         self._agreed_best = self._best.value
+        job = active_job()
+        if job is not None:
+            job.trains = True
         if self._live is not None:
-            job = active_job()
             if job is not None:
                 job.checkpoint_dir = self._live.root
             self._schedule = self._agreed_schedule(self._live)
@@ -273,24 +275,11 @@ class CheckpointCallback:
 
         After `should_stop` the run is not complete: this only waits, and saves nothing.
         """
-        if self._live is None or self._state is None:
-            return
-        self._live.refuse_closed("on_train_end()")
-        self._settle_best(self._live)
-        self._live.meet()
-        if self._live.has_lost(self._saved_step):
-            self._saved_step = 0
-        if not self._should_stop and self._step > 0:
-            epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(self._state)
-            self._live.note_best(self._best.value)
-            self._live.recheck(self._state, self._step, epoch)
-            if self._live.wants(self._step, epoch):
-                self._live.save(self._state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
-            self._saved_step, self._saved_epoch = self._step, epoch
-        self._warn_of_absent_metric()
-        self._live.drain()
-        self._live.meet()
-        self._live.report_failure()
+        if self._live is not None and self._state is not None:
+            self._end_training(self._live, self._state)
+        job = active_job()
+        if job is not None:
+            job.trains = False
 
     def on_exception(self, error: BaseException) -> None:
         """Call when the loop has raised. Waits for the save under way; starts one only with `save_on_exception`."""
@@ -383,6 +372,25 @@ class CheckpointCallback:
     def _settle_best(self, live: Checkpointer) -> None:
         """Collective: get rank 0's best metric, or raise its error about the metrics."""
         self._agreed_best = live.on_rank_0("metrics of a step", self._best.known)
+
+    def _end_training(self, live: Checkpointer, state: AppState) -> None:
+        """Collective: save the last step unless it is saved, and wait."""
+        live.refuse_closed("on_train_end()")
+        self._settle_best(live)
+        live.meet()
+        if live.has_lost(self._saved_step):
+            self._saved_step = 0
+        if not self._should_stop and self._step > 0:
+            epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(state)
+            live.note_best(self._best.value)
+            live.recheck(state, self._step, epoch)
+            if live.wants(self._step, epoch):
+                live.save(state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
+            self._saved_step, self._saved_epoch = self._step, epoch
+        self._warn_of_absent_metric()
+        live.drain()
+        live.meet()
+        live.report_failure()
 
     def _warn_of_absent_metric(self) -> None:
         """Rank 0: warn if the last saved step, which gets no more metrics, lacks the deciding one."""

@@ -82,7 +82,8 @@ class Checkpointer:
         self.stats = Stats()
         self._best_value: float | None = None
         self._deciding = config.keep.best_metric_key
-        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload))
+        limit_s = config.write.timeout_s
+        refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload, limit_s))
         self._closed = self._let_go = not config.write.enabled  # _let_go: close() has come to its end
         if self._closed:
             return
@@ -113,7 +114,7 @@ class Checkpointer:
         )
         self._start_step: int | None = None
         self._resumed: Path | None = None
-        self._opened = self._settled = self._ends = False
+        self._opened = self._settled = self._ends = self._is_last = False
 
     @property
     def enabled(self) -> bool:
@@ -142,12 +143,14 @@ class Checkpointer:
     def settle(self) -> None:
         """Collective: wait for the save under way; a rank that was cut off gets its outcome from rank 0."""
         if self.enabled:
+            self.refuse_closed("settling a save")
             self.wait()
             self._saver.known.settle()
 
     def meet(self) -> None:
         """Collective: wait for the save under way, and `settle` it if any rank has trouble with it."""
         if self.enabled:
+            self.refuse_closed("settling a save")
             self.wait()
             self._saver.known.meet()
 
@@ -162,12 +165,14 @@ class Checkpointer:
 
     def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
         """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
+        self.refuse_closed(what)
         return self._channel.coordinator_step(what, step)
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Set the mesh of expert parallelism, if it is known only after `build`; call on every rank."""
         self.moe_mesh = moe_mesh
         if self.enabled:
+            self.refuse_closed("setting the mesh of expert parallelism")
             self._saver.spread_experts(moe_mesh)
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -226,6 +231,7 @@ class Checkpointer:
             if restore_from is not None:
                 log.warning("checkpoint.enabled=false: restore_from=%s is ignored", restore_from)
             return None
+        self.refuse_closed("loading a checkpoint")
         refuse_url("restore_from", restore_from)
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
@@ -262,6 +268,7 @@ class Checkpointer:
         """
         pickle = self.config.read.allow_pickle
         if self.enabled:
+            self.refuse_closed("loading the base model")
             return load_base(model, self.config.hub, self._channel, allow_pickle=pickle)
         group = Group.create(self._process_group, self.config.write.timeout_s)
         channel = group.channel("base")
@@ -280,11 +287,15 @@ class Checkpointer:
     def _open_run(self) -> None:
         """Collective, once: become the directory's writer."""
         if not self._opened:
-            self._channel.coordinator_step(
-                "opening the checkpoint directory",
-                lambda: self._directory.open(self._start_step),
-            )
+            self._channel.coordinator_step("opening the checkpoint directory", self._open)
             self._opened = True
+
+    def _open(self) -> None:
+        """Rank 0 only."""
+        self._directory.open(self._start_step)
+        job = active_job()
+        if job is not None and job.on_hold is not None:
+            job.on_hold()
 
     def _settle(self) -> None:
         """Collective, once: clear the way for new steps."""
@@ -392,7 +403,7 @@ class Checkpointer:
         except CheckpointError:
             self.report_failure()  # more helpful than the error that the other ranks are missing from this save
             raise
-        self._ends = is_final
+        self._ends, self._is_last = is_final, is_last
         return pending
 
     def _is_busy(self) -> bool:
@@ -434,6 +445,7 @@ class Checkpointer:
         exported as configured, and warms up memory for the first save. Without it the first save does this work.
         """
         if self.enabled:
+            self.refuse_closed("preparing to save")
             self._saver.prepare(state)
 
     def decide_by(self, key: str) -> None:
@@ -503,7 +515,8 @@ class Checkpointer:
             return
         if self.config.write.raise_failures or (self._ends and not self.pending.is_unknown):
             self.pending.result()
-        log.warning("training continues: %s", self.pending.unseen_error)
+        outlook = "training stops without its last checkpoint" if self._is_last else "training continues"
+        log.warning("%s: %s", outlook, self.pending.unseen_error)
         self.pending.seen()
 
     def close(self) -> None:

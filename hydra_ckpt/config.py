@@ -155,7 +155,8 @@ class CheckpointingConfig:
         enabled: `false`: nothing is written or resumed, no directory is created, and every hook returns at once. A
             `restore_from` other than `auto` then causes a warning.
         checkpoint_dir: Where checkpoints are stored. A relative path is below Hydra's run directory if Hydra runs, else
-            below the working directory. `~` is expanded, and parents are created. Rank 0 decides for all ranks. A URL
+            below the working directory. `~` is expanded, and parents are created; variables such as `$SCRATCH` are
+            refused (write `${oc.env:SCRATCH}`). Rank 0 decides for all ranks. A URL
             (`s3://…`) is refused: object stores are not supported yet.
         model_save_format: `safetensors`, or `torch_save`: PyTorch's own `.distcp` files for model and optimizer.
         model_cache_dir: Where to look for the reference model; null means the Hugging Face hub cache.

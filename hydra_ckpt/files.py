@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ _BLOCK = 512  # bytes that `st_blocks` counts in
 _WRITE_BYTES = 64 << 20
 # Less than this is sooner in the page cache than on its way to a device.
 _DIRECT_BYTES = 256 << 10
+_LOCK_WAIT_S = 20.0
 _MOUNTS = Path("/proc/self/mounts")
 
 
@@ -242,3 +245,22 @@ def write_atomically(files: Files, path: Path, data: bytes, nonce: str) -> None:
     files.write_new(beside, data)
     files.replace(beside, path)
     files.sync_dir(path.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory, where the file system has locks, so that writers of a file there take turns."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # this file system has no locks
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)

@@ -117,6 +117,8 @@ _URL = re.compile(
     rf"\s*([A-Za-z][A-Za-z0-9+.-]*::|({_STORES}):|(.*/)?([A-Za-z][A-Za-z0-9+.-]*://|({_STORES}):/))", re.IGNORECASE
 )
 _INTERPOLATION = re.compile(r"\$\{[^}]*\}")
+# At the beginning of a name: elsewhere a dollar sign is part of it.
+_VARIABLE = re.compile(r"(?:^|/)\s*\$([A-Za-z_]\w*)")
 
 
 def refuse_url(name: str, value: object) -> None:
@@ -143,6 +145,11 @@ def place(name: str, value: object) -> str:
     refuse_url(f"checkpoint.{name}", found)
     if interpolation := _INTERPOLATION.search(found):
         refuse(name, value, f"a path; {interpolation[0]} is resolved only in a configuration that Hydra has composed")
+    variable = _VARIABLE.search(found)
+    literal = Path(found[: variable.end()]) if variable else None
+    if variable and literal and not (literal.is_absolute() and os.path.lexists(literal)):  # one may be called so
+        called = variable[1]
+        refuse(name, value, f"a path; only a shell expands ${called}: write ${{oc.env:{called}}}, which Hydra resolves")
     if "\0" in found or not _is_encodable(found):
         refuse(name, value, "a path that the file system can store, without NUL and lone surrogates")
     return found

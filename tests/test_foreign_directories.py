@@ -176,7 +176,7 @@ def test_a_url_made_a_path_is_refused_too() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["a/b", "/data/run:1/x", "C:/data", "~/runs", "org/model-1.0", "a:b", "run:1/x", "./s3:b/x", "$HOME/x", "a\udcff"],
+    ["a/b", "/data/run:1/x", "C:/data", "~/runs", "org/model-1.0", "a:b", "run:1/x", "./s3:b/x", "a\udcff"],
 )
 def test_a_path_is_none(path: str) -> None:
     assert CheckpointingConfig(checkpoint_dir=path, restore_from=path, model_repo_id=path).checkpoint_dir == path

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -12,7 +18,7 @@ import pytest
 import yaml
 
 from hydra_ckpt.sweeps.record import read_record
-from tests.sweep_app import App
+from tests.sweep_app import REPOSITORY, App
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 SUBMITIT = ["hydra/launcher=submitit_local"]
@@ -170,6 +176,38 @@ def stored(app: App, **options: int) -> list[str]:
     )
 
 
+@contextmanager
+def begun(app: App, *arguments: str, begin: bool = True, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The sweep as a program of its own, once a job has begun to train."""
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "app.py", "-m", "hydra.sweep.dir=sweep", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            while begin and not (app.root / "runs").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_second_launcher_in_the_directory_of_a_sweep_is_refused_and_may_use_another(app: App) -> None:
+    with begun(app, *stored(app, trials=2), "steps=60", STEP_S="1") as first:
+        second = app.sweep_over(*stored(app))
+        assert second.returncode == 1
+        assert f"another program launches jobs in {app.sweep} (host " in second.stderr
+        assert f"process {first.pid})" in second.stderr
+        assert "set another hydra.sweep.dir" in second.stderr
+        assert app.runs == ["0 0"]
+        assert app.run("-m", "hydra.sweep.dir=other", *stored(app, trials=1)).returncode == 0  # the same study
+        assert app.runs == ["0 0"]
+    assert [state for state, *_ in trials_of(app)] == ["RUNNING", "COMPLETE"]
+    assert app.sweep_over(*stored(app, trials=1), "steps=60").returncode == 0  # the first one was killed
+    assert [state for state, *_ in trials_of(app)] == ["COMPLETE", "COMPLETE"]
+
+
 VALUES = "lr=interval(0.01,0.5)"
 
 
@@ -242,6 +280,33 @@ def test_a_killed_trial_runs_again_too(app: App) -> None:
     assert app.sweep_over(*stored(app, trials=1)).returncode == 0
     assert app.runs == ["0 0", "1 0", "1 4"]
     assert trials_of(app)[1] == ("COMPLETE", value, objective(value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_point_of_a_grid_is_evaluated_once_though_the_sweep_was_killed(app: App, jobs: int) -> None:
+    storage = [f"hydra.sweeper.storage=sqlite:///{app.root}/study.db", "hydra.sweeper.study_name=s"]
+    grid = ["hydra/sweeper/sampler=grid", "lr=choice(0.1,0.2,0.3)", "seed=choice(0,1)", *storage]
+    for kill in ("1 3", "3 3", "") if jobs == 1 else ("0 3", "4 3", ""):
+        ended = app.sweep_over(*optuna_over(*grid, trials=6, jobs=jobs), kill=kill)
+        assert ended.returncode == (-signal.SIGKILL if kill else 0), ended.stderr
+    points = {(lr, seed) for lr in (0.1, 0.2, 0.3) for seed in (0, 1)}
+    complete = [trial for trial in study_of(app).trials if trial.state.name == "COMPLETE"]
+    assert {(trial.params["lr"], trial.params["seed"]) for trial in complete} == points
+    first = [run for run in app.runs if run.endswith(" 0")]
+    assert len(first) == len(set(first)) == len(points)  # and no job began twice
+    assert len(app.summary["jobs"]) == len(points)
+
+
+@pytest.mark.slow
+def test_trials_that_never_began_because_the_sweep_was_killed_run_in_the_next_start(app: App) -> None:
+    killed = app.sweep_over(*stored(app, trials=3, jobs=3), kill="0 3")
+    assert killed.returncode == -signal.SIGKILL
+    before = trials_of(app)
+    assert [state for state, *_ in before] == ["RUNNING"] * 3
+    assert app.sweep_over(*stored(app, trials=3, jobs=3)).returncode == 0
+    assert trials_of(app) == [("COMPLETE", value, objective(value)) for _, value, _ in before]
+    assert len(app.summary["jobs"]) == 3
 
 
 @pytest.mark.parametrize("resumable", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["resumable", "plain"])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hydra_ckpt.sweeps.record import RECORD, JobRecord
+from hydra_ckpt.sweeps.record import RECORD, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
 from tests.sweep_app import App
 
@@ -62,6 +66,63 @@ def test_the_best_value_of_a_step_that_was_not_saved_is_in_the_record_also_after
     (job,) = app.summary["jobs"]
     assert job["best_so_far"] == {"metric": "loss", "mode": "max", "value": pytest.approx(0.3 + 1 / 2)}
     assert job["metric"]["value"] <= 0.3 + 1 / 4  # the best of the steps that were saved
+
+
+def test_jobs_in_directories_below_each_other_are_all_in_the_summary(app: App) -> None:
+    values = ["sets", "sets/small", "/mnt/data/corpora/en/web/2024", "sets/.hidden/epoch_1_step_2"]
+    command = ["hydra.sweep.subdir=${hydra.job.override_dirname}", f"+data={','.join(values)}"]
+    done = app.sweep_over(*command)
+    assert done.returncode == 0, done.stderr
+    assert len(app.runs) == len(values)
+    jobs = {f"+data={value}" for value in values}
+    assert {job["job"] for job in app.summary["jobs"]} == jobs
+    assert app.states == ["finished"] * len(values)
+    (app.sweep / SUMMARY).unlink()
+    (app.sweep / "+data=sets/notes/deep/er").mkdir(parents=True)
+    assert {job["job"] for job in _tool("list", app.sweep, "--json")["jobs"]} == jobs
+    assert app.sweep_over(*command).returncode == 0
+    assert app.runs == []
+
+
+def ends_by(app: App, statement: str, *, before_the_end: bool = False) -> None:
+    """Change the application: how its function ends."""
+    program, end = app.root / "app.py", "        ckpt.on_train_end()\n"
+    told = f"        {statement}\n"
+    program.write_text(program.read_text().replace(end, told + end if before_the_end else end + told))
+
+
+@pytest.mark.parametrize("statement", ["sys.exit(0)", pytest.param("return torch.ones(2)", marks=pytest.mark.slow)])
+def test_a_job_that_ends_well_without_a_result_is_done(app: App, statement: str) -> None:
+    ends_by(app, statement)
+    done = app.sweep_over("lr=0.3,0.1")
+    assert (done.returncode, app.runs, app.states) == (0, ["0 0", "1 0"], ["finished"] * 2), done.stderr
+    assert [job["objective"] for job in app.summary["jobs"]] == [None, None]
+    again = app.sweep_over("lr=0.3,0.1")
+    assert (again.returncode, app.runs, app.states) == (0, [], ["finished"] * 2), again.stderr
+    log = (app.sweep / "0" / "app.log").read_text()
+    assert "the job has already finished without a result that could be recorded" in log
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "interrupted"), pytest.param(3, "failed", marks=pytest.mark.slow)], ids=["0", "3"]
+)
+def test_a_job_that_exits_in_the_middle_of_training_runs_again(app: App, code: int, state: str) -> None:
+    ends_by(app, f"sys.exit({code})", before_the_end=True)
+    ended = app.sweep_over("lr=0.3,0.1")
+    assert (ended.returncode, app.runs, app.states) == (code, ["0 0"], [state]), ended.stderr
+    assert app.sweep_over("lr=0.3,0.1").returncode == code
+    assert app.runs == ["0 6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_exit_under_a_parallel_launcher_ends_no_other_job(app: App, code: int) -> None:
+    ends_by(app, f"sys.exit({code}) if cfg.lr == 0.3 else None", before_the_end=code == 3)
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lr=0.3,0.1"]
+    ended = app.sweep_over(*joblib)
+    assert ended.returncode == (1 if code else 0), ended.stderr
+    assert app.states == ["failed" if code else "finished", "finished"]
+    assert ("job 0 ended by sys.exit(3) before it was done" in ended.stderr) is bool(code)
 
 
 @pytest.mark.slow
@@ -154,6 +215,70 @@ def _tool(*arguments: Any) -> Any:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+# -- started where it runs -----------------------------------------------------------------------------------------
+
+# A start waits 30 s for the process that holds the directory; here it waits one.
+IMPATIENT = """
+from hydra_ckpt.store.lease import Times
+defaults = list(Times.__init__.__defaults__)
+defaults[2] = 1.0
+Times.__init__.__defaults__ = tuple(defaults)
+"""
+
+
+@contextmanager
+def running(app: App, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The application as a program of its own, in the middle of training."""
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "STEP_S": "1"}
+    command = [sys.executable, "app.py", *arguments]
+    null = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
+        try:
+            while not (app.root / "runs").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+def _record_of(directory: Path) -> tuple[str, bool, str | None]:
+    found = read_record(directory)
+    assert found is not None
+    return found.state_now(directory), found.ended is not None, found.error
+
+
+def test_a_start_that_is_refused_leaves_the_record_of_the_live_job_alone(app: App) -> None:
+    program = app.root / "app.py"
+    program.write_text(program.read_text().replace("import hydra_ckpt\n", f"import hydra_ckpt\n{IMPATIENT}", 1))
+    command, run = ["hydra.run.dir=run", "steps=90"], app.root / "run"
+    with running(app, *command):
+        refused = app.run(*command)
+        assert refused.returncode == 1
+        assert "is being written by another run" in refused.stderr
+        assert _record_of(run) == ("running", False, None)
+        shutil.copytree(run, app.root / "copy", symlinks=True)
+        assert _record_of(app.root / "copy")[0] == "interrupted"
+        assert _record_of(run)[0] == "running"
+    assert _record_of(run) == ("interrupted", False, None)
+    for name in ("run", "copy"):
+        assert app.run(f"hydra.run.dir={name}", "steps=90").returncode == 0
+        assert _record_of(app.root / name) == ("finished", True, None)
+
+
+@pytest.mark.slow
+def test_a_start_that_is_refused_leaves_no_record_without_resumable_job_either(tmp_path: Path) -> None:
+    app = App(tmp_path / "app", resumable=False)
+    program = app.root / "app.py"
+    program.write_text(program.read_text().replace("import hydra_ckpt\n", f"import hydra_ckpt\n{IMPATIENT}", 1))
+    command = ["-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", "lr=0.3", "steps=90"]
+    with running(app, *command):
+        refused = app.run(*command)
+        assert refused.returncode == 1
+        assert "is being written by another run" in refused.stderr
+        assert app.states == ["running"]
 
 
 # -- many jobs in one process, and other people's sweepers ---------------------------------------------------------

@@ -59,6 +59,9 @@ def _plan(root: Path, dry_run: bool) -> list[str]:
         if whole is None:
             found.append(f"{path.name}: left alone, a newer version wrote it")
             continue
+        if whole and (root / hidden[0]).is_symlink():
+            found.append(f"{path.name}: left alone, a symbolic link has its name")
+            continue
         publish = whole and not (root / hidden[0]).exists()
         found.append(f"{path.name}: {'would be ' if dry_run else ''}{'published' if publish else 'removed'}")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -24,13 +25,40 @@ log = logging.getLogger(__name__)
 _LISTED = 3
 
 
-def gather_everywhere(process_group: dist.ProcessGroup | None, payload: Any) -> list[Any]:
-    """Collective if a process group is up: the payloads of all ranks, by rank. For use before a `Group` exists."""
+# Ranks come to `build()` at different times: one of them may still prepare data, or compile.
+_START_S = 600.0
+
+
+def gather_everywhere(process_group: dist.ProcessGroup | None, payload: Any, limit_s: float) -> list[Any]:
+    """Collective if a process group is up: the payloads of all ranks, by rank. For use before a `Group` exists.
+
+    Raises:
+        CheckpointError: The other ranks did not come within the limit, or `_START_S` if that is longer.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return [payload]
     payloads: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(payloads, payload, group=process_group)
+    _together(process_group, lambda: dist.all_gather_object(payloads, payload, group=process_group), limit_s)
     return payloads
+
+
+def _together(process_group: dist.ProcessGroup | None, call: Callable[[], object], limit_s: float) -> None:
+    """Make a call of the training's own process group, which may wait longer than our limits.
+
+    NCCL's calls are made in this thread, which has chosen the device. Their limit is that of the group's watchdog.
+    """
+    patience_s = max(limit_s, _START_S)
+    try:
+        if dist.get_backend(process_group) == "gloo":
+            bounded(call, patience_s)
+        else:
+            call()
+    except (RuntimeError, TimeoutError) as error:
+        raise CheckpointError(
+            f"the ranks did not meet when the Checkpointer was built ({error}). All ranks of the process group must "
+            "build it, at the same place in the program; one of them has ended, hangs, or waits for the others in "
+            "another collective call"
+        ) from error
 
 
 class Group:
@@ -78,9 +106,9 @@ class Group:
         if dist.get_world_size(process_group) == 1:
             return cls(0, 1, limit_s)
         rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        place, store = _open_store(process_group, rank)
+        place, store = _open_store(process_group, rank, limit_s)
         reached = None if store is not None else _try_to_reach(place, limit_s)
-        own = _meet(process_group, reached)
+        own = _meet(process_group, reached, limit_s)
         if store is None:
             assert isinstance(reached, Reached)  # _meet has raised otherwise
             store = reached.store
@@ -131,7 +159,7 @@ class Group:
             self._courier.close()
 
 
-def _open_store(process_group: dist.ProcessGroup | None, rank: int) -> tuple[Place, TCPStore | None]:
+def _open_store(process_group: dist.ProcessGroup | None, rank: int, limit_s: float) -> tuple[Place, TCPStore | None]:
     """Collective: rank 0 creates the store; all ranks get its place."""
     store: TCPStore | None = None
     note: list[Any] = [None]
@@ -142,7 +170,7 @@ def _open_store(process_group: dist.ProcessGroup | None, rank: int) -> tuple[Pla
         store.set(place.incarnation, "1")
         note = [asdict(place)]
     first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
-    dist.broadcast_object_list(note, src=first, group=process_group)
+    _together(process_group, lambda: dist.broadcast_object_list(note, src=first, group=process_group), limit_s)
     return Place(**note[0]), store
 
 
@@ -154,12 +182,13 @@ def _try_to_reach(place: Place, limit_s: float) -> Reached | str:
         return str(error)
 
 
-def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None) -> str:
+def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None, limit_s: float) -> str:
     """Collective: check that every rank has reached rank 0.
 
     Args:
         process_group: The ranks.
         reached: How this rank has reached rank 0, or why not; None on rank 0.
+        limit_s: The longest wait for the other ranks, in seconds.
 
     Returns:
         The address at which the other ranks reach this one.
@@ -170,7 +199,7 @@ def _meet(process_group: dist.ProcessGroup | None, reached: Reached | str | None
     network = network_of_this_process()
     way = [reached.address, reached.own] if isinstance(reached, Reached) else None
     failure = reached if isinstance(reached, str) else None
-    notes = gather_everywhere(process_group, [socket.gethostname(), network, failure, way])
+    notes = gather_everywhere(process_group, [socket.gethostname(), network, failure, way], limit_s)
     failed = [f"rank {rank} on {note[0]}: {note[2]}" for rank, note in enumerate(notes) if note[2]]
     if failed:
         raise CheckpointError(

@@ -50,11 +50,14 @@ class SweepHook(Callback):
         from hydra_ckpt.sweeps.stopping import begin_sweep
 
         sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+        is_first, is_judged = os.environ.get("RANK", "0") == "0", goes_by_results(config.hydra)
+        if is_first and is_judged:
+            _hold(sweep_dir)
         begin_sweep(sweep_dir)
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first:
             return
-        if goes_by_results(config.hydra):
-            give_back(config.hydra.sweeper, sweep_dir)
+        if is_judged:
+            give_back(config.hydra, sweep_dir)
             keep_directories(config, sweep_dir)
         if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
             _hand_signals_on(config, sweep_dir)
@@ -68,6 +71,17 @@ class SweepHook(Callback):
 
         if isinstance(ended, JobStopped) and LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE:
             job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
+
+
+def _hold(sweep_dir: Path) -> None:
+    """Become the sweep's only launcher, or end the program: Hydra turns the exceptions of callbacks into warnings."""
+    from hydra_ckpt.errors import CheckpointExistsError
+    from hydra_ckpt.launchers.holding import hold_sweep
+
+    try:
+        hold_sweep(sweep_dir)
+    except CheckpointExistsError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:

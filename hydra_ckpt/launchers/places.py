@@ -39,7 +39,7 @@ def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
     raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     if raw["subdir"] != _BY_NUMBER:
         return
-    taken = [int(path.name) for path in job_directories(sweep_dir) if path.name.isdecimal()]
+    taken = [int(path.name) for path in job_directories(sweep_dir) if _is_numbered(path, sweep_dir)]
     if not taken:
         return
     first = max(taken) + 1
@@ -71,13 +71,17 @@ def directory_of(first: int, config: DictConfig) -> str:
     sweep_dir = Path(hydra.sweep.dir)
     mine = values_of(map(str, hydra.overrides.task))
     same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
-    found = sorted(str(path.relative_to(sweep_dir)) for path in same if _existed(path, first))
+    found = sorted(str(path.relative_to(sweep_dir)) for path in same if _existed(path, sweep_dir, first))
     if not found:
         return str(first + number)
     # Several jobs may have the same values.
     return str(number) if str(number) in found else found[number % len(found)]
 
 
-def _existed(path: Path, first: int) -> bool:
+def _existed(path: Path, sweep_dir: Path, first: int) -> bool:
     """Whether a directory is from an earlier start."""
-    return not (path.name.isdecimal() and int(path.name) >= first)
+    return not (_is_numbered(path, sweep_dir) and int(path.name) >= first)
+
+
+def _is_numbered(path: Path, sweep_dir: Path) -> bool:
+    return path.parent == sweep_dir and path.name.isdecimal()

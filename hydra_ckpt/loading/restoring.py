@@ -34,6 +34,7 @@ from hydra_ckpt.store.readers import reading
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
+_SHOWN = 100  # characters of a selector in an error
 _FRESH = {"none", "null", "no", "false", "off"}
 _SELECTORS = {"auto", "latest", "best"}
 
@@ -90,7 +91,7 @@ class Restorer:
         word = (given or "none").strip().lower()
         if word in _FRESH:
             return None
-        return word if word in _SELECTORS else given
+        return word if word in _SELECTORS else os.path.expanduser(str(given))  # noqa: PTH111 - an unknown user may stay
 
     def restore(
         self,
@@ -165,7 +166,7 @@ class Restorer:
     def _select(self, selector: str) -> dict[str, Any]:
         """Coordinator only: see `Directory.choose`; a path may also lead to a checkpoint of another tool."""
         for path in (self._directory.root / selector, Path.cwd() / selector):
-            if is_foreign(path):
+            if _can_exist(path, selector) and is_foreign(path):
                 return {"path": str(path.resolve()), "passed_over": {}}
         return self._directory.choose(selector, self.passed_over)
 
@@ -224,6 +225,26 @@ class Restorer:
             said = "; ".join(f"{claim}: {', '.join(found)}" for claim in claims if (found := getattr(report, claim)))
             log.info("loaded %s (step %d); %s", report.path, report.step, said)
         return replace(report, passed_over=dict(self.passed_over))
+
+
+def _can_exist(path: Path, selector: str) -> bool:
+    """Whether the system can be asked for a path.
+
+    Raises:
+        CheckpointNotFoundError: It cannot: the path is too long, or lies where this user may not look.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        shown = selector if len(selector) < _SHOWN else f"{selector[:_SHOWN]}... ({len(selector)} characters)"
+        raise CheckpointNotFoundError(
+            f"restore_from={shown}: there can be no such directory here ({why}); name a checkpoint, a path, or auto, "
+            "latest, best, none"
+        ) from error
+    return True
 
 
 def _undefined(error: CorruptCheckpointError) -> CorruptCheckpointError:

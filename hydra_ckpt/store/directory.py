@@ -73,7 +73,7 @@ class Directory:
         self._keep = keep
         self._policies = policies(keep.retention, keep.max_recent)
         self.times = times or Times()
-        self._owner = Owner.here(run or "")
+        self._owner = Owner.here(run or "", root)
         self._lease = Lease(files, root, self._owner, self.times, may_wait=may_wait)
         self._held = FencedFiles(files, self.fence)
         self._hidden: set[str] = set()  # names of hidden directories that were there when this run took over

@@ -10,6 +10,7 @@ A draft with a complete manifest is complete: any run that finds it may publish 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def create_draft(files: Files, root: Path, name: str) -> Draft:
     Raises:
         CheckpointExistsError: A checkpoint of this name is already published.
     """
-    if (root / name).exists():
+    if os.path.lexists(root / name):
         raise CheckpointExistsError(
             f"{root / name} already exists and is not overwritten. Save under another step, or move that directory "
             f"away first"

@@ -8,6 +8,7 @@ is dead. If the holder is alive, the run is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -22,6 +23,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.leftovers import sweep_prepared
 from hydra_ckpt.store.owner import Owner, Record, look, opened, read_open, read_owner
+from hydra_ckpt.store.relocated import belongs_to_same_job, is_copy, looks_like_copy
 
 __all__ = ["Lease", "Times", "is_held"]
 
@@ -66,6 +68,7 @@ class Lease:
         self._owner = owner
         self._times = times
         self._may_wait = may_wait
+        self._directory: int | None = None  # a descriptor of the directory, while the lease is held
         self._confirmed = float("-inf")  # when this run last saw that it holds the lease
         self._lock = threading.Lock()
 
@@ -81,6 +84,7 @@ class Lease:
             CheckpointExistsError: Another live run writes to it, or it belongs to another job of a sweep.
         """
         previous = None
+        self._let_go()
         _RELEASED.discard(self._owner.incarnation)  # a start that failed has released it, and is tried again
         while True:
             record = look(self._path)
@@ -90,6 +94,7 @@ class Lease:
             free = record if previous is None else self._await_end(previous, record)
             if free is not None and not self._claim(free):
                 self._await_claimant(self._claim_path(free))
+        self._directory = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._confirmed = time.monotonic()
         return previous
 
@@ -135,7 +140,9 @@ class Lease:
         if other.released or other.incarnation in _RELEASED:
             return True
         lives = other.lives()
-        return lives is False or self._owner.is_requeued(other) or (lives is None and self._owner.is_restarted(other))
+        if lives:
+            return self._owner.is_requeued(other) or is_copy(self._files, self._root, other)
+        return lives is False or self._owner.is_requeued(other) or self._owner.is_restarted(other)
 
     def _is_former(self, other: Owner) -> bool:
         """Whether a holder is another process of this same run, which may be about to end."""
@@ -217,23 +224,31 @@ class Lease:
             )
 
     def _refuse_other_job(self, other: Owner) -> None:
-        if other.run and self._owner.run and other.run != self._owner.run:
+        if not belongs_to_same_job(self._owner, other):
             raise CheckpointExistsError(
                 f"{self._root} belongs to the sweep job {other.run}; this is {self._owner.run}. Give each job its own "
-                "directory, for example by a relative checkpoint.checkpoint_dir"
+                "directory, for example by a relative checkpoint.checkpoint_dir; or, if the directory was copied or "
+                f"moved here for this job, remove {self._path}"
             )
 
     def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
         age = max(time.time() - record.beat / 1e9, 0.0)
         return CheckpointExistsError(
             f"{self._root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
-            f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir"
+            f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir{self._if_relocated(other)}"
         )
+
+    def _if_relocated(self, other: Owner) -> str:
+        """What to do if the record may be a copy, as far as this process knows."""
+        if other.root in ("", str(self._root)):
+            return ""
+        return f". That run writes to {other.root}: if {self._root} is a copy of it, remove {self._path}"
 
     def _unproved(self, other: Owner) -> CheckpointExistsError:
         return CheckpointExistsError(
             f"{self._root} may still be written by another run: host {other.host}, process {other.pid}; this process "
             f"cannot tell whether it is alive. If you know that it has ended, remove {self._path}"
+            f"{self._if_relocated(other)}"
         )
 
     # -- holding ---------------------------------------------------------------------------------------------------
@@ -246,6 +261,12 @@ class Lease:
         """
         self._refuse_fork()
         with self._lock:
+            if self._is_replaced():
+                raise CheckpointError(
+                    f"{self._root} is not the directory that this run began in: that one was renamed or removed, and "
+                    "another one has its path. Nothing is written here; move the former one back, or start the run "
+                    "again"
+                )
             record = look(self._path)
             if record.owner is None and self._has_held_lately():
                 self._claim(record)
@@ -260,6 +281,15 @@ class Lease:
             f"{self._root} is no longer held by this run but by {holder}; this process was presumed dead and must not "
             "publish"
         )
+
+    def _is_replaced(self) -> bool:
+        """Whether another directory has the path now. The open one keeps its identity also where inodes are made up."""
+        try:
+            return self._directory is not None and not os.path.samestat(os.fstat(self._directory), self._root.stat())
+        except FileNotFoundError:
+            return False  # it is gone, which is told apart
+        except OSError as error:
+            return error.errno == errno.ESTALE
 
     def _has_held_lately(self) -> bool:
         """Whether the lease was confirmed so recently that no other run can have presumed this one dead."""
@@ -289,7 +319,7 @@ class Lease:
         _RELEASED.add(self._owner.incarnation)
         prepared = self._path.with_name(f".{names.OWNER}.{self._owner.incarnation}")
         try:
-            if not self._holds(look(self._path)):
+            if self._is_replaced() or not self._holds(look(self._path)):
                 return
             self._files.unlink(prepared)
             self._files.write_new(prepared, replace(self._owner, released=True).to_bytes())
@@ -300,6 +330,13 @@ class Lease:
                 self._files.unlink(prepared)
         except OSError:
             return  # it becomes free when this process ends
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._directory is not None:
+            os.close(self._directory)
+        self._directory = None
 
 
 def is_held(root: Path) -> bool:
@@ -309,4 +346,4 @@ def is_held(root: Path) -> bool:
         return False
     owner, age = found
     lives = owner.lives()
-    return abs(age) < Times().stale_s if lives is None else lives
+    return abs(age) < Times().stale_s if lives is None else lives and not looks_like_copy(root, owner)

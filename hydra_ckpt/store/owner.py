@@ -51,6 +51,7 @@ class Owner:
         ticks: When the process started, in clock ticks since boot.
         restarts: How often the job was restarted, by the name and ID of its launcher.
         launch: A digest of what stays the same when the run is restarted.
+        root: The directory that this record is for, absolute, as its process sees it. In a copy it is another one.
     """
 
     incarnation: str
@@ -65,10 +66,11 @@ class Owner:
     ticks: int = 0
     restarts: Mapping[str, int] = field(default_factory=dict)
     launch: str = ""
+    root: str = ""
 
     @classmethod
-    def here(cls, run: str = "") -> Owner:
-        """The record of this process."""
+    def here(cls, run: str = "", root: Path | None = None) -> Owner:
+        """The record of this process, for a directory."""
         process = _stat(os.getpid())
         return cls(
             names.nonce(),
@@ -82,6 +84,7 @@ class Owner:
             ticks=int(process[_START_TICKS]) if process is not None else 0,
             restarts=restarts_of_this_process(),
             launch=launch_of_this_process(),
+            root=str(root.absolute()) if root is not None else "",
         )
 
     @classmethod
@@ -96,7 +99,7 @@ class Owner:
         return owner if owner._makes_sense() else None
 
     def _makes_sense(self) -> bool:
-        texts = (self.incarnation, self.host, self.job, self.run, self.boot, self.namespace, self.launch)
+        texts = (self.incarnation, self.host, self.job, self.run, self.boot, self.namespace, self.launch, self.root)
         numbers = (self.pid, self.ticks)
         return (
             all(isinstance(text, str) for text in texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -92,8 +93,8 @@ def _put_back(files: Files, path: Path, name: str) -> bool:
         if unanswered := isinstance(error.__cause__, OSError):  # it may be whole, and readable the next time
             log.warning("a retired checkpoint is left alone: %s", error)
         return unanswered
-    if not names.is_checkpoint_name(name) or target.exists():
-        return False
+    if not names.is_checkpoint_name(name) or os.path.lexists(target):
+        return target.is_symlink()  # it leads to what was moved, perhaps to a disk that is not mounted now
     try:
         files.rename(path, target)
         files.sync_dir(path.parent)
@@ -120,7 +121,9 @@ def _finish_or_sweep(files: Files, path: Path, name: str, not_beyond: int | None
             _sweep(files, path)
         return
     wanted = not_beyond is None or draft.step <= not_beyond
-    if wanted and names.is_checkpoint_name(name) and not (path.parent / name).exists():
+    if wanted and (path.parent / name).is_symlink():
+        log.warning("%s is complete, but a symbolic link has its name; it is left alone", path)
+    elif wanted and names.is_checkpoint_name(name) and not (path.parent / name).exists():
         publish_draft(files, Draft(path, name, ""))
         log.info("%s was complete when its run ended; it is published now", path.parent / name)
     else:

@@ -23,7 +23,9 @@ class ActiveJob:
 
     Attributes:
         checkpoint_dir: Where its checkpoints are.
+        on_hold: Called by the rank that takes the lease of the checkpoints, once it has it.
         best: The best value so far of the metric that decides; only rank 0 knows it.
+        trains: Whether training has begun and not come to its end, as far as a callback knows.
         stopped: Whether it was asked to stop before its end.
         exit_code: The program's exit code if the job stopped to be continued later; otherwise None.
         reason: Why it was asked to stop, for people.
@@ -33,7 +35,9 @@ class ActiveJob:
     """
 
     checkpoint_dir: Path | None = None
+    on_hold: Callable[[], None] | None = None
     best: BestSoFar | None = None
+    trains: bool = False
     stopped: bool = False
     exit_code: int | None = None
     reason: str = ""

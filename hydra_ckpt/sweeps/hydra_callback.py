@@ -13,8 +13,10 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from rich.console import Console
 
+from hydra_ckpt.store.lease import is_held
+from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.sweeps.record import FAILED, JobRecord, read_record
-from hydra_ckpt.sweeps.summary import SUMMARY, summarize, write_summary
+from hydra_ckpt.sweeps.summary import SUMMARY, checkpoints_of, summarize, write_summary
 from hydra_ckpt.sweeps.table import summary_table
 
 if TYPE_CHECKING:
@@ -47,9 +49,9 @@ class SummaryCallback(Callback):
             return
         directory = Path(config.hydra.runtime.output_dir)
         record = read_record(directory)
-        if record is None or record.config is None:
+        if (record is None or record.config is None) and not _is_anothers(checkpoints_of(record, directory)):
             _record(config, job_return).write(directory)
-        write_summary(_sweep_dir(config))
+        write_summary(_sweep_dir(config), directory)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Called when the sweep has ended."""
@@ -74,6 +76,12 @@ def _is_first_rank() -> bool:
 
 def _sweep_dir(config: DictConfig) -> Path:
     return Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
+
+
+def _is_anothers(root: Path) -> bool:
+    """Whether another live process writes to a directory of checkpoints: this job was refused there."""
+    found = read_owner(root)
+    return found is not None and found[0].pid != os.getpid() and is_held(root)
 
 
 def _record(config: DictConfig, job_return: JobReturn) -> JobRecord:

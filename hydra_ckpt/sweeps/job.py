@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -18,9 +17,9 @@ from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
+from hydra_ckpt.sweeps.keeping import RecordKeeper
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
 from hydra_ckpt.sweeps.stopping import Halt, JobStopped, ends_in_exception, halt, halted
-from hydra_ckpt.sweeps.summary import write_summary
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,8 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
 
     Started again in the same run directory (the same `hydra.sweep.dir`, or the same `hydra.run.dir`):
 
-    - a job that has finished with this configuration is not rerun; its recorded result is returned;
+    - a job that has finished with this configuration is not rerun; its recorded result is returned, or None if it ended
+      by `sys.exit(0)` or returned what is not plain data;
     - any other job runs, and its callback resumes from its newest checkpoint.
 
     A job stopped by a signal or the time limit ends the program, including the rest of a sweep, with the callback's
@@ -85,7 +85,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if "objective" in decision:
                 log.info("%s", decision["why"])
                 return _result(run, decision["objective"])
-            return _run(run, JobRecord.begin(run.overrides, config), lambda: task(cfg, *args, **kwargs))
+            return _run(run, JobRecord.begin(run.overrides, config, run.output_dir), lambda: task(cfg, *args, **kwargs))
 
         return job  # type: ignore[return-value]
 
@@ -109,14 +109,16 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     record = read_record(run.output_dir)
     if order is not None:
         if record is None:
-            _write(run, JobRecord.begin(run.overrides, config).end(WAITING))
+            waiting = JobRecord.begin(run.overrides, config, run.output_dir).end(WAITING)
+            RecordKeeper(run, waiting).begin()
         return {"stop": f"job {run.name} waits; no more jobs start: {order.why}", "exit_code": order.exit_code}
     if record is None or record.config is None or record.state == WAITING:
         return {}
     unlike = differences(record.config, config)
-    if not unlike and record.state == FINISHED and record.has_objective:
-        where = run.output_dir / RECORD
-        return {"objective": record.objective, "why": f"the job has already finished; to rerun it, remove {where}"}
+    if not unlike and record.state == FINISHED:
+        known = "" if record.has_objective else " without a result that could be recorded"
+        why = f"the job has already finished{known}; to rerun it, remove {run.output_dir / RECORD}"
+        return {"objective": record.objective, "why": why}
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
         return {}
@@ -138,22 +140,37 @@ def _order(run: HydraRun) -> Halt | None:
 
 
 def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
+    keeper = RecordKeeper(run, record)
     with activated() as active:
-        _write(run, record)
+        active.on_hold = keeper.hold
+        keeper.begin()
         value = None
         try:
             value = task()
         except BaseException as error:
-            _write(run, _with_checkpoints(run, _ended_by(record, error, active), active))
-            # A stopped job that calls sys.exit() must not end other jobs running beside it.
-            if not (ends_in_exception(run) and active.stopped and isinstance(error, SystemExit)):
+            keeper.end(_ended_by(record, error, active), active)
+            if not (isinstance(error, SystemExit) and _survives_exit(run, error, active)):
                 raise
         else:
             ended = _ended_stopped(record, active) if active.stopped else record.returned(value)
-            _write(run, _with_checkpoints(run, ended, active))
+            keeper.end(ended, active)
         if active.stopped:
             _end_stopped(run, active)
         return _result(run, value)
+
+
+def _survives_exit(run: HydraRun, error: SystemExit, active: ActiveJob) -> bool:
+    """Whether a job's `sys.exit()` only ends the job, and not the program, with other jobs beside or after it.
+
+    Raises:
+        RuntimeError: The job has failed, and must not end others that run beside it.
+    """
+    if active.stopped:
+        return ends_in_exception(run)
+    is_done = not error.code and not active.trains
+    if not is_done and run.launcher is not LauncherKind.ONE_BY_ONE:
+        raise RuntimeError(f"job {run.name} ended by sys.exit({error.code!r}) before it was done") from error
+    return is_done and run.sweep_dir is not None
 
 
 def _result(run: HydraRun, value: Any) -> Any:
@@ -225,28 +242,11 @@ def _ended_by(record: JobRecord, error: BaseException, active: ActiveJob) -> Job
     if isinstance(error, SystemExit):
         if active.stopped:
             return _ended_stopped(record, active)
-        return record.end(FAILED, error=f"exit code {error.code}") if error.code else record.end(FINISHED)
+        if error.code:
+            return record.end(FAILED, error=f"exit code {error.code}")
+        if active.trains:  # some programs exit so when a signal comes
+            return record.end(INTERRUPTED, error="sys.exit(0) before on_train_end()")
+        return record.end(FINISHED)
     if isinstance(error, Exception):
         return record.end(FAILED, error=f"{type(error).__name__}: {error}")
     return record.end(INTERRUPTED, error=type(error).__name__)
-
-
-def _with_checkpoints(run: HydraRun, record: JobRecord, active: ActiveJob) -> JobRecord:
-    place = active.checkpoint_dir
-    record = replace(record, best_so_far=None if active.best is None else active.best.as_data())
-    if place is None:
-        return record
-    inside = place.is_relative_to(run.output_dir)
-    return record.at(str(place.relative_to(run.output_dir) if inside else place))
-
-
-def _write(run: HydraRun, record: JobRecord) -> None:
-    """First rank only. A job runs even if its record cannot be written."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    try:
-        record.write(run.output_dir)
-        if run.sweep_dir is not None:
-            write_summary(run.sweep_dir)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the record, the job is worth more
-        log.warning("the job's state could not be recorded: %s", error)

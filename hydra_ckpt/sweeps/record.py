@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +15,8 @@ from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.small_files import read_small_file
+
+log = logging.getLogger(__name__)
 
 RECORD = "hydra_ckpt_job.json"
 _MAX_BYTES = 64 << 20
@@ -58,19 +61,21 @@ class JobRecord:
     best_so_far: dict[str, Any] | None = None
 
     @classmethod
-    def begin(cls, overrides: tuple[str, ...], config: Any) -> JobRecord:
-        """The record of a job that starts in this process."""
-        return cls(RUNNING, overrides, config, asdict(Owner.here()), time.time())
+    def begin(cls, overrides: tuple[str, ...], config: Any, directory: Path | None = None) -> JobRecord:
+        """The record of a job that starts in this process, in a run directory."""
+        return cls(RUNNING, overrides, config, asdict(Owner.here(root=directory)), time.time())
 
     def end(self, state: str, **known: Any) -> JobRecord:
         """The record with the job ended."""
         return replace(self, state=state, ended=time.time(), **known)
 
     def returned(self, value: Any) -> JobRecord:
-        """The record with the job finished and its result."""
+        """The record with the job finished and its result; without it if that cannot be recorded."""
         try:
             plain = plain_objective(value)
-        except (TypeError, ValueError):
+            json.dumps(_written(plain))
+        except Exception as error:  # noqa: BLE001 - objects of other libraries, and what their conversions raise
+            log.warning("the job's result, a %s, cannot be recorded: %s", type(value).__name__, error)
             return self.end(FINISHED)
         return self.end(FINISHED, objective=plain, has_objective=True)
 
@@ -78,12 +83,22 @@ class JobRecord:
         """The record with the directory of the job's checkpoints."""
         return replace(self, checkpoint_dir=checkpoint_dir)
 
-    def state_now(self) -> str:
-        """The current state; a job whose process ended while it was running is interrupted."""
+    @property
+    def incarnation(self) -> str:
+        """The random text of the start that wrote it."""
+        return str(self.owner.get("incarnation"))
+
+    def state_now(self, directory: Path | None = None) -> str:
+        """The current state; a job whose process ended while it was running is interrupted.
+
+        Args:
+            directory: The run directory that the record was read from. If it is a copy, the job runs elsewhere.
+        """
         owner = Owner.from_data(self.owner)
-        if self.state == RUNNING and not (owner is not None and owner.lives()):
-            return INTERRUPTED
-        return self.state
+        if self.state != RUNNING:
+            return self.state
+        lives = owner is not None and owner.lives() and not (directory and _is_copy(owner, directory))
+        return RUNNING if lives else INTERRUPTED
 
     def write(self, directory: Path) -> None:
         """Write the record atomically.
@@ -93,6 +108,14 @@ class JobRecord:
         """
         data = {**asdict(self), "objective": _written(self.objective)}
         write_atomically(Files(), directory / RECORD, (json.dumps(data) + "\n").encode(), names.nonce())
+
+
+def _is_copy(owner: Owner, directory: Path) -> bool:
+    """Whether the directory that a record was written for exists elsewhere; a guess, like the state itself."""
+    try:
+        return Path(owner.root).is_absolute() and not Path(owner.root).samefile(directory)
+    except (OSError, ValueError):  # it was moved; a NUL in the path is a ValueError
+        return False
 
 
 _FIELDS = frozenset(item.name for item in fields(JobRecord))

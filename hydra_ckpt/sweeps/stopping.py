@@ -101,8 +101,8 @@ def _failed_jobs(sweep_dir: Path) -> list[str]:
     for directory in job_directories(sweep_dir):
         record = read_record(directory)
         if record is not None and record.state == FAILED and (record.ended or 0.0) >= began:
-            found.append(directory.name)
-            log.error("job %s failed: %s", directory.name, printable(str(record.error)))
+            found.append(str(directory.relative_to(sweep_dir)))
+            log.error("job %s failed: %s", found[-1], printable(str(record.error)))
     return found
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra_ckpt import metrics as metric
 from hydra_ckpt.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
-from hydra_ckpt.files import Files, write_atomically
+from hydra_ckpt.files import Files, locked, write_atomically
 from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_yaml
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -32,8 +28,9 @@ SUMMARY = "checkpoints_summary.json"
 VERSION = 1
 _DEFAULT_DIRECTORY = "checkpoints"
 _HYDRA = ".hydra"
+# How deep jobs are looked for; deeper where a job has left this file.
 _DEPTH = 4
-_LOCK_WAIT_S = 20.0
+_MARK = ".hydra_ckpt_jobs_below"
 
 
 def is_sweep(directory: Path) -> bool:
@@ -70,8 +67,12 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
     return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
-def write_summary(sweep_dir: Path) -> dict[str, Any]:
+def write_summary(sweep_dir: Path, job: Path | None = None) -> dict[str, Any]:
     """Write the summary, and point BEST to the best checkpoint of all jobs; each is replaced atomically.
+
+    Args:
+        sweep_dir: The sweep's directory, absolute.
+        job: The directory of the job that causes this, absolute.
 
     Returns:
         The summary.
@@ -79,7 +80,9 @@ def write_summary(sweep_dir: Path) -> dict[str, Any]:
     Raises:
         OSError: It cannot be written.
     """
-    with _locked(sweep_dir):
+    if job is not None:
+        mark(sweep_dir, job)
+    with locked(sweep_dir):
         summary = summarize(sweep_dir)
         text = json.dumps(finite(summary), indent=1, ensure_ascii=False) + "\n"
         # A lone surrogate, as from a file name that is not UTF-8, becomes the escape that JSON has for it.
@@ -98,38 +101,45 @@ def finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Allow one writer at a time, so that an older summary does not replace a newer one."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    try:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break  # this file system has no locks
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """Run directories of jobs below a sweep's directory."""
+    """Run directories of jobs below a sweep's directory, at any depth if our jobs recorded that (`mark`)."""
     try:
         below = sorted(path for path in directory.iterdir() if not path.is_symlink() and path.is_dir())
     except OSError:
         return
     for path in below:
-        if path.name.startswith(".") or names.is_checkpoint_name(path.name):
-            continue
-        if (path / RECORD).exists() or (path / _HYDRA).is_dir():
+        is_job, is_marked = _is_job(path), os.path.lexists(path / _MARK)
+        if is_job:
             yield path
-        elif depth > 1:
+        if is_marked or (depth > 1 and not is_job and not _is_other(path)):
             yield from job_directories(path, depth - 1)
+
+
+def _is_job(path: Path) -> bool:
+    return os.path.lexists(path / RECORD) or (not _is_other(path) and (path / _HYDRA).is_dir())
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a directory's name says that it is no job's, unless our record lies in it."""
+    return path.name.startswith(".") or names.is_checkpoint_name(path.name)
+
+
+def mark(sweep_dir: Path, job: Path) -> None:
+    """Record in every directory between a sweep's and a job's that there is a job below it.
+
+    Only jobs whose directories are named by values with slashes have such directories. Any of these may itself be
+    another job's.
+
+    Args:
+        sweep_dir: The sweep's directory.
+        job: The job's directory. One that is not below the sweep's is not in the summary.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if sweep_dir in job.parents:
+        for between in job.parents[: job.parents.index(sweep_dir)]:
+            (between / _MARK).touch()
 
 
 def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
@@ -140,12 +150,12 @@ def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
 
 def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
     record = read_record(path)
-    root = path / ((record.checkpoint_dir if record else None) or _DEFAULT_DIRECTORY)
+    root = checkpoints_of(record, path)
     found = _Found(sweep_dir, root)
     return {
         "job": str(path.relative_to(sweep_dir)),
         "overrides": list(record.overrides) if record else overrides_of(path),
-        "state": _state(record, root),
+        "state": state_of(record, path),
         "objective": record.objective if record else None,
         "error": record.error if record else None,
         "started": record.started if record else None,
@@ -199,10 +209,27 @@ def _opened(root: Path, name: str | None) -> Checkpoint | None:
         return None
 
 
-def _state(record: JobRecord | None, root: Path) -> str:
+def checkpoints_of(record: JobRecord | None, path: Path) -> Path:
+    """The directory of a job's checkpoints; where it would be by default, if it is not recorded.
+
+    Args:
+        record: The job's record, if it has one.
+        path: The job's directory.
+    """
+    return path / ((record.checkpoint_dir if record else None) or _DEFAULT_DIRECTORY)
+
+
+def state_of(record: JobRecord | None, path: Path) -> str:
+    """A job's current state.
+
+    Args:
+        record: The job's record, if it has one.
+        path: The job's directory.
+    """
+    root = checkpoints_of(record, path)
     if record is None:
         return RUNNING if is_held(root) else "unknown"
-    state = record.state_now()
+    state = record.state_now(path)
     # A process on another host cannot be checked, but its heartbeat in the directory can.
     return RUNNING if state == INTERRUPTED and record.ended is None and is_held(root) else state
 
