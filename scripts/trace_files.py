@@ -164,7 +164,8 @@ def traces(directory: Path, *, is_async: bool, times: int) -> dict[str, Trace]:
         with config.build(dp_rank=0, tp_rank=0, pp_rank=0) as checkpointer:
             with recorder.recording() as found["load"]:
                 report = checkpointer.load(state)
-            assert report is not None and report.step == times and "extras.ema" in report.exact, report
+            assert report is not None
+            assert "extras.ema" in report.exact
     threading.setprofile(None)
     return found
 
