@@ -36,3 +36,16 @@ def test_the_files_to_touch_exist() -> None:
     for path in paths:
         if not re.search(r"NAME|VERB|/integrations/", path):
             assert (REPOSITORY / path).exists(), path
+
+
+def test_the_glossary_s_types_exist_and_no_term_is_there_twice() -> None:
+    glossary = (REPOSITORY / "docs/concepts.md").read_text().split("## Terms")[1].split("\n## ")[0]
+    classes = {
+        name for path in PACKAGE.rglob("*.py") for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
+    }
+    types = set(re.findall(r"\(`(\w+)`\)", glossary))
+    assert len(types) > 5
+    assert types <= classes
+    terms = [term for row in re.findall(r"^\| (.*?) \|", glossary, re.MULTILINE) for term in row.split(", ")]
+    terms = [term for term in terms if term != "term" and not set(term) <= {"-"}]
+    assert len(terms) == len(set(terms)) > 50
