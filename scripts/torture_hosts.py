@@ -140,7 +140,7 @@ def live(life: Life) -> None:
         say(end="done")
     except CheckpointError as error:
         say(end=f"{type(error).__name__}: {error}"[:300])
-    except BaseException as error:  # noqa: BLE001 - a fork must not go on as its parent
+    except BaseException as error:  # noqa: BLE001 - a fork must not continue as its parent
         say(end=f"BUG {type(error).__name__}: {error}"[:300])
     os._exit(0)
 

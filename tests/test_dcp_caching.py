@@ -228,7 +228,7 @@ def test_cached_plans_serve_saves_in_the_background(tmp_path: Path) -> None:
 
 
 class Gate(Files):
-    """Holds a save up until it is told to go on."""
+    """Holds a save up until it is released."""
 
     def __init__(self) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()

@@ -1,7 +1,7 @@
 """The documentation is true: its examples run, its links lead somewhere, its tables are those of the code.
 
 How blocks are marked: ```python and ```bash are executed, in order, in one scratch directory for each document, the
-Python ones in one session; a block that names a file, in a comment in its first line or behind its language, is written
+Python ones in one session; a block that names a file, in a comment in its first line or after its language, is written
 to that file instead; ```sh is for commands that need minutes, a network or an environment of their own, and is only
 shown.
 """

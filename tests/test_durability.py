@@ -95,7 +95,7 @@ def recorded(root: Path, save: Callable[[Checkpointer, AppState], None], **optio
 
 def check_publishing(operations: list[Operation], root: Path, target: Path) -> None:
     """At the rename everything below is on the device; before a pointer leads to it, so is its name."""
-    device, published = Device(), False
+    device, published, finished, pointers = Device(), False, False, {root / "LATEST", root / "BEST"}
     for operation in operations:
         if operation.kind == "rename" and operation.args[0] == target:
             assert device.lost_below(operation.path) == [], "published before it was flushed"
@@ -103,10 +103,14 @@ def check_publishing(operations: list[Operation], root: Path, target: Path) -> N
         if operation.kind == "replace" and operation.args[0] == root / "LATEST":
             assert published
             assert target not in device.entries, "LATEST is moved before the checkpoint's name was flushed"
+        if operation.kind == "unlink" and operation.path == target / names.TOKEN:  # it says that pointers may be old
+            assert not pointers & device.entries, "the token is removed before the pointers were flushed"
+            finished = True
         device.apply(operation)
     assert published
+    assert finished
     assert device.lost_below(target) == []
-    assert not {target, root / "LATEST", root / "BEST"} & device.entries
+    assert not {target, *pointers} & device.entries
 
 
 @pytest.mark.parametrize("mode", ["always", "never"])

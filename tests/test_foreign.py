@@ -226,7 +226,7 @@ def test_accelerates_directory_is_gone_on_from(tmp_path: Path, readers: int) -> 
     saved = run_distributed(_save_as_accelerate, 2, path)
     for rank, (found, report) in enumerate(run_distributed(_load_from_accelerate, readers, tmp_path / "ours", path)):
         wanted = dict(saved[rank])
-        if readers != 2:  # random numbers are derived anew
+        if readers != 2:  # random numbers are derived again
             assert found.pop("drawn") != wanted.pop("drawn")
             assert any("random numbers are derived from step" in note for note in report.notes)
         assert_same(found, wanted)

@@ -116,7 +116,7 @@ def victims(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_the_victim_is_sound_before_it_is_attacked(victims: Callable[[], Victim]) -> None:
     victim = victims()
     assert victim.attack() == "loaded loaded whole"
-    victim.write_manifest(victim.manifest())  # sealing anew what was there changes nothing
+    victim.write_manifest(victim.manifest())  # sealing again what was there changes nothing
     assert victim.attack() == "loaded loaded whole"
 
 

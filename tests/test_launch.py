@@ -118,7 +118,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def below(directory: Path) -> set[str]:
-    """What lies in a directory, without checkpoints' own content."""
+    """The content of a directory, without checkpoints' own content."""
     return {path.name for path in directory.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Pipeline stages save one model together, and any other number of stages goes on from it."""
+"""Pipeline stages save one model together, and any other number of stages resumes from it."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def kill_once_saved(process: subprocess.Popen[str], checkpoints: Path) -> None:
 
 
 def last(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's last checkpoint: model, optimizer, and what else lies in safetensors files."""
+    """The tensors of a run's last checkpoint: model, optimizer, and everything else in safetensors files."""
     checkpoint = (directory / "checkpoints" / "LATEST").resolve()
     assert checkpoint.name.endswith("_step_40")
     found = {}

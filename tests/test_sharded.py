@@ -167,7 +167,7 @@ def _step(state: AppState, optimizers: list[Optimizer]) -> None:
 
 
 def _round_trips(root: Path, meshes: tuple[str, ...]) -> list[str]:
-    """One process trains; a mesh goes on; one process goes on from there."""
+    """One process trains; a mesh continues; one process continues from there."""
     logging.getLogger("hydra_ckpt").setLevel(logging.ERROR)
     wrong = []
     places = {name: place(name) for name in ("one", *meshes)}

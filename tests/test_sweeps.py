@@ -1,4 +1,4 @@
-"""Sweeps in a stranger's application: jobs keep apart, an interrupted sweep goes on, and what is told of it."""
+"""Sweeps in a stranger's application: jobs do not mix, an interrupted sweep continues, and its summary is right."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     assert [job["state"] for job in summary["jobs"]] == ["finished"] * 32
 
 
-# -- the command that goes on --------------------------------------------------------------------------------------
+# -- the command that continues --------------------------------------------------------------------------------------
 
 
 def test_show_prints_the_command_that_goes_on_and_it_does(app: App) -> None:

@@ -176,7 +176,7 @@ def test_a_loader_that_knows_one_rank_s_place_goes_on_where_the_data_is_divided_
 ) -> None:
     results = run_distributed(_own_places, 4, tmp_path)
     assert [found["fsdp2_tp2"][:2] for found in results] == [(10, True), (10, True), (11, True), (11, True)]
-    # The two data-parallel ranks go on where their counterparts were, whatever rank those had.
+    # The two data-parallel ranks continue where their counterparts were, whatever rank those had.
     assert [found["fsdp2"][:2] for found in results[2:]] == [(10, True), (11, True)]
     for found in results:
         assert found["fsdp4"][:2] == (-1, False)

@@ -64,7 +64,7 @@ class Bench:
         return self.ours[key]
 
     def settle(self, checkpointer: Checkpointer) -> None:
-        """Wait until the old checkpoint is deleted, which goes on in the background and is not the next one's cost."""
+        """Wait until the old checkpoint is deleted, which happens in the background and is not the next one's cost."""
         checkpointer.drain()
         while any(path.is_dir() for path in checkpointer.root.glob(".*")):
             time.sleep(0.01)
