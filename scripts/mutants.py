@@ -40,7 +40,16 @@ LONGEST_LINE = 120
 # The tests that should notice, by package: quick ones, that look at its promises.
 TESTS = {
     "layout": ["layout", "layout_exhaustive", "grids", "blocks"],
-    "store": ["small_files", "retention", "crash", "lease", "newer_format", "moved_checkpoints"],
+    "store": [
+        "readers",
+        "durability",
+        "small_files",
+        "retention",
+        "crash",
+        "lease",
+        "newer_format",
+        "moved_checkpoints",
+    ],
     "saving": ["replicas", "faults", "outcomes", "snapshots", "peft", "merging"],
     "loading": ["topology", "changes", "by_name", "state", "foreign", "growing_modules", "containers"],
 }

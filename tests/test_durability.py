@@ -6,6 +6,7 @@ once the file is synced after them, a name once its directory is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig, SaveFailedError
+from hydra_ckpt import AppState, Checkpointer, CheckpointError, CheckpointingConfig, SaveFailedError
+from hydra_ckpt.files import Files
 from hydra_ckpt.layout import plan
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import scan
+from hydra_ckpt.store.fenced import FencedFiles
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.testing import Operation, RecordingFiles, run_distributed
 
@@ -213,6 +216,52 @@ def test_a_run_that_loses_the_lease_adds_no_export(tmp_path: Path) -> None:
     assert found.manifest.exports == {}
     assert not (found.path / "model" / names.CONSOLIDATED).exists()
     assert not [operation for operation in files.operations[before:] if operation.kind in ("rename", "replace")]
+
+
+class _LostError(CheckpointError):
+    """The lease is lost."""
+
+
+def test_without_the_lease_nothing_is_renamed_replaced_or_removed(tmp_path: Path) -> None:
+    def fence() -> None:
+        raise _LostError
+
+    files, one, other = FencedFiles(Files(), fence), tmp_path / "one", tmp_path / "other"
+    one.write_text("1")
+    other.write_text("2")
+    (tmp_path / "tree").mkdir()
+    for change in (
+        lambda: files.rename(one, tmp_path / "new"),
+        lambda: files.replace(one, other),
+        lambda: files.unlink(one),
+        lambda: files.remove_tree(tmp_path / "tree"),
+    ):
+        with pytest.raises(_LostError):
+            change()
+    assert (one.read_text(), other.read_text(), (tmp_path / "tree").is_dir()) == ("1", "2", True)
+    assert not (tmp_path / "new").exists()
+    files.unlink(tmp_path / "missing")  # there is nothing to lose
+    files.write_new(tmp_path / "new", b"3")  # adding does no harm
+
+
+def test_a_run_that_loses_the_lease_after_the_rename_does_not_move_latest(tmp_path: Path) -> None:
+    armed: list[bool] = []
+    files = Overtaken(
+        tmp_path, lambda operation: bool(armed) and operation.kind == "sync_dir" and operation.path == tmp_path
+    )
+    with engine(tmp_path, files) as checkpointer:
+        state = make_state()
+        checkpointer.save(state, step=1).result()
+        checkpointer.drain()
+        armed.append(True)
+        before = len(files.operations)
+        with contextlib.suppress(CheckpointError):
+            checkpointer.save(state, step=2).result()
+    assert files.overtaken
+    assert not [item for item in files.operations[before:] if item.kind == "replace"]
+    latest = scan(tmp_path).pointed("LATEST")
+    assert latest is not None
+    assert latest.step == 1
 
 
 # -- what is left over ---------------------------------------------------------------------------------------------

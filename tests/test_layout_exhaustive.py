@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hydra_ckpt.layout import plan, replicas
+from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Region, Sharding, regions
 from hydra_ckpt.layout.files import FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import WritePlan, cells, fill_files, full_coverage
@@ -229,3 +233,125 @@ def test_a_fingerprint_differs_for_every_field_and_every_order() -> None:
     seen = {plan.fingerprint(plan.describe(specs)) for specs in [base, *others]}
     assert len(seen) == 6
     assert plan.fingerprint(["ab", "c"]) != plan.fingerprint(["a", "bc"])
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+SPECS = [TensorSpec(name, "F32", (2, 3)) for name in ("a", "b", "c")]
+
+
+def alias_of(name: str, source: str, row: int) -> Alias:
+    """The first or second row of a tensor of two as a row of another."""
+    return Alias(name, (2, 3), (row, 0), source, Box((row, 0), (1, 3)), (0, 1))
+
+
+def test_the_pieces_of_a_joined_tensor_follow_each_other_where_its_first_source_is() -> None:
+    given = [alias_of("joined", "c", 1), Alias.same(SPECS[1]), alias_of("joined", "a", 0)]
+    found = Naming.ordered(given, SPECS)
+    assert [(alias.name, alias.source) for alias in found.aliases] == [("b", "b"), ("joined", "c"), ("joined", "a")]
+    assert [spec.name for spec in found.specs(SPECS)] == ["b", "joined"]
+    found = Naming.ordered(given[::-1], SPECS)
+    assert [(alias.name, alias.source) for alias in found.aliases] == [("joined", "a"), ("joined", "c"), ("b", "b")]
+
+
+def test_a_naming_is_completed_with_the_tensors_that_have_none() -> None:
+    found = Naming((alias_of("joined", "c", 1), alias_of("joined", "a", 0)), {"joined": "BF16"}).completed(SPECS[:2])
+    assert [(alias.name, alias.source) for alias in found.aliases] == [("joined", "a"), ("b", "b")]
+    assert found.dtypes == {"joined": "BF16"}
+
+
+def test_a_naming_keeps_a_tensor_only_if_all_of_it_is_there_bit_for_bit() -> None:
+    whole = Naming((alias_of("x", "a", 0), alias_of("y", "a", 1)))
+    assert whole.keeps(SPECS[:1])
+    assert not whole.keeps(SPECS[:2])
+    assert not Naming(whole.aliases[:1]).keeps(SPECS[:1])
+    assert not Naming((whole.aliases[0],) * 2).keeps(SPECS[:1])  # the same row twice is not both
+    assert not Naming(whole.aliases, {"y": "BF16"}).keeps(SPECS[:1])
+    assert Naming(whole.aliases, {"y": "F32"}).keeps(SPECS[:1])
+
+
+def test_what_is_plain() -> None:
+    assert Naming.unchanged(SPECS).is_plain
+    assert not Naming((Alias.same(SPECS[0], "other"),)).is_plain
+    assert not Naming((Alias.same(SPECS[0]),), {"a": "BF16"}).is_plain
+    assert not Naming((alias_of("a", "a", 0),)).is_plain
+
+
+def test_an_alias_and_its_way_back_agree_on_every_box() -> None:
+    transposed = Alias("t", (3, 2), (0, 0), "a", Box((0, 1), (2, 2)), (1, 0))
+    indexed = Alias("i", (1, 3), (0, 0), "a", Box((1, 0), (1, 3)), (None, 1))
+    for alias, held in product((transposed, indexed, alias_of("r", "a", 1)), boxes_of((2, 3))):
+        part, common = alias.part(held), alias.box.intersect(held)
+        assert (part is None) == (common is None)
+        if part is not None:
+            assert part[0] == common
+            assert part[0].numel == part[1].numel
+            assert alias.sought(part[1]) == (part[0], part[1])
+
+
+def test_tensors_of_two_models_correspond_by_the_export_that_both_have() -> None:
+    """One model has the export's `x` (4 x 3) as two tensors of two rows, the other as three rows and one."""
+    two = Naming(tuple(Alias("x", (4, 3), (2 * n, 0), f"h{n}", Box((0, 0), (2, 3)), (0, 1)) for n in range(2)))
+    rows = Naming(
+        (
+            Alias("x", (4, 3), (0, 0), "top", Box((0, 0), (3, 3)), (0, 1)),
+            Alias("x", (4, 3), (3, 0), "last", Box((0, 0), (1, 3)), (0, 1)),
+        )
+    )
+    specs = {f"h{n}": TensorSpec(f"h{n}", "F32", (2, 3)) for n in range(2)}
+    specs |= {"top": TensorSpec("top", "F32", (3, 3)), "last": TensorSpec("last", "F32", (1, 3))}
+    found = two.onto(rows, specs)
+    assert [(a.source, a.box.offsets[0], a.box.sizes[0], a.name, a.corner[0]) for a in found.aliases] == [
+        ("h0", 0, 2, "top", 0),
+        ("h1", 0, 1, "top", 2),
+        ("h1", 1, 1, "last", 0),
+    ]
+    assert [a.shape for a in found.aliases] == [(3, 3), (3, 3), (1, 3)]
+    assert two.onto(Naming.unchanged(SPECS), specs).aliases == ()
+
+
+def valid() -> dict[str, Any]:
+    return Naming((alias_of("x", "a", 0), alias_of("x", "b", 1)), {"x": "BF16"}, {"x": "f"}, {"x": (6,)}).to_data()
+
+
+def test_a_naming_survives_its_file() -> None:
+    assert Naming.from_data(json.loads(json.dumps(valid()))).to_data() == valid()
+    on_grid = replace(alias_of("x", "a", 0), grid=(2, 3))
+    assert Naming.from_data(json.loads(json.dumps(Naming((on_grid,)).to_data()))).aliases == (on_grid,)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (1, [2]),  # fewer dimensions than the corner has
+        (1, [1, 3]),  # the piece does not fit in
+        (1, [-2, -3]),
+        (2, [2, 0]),  # begins outside
+        (2, [0, -1]),
+        (4, [0]),
+        (4, [-1, 0]),
+        (5, [2, 3]),  # more elements than the place has
+        (5, [1, -3]),
+        (6, [0, 0]),  # a dimension twice
+        (6, [0, -1]),
+        (6, [0, None]),  # a dimension is lost
+        (6, [0, 7]),
+        (6, [0]),
+    ],
+)
+def test_a_naming_that_does_not_fit_is_invalid(column: int, value: list[Any]) -> None:
+    data = valid()
+    data["aliases"][1][column] = value
+    with pytest.raises(ValueError, match=r"."):
+        Naming.from_data(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtypes", {"x": "F33"}), ("shapes", {"x": [5]}), ("shapes", {"x": [-6]}), ("files", []), ("aliases", [["x"]])],
+)
+def test_a_naming_of_the_wrong_kind_is_invalid(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Naming.from_data({**valid(), key: value})
+    with pytest.raises(ValueError, match=r"."):
+        Naming.from_data({name: item for name, item in valid().items() if name != "dtypes"})
