@@ -1,4 +1,4 @@
-"""Pause, cut off and take over runs at random moments, on several hosts; see `scripts/torture --hosts`.
+"""Pause runs, cut them off and take them over at random moments, on several hosts; see `scripts/torture --hosts`.
 
 Four "hosts" on this machine: namespaces of their own for network, processes and hostname, and clocks that are minutes
 apart. Two of them train. In some save rank 0 is paused, or all packets between the two are dropped, for a random time;

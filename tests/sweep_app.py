@@ -1,4 +1,4 @@
-"""A stranger's application for tests of sweeps, and what drives it."""
+"""A third-party application for tests of sweeps, and the code that drives it."""
 
 from __future__ import annotations
 

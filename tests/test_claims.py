@@ -1,4 +1,4 @@
-"""What messages and reports claim: every error names its object, and `exact` means what was saved."""
+"""What messages and reports claim: every error names its object, and `exact` means equal to what was saved."""
 
 from __future__ import annotations
 

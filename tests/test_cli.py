@@ -1,4 +1,4 @@
-"""The tool on real directories: what it shows, what it finds, how it ends."""
+"""The tool on real directories: what it shows, what it finds, and its exit codes."""
 
 from __future__ import annotations
 

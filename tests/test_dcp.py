@@ -1,4 +1,4 @@
-"""Our writer, reader and stager in the hands of any `torch.distributed.checkpoint` user."""
+"""Our writer, reader and stager, used through `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to write: past the page cache and through maps the same bytes, errors that are told, each in its place."""
+"""Writing past the page cache and through maps: the same bytes, and errors are reported."""
 
 from __future__ import annotations
 

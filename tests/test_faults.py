@@ -1,4 +1,4 @@
-"""What goes wrong around a save: a full disk, a quota, a directory that vanishes, local disks, dead and stuck ranks."""
+"""Faults around a save: a full disk, a quota, a directory that vanishes, local disks, dead and stuck ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hydra-ckpt export`: from any checkpoint the same directory that the run would have written itself."""
+"""`hydra-ckpt export` makes, from any checkpoint, the directory that the run itself would have written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One launch is one run: its ranks, its restarts and its jobs share directories, whoever started them."""
+"""One launch is one run: its ranks, restarts and jobs share directories, under any launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps under launchers that run jobs side by side, and under sweepers that go by what jobs return: real ones."""
+"""Sweeps under real launchers that run jobs in parallel, and under sweepers that use the jobs' results."""
 
 from __future__ import annotations
 

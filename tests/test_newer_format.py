@@ -1,4 +1,4 @@
-"""A checkpoint of a newer format is refused, and never taken for a damaged one: nothing of it is changed."""
+"""A checkpoint of a newer format is refused, never considered damaged, and nothing in it is changed."""
 
 from __future__ import annotations
 

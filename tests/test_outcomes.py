@@ -1,4 +1,4 @@
-"""No two ranks ever take one save for published and for failed, whatever comes between them."""
+"""No two ranks ever disagree whether a save was published or failed, whatever happens in between."""
 
 from __future__ import annotations
 

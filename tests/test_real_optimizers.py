@@ -1,6 +1,6 @@
 """Real optimizers of torch and of libraries: restored exactly wherever PyTorch's own round trip is, or refused by name.
 
-By default a tenth of them, one or more of each kind of trouble; with `--slow` all.
+By default a tenth of them, at least one of each kind of difficulty; with `--slow` all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every recipe of the training application as a real run: killed on all ranks, and gone on to the same end."""
+"""Every recipe of the training application as a real run: all ranks are killed, and it resumes to the same end."""
 
 from __future__ import annotations
 

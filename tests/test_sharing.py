@@ -1,4 +1,4 @@
-"""What is one object, or one memory, in several places of a state is so again after a load."""
+"""Objects and memory that are shared within a state are shared again after a load."""
 
 from __future__ import annotations
 

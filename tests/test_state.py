@@ -1,4 +1,4 @@
-"""Live objects go to disk and come back as they were: models, optimizers, schedulers and whatever else is in a run."""
+"""Live objects are restored as they were: models, optimizers, schedulers and everything else in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps in a stranger's application: jobs do not mix, an interrupted sweep continues, and its summary is right."""
+"""Sweeps in a third-party application: jobs do not mix, an interrupted sweep continues, and its summary is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that are arranged otherwise than those that saved, and ranks that do not fit together."""
+"""Ranks that are arranged differently than those that saved, and ranks that do not fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every wait for a rank that is paused ends at its limit, although its kernel still takes what is sent to it."""
+"""Every wait for a paused rank ends at its limit, although its kernel still accepts packets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was taken for dead wakes up after another has taken over: nothing it still does costs a checkpoint."""
+"""A run that was presumed dead wakes up after another has taken over: nothing it still does costs a checkpoint."""
 
 from __future__ import annotations
 

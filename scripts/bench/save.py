@@ -1,4 +1,4 @@
-"""What a save costs, ours and the peers' alternately in one run.
+"""The cost of a save, with ours and others in turn.
 
 scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--step-ms 100]
     [--tables memory,stall,durable,steps]

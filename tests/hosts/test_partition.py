@@ -1,4 +1,4 @@
-"""The network between two hosts drops every packet in the middle of a save, and carries them again later."""
+"""The network between two hosts drops every packet in the middle of a save, and works again later."""
 
 from __future__ import annotations
 
