@@ -109,7 +109,7 @@ def _changes(root: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_plan_that_changes_on_one_rank_is_planned_anew(tmp_path: Path, world: int) -> None:
+def test_a_plan_that_changes_on_one_rank_is_planned_again(tmp_path: Path, world: int) -> None:
     run_distributed(_changes, world, tmp_path)
 
 

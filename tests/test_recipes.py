@@ -78,7 +78,7 @@ def last(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "recipe", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
 )
-def test_a_recipe_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
+def test_a_recipe_that_is_killed_continues_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
     runs = tmp_path / "outputs" / "hydra_ckpt"
     overrides: tuple[str, ...] = ()
     if recipe in ("finetune", "lora"):

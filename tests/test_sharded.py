@@ -207,7 +207,7 @@ def _round_trips(root: Path, meshes: tuple[str, ...]) -> list[str]:
     return wrong
 
 
-def test_every_optimizer_goes_on_on_another_mesh_and_back(tmp_path: Path) -> None:
+def test_every_optimizer_continues_on_another_mesh_and_back(tmp_path: Path) -> None:
     assert run_distributed(_round_trips, 2, tmp_path, ("fsdp2", "tp2")) == [[], []]
 
 

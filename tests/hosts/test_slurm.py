@@ -74,7 +74,7 @@ def test_submitit_puts_a_stopped_job_back_and_the_sweep_ends_when_all_are_finish
     assert "0 3" in again or how != "its signal"
 
 
-def test_the_script_of_the_documentation_goes_on_after_signals_and_requeues(slurm: None, tmp_path: Path) -> None:
+def test_the_script_of_the_documentation_continues_after_signals_and_requeues(slurm: None, tmp_path: Path) -> None:
     script = re.findall(r"```bash job.sh\n(.*?)```", (REPOSITORY / "docs/clusters.md").read_text(), re.DOTALL)[0]
     script = script.replace("#SBATCH --gpus-per-node=8\n", "").replace("--nproc-per-node 8", "--nproc-per-node 1")
     # The names of these two nodes lead nowhere.
