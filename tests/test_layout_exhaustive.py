@@ -346,6 +346,13 @@ def test_a_naming_that_does_not_fit_is_invalid(column: int, value: list[Any]) ->
         Naming.from_data(data)
 
 
+def test_a_dimension_may_not_be_used_twice_even_if_the_sizes_fit() -> None:
+    piece = ["x", [2, 3], [0, 0], "a", [0, 0], [1, 1], [0, 0]]
+    with pytest.raises(ValueError, match="does not fit"):
+        Naming.from_data({"aliases": [piece], "dtypes": {}, "files": {}})
+    assert Naming.from_data({"aliases": [[*piece[:-1], [0, 1]]], "dtypes": {}, "files": {}}).aliases
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("dtypes", {"x": "F33"}), ("shapes", {"x": [5]}), ("shapes", {"x": [-6]}), ("files", []), ("aliases", [["x"]])],
