@@ -186,6 +186,22 @@ def test_cells_keep_to_the_grid_and_strided_ones_to_whole_runs(monkeypatch: pyte
         assert all((cell.stride > 0) == (cell.count > 1) for cell in found)
 
 
+def test_shards_along_any_dimension_cover_a_file_once_and_with_one_missing_or_twice_they_do_not() -> None:
+    for shape, parts in product([(5,), (4, 6), (3, 2, 5), (2, 3, 2, 3)], (2, 3)):
+        spec = TensorSpec("a", "BF16", shape)
+        layouts = lay_out([[spec]], "model", "model")
+        for dim in range(len(shape)):
+            ranks = [Sharding((parts,), (rank,), (dim,), (False,)) for rank in range(parts)]
+            held = [shares([Holding(spec, rank.box(shape))]) for rank in ranks]
+            plans = [WritePlan(tuple(layouts), (), mine, tuple(fill_files(layouts, mine)), "") for mine in held]
+            assert sum(each.coverage for each in plans) % (1 << 64) == full_coverage(layouts), (shape, dim)
+            for each in plans:
+                others = sum(other.coverage for other in plans if other is not each)
+                if each.nbytes:
+                    assert others % (1 << 64) != full_coverage(layouts)
+                    assert (others + 2 * each.coverage) % (1 << 64) != full_coverage(layouts)
+
+
 def test_coverage_of_a_block_s_file_is_zero_in_sum_only_if_it_is_filled() -> None:
     spec = TensorSpec("a", "U8", (10,))
     [file] = lay_out([[spec]], "model", "shard-block")
