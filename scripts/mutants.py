@@ -46,6 +46,7 @@ TESTS = {
         "small_files",
         "retention",
         "crash",
+        "lease_claims",
         "lease",
         "newer_format",
         "moved_checkpoints",
@@ -154,7 +155,7 @@ def mutated(path: Path, operator: str, occurrence: int) -> str:
 def drawn(package: str, count: int, seed: int) -> list[Mutant]:
     """A sample of a package's mutants, without those that are known to be equivalent."""
     random_ = random.Random(f"{package} {seed}")  # noqa: S311 - a sample
-    known = {tuple(row[:3]) for row in json.loads(EQUIVALENT.read_text())}
+    known = equivalent()
     places = [
         (path, position, choices)
         for path in sorted((ROOT / "hydra_ckpt" / package).glob("*.py"))
@@ -169,6 +170,11 @@ def drawn(package: str, count: int, seed: int) -> list[Mutant]:
         if mutant is not None and mutant.key not in known:
             found.append(mutant)
     return found
+
+
+def equivalent() -> set[tuple[str, ...]]:
+    """The keys of mutants that change nothing observable."""
+    return {tuple(row[:3]) for row in json.loads(EQUIVALENT.read_text())}
 
 
 def described(path: Path, operator: str, occurrence: int) -> Mutant | None:
@@ -250,7 +256,7 @@ def last_survivors() -> list[Mutant]:
         row = json.loads(line)
         survived = row.pop("survived")
         mutant = Mutant(**row)
-        results[mutant.key] = mutant if survived else None
+        results[mutant.key] = mutant if survived and mutant.key not in equivalent() else None
     return [found for mutant in results.values() if mutant is not None for found in _found_again(mutant)]
 
 

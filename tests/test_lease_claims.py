@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
-from hydra_ckpt.store.lease import Lease, Times
+from hydra_ckpt.store.lease import Lease, Times, is_held
 from hydra_ckpt.store.owner import Owner
 
 OWN = "0123456789ab"
@@ -62,3 +65,21 @@ def test_a_record_that_lacks_what_every_version_wrote_is_none(name: str) -> None
 @pytest.mark.parametrize("data", [None, 7, "text", [], [["host", "x"]]])
 def test_what_is_no_object_is_no_record(data: object) -> None:
     assert Owner.from_data(data) is None
+
+
+def test_who_is_shown_as_holding_a_directory(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    lease = Lease(Files(), tmp_path, Owner.here(), Times())
+    lease.acquire()
+    assert is_held(tmp_path)
+    lease.release()
+    assert not is_held(tmp_path)
+    path, elsewhere = tmp_path / names.OWNER, replace(Owner.here(), boot="elsewhere")
+    path.write_bytes(elsewhere.to_bytes())
+    assert is_held(tmp_path)  # its heartbeat is new
+    for age_s in (-3600.0, 3600.0):
+        then = time.time() - age_s
+        os.utime(path, (then, then))
+        assert not is_held(tmp_path)
+    path.write_bytes(replace(Owner.here(), ticks=1 << 60).to_bytes())
+    assert not is_held(tmp_path)  # another process has its number
