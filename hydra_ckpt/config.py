@@ -203,7 +203,7 @@ class CheckpointingConfig:
             are.
         max_recent_checkpoints: How many of the newest checkpoints to keep; null: all. Short for `retention: {newest:
             …}`.
-        retention: More rules, see [below](#retention).
+        retention: More rules, see [retention](configuration.md#retention).
         wait_for_staging: With `is_async`: `save()` returns only after everything is copied, instead of letting the copy
             overlap with the next forward and backward pass.
         cpu_offload: *No effect.* Tensors of an accelerator are always moved to host memory one by one; the setting is

@@ -5,8 +5,8 @@ the device later; and ranks that fill one file take turns at copying, because th
 pages written with `O_DIRECT` go to the device at once, from several ranks side by side.
 
 A page must not be written both ways at a time; its neighbours may, for both ways lock the file against each other. A
-memory map does not: where the kernel keeps neighbouring pages as one, it would write all of them back. Whoever opens a
-file for this knows that nobody maps it for writing.
+memory map does not: where the kernel keeps neighbouring pages as one, it would write all of them back. A caller that
+opens a file for this knows that nobody maps it for writing.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ def attempt(name: str, check: Callable[[Machine], str | dict[str, float]], machi
         status, detail = "passed", found
     except Skipped as reason:
         status, detail = "skipped", str(reason)
-    except Exception as error:  # noqa: BLE001 - the other checks go on
+    except Exception as error:  # noqa: BLE001 - the other checks continue
         status, detail = "failed", f"{type(error).__name__}: {error}"
     return Outcome(name, status, detail, round(time.perf_counter() - begun, 2), numbers)
 

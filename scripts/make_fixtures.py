@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/make_fixtures.py VERSION [CASE ...]
 
-Run it with the code whose format is to be kept, under a new VERSION; files that exist are never written again. The
-JSON file says what each rank held, as `tests.fixture_cases.describe` puts it.
+Run it with the code whose format is to be kept, with a new VERSION; existing files are never overwritten. The JSON file
+describes what each rank held (`tests.fixture_cases.describe`).
 """
 
 from __future__ import annotations

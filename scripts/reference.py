@@ -1,7 +1,7 @@
-"""Writes the tables of docs/configuration.md from what they describe: dataclass, callback, the options in conf/.
+"""Writes the tables of docs/configuration.md from the dataclass, the callback and the options in conf/.
 
-Defaults are those of the code, meanings those of the docstrings, options those of the files. `tests/test_docs.py` fails
-where the document is not what this script writes.
+Defaults come from the code, meanings from the docstrings, options from the files. `tests/test_docs.py` fails if the
+document differs from what this script writes.
 
     python scripts/reference.py
 """

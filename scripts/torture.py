@@ -4,11 +4,11 @@
     scripts/torture --hosts [--events 200] [--seconds 3600] [--seed 0]
 
 Each life of the run is a set of real processes that get SIGKILL (one of them, or all) at a random moment: while it
-starts, loads, stages, writes, publishes or prunes. After each death the directory is examined from outside, and the
+starts, loads, stages, writes, publishes or prunes. After each kill the directory is examined from outside, and the
 next life resumes from it. At the end an uninterrupted run must have reached the same bits.
 
 Then runs drift on purpose: at a random step one replica gets other values in a random tensor, in one element or in all.
-The very next save must tell, and every checkpoint must hold the first replica's values and no others.
+The next save must report it, and every checkpoint must hold the first replica's values and no others.
 """
 
 from __future__ import annotations

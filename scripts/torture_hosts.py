@@ -1,4 +1,4 @@
-"""Pause, cut off and take over runs at random moments, on several hosts; see `scripts/torture --hosts`.
+"""Pause runs, cut them off and take them over at random moments, on several hosts; see `scripts/torture --hosts`.
 
 Four "hosts" on this machine: namespaces of their own for network, processes and hostname, and clocks that are minutes
 apart. Two of them train. In some save rank 0 is paused, or all packets between the two are dropped, for a random time;
@@ -140,7 +140,7 @@ def live(life: Life) -> None:
         say(end="done")
     except CheckpointError as error:
         say(end=f"{type(error).__name__}: {error}"[:300])
-    except BaseException as error:  # noqa: BLE001 - a fork must not go on as its parent
+    except BaseException as error:  # noqa: BLE001 - a fork must not continue as its parent
         say(end=f"BUG {type(error).__name__}: {error}"[:300])
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Libraries that scripts/setup installs apart, because others would import them wherever they find them."""
+"""Libraries that scripts/setup installs separately, because other packages would import them where they find them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers for the differential test: where they keep state, and how they tell it."""
+"""Optimizers and schedulers for the differential test: where they keep state, and how they report it."""
 
 from __future__ import annotations
 

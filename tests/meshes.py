@@ -1,4 +1,4 @@
-"""One model on any device mesh, with values that tell of each element where it belongs.
+"""One model on any device mesh, with values that show where each element belongs.
 
 An element's value is a function of its tensor's name and its index in the whole tensor. A twin of the model that holds
 the indices themselves is sharded by PyTorch in the same way, so what a rank must hold is known without our arithmetic.
@@ -231,7 +231,7 @@ class Run:
         return {name: local(tensor) for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]}
 
     def _tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Key, name of the tensor that lies in the same way, and the tensor."""
+        """Key, name of the tensor with the same placement, and the tensor."""
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if "scratch" not in name:
                 yield canonical(name), canonical(name), tensor

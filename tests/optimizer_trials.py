@@ -1,4 +1,4 @@
-"""Saving and loading one real optimizer, beside PyTorch's own round trip and the run that was not interrupted.
+"""Saving and loading one real optimizer, compared with PyTorch's own round trip and with an uninterrupted run.
 
 As a program it tries all of them and prints JSON: `python -m tests.optimizer_trials [--world 2] [--library torch]`.
 """

@@ -1,4 +1,4 @@
-"""A stranger's application for tests of sweeps, and what drives it."""
+"""A third-party application for tests of sweeps, and the code that drives it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class App:
         environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how, **environment}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "app.py", *arguments]
-        # Whoever is started in the background of a script ignores Ctrl-C, and so would what it starts.
+        # A program that a script starts in the background ignores Ctrl-C, and so would its children.
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             return subprocess.run(

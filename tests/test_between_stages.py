@@ -1,4 +1,4 @@
-"""What pipeline stages hold under one name: equal values are stored once, others are never lost in silence."""
+"""What pipeline stages hold under one name: equal values are stored once, different ones are never lost silently."""
 
 from __future__ import annotations
 

@@ -837,7 +837,7 @@ def test_what_files_cannot_hold_is_refused_by_name_before_anything_is_written(
         engine.save(AppState(nn.Linear(2, 2)), step=1).result()
 
 
-def test_checkpoints_that_vanished_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoints_that_vanished_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = make_state()
     with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
         engine.save(state, step=1).result()
@@ -847,7 +847,7 @@ def test_checkpoints_that_vanished_are_told_of(tmp_path: Path, caplog: pytest.Lo
     assert "LATEST leads to it, but it is gone" in caplog.text
 
 
-def test_a_launcher_without_a_process_group_is_told_of(
+def test_a_launcher_without_a_process_group_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

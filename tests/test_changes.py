@@ -1,4 +1,4 @@
-"""What differs from a checkpoint is shown on resuming; what keeps the resume from being exact is warned about."""
+"""Differences from a checkpoint are shown on resuming; those that make the resume inexact cause a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What messages and reports claim: every error names its object, and `exact` means what was saved."""
+"""What messages and reports claim: every error names its object, and `exact` means equal to what was saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hydra_ckpt.testing import run_distributed
 
 
 class Holder:
-    """Takes its state over as it is; fails where it is told to."""
+    """Takes its state over as it is; fails if it is set to."""
 
     def __init__(self, held: Any = None, fails: str = "") -> None:
         self.held, self.fails = held, fails
@@ -35,7 +35,7 @@ class Holder:
 
 
 class Module(nn.Linear):
-    """With extra state; its methods fail where they are told to."""
+    """With extra state; its methods fail if they are set to."""
 
     def __init__(self, fails: str = "", held: Any = 1) -> None:
         super().__init__(1, 1)

@@ -1,4 +1,4 @@
-"""The tool on real directories: what it shows, what it finds, how it ends."""
+"""The tool on real directories: what it shows, what it finds, and its exit codes."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_pointers_of_the_user_s_own_are_shown(run_dir: Callable[..., Path], tool
     assert entry["pointers"] == ["DEMO", "PAPER"]
 
 
-def test_list_says_what_is_damaged_and_goes_on(run_dir: Callable[..., Path], tool: Callable[..., Result]) -> None:
+def test_list_says_what_is_damaged_and_continues(run_dir: Callable[..., Path], tool: Callable[..., Result]) -> None:
     root = run_dir() / "checkpoints"
     (root / FIRST / "optim" / "optim.safetensors").unlink()
     manifest = root / SECOND / "manifest.json"

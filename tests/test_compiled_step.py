@@ -1,4 +1,4 @@
-"""A compiled optimizer.step stays what it is with our hook, and still waits for staging."""
+"""A compiled optimizer.step is not changed by our hook, and still waits for staging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers in containers, and in another order than they were saved in."""
+"""Optimizers and schedulers in containers, and in a different order than when they were saved."""
 
 from __future__ import annotations
 

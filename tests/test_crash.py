@@ -1,4 +1,4 @@
-"""Crash replay: the machine may stop behind any operation on disk, and nothing published is lost."""
+"""Crash replay: the machine may stop after any operation on disk, and nothing published is lost."""
 
 from __future__ import annotations
 

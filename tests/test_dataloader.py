@@ -205,7 +205,7 @@ def test_peers_of_a_replica_see_equal_batches() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 3), (5, 1), (1, 4)])
-def test_a_stream_goes_on_with_other_ranks_and_batches(batch_size: int, world_size: int) -> None:
+def test_a_stream_continues_with_other_ranks_and_batches(batch_size: int, world_size: int) -> None:
     whole = torch.cat(epochs(make(size=36), 1))
     before = [make(size=36, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     seen = [list(islice(loader, 3)) for loader in before]

@@ -1,4 +1,4 @@
-"""Our writer, reader and stager in the hands of any `torch.distributed.checkpoint` user."""
+"""Our writer, reader and stager, used through `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def test_a_buffer_keeps_its_views_for_tensors_of_the_same_layout() -> None:
 
 
 class Gate(Files):
-    """Lets a save go on only when it is told to."""
+    """Lets a save continue only when it is released."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()

@@ -109,7 +109,7 @@ def _changes(root: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_plan_that_changes_on_one_rank_is_planned_anew(tmp_path: Path, world: int) -> None:
+def test_a_plan_that_changes_on_one_rank_is_planned_again(tmp_path: Path, world: int) -> None:
     run_distributed(_changes, world, tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_cached_plans_serve_saves_in_the_background(tmp_path: Path) -> None:
 
 
 class Gate(Files):
-    """Holds a save up until it is told to go on."""
+    """Holds a save up until it is released."""
 
     def __init__(self) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Random training runs go on after a load as if nothing had happened, or are refused by name."""
+"""Random training runs continue after a load as if nothing had happened, or are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to write: past the page cache and through maps the same bytes, errors that are told, each in its place."""
+"""Writing past the page cache and through maps: the same bytes, and errors are reported."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_file_systems_that_do_not_offer_it(tmp_path: Path) -> None:
 
 @contextmanager
 def _files_of_at_most(nbytes: int) -> Iterator[None]:
-    """The system refuses to write behind this position of any file."""
+    """The system refuses to write past this position of any file."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:

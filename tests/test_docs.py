@@ -1,7 +1,7 @@
 """The documentation is true: its examples run, its links lead somewhere, its tables are those of the code.
 
 How blocks are marked: ```python and ```bash are executed, in order, in one scratch directory for each document, the
-Python ones in one session; a block that names a file, in a comment in its first line or behind its language, is written
+Python ones in one session; a block that names a file, in a comment in its first line or after its language, is written
 to that file instead; ```sh is for commands that need minutes, a network or an environment of their own, and is only
 shown.
 """
@@ -34,8 +34,9 @@ from hydra_ckpt.store import lease
 from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCS = sorted([REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")])
+DOCS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 WITH_EXAMPLES = [path for path in DOCS if re.search(r"^```(python|bash)$", path.read_text(), re.MULTILINE)]
+LANGUAGES = {"python", "bash", "sh", "yaml", "json", "text", "mermaid"}
 # What may be shown without being executed.
 SHOWN = re.compile(r"([A-Z_]+=\S+ )*(scripts/|\S+python \w+\.py|cd |source |pip install|torchrun --nnodes|srun |#)")
 
@@ -127,7 +128,7 @@ def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("document", DOCS, ids=name)
 def test_what_is_only_shown_could_not_be_executed(document: Path) -> None:
     for block in blocks(document):
-        assert block.language in {"python", "bash", "sh", "yaml", "json", "text"}, f"{name(document)}:{block.line}"
+        assert block.language in LANGUAGES, f"{name(document)}:{block.line}"
         if block.language == "sh":
             for line in block.text.splitlines():
                 assert not line.strip() or SHOWN.match(line), f"{name(document)}:{block.line}: {line}"

@@ -75,7 +75,7 @@ ROADS: dict[str, tuple[dict[str, Any], Callable[[CheckpointCallback, int, int], 
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_a_run_that_stops_behind_an_epoch_goes_on_in_the_next(tmp_path: Path, road: str) -> None:
+def test_a_run_that_stops_after_an_epoch_continues_in_the_next(tmp_path: Path, road: str) -> None:
     options, epoch_end = ROADS[road]
 
     def stop(callback: CheckpointCallback, epoch: int, step: int) -> None:

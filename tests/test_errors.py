@@ -1,4 +1,4 @@
-"""What goes wrong ends in one clear error of the tree, on every rank, and nothing that was published is lost."""
+"""A failure ends in one clear error of the tree, on every rank, and nothing that was published is lost."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_experts_move_between_ranks_and_the_export_is_what_transformers_saves(tm
 )
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize(("kind", "own_adapter"), [("mixtral", True), ("qwen3", False)])
-def test_any_expert_mesh_goes_on_as_any_other(
+def test_any_expert_mesh_continues_as_any_other(
     tmp_path: Path, kind: str, world: int, ep: int, options: dict[str, Any], own_adapter: bool
 ) -> None:
     reference = Run(kind, 1, 1)
@@ -239,7 +239,7 @@ FORMS = [{}, {"save_consolidated": "always"}, {"model_save_format": "torch_save"
     ("saved", "loaded", "options"),
     [("transformers", "separate", FORMS[0]), ("separate", "adapter", FORMS[1]), ("adapter", "separate", FORMS[2])],
 )
-def test_a_model_held_otherwise_in_memory_goes_on(
+def test_a_model_held_otherwise_in_memory_continues(
     tmp_path: Path, saved: str, loaded: str, options: dict[str, Any]
 ) -> None:
     _check_layouts(tmp_path, "mixtral", saved, loaded, options)
@@ -250,7 +250,7 @@ def test_a_model_held_otherwise_in_memory_goes_on(
 @pytest.mark.parametrize("loaded", ["separate", "adapter", "transformers"])
 @pytest.mark.parametrize("saved", ["separate", "adapter", "transformers"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_any_layout_in_memory_goes_on_as_any_other(
+def test_any_layout_in_memory_continues_as_any_other(
     tmp_path: Path, kind: str, saved: str, loaded: str, options: dict[str, Any]
 ) -> None:
     _check_layouts(tmp_path, kind, saved, loaded, options)

@@ -1,4 +1,4 @@
-"""What goes wrong around a save: a full disk, a quota, a directory that vanishes, local disks, dead and stuck ranks."""
+"""Faults around a save: a full disk, a quota, a directory that vanishes, local disks, dead and stuck ranks."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_directory_removed_under_a_run_is_an_error_and_no_hang(tmp_path: Path,
         shutil.rmtree(root)
         error = failure(engine, state, 2)
         assert "is gone: it was removed or renamed while this run wrote to it" in str(error)
-        assert not root.exists()  # not made anew behind the user's back
+        assert not root.exists()  # not created again without the user's knowledge
     with build(root) as engine:
         engine.save(state, step=3).result()
     assert steps(root) == [3]

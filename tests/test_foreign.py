@@ -134,7 +134,7 @@ def _load_plainly(directory: Path, path: Path, form: str) -> tuple[dict[str, Any
 
 
 @pytest.mark.parametrize(("form", "writers", "readers"), [("nested", 2, 1), ("flattened", 1, 2)])
-def test_a_plain_dcp_directory_is_gone_on_from(tmp_path: Path, form: str, writers: int, readers: int) -> None:
+def test_a_plain_dcp_directory_can_be_resumed_from(tmp_path: Path, form: str, writers: int, readers: int) -> None:
     _check_plain(tmp_path, form, writers, readers)
 
 
@@ -142,7 +142,7 @@ def test_a_plain_dcp_directory_is_gone_on_from(tmp_path: Path, form: str, writer
 @pytest.mark.parametrize("readers", [1, 2, 4])
 @pytest.mark.parametrize("writers", [1, 2, 4])
 @pytest.mark.parametrize("form", FORMS)
-def test_any_plain_dcp_directory_is_gone_on_from(tmp_path: Path, form: str, writers: int, readers: int) -> None:
+def test_any_plain_dcp_directory_can_be_resumed_from(tmp_path: Path, form: str, writers: int, readers: int) -> None:
     _check_plain(tmp_path, form, writers, readers)
 
 
@@ -221,12 +221,12 @@ def _load_from_accelerate(directory: Path, path: Path) -> tuple[dict[str, Any], 
 
 
 @pytest.mark.parametrize("readers", [1, 2])
-def test_accelerates_directory_is_gone_on_from(tmp_path: Path, readers: int) -> None:
+def test_accelerates_directory_can_be_resumed_from(tmp_path: Path, readers: int) -> None:
     path = tmp_path / "checkpoint_0"
     saved = run_distributed(_save_as_accelerate, 2, path)
     for rank, (found, report) in enumerate(run_distributed(_load_from_accelerate, readers, tmp_path / "ours", path)):
         wanted = dict(saved[rank])
-        if readers != 2:  # random numbers are derived anew
+        if readers != 2:  # random numbers are derived again
             assert found.pop("drawn") != wanted.pop("drawn")
             assert any("random numbers are derived from step" in note for note in report.notes)
         assert_same(found, wanted)

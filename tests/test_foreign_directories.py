@@ -1,4 +1,4 @@
-"""A checkpoint_dir that is another system's, or a URL, is refused by name, and nothing of it is touched."""
+"""A checkpoint_dir of another system, or a URL, is refused by name, and nothing in it is touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hydra-ckpt export` of what other tools have written: what `save_pretrained` would have written, no pickle run."""
+"""`hydra-ckpt export` of checkpoints of other tools equals `save_pretrained`, and no pickle is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DTensors on a mesh that is not their parameter's, or none of the model's, come back on that mesh or are refused."""
+"""DTensors on another mesh than their parameter or the model are restored on that mesh, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids: elements moved about within a tensor are boxes of finer shapes, for shards of any size."""
+"""Grids: elements that are permuted within a tensor are boxes of finer shapes, for shards of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The groups in combination: every pair of options composes, and what it composes to can be made."""
+"""The config groups in combination: every pair of options composes, and the result can be instantiated."""
 
 from __future__ import annotations
 

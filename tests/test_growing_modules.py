@@ -1,4 +1,4 @@
-"""Modules that get the sizes and the parts of what they load only while they load it, and ties that are gone."""
+"""Modules that get the sizes and parts of what they load only while they load it, and ties that no longer exist."""
 
 from __future__ import annotations
 

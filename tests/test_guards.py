@@ -1,4 +1,4 @@
-"""What is refused, or guarded against, before it can spoil a checkpoint."""
+"""What is refused before it can harm a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checkpoint directories that somebody else has made: whatever they say, the end is an error of ours or a sound load.
+"""Checkpoint directories that somebody else has made: loading them ends in one of our errors or in a correct load.
 
-What is damaged by accident fails its digest. Here the digests are right: they were computed by whoever wrote the lies.
+Accidental damage fails its digest. Here the digests are right: the attacker has computed them.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def victims(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_the_victim_is_sound_before_it_is_attacked(victims: Callable[[], Victim]) -> None:
     victim = victims()
     assert victim.attack() == "loaded loaded whole"
-    victim.write_manifest(victim.manifest())  # sealing anew what was there changes nothing
+    victim.write_manifest(victim.manifest())  # sealing again what was there changes nothing
     assert victim.attack() == "loaded loaded whole"
 
 

@@ -1,4 +1,4 @@
-"""Base models: every rank reads its slices of the reference's files, whatever these look like."""
+"""Base models: every rank reads its slices of the reference's files, whatever their layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hydra-ckpt export`: from any checkpoint the same directory that the run would have written itself."""
+"""`hydra-ckpt export` makes, from any checkpoint, the directory that the run itself would have written."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_an_average_over_pipeline_stages(tmp_path: Path) -> None:
     average, model = tensors_in(tmp_path / "ema"), tensors_in(tmp_path / "model")
     assert average.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert all(torch.equal(tensor, 2 * model[name]) for name, tensor in average.items())
-    # One process that goes on from it holds the same, under the same names.
+    # One process that resumes from it holds the same, under the same names.
     whole = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "01"})
     state = AppState(whole, extras={"ema": Shadow(whole)})
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "one"), save_consolidated="always").build(0, 0, 0) as engine:

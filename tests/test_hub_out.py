@@ -1,4 +1,4 @@
-"""Exports are what `save_pretrained` writes: the same names, values and answers, from whole and from sharded models."""
+"""Exports are what `save_pretrained` writes: the same names, values and outputs, from whole and sharded models."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_settings_read_back_from_plain_yaml_are_the_same(composed, tmp_path):
 
 
 def test_a_saved_run_opens_again_as_configuration(composed, tmp_path):
-    """What `-cp <run>/.hydra -cn config` does: the same values, but no schema behind them."""
+    """What `-cp <run>/.hydra -cn config` does: the same values, but without a schema."""
     OmegaConf.save(composed("checkpoint.save_consolidated=always"), tmp_path / "saved.yaml")
     config = instantiate(compose("saved", overrides=["checkpoint.is_async=true"]).checkpoint)
     assert (config.save_consolidated, config.is_async) == (EVERY, True)

@@ -1,4 +1,4 @@
-"""One launch is one run: its ranks, its restarts and its jobs share directories, whoever started them."""
+"""One launch is one run: its ranks, restarts and jobs share directories, under any launcher."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def below(directory: Path) -> set[str]:
-    """What lies in a directory, without checkpoints' own content."""
+    """The content of a directory, without checkpoints' own content."""
     return {path.name for path in directory.iterdir()}
 
 
@@ -127,7 +127,7 @@ def slow(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["standalone", slow("static"), slow("c10d"), slow("accelerate")])
-def test_a_restart_goes_on_in_the_one_run_directory(app: Path, kind: str) -> None:
+def test_a_restart_continues_in_the_one_run_directory(app: Path, kind: str) -> None:
     output = finished(start([*launcher(kind), str(app), *ONE_RUN, "dies=true"], app.parent))
     [run] = app.parent.glob("outputs/*/*")
     assert below(run) == {".hydra", "app.log", "app.rank1.log", "checkpoints"}
@@ -141,7 +141,7 @@ def test_a_restart_goes_on_in_the_one_run_directory(app: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", [slow("static"), slow("standalone"), slow("c10d"), slow("accelerate")])
-def test_a_restart_of_a_sweep_goes_on_in_the_one_sweep_directory(app: Path, kind: str) -> None:
+def test_a_restart_of_a_sweep_continues_in_the_one_sweep_directory(app: Path, kind: str) -> None:
     finished(start([*launcher(kind), str(app), "-m", *ONE_RUN, "lr=0.1,0.2", "dies=true"], app.parent))
     [sweep] = app.parent.glob("multirun/*/*")
     assert below(sweep) == {"0", "1", "multirun.yaml"}

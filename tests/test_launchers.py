@@ -1,4 +1,4 @@
-"""Sweeps under launchers that run jobs side by side, and under sweepers that go by what jobs return: real ones."""
+"""Sweeps under real launchers that run jobs in parallel, and under sweepers that use the jobs' results."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ def test_a_file_stop_ends_a_sweep_that_goes_by_results_and_the_trial_is_no_resul
 
 
 @pytest.mark.slow
-def test_a_study_whose_sampler_is_seeded_goes_on_without_a_storage(app: App) -> None:
+def test_a_study_whose_sampler_is_seeded_continues_without_a_storage(app: App) -> None:
     seeded = [*optuna_over(VALUES, trials=3), "hydra.sweeper.sampler.seed=1"]
     stopped = app.sweep_over(*seeded, CODE, kill="1 3", how="SIGTERM")
     assert (stopped.returncode, app.runs) == (85, ["0 0", "1 0"])

@@ -1,4 +1,4 @@
-"""Who may write to a directory: live runs keep it, dead ones lose it, and nobody needs a right clock for that."""
+"""Who may write to a directory: live runs keep it, dead ones lose it, and no clock has to be right."""
 
 from __future__ import annotations
 

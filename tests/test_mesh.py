@@ -30,7 +30,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 def _matrix(root: Path, names: tuple[str, ...], options: dict[str, Any], size: int) -> dict[str, Any]:
     """Save on every mesh, then load every checkpoint on every mesh; what was found, by (saved, loaded)."""
-    logging.getLogger("hydra_ckpt").setLevel(logging.ERROR)  # that random numbers are derived anew is not the question
+    logging.getLogger("hydra_ckpt").setLevel(logging.ERROR)  # random numbers that are derived again do not matter here
     found: dict[str, Any] = {}
     places = {name: place(name) for name in names}
     for name, here in places.items():

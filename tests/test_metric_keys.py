@@ -1,4 +1,4 @@
-"""Metrics that come without the one that decides, and the best value after a resume."""
+"""Metrics that arrive without the deciding one, and the best value after a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that was moved away, with a link left in its place, is neither followed nor skipped silently."""
+"""A checkpoint that was moved away and replaced by a link is neither followed nor skipped silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a newer format is refused, and never taken for a damaged one: nothing of it is changed."""
+"""A checkpoint of a newer format is refused, never considered damaged, and nothing in it is changed."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_run_that_goes_back_before_it_is_refused(root: Path, conflict: str, se
     assert everything(root) == before
 
 
-def test_a_run_goes_on_beside_an_earlier_one_and_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_run_continues_beside_an_earlier_one_and_leaves_it_alone(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
     older = make_newer(tmp_path / "epoch_0_step_1")
     before = everything(older)

@@ -1,4 +1,4 @@
-"""Modules of real libraries: their own state_dict tells nothing new, and their wrappers leave no trace."""
+"""Modules of real libraries: their own state_dict adds nothing new, and their wrappers leave no trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No two ranks ever take one save for published and for failed, whatever comes between them."""
+"""No two ranks ever disagree whether a save was published or failed, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def _trains_on(root: Path, at_the_end: bool, options: dict[str, Any]) -> dict[st
 
 @pytest.mark.parametrize("policy", ["raise", "warn"])
 @pytest.mark.parametrize("at_the_end", [False, True], ids=["in the middle", "in the final save"])
-def test_a_run_goes_on_where_a_rank_was_cut_off_for_a_while(tmp_path: Path, at_the_end: bool, policy: str) -> None:
+def test_a_run_continues_where_a_rank_was_cut_off_for_a_while(tmp_path: Path, at_the_end: bool, policy: str) -> None:
     first, second = run_distributed(_trains_on, 2, tmp_path, at_the_end, {"on_save_failure": policy})
     assert first == {"unknown": False, "end": "done"}
     assert second == {"unknown": True, "end": "done"}

@@ -1,4 +1,4 @@
-"""What users install: the wheel and the editable install, in environments holding hydra-core and us only, no torch."""
+"""What users install: wheel and editable install, in environments with hydra-core and this package only, no torch."""
 
 from __future__ import annotations
 

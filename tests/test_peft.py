@@ -1,4 +1,4 @@
-"""Adapters: what peft loads, and what training goes on from."""
+"""Adapters: what peft loads, and what training resumes from."""
 
 from __future__ import annotations
 
@@ -501,7 +501,7 @@ def test_an_adapter_is_gathered_across_pipeline_stages(tmp_path: Path) -> None:
     torch.manual_seed(0)
     opened = peft.PeftModel.from_pretrained(llama(num_hidden_layers=4), export)
     torch.testing.assert_close(answer(opened), answer(whole.models[""][0]), rtol=0, atol=2e-6)
-    # One process goes on from what two stages saved, optimizer included.
+    # One process resumes from what two stages saved, optimizer included.
     again = _step([_deep()], -2.0)
     with CheckpointingConfig(checkpoint_dir=str(tmp_path / "run"), is_peft=True).build(0, 0, 0) as engine:
         assert engine.load(again).step == 1

@@ -1,4 +1,4 @@
-"""Pipeline stages save one model together, and any other number of stages goes on from it."""
+"""Pipeline stages save one model together, and any other number of stages resumes from it."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_stages_with_files_for_blocks_of_shards_go_on_on_one_process(tmp_path: P
     assert {(stage, shard) for stage, shard, _ in found} == {("0", "0"), ("0", "1"), ("2", "0"), ("2", "1")}
 
 
-def test_one_process_goes_on_as_stages(tmp_path: Path) -> None:
+def test_one_process_continues_as_stages(tmp_path: Path) -> None:
     check(tmp_path, "one", {2: ["pp2", "interleaved"]}, True, {"is_async": True})
 
 

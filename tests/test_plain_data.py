@@ -1,4 +1,4 @@
-"""What is neither a tensor nor JSON comes back as it was, type included, or is refused by its name."""
+"""What is neither a tensor nor JSON is restored as it was, type included, or refused by name."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ threading.Thread(target=train).start()
 
 
 @pytest.mark.parametrize(("mode", "end"), [("sync", "close"), ("async", "close"), ("async", "leave")])
-def test_training_goes_on_when_the_main_thread_has_ended(tmp_path: Path, mode: str, end: str) -> None:
+def test_training_continues_when_the_main_thread_has_ended(tmp_path: Path, mode: str, end: str) -> None:
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), mode, end],
         cwd=Path(__file__).parents[1],

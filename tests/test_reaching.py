@@ -1,4 +1,4 @@
-"""Which addresses a rank tries for rank 0, and how it tells rank 0 from others; several hosts: see tests/hosts."""
+"""Which addresses a rank tries for rank 0, and how it recognizes it; for several hosts, see tests/hosts."""
 
 from __future__ import annotations
 

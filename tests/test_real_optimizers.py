@@ -1,6 +1,6 @@
 """Real optimizers of torch and of libraries: restored exactly wherever PyTorch's own round trip is, or refused by name.
 
-By default a tenth of them, one or more of each kind of trouble; with `--slow` all.
+By default a tenth of them, at least one of each kind of difficulty; with `--slow` all.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _installed(library: str) -> bool:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_tenth_of_all_optimizers_goes_on_as_if_nothing_had_happened(tmp_path: Path, world: int) -> None:
+def test_a_tenth_of_all_optimizers_continues_as_if_nothing_had_happened(tmp_path: Path, world: int) -> None:
     names = [name for name in TENTH if _installed(name.split()[0])]
     outcomes = run_distributed(_try, world, names, (3, 7), str(tmp_path), world > 1, timeout_s=400)[0]
     _judge(outcomes, REFUSED if world == 1 else REFUSED_WHEN_SHARDED)
@@ -78,7 +78,7 @@ def test_a_tenth_of_all_optimizers_goes_on_as_if_nothing_had_happened(tmp_path: 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_optimizer_goes_on_as_if_nothing_had_happened(tmp_path: Path, library: str, world: int) -> None:
+def test_every_optimizer_continues_as_if_nothing_had_happened(tmp_path: Path, library: str, world: int) -> None:
     if not _installed(library):
         pytest.skip(f"{library} is not installed")
     names = list(of_library(library))
@@ -140,7 +140,7 @@ def _advance(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRSchedul
 
 @pytest.mark.parametrize("steps", [3, 7])
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_every_scheduler_of_torch_goes_on_as_if_nothing_had_happened(tmp_path: Path, kind: str, steps: int) -> None:
+def test_every_scheduler_of_torch_continues_as_if_nothing_had_happened(tmp_path: Path, kind: str, steps: int) -> None:
     def make() -> AppState:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

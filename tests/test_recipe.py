@@ -290,7 +290,7 @@ def losses(output: str) -> dict[str, str]:
     ],
     ids=["one", "fsdp2", "ddp", "tp"],
 )
-def test_the_same_command_goes_on_exactly(ranks: int, options: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_same_command_continues_exactly(ranks: int, options: tuple[str, ...], tmp_path: Path) -> None:
     whole = trained("run_name=whole", "trainer.max_steps=8", *options, cwd=tmp_path, ranks=ranks)
     trained("run_name=parts", "trainer.max_steps=4", "checkpoint=async", *options, cwd=tmp_path, ranks=ranks)
     rest = trained("run_name=parts", "trainer.max_steps=8", "checkpoint=async", *options, cwd=tmp_path, ranks=ranks)

@@ -1,4 +1,4 @@
-"""Every recipe of the training application as a real run: killed on all ranks, and gone on to the same end."""
+"""Every recipe of the training application as a real run: all ranks are killed, and it resumes to the same end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def kill_once_saved(process: subprocess.Popen[str], checkpoints: Path) -> None:
 
 
 def last(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's last checkpoint: model, optimizer, and what else lies in safetensors files."""
+    """The tensors of a run's last checkpoint: model, optimizer, and everything else in safetensors files."""
     checkpoint = (directory / "checkpoints" / "LATEST").resolve()
     assert checkpoint.name.endswith("_step_40")
     found = {}
@@ -78,7 +78,7 @@ def last(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "recipe", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RANKS]
 )
-def test_a_recipe_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
+def test_a_recipe_that_is_killed_continues_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
     runs = tmp_path / "outputs" / "hydra_ckpt"
     overrides: tuple[str, ...] = ()
     if recipe in ("finetune", "lora"):

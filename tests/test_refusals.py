@@ -1,4 +1,4 @@
-"""What cannot be meant is refused before a model is built, in one line that names the key and what it takes."""
+"""Settings that cannot be meant are refused before a model is built, in one line with the key and its choices."""
 
 from __future__ import annotations
 

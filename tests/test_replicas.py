@@ -1,4 +1,4 @@
-"""What ranks hold under one name: stored once while it is equal, for each rank or by the first replica where not."""
+"""What ranks hold under one name is stored once if equal; otherwise for each rank, or by the first replica."""
 
 from __future__ import annotations
 

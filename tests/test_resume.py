@@ -1,4 +1,4 @@
-"""A run that was killed goes on exactly where an uninterrupted one would be."""
+"""A run that was killed continues exactly where an uninterrupted one would be."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_an_unreadable_pointer_does_not_stop_retention(
     assert "could not be pruned" not in caplog.text
 
 
-def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_goes_on(
+def test_a_directory_in_the_place_of_a_pointer_stays_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_steps(tmp_path / "run", 1, 4, 5)

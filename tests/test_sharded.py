@@ -167,7 +167,7 @@ def _step(state: AppState, optimizers: list[Optimizer]) -> None:
 
 
 def _round_trips(root: Path, meshes: tuple[str, ...]) -> list[str]:
-    """One process trains; a mesh goes on; one process goes on from there."""
+    """One process trains; a mesh continues; one process continues from there."""
     logging.getLogger("hydra_ckpt").setLevel(logging.ERROR)
     wrong = []
     places = {name: place(name) for name in ("one", *meshes)}
@@ -207,7 +207,7 @@ def _round_trips(root: Path, meshes: tuple[str, ...]) -> list[str]:
     return wrong
 
 
-def test_every_optimizer_goes_on_on_another_mesh_and_back(tmp_path: Path) -> None:
+def test_every_optimizer_continues_on_another_mesh_and_back(tmp_path: Path) -> None:
     assert run_distributed(_round_trips, 2, tmp_path, ("fsdp2", "tp2")) == [[], []]
 
 

@@ -1,4 +1,4 @@
-"""What is one object, or one memory, in several places of a state is so again after a load."""
+"""Objects and memory that are shared within a state are shared again after a load."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_an_optimizer_whose_state_is_shared_goes_on_as_it_would_have(tmp_path: Path, *, flat: bool) -> None:
+def test_an_optimizer_whose_state_is_shared_continues_as_it_would_have(tmp_path: Path, *, flat: bool) -> None:
     model, fresh = net(), net()
     optimizer, other = Shared(model.parameters(), flat=flat), Shared(fresh.parameters(), flat=flat)
     train(model, optimizer, 3)

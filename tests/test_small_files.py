@@ -1,4 +1,4 @@
-"""Small files of a checkpoint directory that are no such files: nothing hangs, and the damage is one directory's."""
+"""Pipes, links and broken files in place of small files: nothing hangs, and only one checkpoint counts as damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a save publishes is what was there at save(), or it fails by name."""
+"""A save publishes the state at the time of save(), or fails and names the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live objects go to disk and come back as they were: models, optimizers, schedulers and whatever else is in a run."""
+"""Live objects are restored as they were: models, optimizers, schedulers and everything else in a run."""
 
 from __future__ import annotations
 
@@ -528,7 +528,7 @@ def test_extras_that_one_side_lacks_are_left_alone_and_reported(tmp_path: Path) 
     assert not bare.notes
 
 
-def test_what_begins_anew_because_the_checkpoint_lacks_it_is_said(
+def test_what_begins_again_because_the_checkpoint_lacks_it_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Linear(1, 1)
@@ -715,7 +715,7 @@ def _accelerate(directory: Path) -> list[str]:
     return sorted(found[0])
 
 
-def test_accelerate_under_ddp_goes_on_bitwise(tmp_path: Path) -> None:
+def test_accelerate_under_ddp_continues_bitwise(tmp_path: Path) -> None:
     names = run_distributed(_accelerate, 2, tmp_path)
     assert names[0] == names[1]
     assert sorted(weights_on_disk(tmp_path)) == names[0]  # DDP leaves no prefix

@@ -1,4 +1,4 @@
-"""Other people's applications after `pip install`: nothing of ours is imported to find the options."""
+"""Other people's applications after `pip install`: Hydra finds the options without importing this package."""
 
 from __future__ import annotations
 

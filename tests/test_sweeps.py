@@ -1,4 +1,4 @@
-"""Sweeps in a stranger's application: jobs keep apart, an interrupted sweep goes on, and what is told of it."""
+"""Sweeps in a third-party application: jobs do not mix, an interrupted sweep continues, and its summary is right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def app(tmp_path: Path) -> App:
     return App(tmp_path)
 
 
-def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(app: App) -> None:
+def test_a_sweep_killed_in_the_middle_continues_where_it_was(app: App) -> None:
     died = app.sweep_over("lr=0.3,0.1,0.2", kill="1 5")
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert app.runs == ["0 0", "1 0"]
@@ -148,7 +148,7 @@ def test_ctrl_c_and_failures_are_recorded_and_run_again(app: App) -> None:
     assert "failed" in again.stdout  # although Hydra tells nobody of the end of such a sweep
 
 
-def test_sigterm_ends_the_sweep_and_the_same_command_goes_on(app: App) -> None:
+def test_sigterm_ends_the_sweep_and_the_same_command_continues(app: App) -> None:
     stopped = app.sweep_over("lr=0.3,0.1", "callbacks.checkpoint.requeue_exit_code=85", kill="0 3", how="SIGTERM")
     assert (stopped.returncode, app.runs) == (85, ["0 0"])
     assert app.states == ["stopped"]
@@ -356,10 +356,10 @@ def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     assert [job["state"] for job in summary["jobs"]] == ["finished"] * 32
 
 
-# -- the command that goes on --------------------------------------------------------------------------------------
+# -- the command that continues --------------------------------------------------------------------------------------
 
 
-def test_show_prints_the_command_that_goes_on_and_it_does(app: App) -> None:
+def test_show_prints_the_command_that_continues_it_and_it_does(app: App) -> None:
     place = "kept/it's = odd, $HOME"
     hydra = place.replace("'", "\\'")
     died = app.run(f"hydra.run.dir='{hydra}'", "+note='a b, \"c\"'", "lr=0.25", kill=f"{Path(place).name} 5")

@@ -1,4 +1,4 @@
-"""Ranks that are arranged otherwise than those that saved, and ranks that do not fit together."""
+"""Ranks that are arranged differently than those that saved, and ranks that do not fit together."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _stream(root: Path, names: list[str]) -> dict[str, Any]:
     return seen
 
 
-def test_a_stream_goes_on_over_other_meshes_with_no_sample_repeated_or_skipped(tmp_path: Path) -> None:
+def test_a_stream_continues_over_other_meshes_with_no_sample_repeated_or_skipped(tmp_path: Path) -> None:
     names = ["fsdp4", "tp2", "fsdp2_tp2", "one"]
     results = run_distributed(_stream, 4, tmp_path, names)
     consumed = []
@@ -171,12 +171,12 @@ def _own_places(root: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_loader_that_knows_one_rank_s_place_goes_on_where_the_data_is_divided_alike_and_else_anew(
+def test_a_loader_that_knows_one_rank_s_place_continues_where_the_data_is_divided_alike_and_otherwise_begins_again(
     tmp_path: Path,
 ) -> None:
     results = run_distributed(_own_places, 4, tmp_path)
     assert [found["fsdp2_tp2"][:2] for found in results] == [(10, True), (10, True), (11, True), (11, True)]
-    # The two data-parallel ranks go on where their counterparts were, whatever rank those had.
+    # The two data-parallel ranks continue where their counterparts were, whatever rank those had.
     assert [found["fsdp2"][:2] for found in results[2:]] == [(10, True), (11, True)]
     for found in results:
         assert found["fsdp4"][:2] == (-1, False)

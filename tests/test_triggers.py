@@ -1,4 +1,4 @@
-"""What makes runs save and stop: files, signals, exit codes; and that the ranks agree about it."""
+"""What makes a run save and stop: files, signals, exit codes; and the agreement of the ranks on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be written into the JSON files beside a model is refused by object and key."""
+"""Values that cannot be written into the JSON files of a model are refused by object and key."""
 
 from __future__ import annotations
 

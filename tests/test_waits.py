@@ -1,4 +1,4 @@
-"""Every wait for a rank that is paused ends at its limit, although its kernel still takes what is sent to it."""
+"""Every wait for a paused rank ends at its limit, although its kernel still accepts packets."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _pausing_in(root: Path, phase: str, is_async: bool) -> list[str]:
         assert pending is not None
         pending.wait()
         first = outcome_of(pending)
-        wait_until_stopped(pid)  # it still is: nothing has waited for it to go on
+        wait_until_stopped(pid)  # it still is: nothing has waited for it to continue
         os.kill(pid, signal.SIGCONT)
     else:
         attempt(lambda: engine.save(state, step=2))

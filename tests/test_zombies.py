@@ -1,4 +1,4 @@
-"""A run that was taken for dead wakes up after another has taken over: nothing it still does costs a checkpoint."""
+"""A run that was presumed dead wakes up after another has taken over: nothing it still does costs a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import scan
 
-# The stop lies inside the file layer: behind the last look at the lease, before the change itself.
+# It stops inside the file layer: after the last check of the lease, before the change itself.
 ZOMBIE = """
 import signal, sys, threading
 from pathlib import Path
@@ -131,7 +131,7 @@ class Zombie:
         (self._root / "owner.json").write_text(json.dumps({**record, "released": True}))
         return self
 
-    def goes_on(self) -> str:
+    def resumes(self) -> str:
         os.kill(self._process.pid, signal.SIGCONT)
         outcome, log = self._process.communicate(timeout=60)
         assert self._process.returncode == 0, log
@@ -167,7 +167,7 @@ def test_what_a_zombie_still_does_costs_the_heir_nothing(tmp_path: Path, where: 
         engine.add_metrics(3, 0, {"loss": 0.05})
         engine.drain()
         before = contents(tmp_path)
-        outcome = zombie.goes_on()
+        outcome = zombie.resumes()
         assert "save 9: " in outcome
         assert "save 9: done" not in outcome
         assert pointed(tmp_path, "LATEST") == 3  # not even for a moment
@@ -186,7 +186,7 @@ def test_a_zombie_in_the_middle_of_close_does_not_release_the_heir_s_lease(tmp_p
     with Zombie(tmp_path, "before_replacing_owner.json") as zombie, heir(tmp_path) as engine:
         assert engine.start(make_state()).step == 9
         record = (tmp_path / "owner.json").read_text()
-        assert "close: done" in zombie.goes_on()
+        assert "close: done" in zombie.resumes()
         assert (tmp_path / "owner.json").read_text() == record
         assert engine.save(make_state(), step=10).result().step == 10
 
@@ -197,7 +197,7 @@ def test_a_zombie_that_adds_an_export_does_not_touch_the_heir_s(tmp_path: Path) 
         assert engine.start(state).step == 2
         exported = engine.save(state, step=2, is_final=True).result()
         manifest = (exported.path / "manifest.json").read_bytes()
-        assert "export: saving step 2 failed" in zombie.goes_on()
+        assert "export: saving step 2 failed" in zombie.resumes()
         assert (exported.path / "manifest.json").read_bytes() == manifest
         assert contents(tmp_path)
         assert scan(tmp_path).find(exported.name).manifest.exports  # type: ignore[union-attr]
@@ -214,7 +214,7 @@ def test_a_zombie_does_not_touch_an_heir_that_went_back(tmp_path: Path, where: s
         assert pointed(tmp_path, "LATEST") == 1
         engine.save(state, step=2, metrics={"loss": 8.0}).result()
         before = contents(tmp_path)
-        zombie.goes_on()
+        zombie.resumes()
         assert pointed(tmp_path, "LATEST") == 2
         engine.save(state, step=3, metrics={"loss": 9.0}).result()
         assert contents(tmp_path) == {**before, "epoch_0_step_3": {"loss": 9.0}}
@@ -226,7 +226,7 @@ def test_what_a_zombie_retired_is_put_back_by_whoever_comes_after_the_heir(tmp_p
         with heir(tmp_path) as engine:
             engine.start(state)
             engine.save(state, step=3).result()
-        zombie.goes_on()
+        zombie.resumes()
     assert "epoch_0_step_1" not in contents(tmp_path)
     with heir(tmp_path) as engine:
         engine.start(state)
@@ -237,7 +237,7 @@ def test_what_a_zombie_retired_is_put_back_when_the_heir_ends(tmp_path: Path) ->
     state = make_state()
     with Zombie(tmp_path, "before_retiring") as zombie, heir(tmp_path) as engine:
         engine.start(state)
-        zombie.goes_on()
+        zombie.resumes()
         assert list(contents(tmp_path)) == ["epoch_0_step_2"]
     assert list(contents(tmp_path)) == ["epoch_0_step_1", "epoch_0_step_2"]
 

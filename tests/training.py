@@ -1,4 +1,4 @@
-"""A small training run, written once for the tests that need one: every random source of a real run is in it."""
+"""A small training run with every random source of a real one, for the tests that need one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,14 @@
 """Messages between the ranks.
 
 Each thread that communicates has its own `Channel`. On a channel every rank makes the same calls in the same order.
+
+Example of `agree` with 3 ranks: all call `agree("counting", n, sum)` with n = 5, 7 and 9. Ranks 1 and 2 send 7 and 9
+and wait. Rank 0 receives them, computes `sum([5, 7, 9])` and sends 21, which all three calls return. If `sum` raises
+on rank 0, all three raise the same error. If rank 2 sends nothing within the limit, ranks 0 and 1 raise an error that
+names it.
+
+Example of `raise_together`: rank 1 passes `ValueError("x")`, the others None. Rank 1 raises its own error; ranks 0 and
+2 raise `CheckpointError("rank 1: ValueError: x")`. If all pass None, nothing is raised.
 """
 
 from __future__ import annotations

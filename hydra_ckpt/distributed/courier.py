@@ -1,4 +1,10 @@
-"""Makes calls that may block forever without blocking their caller."""
+"""Makes calls that may block forever without blocking their caller.
+
+Example: with a limit of 10 seconds, a rank asks for a key while rank 0 is paused. PyTorch's `get` blocks in a thread
+of the courier, and `call` raises `TimeoutError` after 10 seconds. If rank 0 continues 5 seconds later, the `get`
+returns, its value is dropped, and the next call works. Calls wait in one queue: one that is submitted meanwhile, with
+a limit of 3 seconds, is cancelled without having been made.
+"""
 
 from __future__ import annotations
 

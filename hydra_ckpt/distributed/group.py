@@ -1,4 +1,10 @@
-"""The ranks that checkpoint together: their store and their reductions."""
+"""The ranks that checkpoint together: their store and their reductions.
+
+Example: a process group of ranks 4 to 7 of a training of 8 checkpoints on its own. Inside the `Group` they are ranks 0
+to 3: rank 4 of the training is rank 0 here, hosts the store and decides. Through the training's process group, it
+sends the others its addresses, its port and a random incarnation, and all four report whether they have reached it.
+From then on the process group is not used.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,13 @@
 """How the ranks find rank 0's store on its host.
 
-Host names are unreliable. Debian's installer maps a host's own name to 127.0.1.1, two hosts may have the same name, and
-addresses such as a container bridge's exist on every host. So rank 0 sends all its addresses, the others try them one
-by one, and the server that answers must know the run's incarnation.
+Host names are unreliable. Debian's installer maps a host's own name to 127.0.1.1, two hosts may have the same name,
+and addresses such as a container bridge's exist on every host. So rank 0 sends all its addresses, the others try them
+one by one, and the server that answers must know the run's incarnation.
+
+Example: rank 0 is on `node0` with the addresses 10.0.0.5 and 172.17.0.1, the latter that of a container bridge, and
+its store has port 40001. A rank on `node1` tries `node0:40001`, 10.0.0.5:40001 and 172.17.0.1:40001. The last is its
+own host; if some store answers there, it lacks the key of this incarnation, and the rank goes to the next address. A
+rank in the same network namespace as rank 0 tries only 127.0.0.1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Messages over our own store; every wait ends at its limit, whatever the network does."""
+"""Messages over our own store; every wait ends at its limit, whatever the network does.
+
+Example: the second exchange on the channel `save`, with 3 ranks. Ranks 1 and 2 set the keys `save/2.1/from/1` and
+`save/2.1/from/2` (first message of exchange 2), preceded by the incarnation; rank 0 waits for both. The answer is the
+second message: rank 0 sets `save/2.2/to/0`. With a limit of 60 seconds and an answer that takes 40, it first sets
+`save/2.2/to/0` and `save/2.2/to/1` to empty texts, after 15 and 30 seconds, and the answer is `save/2.2/to/2`. The
+others read these keys in order, and each empty one extends their wait to 60 seconds from then on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Agreement between the ranks' training threads, by reductions."""
+"""Agreement between the ranks' training threads, by reductions.
+
+Example: 3 ranks vote with two numbers, whether a signal has come and how many seconds have passed since the last save.
+At step 10 they say (0, 29), (1, 30) and (0, 28). At step 11 all of them hear the maxima (1, 30): a signal has come on
+some rank, and all ranks save after the same step. With `adds=True` they would hear the sums (1, 87).
+"""
 
 from __future__ import annotations
 

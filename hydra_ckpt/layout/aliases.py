@@ -3,6 +3,23 @@
 A tensor of the model may be several tensors of an export (experts fused in memory), a part of one (projections split
 in memory), or one whose dimensions are in another order. Each alias is one box of one tensor and its position in the
 other, so it applies to shards as it does to whole tensors, and in both directions.
+
+Example: in memory `gate_up` has 4 x 3 elements; the export has its rows 0 and 1 as `gate` and 2 and 3 as `up`. A rank
+that holds rows 1 and 2 has the second row of `gate` and the first of `up`:
+
+    >>> gate = Alias("gate", (2, 3), (0, 0), "gate_up", Box((0, 0), (2, 3)), dims=(0, 1))
+    >>> up = Alias("up", (2, 3), (0, 0), "gate_up", Box((2, 0), (2, 3)), dims=(0, 1))
+    >>> held = Box((1, 0), (2, 3))
+    >>> for alias in (gate, up):
+    ...     inner, placed = alias.part(held)
+    ...     print("row", inner.offsets[0], "of gate_up is row", placed.offsets[0], "of", alias.name)
+    row 1 of gate_up is row 1 of gate
+    row 2 of gate_up is row 0 of up
+
+Loading goes the other way: the first row of `up` is found in row 2 of `gate_up`.
+
+    >>> up.sought(Box((0, 0), (1, 3)))[0]
+    Box(offsets=(2, 0), sizes=(1, 3))
 """
 
 from __future__ import annotations

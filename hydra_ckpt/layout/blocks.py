@@ -3,6 +3,20 @@
 A tensor on more ranks than should write to one file is cut into boxes: what up to this many neighbours along one
 dimension of the device mesh hold together. All boxes of the same neighbours fill separate files. Each rank computes
 only those of its own block, from mesh and placements; it needs no information about the others.
+
+Example: HSDP with 2 replicas of 64 shards, so 128 ranks, and a tensor of 640 rows, 10 for each shard. With at most 32
+neighbours in a block, there are 64 / 32 = 2 blocks of 320 rows. The rank at (1, 40) is in the second one, with shards
+32 to 63, together with the other replica of each; `x` stands for the replicated dimension:
+
+    >>> rank = Sharding(mesh_shape=(2, 64), coordinate=(1, 40), dims=(None, 0), strided=(False, False))
+    >>> block_of(rank, (640, 4), limit=32)
+    Block(key='x.32-63', box=Box(offsets=(320, 0), sizes=(320, 4)), shards=32, first=False)
+
+With 40 shards there would be 2 blocks of 20, rather than one of 32 and one of 8:
+
+    >>> rank = Sharding(mesh_shape=(40,), coordinate=(39,), dims=(0,), strided=(False,))
+    >>> block_of(rank, (640, 4), limit=32).key
+    '20-39'
 """
 
 from __future__ import annotations

@@ -1,4 +1,21 @@
-"""Boxes: which part of a global tensor a rank holds, and which bytes of a file that is."""
+"""Boxes: which part of a global tensor a rank holds, and which bytes of a file that is.
+
+Example: `w` has 6 x 4 fp32 numbers, and a mesh of 2 ranks splits its rows. Rank 1 holds rows 3 to 5. If the tensor's
+bytes begin at byte 4096 of a file, these rows are one run of 48 bytes from byte 4096 + 3 * 16 = 4144 on:
+
+    >>> rank_1 = Sharding(mesh_shape=(2,), coordinate=(1,), dims=(0,), strided=(False,))
+    >>> rank_1.box((6, 4))
+    Box(offsets=(3, 0), sizes=(3, 4))
+    >>> list(regions(rank_1.box((6, 4)), (6, 4), itemsize=4, base=4096))
+    [Region(offset=4144, run=48, count=1, stride=0)]
+
+If the columns are split instead, rank 1 holds columns 2 and 3: six runs of 8 bytes, one every 16 bytes, the first at
+byte 4096 + 2 * 4 = 4104. That is still one region:
+
+    >>> columns = Sharding(mesh_shape=(2,), coordinate=(1,), dims=(1,), strided=(False,))
+    >>> list(regions(columns.box((6, 4)), (6, 4), itemsize=4, base=4096))
+    [Region(offset=4104, run=8, count=6, stride=16)]
+"""
 
 from __future__ import annotations
 

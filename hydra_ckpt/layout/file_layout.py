@@ -3,6 +3,19 @@
 The safetensors format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, little endian;
 a JSON header; the tensors' bytes, row-major, without holes. The header may end in spaces, which we use to start the
 data at a multiple of 4096.
+
+Example: a bf16 bias of 8 bytes and `w` of 96 bytes. Wide elements come first, and the header is filled up to 4096
+bytes, so `w` begins at byte 4096, the bias at 4096 + 96 = 4192, and the file ends at 4200:
+
+    >>> bias, w = TensorSpec("bias", "BF16", (4,)), TensorSpec("w", "F32", (6, 4))
+    >>> [file] = lay_out([[bias, w]], "model/consolidated", "model")
+    >>> file.path, file.offsets, file.nbytes
+    ('model/consolidated/model.safetensors', {'w': 4096, 'bias': 4192}, 4200)
+
+With at most 100 bytes a file, the two no longer fit into one:
+
+    >>> [file.path for file in lay_out(by_size([bias, w], 100), "model/consolidated", "model")]
+    ['model/consolidated/model-00001-of-00002.safetensors', 'model/consolidated/model-00002-of-00002.safetensors']
 """
 
 from __future__ import annotations

@@ -2,7 +2,24 @@
 
 Rotary weights whose rows are interleaved, projections whose gate and up rows alternate, kernels flattened into
 matrices: in the tensors' own shapes such parts are not boxes. Cut both tensors' dimensions finely enough, say `(rows,
-    c)` into `(heads, 2, half, c)`, and they become a transposed box. So shards of them need no gathering either.
+c)` into `(heads, 2, half, c)`, and they become a transposed box. So shards of them need no gathering either.
+
+Example: an export has the rows 0, 2, 1, 3 of a tensor of 4 x 3. Walked through in the export's order, the source is
+read in 2 steps of 3 elements (one row), each of 2 steps of 6 elements (two rows), each of 3 single elements. No box has
+the rows 0 and 2 but not 1. In the grid 2 x 2 x 3 of both tensors, though, the export is all of the source, with the
+first two dimensions swapped:
+
+    >>> walk = Walk(TensorSpec("q", "F32", (4, 3)), 0, sizes=(2, 2, 3), strides=(3, 6, 1), shape=(4, 3), corner=(0, 0))
+    >>> [alias] = aliases_on_grid("exported", (4, 3), [walk])
+    >>> alias.shape, alias.grid, alias.dims
+    ((2, 2, 3), (2, 2, 3), (1, 0, 2))
+
+A rank that holds rows 1 and 2 of the source holds two boxes of that grid, which are two parts of the export:
+
+    >>> for own, on_grid in flat_boxes((4, 3), alias.grid, Box((1, 0), (2, 3))):
+    ...     print(own.offsets, "is", on_grid.offsets, "and goes to", alias.placed(on_grid).offsets)
+    (1, 0) is (0, 1, 0) and goes to (1, 0, 0)
+    (2, 0) is (1, 0, 0) and goes to (0, 1, 0)
 """
 
 from __future__ import annotations

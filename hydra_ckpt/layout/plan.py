@@ -1,4 +1,32 @@
-"""Plans: a save or a load written out as byte ranges of files and positions in memory."""
+"""Plans: a save or a load written out as byte ranges of files and positions in memory.
+
+Example of a save: `w` begins at byte 4096 of its file, and rank 1 of 2 writes rows 3 to 5, bytes 4144 to 4191:
+
+    >>> from hydra_ckpt.layout.files import lay_out
+    >>> w = TensorSpec("w", "F32", (6, 4))
+    >>> files = lay_out([[w]], "model", "model")
+    >>> halves = [Share(w, Box((0, 0), (3, 4)), 0, 3), Share(w, Box((3, 0), (3, 4)), 3, 6)]
+    >>> list(fill_files(files, {0: halves[1]}))
+    [Piece(file=0, region=Region(offset=4144, run=48, count=1, stride=0), share=0, start=0)]
+
+Each rank sends one number instead of its ranges. If the ranges of all ranks tile the files, these add up to a number
+that the coordinator computes alone; here 4096 to 4144 and 4144 to 4192 do:
+
+    >>> plans = [WritePlan(tuple(files), (), {0: half}, tuple(fill_files(files, {0: half})), "") for half in halves]
+    >>> sum(plan.coverage for plan in plans) % 2**64 == full_coverage(files)
+    True
+    >>> plans[0].coverage == full_coverage(files)
+    False
+
+Example of a load: another run wants rows 2 and 3. In shard files of 3 rows each, these are the last row of the first
+file and the first row of the second one:
+
+    >>> stored = StoredTensor(w, tuple(StoredChunk(half.box, f"shard-{n}", 4096) for n, half in enumerate(halves)))
+    >>> for read in reads(stored, Box((2, 0), (2, 4))):
+    ...     print(read.file, read.box.offsets, read.regions)
+    shard-0 (2, 0) (Region(offset=4128, run=16, count=1, stride=0),)
+    shard-1 (3, 0) (Region(offset=4096, run=16, count=1, stride=0),)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,23 @@
-"""Who writes what: ranks that hold the same values divide the work among themselves, without communication."""
+"""Who writes what: ranks that hold the same values divide the work among themselves, without communication.
+
+Example: 4 DDP ranks hold `w` (6 rows of 16 bytes) and a bias of 16 bytes, 112 bytes in all. Laid end to end and cut
+into stretches of 112 / 4 = 28 bytes, the cuts at 28, 56 and 84 move up to the next row, at 32, 64 and 96. So ranks 0 to
+2 write two rows of `w` each, and rank 3 writes the bias:
+
+    >>> w, bias = TensorSpec("w", "F32", (6, 4)), TensorSpec("bias", "F32", (4,))
+    >>> for rank in range(4):
+    ...     held = [Holding(spec, Box.whole(spec.shape), replica=(rank, 4)) for spec in (w, bias)]
+    ...     print(rank, {share.spec.name: (share.start, share.stop) for share in shares(held).values()})
+    0 {'w': (0, 2)}
+    1 {'w': (2, 4)}
+    2 {'w': (4, 6)}
+    3 {'bias': (0, 4)}
+
+With many replicas, not all of them write: of 512 that hold 1 GiB, 16 write 64 MiB each. Of 4, all do:
+
+    >>> stretches(512, held=1 << 30, whole=1 << 30), stretches(4, held=1 << 30, whole=1 << 30)
+    (16, 4)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""What the layout needs of a tensor: its name, element type and global shape."""
+"""What the layout needs of a tensor: its name, element type and global shape.
+
+Example: `w` has 6 x 4 fp32 numbers, so 96 bytes, however it is sharded:
+
+    >>> w = TensorSpec("w", "F32", (6, 4))
+    >>> w.itemsize, w.nbytes
+    (4, 96)
+
+As a grid of 3 pairs of rows, it has three dimensions in the arithmetic (see `grids`), and two in the file:
+
+    >>> TensorSpec("w", "F32", (3, 2, 4), flat=(6, 4)).file_shape
+    (6, 4)
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,20 @@
 """What ranks cannot know about each other: the one place where they agree on what all of them hold.
 
 A rank knows the global shape of everything it holds, so it computes the file layout alone. The rest takes a few bytes
-per rank: whether the others hold the same (or, under pipeline parallelism, what they hold instead), and how many copies
-of each device mesh there are.
+per rank: whether the others hold the same (or, under pipeline parallelism, what they hold instead), and how many
+copies of each device mesh there are.
+
+Example: 4 ranks, 2 pipeline stages with 2 data-parallel replicas each. Ranks 0 and 1 hold `embed` and `a`, ranks 2 and
+3 hold `b` and `embed`, which is tied. Each rank sends a digest of what it holds; there are two kinds. The first rank
+of each kind, 0 and 2, is its leader and sends its list of tensors. Rank 0 merges them in the order of the stages and
+answers: `embed` and `a` are written by leader 0, `b` by leader 2. So all ranks know the same three tensors and compute
+the same files. In the resulting `Agreement`:
+
+- `specs` is `embed, a, b` on all ranks, and `fingerprint` is equal.
+- `elsewhere` is empty on ranks 0 and 1, and has `embed` on ranks 2 and 3: they hold it, but do not write it.
+- `together` has `embed` with the leaders (0, 2) on all ranks, to compare the copies of the stages.
+- `leader` is 0, 0, 2, 2, and `peer` is (0, 2), (1, 2), (0, 2), (1, 2). As the tensors are plain, each rank is a copy of
+  its own: `copies` has the same numbers, and ranks 0 and 1 divide `embed` and `a` between them.
 """
 
 from __future__ import annotations

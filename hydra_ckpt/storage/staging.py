@@ -83,7 +83,7 @@ class Staging:
         tensors: Live tensors by key.
         pool: Lends the buffer.
         casts: Element types of the copies, where they are not the tensors' own.
-        late: Keys of tensors that may be copied later. Small ones are copied at once all the same.
+        late: Keys of tensors that may be copied later. Small ones are copied at once.
         plan: See `BufferPool.layout`.
     """
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class RecordKeeper:
     """Writes the record of the job that this process runs. Only the first rank writes.
 
-    A job may be started in the directory of one that still runs. Which of them goes on is decided when they take the
+    A job may be started in the directory of one that still runs. Which of them continues is decided when they take the
     lease of the checkpoints: until then the record of a live job is left alone, and the one who has taken the lease
     writes its own.
 

@@ -120,7 +120,7 @@ def _is_job(path: Path) -> bool:
 
 
 def _is_other(path: Path) -> bool:
-    """Whether a directory's name says that it is no job's, unless our record lies in it."""
+    """Whether a directory's name says that it is no job's, unless our record is in it."""
     return path.name.startswith(".") or names.is_checkpoint_name(path.name)
 
 

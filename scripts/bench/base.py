@@ -1,4 +1,4 @@
-"""What it costs to start from a base model, ours and transformers' alternately in one run, from a warm page cache.
+"""The time to start from a base model, with ours and transformers in turn, from a warm page cache.
 
 scripts/bench/base.py [--ranks 2] [--blocks 24] [--rounds 5]
 """

@@ -1,4 +1,4 @@
-"""What an export made afterwards costs beside reading and writing as many bytes, alternately in one run.
+"""The time of an export made afterwards, compared with reading and writing as many bytes, in turn.
 
 scripts/bench/export.py [--ranks 2] [--blocks 96] [--rounds 7]
 """

@@ -1,4 +1,4 @@
-"""What a resume costs, ours and DCP's alternately in one run, from a warm and a cold page cache.
+"""The time of a resume, with ours and DCP in turn, from a warm and a cold page cache.
 
 scripts/bench/load.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam]
 """

@@ -1,4 +1,4 @@
-"""What `save()` and the wait before the next optimizer step cost with many small tensors and with a few large ones.
+"""The time of `save()` and of the wait before the next optimizer step, with many small tensors and a few large ones.
 
 scripts/bench/many.py [--rounds 7] [--saves 7] [--against PATH]
 

@@ -1,4 +1,4 @@
-"""What a save costs, ours and the peers' alternately in one run.
+"""The cost of a save, with ours and others in turn.
 
 scripts/bench/save.py [--ranks 2] [--blocks 96] [--rounds 15] [--adam] [--bf16] [--step-ms 100]
     [--tables memory,stall,durable,steps]
@@ -64,7 +64,7 @@ class Bench:
         return self.ours[key]
 
     def settle(self, checkpointer: Checkpointer) -> None:
-        """Wait until the old checkpoint is deleted, which goes on in the background and is not the next one's cost."""
+        """Wait until the old checkpoint is deleted, which happens in the background and is not the next one's cost."""
         checkpointer.drain()
         while any(path.is_dir() for path in checkpointer.root.glob(".*")):
             time.sleep(0.01)

@@ -2,8 +2,8 @@
 
 PyTorch's fake process group lets one process be any rank of any world. For each world, a (replicate, shard, tensor)
 mesh, the state of a 70B-like model with Adam is planned: 1,000 parameters, 4,000 tensors. Printed are two tables in
-Markdown; docs/scaling.md explains them. Times are this thread's CPU time, medians of five, behind a collection of
-garbage. Counts are taken over all ranks of a world. Beyond `--whole` ranks, where that would take an hour, the model
+Markdown; docs/scaling.md explains them. Times are this thread's CPU time, medians of five, after a garbage
+collection. Counts are taken over all ranks of a world. Beyond `--whole` ranks, where that would take an hour, the model
 has a tenth of its layers for it, and what HSDP writes is counted once more with the whole model over the ranks of one
 shard coordinate, of which all others are copies.
 

@@ -1,4 +1,4 @@
-"""What a step costs while nothing is due: the time inside `on_step_end`, and what the ranks' agreement adds to a loop.
+"""The cost of a step without a save: the time in `on_step_end`, and what the agreement of the ranks adds to a loop.
 
 scripts/bench/steps.py [--ranks 2] [--rounds 15] [--steps 500]
 """

@@ -46,7 +46,7 @@ def _newest(root: Path) -> int:
     [(["alpha", "beta"], 0), (["alpha", "beta", "gamma"], 0), (["alpha", "beta", "gamma"], 1)],
     ids=["one of two", "rank 0 of three", "another of three"],
 )
-def test_a_host_is_lost_and_the_rest_goes_on(tmp_path: Path, names: list[str], victim: int) -> None:
+def test_a_host_is_lost_and_the_rest_continues(tmp_path: Path, names: list[str], victim: int) -> None:
     root = tmp_path / "run"
     with hosts(names) as made:
         endpoint = made[-1]  # the launcher's own store is on the host that stays

@@ -1,4 +1,4 @@
-"""The network between two hosts drops every packet in the middle of a save, and carries them again later."""
+"""The network between two hosts drops every packet in the middle of a save, and works again later."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_packets_are_dropped_in_each_phase_of_a_save(tmp_path: Path, phase: str)
     _check(found, tmp_path / "run")
     if phase == "making the draft":  # the last host has handed in nothing
         assert found[1]["first"] == "failed"
-    if phase == "writing the manifest":  # rank 0 goes on, and the last host sees what it has published
+    if phase == "writing the manifest":  # rank 0 continues, and the last host sees what it has published
         assert [rank["first"] for rank in found] == ["published", "published"]
 
 

@@ -1,4 +1,4 @@
-"""Ranks on several hosts find rank 0, whatever the hosts' names mean."""
+"""Ranks on several hosts find rank 0, whatever the host names resolve to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a real Slurm, of two nodes on this machine: what docs/clusters.md says to type, and what it says happens."""
+"""docs/clusters.md on a real Slurm with two nodes on this machine: the commands work, and what it says happens."""
 
 from __future__ import annotations
 
