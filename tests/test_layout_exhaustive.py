@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra_ckpt.layout.files import FileLayout, by_file, by_size, index_json, lay_out
+from hydra_ckpt.layout.file_layout import FileLayout, by_file, by_size, index_json, lay_out
 
 from hydra_ckpt.layout import plan, replicas
 from hydra_ckpt.layout.aliases import Alias, Naming
@@ -74,7 +74,7 @@ def test_every_two_small_boxes_have_the_elements_in_common_that_they_have() -> N
             assert (set() if common is None else set(bytes_of(common, shape, 1, 0))) == numbers[one] & numbers[other]
 
 
-@pytest.mark.parametrize("name", ["aliases", "blocks", "boxes", "files", "grids", "plan", "replicas", "specs"])
+@pytest.mark.parametrize("name", ["aliases", "blocks", "boxes", "file_layout", "grids", "plan", "replicas", "specs"])
 def test_the_examples_in_the_docstrings_are_right(name: str) -> None:
     module = import_module(f"hydra_ckpt.layout.{name}")
     failed, tried = doctest.testmod(module)

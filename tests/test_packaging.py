@@ -261,7 +261,7 @@ def test_the_metadata_says_what_is_needed(wheel):
     assert "Requires-Python: <3.14,>=3.10" in text
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Dist: torch>=2.9" in text
-    assert {"bench", "dev", "launchers", "peft", "sweeps", "trackers", "transformers"} == set(
+    assert {"bench", "dev", "docs", "launchers", "peft", "sweeps", "trackers", "transformers"} == set(
         re.findall(r"Provides-Extra: (\S+)", text)
     )
     assert "hydra-ckpt = hydra_ckpt.cli:main" in scripts

@@ -2,7 +2,7 @@
 
 Example of a save: `w` begins at byte 4096 of its file, and rank 1 of 2 writes rows 3 to 5, bytes 4144 to 4191:
 
-    >>> from hydra_ckpt.layout.files import lay_out
+    >>> from hydra_ckpt.layout.file_layout import lay_out
     >>> w = TensorSpec("w", "F32", (6, 4))
     >>> files = lay_out([[w]], "model", "model")
     >>> halves = [Share(w, Box((0, 0), (3, 4)), 0, 3), Share(w, Box((3, 0), (3, 4)), 3, 6)]
