@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra_ckpt.layout.file_layout import FileLayout, by_file, by_size, index_json, lay_out
 
 from hydra_ckpt.layout import plan, replicas
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Region, Sharding, regions
+from hydra_ckpt.layout.file_layout import FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import WritePlan, cells, fill_files, full_coverage
 from hydra_ckpt.layout.replicas import Holding, shares, stretches
 from hydra_ckpt.layout.specs import TensorSpec
