@@ -320,3 +320,22 @@ def test_loaders_that_can_tell_their_place_are_saved(tmp_path: Path) -> None:
     assert [batch[0].flatten().tolist() for batch in first] == [[2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
     assert [batch[0].flatten().tolist() for batch in third] == [[4.0, 5.0]]
     assert [item.step for item in scan(tmp_path).checkpoints] == [1]
+
+
+def test_a_save_in_the_middle_of_an_accumulation_warns_of_its_gradients(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    plain = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(plain, SGD(plain.parameters(), lr=0.1))
+    state = AppState.from_accelerator(accelerator)
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as engine:
+        for step in range(1, 5):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.ones(1, 1)).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            engine.save(state, step=step).result()
+    warnings = [text for text in caplog.messages if "in the middle of gradient accumulation" in text]
+    assert len(warnings) == 1
+    assert "gradient_accumulation_steps=2" in warnings[0]

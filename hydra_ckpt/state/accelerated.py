@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.utils.data import SequentialSampler
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.wrappers import unwrap
+
+log = logging.getLogger(__name__)
 
 _REMEDY = "AppState.from_accelerator(accelerator, dataloader=loader)"
 
@@ -57,6 +60,7 @@ class Progress:
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self._known = _everything(accelerator)  # kept alive, so that their identities stay theirs
+        self._has_warned = False
 
     def state_dict(self) -> dict[str, int]:
         """The count.
@@ -75,7 +79,20 @@ class Progress:
                 f"AppState.from_accelerator: the Accelerator got {kinds} after it was called, so a checkpoint would "
                 "lack it. Call it after the last prepare() and register_for_checkpointing()"
             )
+        self._warn_of_gradients()
         return {"step": int(self._accelerator.step)}
+
+    def _warn_of_gradients(self) -> None:
+        """Warn once if gradients are being accumulated: as with `save_state`, they are not saved."""
+        if self._accelerator.sync_gradients or self._has_warned:
+            return
+        self._has_warned = True
+        log.warning(
+            "saved in the middle of gradient accumulation (gradient_accumulation_steps=%d): the gradients so far are "
+            "not in the checkpoint, so the first step after a resume lacks them. Save after an optimizer step, when "
+            "accelerator.sync_gradients is True",
+            self._accelerator.gradient_accumulation_steps,
+        )
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Load the count."""
@@ -94,9 +111,10 @@ class UndecidedLoader:
         Raises:
             CheckpointConfigError: Always.
         """
-        raise CheckpointConfigError(
-            f"it is unknown which of the {self._count} prepared loaders training reads; name it: {_REMEDY}"
+        which = (
+            "whether training reads the prepared loader" if self._count == 1 else "which prepared loader training reads"
         )
+        raise CheckpointConfigError(f"it is unknown {which}; name it: {_REMEDY}")
 
     def load_state_dict(self, state: Any) -> None:
         """Never called: nothing is saved."""
