@@ -14,8 +14,9 @@ from hydra_ckpt.distributed.group import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
-from hydra_ckpt.loading.changes import changes, differing, tell
+from hydra_ckpt.loading.changes import changes, tell
 from hydra_ckpt.loading.restoring import Restorer
+from hydra_ckpt.loading.run_position import RunPosition
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
@@ -53,7 +54,7 @@ class Checkpointer:
         pp_rank: Pipeline-parallel rank: the stage.
         moe_mesh: The mesh of expert parallelism.
         process_group: The ranks that checkpoint together; None for all.
-        pp_group: The ranks of this rank's pipeline.
+        pp_group: Not needed: pipeline stages find each other among the ranks of `process_group`.
         files: The file layer; tests pass one that records or fails.
         times: How long the lease of the directory waits; tests pass short ones.
 
@@ -76,7 +77,6 @@ class Checkpointer:
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
-        self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self._process_group = process_group
         self._pid = os.getpid()
         self.stats = Stats()
@@ -112,9 +112,8 @@ class Checkpointer:
             self._patience_s,
             moe_mesh,
         )
-        self._start_step: int | None = None
-        self._resumed: Path | None = None
-        self._opened = self._settled = self._ends = self._is_last = False
+        self._position = RunPosition(config, self._directory, self._channel, self._restorer)
+        self._ends = False
 
     @property
     def enabled(self) -> bool:
@@ -170,7 +169,6 @@ class Checkpointer:
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Set the mesh of expert parallelism, if it is known only after `build`; call on every rank."""
-        self.moe_mesh = moe_mesh
         if self.enabled:
             self.refuse_closed("setting the mesh of expert parallelism")
             self._saver.spread_experts(moe_mesh)
@@ -187,7 +185,7 @@ class Checkpointer:
             return None
         self.refuse_closed("beginning a run")
         self._check(state)
-        self._open_run()
+        self._position.open()
         report = self.load(state)
         self._extractor.try_dataloader(state)  # not before: asking may fix where a fresh loader begins
         self._settle()
@@ -236,21 +234,27 @@ class Checkpointer:
         self.wait()
         wanted = self._restorer.wanted_parts(parts)
         selector = self._restorer.selector(restore_from)
-        # Loading only weights does not change a run's step.
-        moves = "progress" in wanted or (self._start_step is None and not self._settled)
+        moves = self._position.is_moved_by(wanted)
 
         def begin_at(step: int) -> None:
             if moves:
-                self._start_step = step
+                self._position.begin_at(step)
             # auto and latest find the run's own latest step; another run may be writing there meanwhile.
             if selector not in ("auto", "latest") and (selector is None or "progress" in wanted):
-                self._channel.coordinator_step("looking for later steps", self._refuse_later)
+                self._position.refuse_later()
 
         report = self._restorer.restore(state, selector, wanted, begin_at)
         if moves:
-            self._resumed = report.path if report is not None and "progress" in wanted else None
-            self._settled = False  # a run that goes back must clear its way again
+            self._position.resume(report.path if report is not None and "progress" in wanted else None)
         return report
+
+    def _settle(self) -> None:
+        """Collective, once: clear the way for new steps."""
+        found = self._position.settle()
+        if found is not None:
+            self._saver.known.knows(found["published"], found["exported"])
+            self._best_value = found["best"]
+            self._deciding = str(found["deciding"])
 
     def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
         """Collective: fill a model with the weights of `checkpoint.model_repo_id`, not from a checkpoint.
@@ -278,57 +282,6 @@ class Checkpointer:
             channel.farewell()  # rank 0 hosts the store that the others still read from
             channel.close()
             group.close()
-
-    def _refuse_later(self) -> None:
-        self._directory.refuse_later(self._start_step, self._restorer.passed_over, self.config.read.on_conflict)
-
-    # -- a run ---------------------------------------------------------------------------------------------------
-
-    def _open_run(self) -> None:
-        """Collective, once: become the directory's writer."""
-        if not self._opened:
-            self._channel.coordinator_step("opening the checkpoint directory", self._open)
-            self._opened = True
-
-    def _open(self) -> None:
-        """Rank 0 only."""
-        self._directory.open(self._start_step)
-        job = active_job()
-        if job is not None and job.on_hold is not None:
-            job.on_hold()
-
-    def _settle(self) -> None:
-        """Collective, once: clear the way for new steps."""
-        if not self._settled:
-            found = self._channel.coordinator_step(
-                "clearing the way for new steps",
-                lambda: self._directory.settle(
-                    self._start_step,
-                    self._restorer.passed_over,
-                    self.config.read.on_conflict,
-                    self._resumed,
-                    is_another=self._is_another_job(),
-                ),
-            )
-            self._saver.known.knows(found["published"], found["exported"])
-            self._best_value = found["best"]
-            self._deciding = str(found["deciding"])
-            self._settled = True
-
-    def _is_another_job(self) -> bool:
-        """Rank 0 only: whether this job of a sweep continues from a checkpoint of a job with other values.
-
-        Under `resumable_job` that happens only with `on_change="run"`, which declares it to be the same job.
-        """
-        if self._resumed is None or self.config.where.owner is None or active_job() is not None:
-            return False
-        found = differing(self._resumed, dict(self.config.hydra_texts))
-        if found:
-            told = "; ".join(map(str, found))
-            log.warning(
-                "%s is from a sweep job with other values (%s): its metrics do not count here", self._resumed, told
-            )
-        return bool(found)
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -396,7 +349,7 @@ class Checkpointer:
     ) -> PendingSave:
         """Collective: begin a save. A failure of the previous one is raised once all ranks have met."""
         try:
-            self._open_run()
+            self._position.open()
             self._settle()
             request = self._saver.request(step, epoch, metrics, is_final, is_last=is_last)
             pending = self._saver.begin(state, request, self._deciding, self.report_failure)

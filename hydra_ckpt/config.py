@@ -311,7 +311,7 @@ class CheckpointingConfig:
             pp_rank: Its pipeline-parallel rank.
             moe_mesh: The mesh experts are spread over, if any.
             process_group: The ranks that save together; None: all.
-            pp_group: The ranks holding the stages of one pipeline, if any.
+            pp_group: Accepted because other systems have it; pipeline stages find each other without it.
 
         Returns:
             The engine, to be closed after use.

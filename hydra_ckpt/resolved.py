@@ -59,7 +59,6 @@ class WriteOptions:
         consolidated: When consolidated files are written; never with "torch_save".
         is_async: Whether training continues while the files are written.
         wait_for_staging: Whether `save()` waits until everything is copied.
-        cpu_offload: As configured; nothing depends on it.
         timeout_s: Longest wait of one rank for the others.
         single_rank_consolidation: Whether rank 0 alone writes the consolidated files.
         staging_dir: Where consolidated files are written before they are copied into place, absolute.
@@ -77,7 +76,6 @@ class WriteOptions:
     consolidated: SaveConsolidatedMode
     is_async: bool
     wait_for_staging: bool
-    cpu_offload: bool
     timeout_s: float
     single_rank_consolidation: bool
     staging_dir: Path | None
@@ -262,7 +260,6 @@ def _write_options(config: CheckpointingConfig) -> WriteOptions:
         consolidated=SaveConsolidatedMode.FALSE if config.model_save_format == "torch_save" else mode,
         is_async=config.is_async,
         wait_for_staging=config.wait_for_staging,
-        cpu_offload=config.cpu_offload,
         timeout_s=config.consolidation_timeout_minutes * 60.0,
         single_rank_consolidation=config.single_rank_consolidation,
         staging_dir=_absolute(config.staging_dir),
