@@ -15,9 +15,9 @@ import torch
 from hydra_ckpt.loading.installing import install as installing_all
 from hydra_ckpt.loading.installing import install_around as installing_around
 from hydra_ckpt.loading.installing import install_optimizers as installing_optimizers
-from hydra_ckpt.loading.planning import match_around as planning_around
 from hydra_ckpt.state import (
     capture,
+    fresh_tensors,
     holders,
     model_map,
     module_oracle,
@@ -69,7 +69,7 @@ def _state_is_not_installed_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def _strides_are_dropped(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, planning_around, "strides", lambda _: {})
+    _without(patch, fresh_tensors, "strides", lambda _: {})
     _without(patch, optimizer_targets, "strides", lambda _: {})
 
 
