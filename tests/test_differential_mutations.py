@@ -22,6 +22,7 @@ from hydra_ckpt.state import (
     model_map,
     module_oracle,
     optimizer,
+    optimizer_installing,
     optimizer_loading,
     optimizer_oracle,
     optimizer_targets,
@@ -60,7 +61,7 @@ def _walked_tensors_are_not_put_back(patch: pytest.MonkeyPatch) -> None:
 
 def _state_is_not_installed_again(patch: pytest.MonkeyPatch) -> None:
     """After an optimizer's load_state_dict(), which casts and copies."""
-    real = optimizer_loading.give_back
+    real = optimizer_installing.give_back
 
     def give_back(called: str, item: Any, decoded: Any, found: Any, _: Any) -> list[str]:
         return real(called, item, decoded, found, lambda: None)

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hydra_ckpt.store.draft import discard
 from hydra_ckpt.store.fenced import FencedFiles, replace_prepared
 from hydra_ckpt.store.lease import Lease, Times
 from hydra_ckpt.store.manifest import WRITER, seal
+from hydra_ckpt.store.owed_metrics import Owed, OwedMetrics
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.pointers import move_pointer, read_pointer
 from hydra_ckpt.store.recovery import conflict_error, in_the_way, put_back, recover, repoint, set_aside
@@ -32,14 +32,6 @@ from hydra_ckpt.store.strangers import refuse_strangers
 from hydra_ckpt.worker import Heart, Worker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Owed:
-    """Metrics of a checkpoint that are not on disk yet, and the run's best value when they arrived."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    best: BestSoFar | None = None
 
 
 class Directory:
@@ -84,7 +76,7 @@ class Directory:
         self._janitor: Worker | None = None
         self._best: float | None = None
         self._metric = self._configured = keep.best_metric_key
-        self._owed: dict[str, _Owed] = {}  # by checkpoint
+        self._owed = OwedMetrics(self._write_metrics)
         self.best_so_far: BestSoFar | None = None
         self._counts_from = 0  # results up to this step come from other values
 
@@ -175,7 +167,7 @@ class Directory:
             set_aside(self._held, in_the_way(scan(self.root), start_step), "aside", self._owner.incarnation)
         catalog = scan(self.root)
         kept = {item.name for item in catalog.checkpoints}
-        self._owed = {name: owed for name, owed in self._owed.items() if name in kept}
+        self._owed.keep_only(kept)
         before = opened(resumed)
         self._recall(catalog, before)
         self._counts_from = start_step or 0 if is_another else counts_from(before)
@@ -239,7 +231,7 @@ class Directory:
             if self._owed:
                 log.error(
                     "these metrics could not be written and are lost with this run: %s",
-                    {name: owed.metrics for name, owed in self._owed.items()},
+                    self._owed,
                 )
         finally:
             self._let_go()
@@ -328,28 +320,14 @@ class Directory:
             metrics: The new metrics.
             best: The run's best value when they arrived.
         """
-        owed = self._owed.setdefault(name, _Owed())
-        owed.metrics.update(metrics)
-        owed.best = best or owed.best
+        self._owed.add(name, metrics, best)
         self.write_metrics()
 
     def write_metrics(self) -> None:
         """Write the metrics that are not on disk yet."""
-        for name, owed in list(self._owed.items()):
-            try:
-                self._write_metrics(name, owed)
-            except CheckpointError as error:  # the checkpoint is gone or damaged, or another run has the directory
-                log.warning("metrics of %s could not be added: %s", name, error)
-            except OSError as error:
-                log.warning(
-                    "metrics of %s cannot be written now (%s); they are kept, and the write will be tried again",
-                    name,
-                    error,
-                )
-                continue
-            del self._owed[name]
+        self._owed.write()
 
-    def _write_metrics(self, name: str, owed: _Owed) -> None:
+    def _write_metrics(self, name: str, owed: Owed) -> None:
         self.fence()
         checkpoint = Checkpoint.open(self.root / name)
         best = {KEY: owed.best.as_data()} if owed.best is not None else {}

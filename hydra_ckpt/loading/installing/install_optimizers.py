@@ -11,7 +11,8 @@ import torch
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
-from hydra_ckpt.state.optimizer_loading import Fit, give_back, install
+from hydra_ckpt.state.optimizer_installing import give_back, install
+from hydra_ckpt.state.optimizer_loading import Fit
 from hydra_ckpt.state.optimizer_oracle import PARAMETER
 
 
