@@ -76,7 +76,7 @@ class Owner:
             names.nonce(),
             socket.gethostname(),
             os.getpid(),
-            psutil.Process().create_time(),
+            psutil.Process().create_time() if process is not None else time.time(),
             job_of_this_process(),
             run,
             boot=_boot() if process is not None else "",
@@ -122,8 +122,12 @@ class Owner:
         """
         if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
             return None
+        if not _exists(self.pid):
+            return False
         process = _stat(self.pid)
-        if process is None or int(process[_START_TICKS]) != self.ticks:
+        if process is None:
+            return None  # hidden: another user's (the option hidepid of /proc)
+        if int(process[_START_TICKS]) != self.ticks:
             return False
         # A zombie process keeps its ID, but no longer writes.
         return process[_STATE] not in "ZX" or int(process[_THREADS]) > 1
@@ -170,9 +174,23 @@ def _namespace() -> str:
     return " ".join(found)
 
 
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on; None if there is no such process, or this is not Linux."""
+def _exists(pid: int) -> bool:
+    """Whether there is a process of this number in this process's namespace, whoever it belongs to."""
     try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on; None if it cannot be read, or shows another namespace."""
+    try:
+        # Where /proc was mounted for another PID namespace, its numbers mean other processes.
+        if (_PROC / "self").readlink() != Path(str(os.getpid())):
+            return None
         text = (_PROC / str(pid) / "stat").read_bytes().decode(errors="replace")
     except OSError:
         return None

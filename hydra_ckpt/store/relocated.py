@@ -65,12 +65,13 @@ def _held_elsewhere(root: Path, other: Owner) -> Path | None:
 
 def _as_seen_by(other: Owner) -> Path | None:
     """A live process's directory; None if its path may mean another directory for this process."""
-    process, root = Path("/proc", str(other.pid)), Path(other.root)
+    process = Path("/proc", str(other.pid))
     try:
         same = all((process / view).readlink() == Path("/proc/self", view).readlink() for view in _VIEWS)
     except OSError:
         return None  # another user's process
-    return root if same and root.is_absolute() else None
+    # Through the process's own root: in a chroot, "/" is another directory under the same name.
+    return Path(f"{process}/root{other.root}") if same and other.root.startswith("/") else None
 
 
 def _remove(files: Files, path: Path) -> None:
