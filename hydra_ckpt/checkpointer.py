@@ -373,7 +373,7 @@ class Checkpointer:
     def recheck(self, state: AppState, step: int, epoch: int) -> None:
         """Collective, before the final save: compare in full what the last save only sampled.
 
-        If replicas differ, that checkpoint is set aside, and the final save makes it again.
+        If replicas differ, the final save makes that checkpoint again, and the first one is set aside.
 
         Raises:
             CheckpointError: They differ, and `checkpoint.on_drift` is raise; then nothing is saved again.
@@ -383,11 +383,10 @@ class Checkpointer:
         self.meet()  # a rank that was cut off must know how the save ended before the ranks compare
         drift, is_mixed = self._saver.find_drift(state, step, epoch)
         raises, name = self.config.write.raises_drift, self._saver.request(step, epoch, None, is_final=True).name
+        if is_mixed and raises:
+            self._channel.coordinator_step("setting a checkpoint aside", lambda: self._directory.withdraw(name))
         if is_mixed:
-            self._channel.coordinator_step(
-                "setting a checkpoint aside", lambda: self._directory.withdraw(name, for_good=raises)
-            )
-            self._saver.known.withdraw(name)
+            self._saver.known.withdraw(name, is_made_again=not raises)
         if drift and raises:
             raise CheckpointError(f"{drift}. {name}, which holds values of both, was set aside" if is_mixed else drift)
 

@@ -450,6 +450,16 @@ def test_tensors_require_gradients_as_they_did(tmp_path: Path) -> None:
     assert "extras.box" in report.exact
 
 
+def test_conjugated_tensors_stay_lazily_conjugated(tmp_path: Path) -> None:
+    value = torch.randn(3, 2, dtype=torch.complex64).conj()
+    save(tmp_path, AppState(nn.Linear(1, 1), extras={"box": Holder(value)}))
+    fresh = Holder()
+    report = load(tmp_path, AppState(nn.Linear(1, 1), extras={"box": fresh}))
+    assert fresh.held.is_conj()
+    assert torch.equal(fresh.held, value)
+    assert "extras.box" in report.exact
+
+
 class OnOneRank(Holder):
     """Takes its state over on rank 0 only."""
 

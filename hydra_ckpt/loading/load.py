@@ -10,7 +10,7 @@ from typing import Any
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CheckpointError, KeyMismatchError
 from hydra_ckpt.loading.installing.install import Installer
-from hydra_ckpt.loading.notes import Notes
+from hydra_ckpt.loading.notes import PARTS, Notes
 from hydra_ckpt.loading.planning.load_plan import LoadPlan, Mismatch
 from hydra_ckpt.loading.planning.match import plan_load
 from hydra_ckpt.loading.reading import Reader
@@ -19,8 +19,6 @@ from hydra_ckpt.report import LoadReport
 from hydra_ckpt.storage.ledger import join
 
 log = logging.getLogger(__name__)
-
-PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "progress")
 
 
 class Load:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from hydra_ckpt.errors import some_of
 
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "rng", "extras", "progress")
+_ORDER = {part: number for number, part in enumerate(PARTS)}
+
 
 @dataclass
 class Notes:
@@ -71,4 +74,5 @@ class Notes:
     def only_exact(self) -> tuple[str, ...]:
         """The exact objects that are listed nowhere else."""
         elsewhere = {*self.trusted, *self.rederived, *self.missing, *self.skipped}
-        return tuple(name for name in self.exact if name not in elsewhere)
+        found = [name for name in self.exact if name not in elsewhere]
+        return tuple(sorted(found, key=lambda name: _ORDER.get(name.partition(".")[0], len(_ORDER))))

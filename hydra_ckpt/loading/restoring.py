@@ -18,7 +18,8 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
-from hydra_ckpt.loading.load import PARTS, Load
+from hydra_ckpt.loading.load import Load
+from hydra_ckpt.loading.notes import PARTS
 from hydra_ckpt.loading.sources.foreign_source import ForeignSource, open_foreign
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.report import LoadReport

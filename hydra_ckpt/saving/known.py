@@ -36,6 +36,7 @@ class KnownSaves:
         self._exported: set[str] = set()
         self._request: SaveRequest | None = None
         self.pending: PendingSave | None = None
+        self._replaced = ""
 
     def knows(self, published: Iterable[str], exported: Iterable[str]) -> None:
         """Record which checkpoints exist, and which of them have an export."""
@@ -57,10 +58,16 @@ class KnownSaves:
             self._exported.add(request.name)
         self._request, self.pending = request, pending
 
-    def withdraw(self, name: str) -> None:
-        """Record that a published checkpoint was set aside."""
+    def withdraw(self, name: str, *, is_made_again: bool) -> None:
+        """Record that a published checkpoint was set aside, or will be once it has been made again."""
         self._published.discard(name)
         self._exported.discard(name)
+        self._replaced = name if is_made_again else ""
+
+    def takes_replaced(self, name: str) -> bool:
+        """Whether the save of this name that begins now replaces a published checkpoint; asked once."""
+        found, self._replaced = name == self._replaced, ""
+        return found
 
     def forget(self, request: SaveRequest) -> None:
         """Record that a save has failed."""

@@ -116,9 +116,9 @@ class DraftWriter:
     _small: dict[str, FileRecord] = field(default_factory=dict)
     _rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)
 
-    def prepare(self, root: Path, name: str) -> Draft:
-        """Coordinator only: the draft with its directories, shared files and small files."""
-        draft = create_draft(self.files, root, name)
+    def prepare(self, root: Path, name: str, *, replaces: bool = False) -> Draft:
+        """Coordinator only: the draft with its directories, shared files and small files; see `create_draft`."""
+        draft = create_draft(self.files, root, name, replaces=replaces)
         try:
             self._fill(draft)
         except Exception:
@@ -309,6 +309,7 @@ class Save:
         fence: Raises if this process may no longer publish.
         published: Coordinator only: called with the new checkpoint's name to move pointers.
         details: What the manifest records about the run.
+        make_way: Coordinator only: sets a published checkpoint of this name aside, if there is one to be replaced.
     """
 
     writer: DraftWriter
@@ -320,6 +321,7 @@ class Save:
     fence: Callable[[], None]
     published: Callable[[str], None]
     details: Mapping[str, Any] = field(default_factory=dict)
+    make_way: Callable[[str], None] | None = None
 
     @property
     def name(self) -> str:
@@ -330,7 +332,7 @@ class Save:
         """Coordinator only; see `Transaction`."""
         self.fence()
         check_space(self.root, self.writer.content.total_bytes)
-        draft = self.writer.prepare(self.root, self.name)
+        draft = self.writer.prepare(self.root, self.name, replaces=self.make_way is not None)
         return {"path": str(draft.path), "token": draft.token}
 
     def _draft(self, note: Mapping[str, Any]) -> Draft:
@@ -364,6 +366,8 @@ class Save:
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()
+        if self.make_way is not None:
+            self.make_way(self.name)
         publish_draft(self.writer.files, draft)
         self.published(self.name)
         return {"name": self.name, "bytes": manifest.nbytes}

@@ -309,7 +309,10 @@ class Saver:
         full = request.compares_fully or not self._config.write.is_async
         replicas = {"replicas": "compared in full" if full else "sampled"} if self._group.world_size > 1 else {}
         details = {**directory.details, "optimizers": optimizers, **launch, **unsaved, **replicas}
-        return Save(writer, self._directory.root, step, epoch, metrics, topology, fence, directory.point_to, details)
+        make_way = directory.make_way if self.known.takes_replaced(request.name) else None
+        return Save(
+            writer, directory.root, step, epoch, metrics, topology, fence, directory.point_to, details, make_way
+        )
 
     def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
         """In the background: finish staging, write, publish, prune."""

@@ -276,9 +276,10 @@ def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What belongs to a tensor besides its type, shape and bits."""
     placed = (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
     lies = tensor.stride() if tensor.numel() else None
-    return lies, placed, tensor.requires_grad and tensor.is_leaf
+    return lies, placed, tensor.requires_grad and tensor.is_leaf, tensor.is_conj()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     # A single element counts as contiguous whatever its stride is, and is no bytes to view() then.
+    tensor = tensor.resolve_conj().resolve_neg()
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -168,6 +168,7 @@ DECODERS: Mapping[str, Callable[[Any], Any]] = {
     "wrapped": put_together,
     "expanded": lambda pair: pair[0].expand(pair[1]),
     "parameter": lambda pair: torch.nn.Parameter(pair[0], requires_grad=pair[1]),
+    "conj": lambda tensor: tensor.conj(),
     "leaf": lambda tensor: tensor.detach().requires_grad_(),
     ALIAS: lambda tensor: tensor.detach(),
     VIEW: _view,

@@ -301,12 +301,19 @@ class _Encoder:
             raise self._refused(name, "a tensor on the meta device has no values; move it to a device")
         if value.dtype not in SAFETENSORS_DTYPE or value.layout != torch.strided or value.is_nested:
             raise self._refused(name, f"a tensor of {value.dtype}, {value.layout} cannot be stored; convert it")
-        found = self._in_memory(value, name)
+        found = self._conjugated(value, name) or self._in_memory(value, name)
         if isinstance(value, torch.nn.Parameter):
             found = _tagged("parameter", [found, value.requires_grad])
         elif value.requires_grad:  # what it was computed from is not stored
             found = _tagged("leaf", found)
         return self._with_attributes(value, found, name)
+
+    def _conjugated(self, value: torch.Tensor, name: str) -> Any:
+        """A lazily conjugated tensor that shares its memory with no other one; None for all others."""
+        shared = self._sharing.views.get(id(value)) is not None or id(value) in self._sharing.bases
+        if isinstance(value, DTensor) or not value.is_conj() or shared:
+            return None
+        return _tagged("conj", self._strided(_plain(value).conj(), name))
 
     def _in_memory(self, value: torch.Tensor, name: str) -> Any:
         """A tensor by its name, or by that of the one whose memory it shares."""

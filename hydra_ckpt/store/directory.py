@@ -337,20 +337,18 @@ class Directory:
         replace_prepared(self._held, prepared, checkpoint.path / names.METRICS, body)
         self._consider(checkpoint)
 
-    def withdraw(self, name: str, *, for_good: bool) -> None:
-        """Set a checkpoint of this run aside.
-
-        Args:
-            name: Its name.
-            for_good: Whether it is not made again at once, under the same name; only then do pointers move.
-        """
+    def make_way(self, name: str) -> None:
+        """Set a checkpoint of this run aside, right before a new one gets its name; pointers stay."""
         self.fence()
         set_aside(self._held, [self.root / name], "aside", self._owner.incarnation)
-        if for_good:
-            catalog = scan(self.root)
-            best = catalog.best(self._metric, self._keep.best_metric_mode)
-            repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
-            repoint(self._held, catalog, names.BEST, best)
+
+    def withdraw(self, name: str) -> None:
+        """Set a checkpoint of this run aside for good; pointers move to others."""
+        self.make_way(name)
+        catalog = scan(self.root)
+        best = catalog.best(self._metric, self._keep.best_metric_mode)
+        repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
+        repoint(self._held, catalog, names.BEST, best)
 
     def prune(self) -> None:
         """Unpublish what no policy of the run keeps and no pointer leads to; a separate thread deletes it."""

@@ -49,13 +49,19 @@ class Draft:
         return self.path.parent / self.name
 
 
-def create_draft(files: Files, root: Path, name: str) -> Draft:
+def create_draft(files: Files, root: Path, name: str, *, replaces: bool = False) -> Draft:
     """Coordinator only: make the hidden directory.
+
+    Args:
+        files: The file layer.
+        root: The checkpoint directory.
+        name: What the checkpoint will be called.
+        replaces: Whether one of this name may be published, and will be set aside when the draft is complete.
 
     Raises:
         CheckpointExistsError: A checkpoint of this name is already published.
     """
-    if os.path.lexists(root / name):
+    if os.path.lexists(root / name) and not replaces:
         raise CheckpointExistsError(
             f"{root / name} already exists and is not overwritten. Save under another step, or move that directory "
             f"away first"

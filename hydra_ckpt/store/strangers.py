@@ -30,7 +30,8 @@ def refuse_strangers(root: Path) -> None:
         raise CheckpointConfigError(
             f"checkpoint.checkpoint_dir={root} holds checkpoints of another system ({some_of(found)}): they are named "
             f"or placed like ours, but have no {names.MANIFEST}. Nothing was changed. Choose another "
-            "checkpoint.checkpoint_dir; to start from one of these checkpoints, set checkpoint.restore_from=PATH"
+            "checkpoint.checkpoint_dir. A directory that torch.distributed.checkpoint or accelerate has written can be "
+            "loaded with checkpoint.restore_from=PATH"
         )
 
 
