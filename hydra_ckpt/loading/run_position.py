@@ -1,4 +1,4 @@
-"""The position of a run in its directory: the step that it continues from, and whether the way is clear for new ones."""
+"""The position of a run in its directory: which step it continues from, and whether the way is clear for new ones."""
 
 from __future__ import annotations
 
