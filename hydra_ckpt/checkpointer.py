@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -384,11 +385,14 @@ class Checkpointer:
         drift, is_mixed = self._saver.find_drift(state, step, epoch)
         raises, name = self.config.write.raises_drift, self._saver.request(step, epoch, None, is_final=True).name
         if is_mixed and raises:
-            self._channel.coordinator_step("setting a checkpoint aside", lambda: self._directory.withdraw(name))
+            step_aside = partial(self._directory.withdraw, name)
+            was_set_aside = self._channel.coordinator_step("setting a checkpoint aside", step_aside)
+            what = "was set aside" if was_set_aside else "stays, because there is no other"
+            drift += f". {name}, which holds values of both, {what}"
         if is_mixed:
             self._saver.known.withdraw(name, is_made_again=not raises)
         if drift and raises:
-            raise CheckpointError(f"{drift}. {name}, which holds values of both, was set aside" if is_mixed else drift)
+            raise CheckpointError(drift)
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.

@@ -28,7 +28,7 @@ _HIDDEN_KINDS = {
     "draft": "being written, or left behind by a run that died; the next run publishes or removes it",
     "deleting": "being deleted, or left behind half deleted; the next run removes it",
     "corrupt": "set aside because it was damaged",
-    "aside": "set aside because a run went back to an earlier step",
+    "aside": "set aside by a run that went back to an earlier step or replaced it",
 }
 
 

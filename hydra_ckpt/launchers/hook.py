@@ -43,12 +43,15 @@ OmegaConf.register_new_resolver("hydra_ckpt.job_directory", _directory, replace=
 class SweepHook(Callback):
     """Part of `callbacks=hydra_ckpt`: lets a sweep continue where an earlier start was stopped."""
 
+    _launcher: int | None = None  # the process that launches the jobs
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called when a sweep begins, in the process that launches its jobs."""
         from hydra_ckpt.launchers.places import keep_directories
         from hydra_ckpt.launchers.studies import give_back
         from hydra_ckpt.sweeps.stopping import begin_sweep
 
+        self._launcher = os.getpid()
         sweep_dir = Path(config.hydra.runtime.cwd, config.hydra.sweep.dir)
         is_first, is_judged = os.environ.get("RANK", "0") == "0", goes_by_results(config.hydra)
         if is_first and is_judged:
@@ -69,7 +72,9 @@ class SweepHook(Callback):
             return
         from hydra_ckpt.sweeps.stopping import JobStopped, arrived
 
-        if isinstance(ended, JobStopped) and LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE:
+        # joblib runs jobs in the launcher's own process if it runs one at a time.
+        is_alone = LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE or self._launcher == os.getpid()
+        if isinstance(ended, JobStopped) and is_alone:
             job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
 
 

@@ -342,13 +342,20 @@ class Directory:
         self.fence()
         set_aside(self._held, [self.root / name], "aside", self._owner.incarnation)
 
-    def withdraw(self, name: str) -> None:
-        """Set a checkpoint of this run aside for good; pointers move to others."""
+    def withdraw(self, name: str) -> bool:
+        """Set a checkpoint of this run aside for good, if there is another one; pointers move to that.
+
+        Returns:
+            Whether there is.
+        """
+        if all(item.name == name for item in scan(self.root).checkpoints):
+            return False
         self.make_way(name)
         catalog = scan(self.root)
         best = catalog.best(self._metric, self._keep.best_metric_mode)
         repoint(self._held, catalog, names.LATEST, catalog.checkpoints[-1] if catalog.checkpoints else None)
         repoint(self._held, catalog, names.BEST, best)
+        return True
 
     def prune(self) -> None:
         """Unpublish what no policy of the run keeps and no pointer leads to; a separate thread deletes it."""
