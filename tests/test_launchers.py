@@ -16,8 +16,11 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
-from hydra_ckpt.sweeps.record import read_record
+from hydra_ckpt.launchers.claims import Claim, Start
+from hydra_ckpt.launchers.places import directory_of
+from hydra_ckpt.sweeps.record import JobRecord, read_record
 from tests.sweep_app import REPOSITORY, App
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -280,6 +283,55 @@ def test_a_killed_trial_runs_again_too(app: App) -> None:
     assert app.sweep_over(*stored(app, trials=1)).returncode == 0
     assert app.runs == ["0 0", "1 0", "1 4"]
     assert trials_of(app)[1] == ("COMPLETE", value, objective(value))
+
+
+def study_over(app: App, *values: float) -> list[str]:
+    """A stored study whose first trials have these values; more would be other ones."""
+    study = optuna.create_study(study_name="s", storage=f"sqlite:///{app.root}/study.db")
+    for value in values:
+        study.enqueue_trial({"lr": value})
+    return [argument for argument in stored(app, trials=len(values)) if argument != VALUES] + ["lr=choice(0.3,0.4,0.5)"]
+
+
+def test_a_trial_with_the_values_of_a_finished_one_keeps_its_own_directory(app: App) -> None:
+    command = study_over(app, 0.4, 0.5, 0.5)
+    assert app.sweep_over(*command, kill="2 5").returncode == -signal.SIGKILL
+    assert app.runs == ["0 0", "1 0", "2 0"]
+    done = app.sweep_over(*command, "hydra.sweeper.n_trials=1")
+    assert (done.returncode, app.runs) == (0, ["2 4"]), done.stderr
+    assert app.states == ["finished"] * 3
+    assert trials_of(app)[2] == ("COMPLETE", 0.5, objective(0.5))
+
+
+@pytest.mark.slow
+def test_trials_with_equal_values_come_back_side_by_side_each_in_its_own_directory(app: App) -> None:
+    command = [*study_over(app, 0.4, 0.3, 0.5, 0.5), "hydra.sweeper.n_jobs=2", *JOBLIB]
+    app.sweep_over(*command, kill="3 3", how="SIGKILL group", AFTER="4", HOLD="2 3")
+    assert sorted(app.runs) == ["0 0", "1 0", "2 0", "3 0"]
+    done = app.sweep_over(*command, "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stderr
+    assert sorted(run.split()[0] for run in app.runs) == ["2", "3"]
+    assert app.states == ["finished"] * 4
+    assert [state for state, *_ in trials_of(app)] == ["COMPLETE"] * 4
+
+
+def job_config(sweep: Path, number: int) -> DictConfig:
+    """What the directory of a job with `lr=0.5` is chosen by."""
+    hydra = {"job": {"num": number}, "sweep": {"dir": str(sweep)}, "overrides": {"task": ["lr=0.5"]}}
+    return OmegaConf.create({"hydra": hydra})
+
+
+def test_a_start_gives_each_directory_to_one_job(tmp_path: Path) -> None:
+    for name, override in (("0", "lr=0.5"), ("1", "lr=0.1"), ("2", "lr=0.5"), ("3", "lr=0.5")):
+        (tmp_path / name).mkdir()
+        JobRecord.begin((override,), {}).end("failed").write(tmp_path / name)
+    one, other = Start.new(4), Start.new(4)
+    Claim(one.name).write(tmp_path / "3")  # reserved for a trial
+    given = [directory_of(one, job_config(tmp_path, number)) for number in (2, 0, 1, 5, 2, 0, 1)]
+    assert given == ["2", "0", "5", "9", "2", "0", "5"]
+    Claim(one.name, 7).write(tmp_path / "3")
+    assert directory_of(one, job_config(tmp_path, 7)) == "3"
+    assert [directory_of(other, job_config(tmp_path, number)) for number in (3, 0, 2, 1)] == ["3", "0", "2", "5"]
 
 
 @pytest.mark.slow

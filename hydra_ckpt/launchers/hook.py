@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 _SETTINGS = "callbacks.checkpoint"
 
 
-def _directory(first: int, *, _root_: DictConfig) -> str:
+def _directory(first: int, name: str, *, _root_: DictConfig) -> str:
+    from hydra_ckpt.launchers.claims import Start
     from hydra_ckpt.launchers.places import directory_of
 
-    return directory_of(first, _root_)
+    return directory_of(Start(name, first), _root_)
 
 
 # Launchers send the callback to the job processes, which registers the resolver there before it is needed.
@@ -60,8 +61,7 @@ class SweepHook(Callback):
         if not is_first:
             return
         if is_judged:
-            give_back(config.hydra, sweep_dir)
-            keep_directories(config, sweep_dir)
+            give_back(config.hydra, sweep_dir, keep_directories(config, sweep_dir))
         if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
             _hand_signals_on(config, sweep_dir)
 

@@ -2,7 +2,8 @@
 
 Hydra counts jobs from 0 at every start. Under a sweeper that proposes values, job 0 then has different values than
 before, and its directory holds another job's checkpoints. So a job with the values of an earlier job gets that job's
-directory, and every other job gets a new one.
+directory, and every other job gets a new one. If several have the same values, each gets a directory of its own, and
+a trial that returns gets the one that it had.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf, open_dict, read_write
 
+from hydra_ckpt.files import locked
 from hydra_ckpt.jobs.differences import about_saving
+from hydra_ckpt.launchers.claims import Claim, Start
 from hydra_ckpt.sweeps.record import read_record
 from hydra_ckpt.sweeps.summary import job_directories, overrides_of
 
@@ -29,23 +32,29 @@ _RESOLVER = "hydra_ckpt.job_directory"
 _BY_NUMBER = "${hydra.job.num}"
 
 
-def keep_directories(config: DictConfig, sweep_dir: Path) -> None:
+def keep_directories(config: DictConfig, sweep_dir: Path) -> Start | None:
     """Let returning jobs keep their directories, if directories are named by number and some exist.
 
     Args:
         config: The configuration of the sweep; an override for its jobs is added.
         sweep_dir: The sweep's directory.
+
+    Returns:
+        The start that begins; None if directories are not named by number.
     """
     raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     if raw["subdir"] != _BY_NUMBER:
-        return
+        return None
     taken = [int(path.name) for path in job_directories(sweep_dir) if _is_numbered(path, sweep_dir)]
+    start = Start.new(max(taken, default=-1) + 1)
     if not taken:
-        return
-    first = max(taken) + 1
-    log.info("%s has jobs of an earlier start: returning jobs resume, new ones are numbered from %d", sweep_dir, first)
+        return start
+    log.info(
+        "%s has jobs of an earlier start: returning jobs resume, new ones are numbered from %d", sweep_dir, start.first
+    )
     with read_write(config), open_dict(config):
-        config.hydra.overrides.hydra.append(f"hydra.sweep.subdir=${{{_RESOLVER}:{first}}}")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.subdir=${{{_RESOLVER}:{start.first},{start.name}}}")
+    return start
 
 
 def values_of(overrides: Iterable[str]) -> frozenset[str]:
@@ -59,23 +68,41 @@ def values_of_job(directory: Path) -> frozenset[str]:
     return values_of(record.overrides if record is not None else overrides_of(directory))
 
 
-def directory_of(first: int, config: DictConfig) -> str:
-    """The directory of a job, relative to the sweep's: the value of `${hydra_ckpt.job_directory:FIRST}`.
+def directory_of(start: Start, config: DictConfig) -> str:
+    """The directory of a job, relative to the sweep's: the value of `${hydra_ckpt.job_directory:FIRST,START}`.
+
+    Any process may call it, and again for the same job.
 
     Args:
-        first: The number of the first new directory.
+        start: The start that the job belongs to.
         config: The job's configuration.
     """
     hydra = config.hydra
-    number = int(hydra.job.num)
-    sweep_dir = Path(hydra.sweep.dir)
+    sweep_dir, claim = Path(hydra.sweep.dir), Claim(start.name, int(hydra.job.num))
     mine = values_of(map(str, hydra.overrides.task))
-    same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
-    found = sorted(str(path.relative_to(sweep_dir)) for path in same if _existed(path, sweep_dir, first))
-    if not found:
-        return str(first + number)
-    # Several jobs may have the same values.
-    return str(number) if str(number) in found else found[number % len(found)]
+    with locked(sweep_dir):
+        same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
+        found = _given_to(claim, sorted(path for path in same if _existed(path, sweep_dir, start.first)))
+    return str(start.first + int(hydra.job.num)) if found is None else str(found.relative_to(sweep_dir))
+
+
+def _given_to(claim: Claim, same: list[Path]) -> Path | None:
+    """The directory that a job has in its start, or gets now; None if it needs a new one.
+
+    Args:
+        claim: The job.
+        same: The directories of earlier starts with the job's values.
+    """
+    claims = {path: Claim.of(path) for path in same}
+    for path, found in claims.items():
+        if found == claim:
+            return path
+    free = [path for path, found in claims.items() if found is None or found.start != claim.start]
+    # Without a study, only a sampler with a seed proposes the same values again, and it does so in the same order.
+    chosen = next((path for path in free if path.name == str(claim.number)), next(iter(free), None))
+    if chosen is not None:
+        claim.write(chosen)
+    return chosen
 
 
 def _existed(path: Path, sweep_dir: Path, first: int) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.jobs.run import LauncherKind
-from hydra_ckpt.launchers.asking import asked_in, watch_asking
+from hydra_ckpt.launchers.asking import asked_in, place_of, place_trial, watch_asking
+from hydra_ckpt.launchers.claims import Claim, Start
 from hydra_ckpt.launchers.places import values_of, values_of_job
 from hydra_ckpt.sweeps.record import RUNNING, read_record
 from hydra_ckpt.sweeps.summary import job_directories
@@ -18,7 +19,7 @@ __all__ = ["give_back"]
 log = logging.getLogger(__name__)
 
 
-def give_back(hydra: Any, sweep_dir: Path) -> None:
+def give_back(hydra: Any, sweep_dir: Path, start: Start | None) -> None:
     """Let a stored study propose again the trials whose results it never received, and know those it proposes now.
 
     Such a trial belongs to a job of this sweep that was stopped, was killed, ended while the sweep was stopping, or
@@ -27,59 +28,81 @@ def give_back(hydra: Any, sweep_dir: Path) -> None:
     Args:
         hydra: Hydra's own settings.
         sweep_dir: The sweep's directory, which only this process launches jobs in.
+        start: This start of the sweep; None if its jobs are not numbered.
     """
     sweeper = hydra.sweeper
     name, storage = sweeper.get("study_name"), sweeper.get("storage")
     if "optuna" not in str(sweeper.get("_target_")) or name is None or storage is None:
         return
-    watch_asking(sweep_dir)
+    watch_asking(str(name), sweep_dir, start)
     if not sweep_dir.is_dir():
         return
     jobs = _Jobs.of(sweep_dir, may_wait=LauncherKind.of(hydra) is LauncherKind.QUEUED)
     try:
-        _give_back(str(name), _opened(storage), jobs)
+        _give_back(str(name), _opened(storage), jobs, start)
     except Exception as error:  # noqa: BLE001 - a study's storage may fail in any way; the sweep then reports it
         log.warning("the study %s could not be searched for stopped trials: %s", name, error)
 
 
 @dataclass
 class _Jobs:
-    """The jobs of a sweep's earlier starts, by their values.
+    """The jobs of a sweep's earlier starts: their directories and values.
 
     Attributes:
-        sweep_dir: The sweep's directory.
+        sweep_dir: The sweep's directory, absolute.
         ended: Those that are not running.
         running: Those that are: jobs may outlive their launcher.
         may_wait: Whether a job without a directory may still begin by itself, in a launcher's queue.
     """
 
     sweep_dir: Path
-    ended: list[frozenset[str]]
-    running: list[frozenset[str]]
+    ended: dict[Path, frozenset[str]]
+    running: dict[Path, frozenset[str]]
     may_wait: bool
 
     @classmethod
     def of(cls, sweep_dir: Path, *, may_wait: bool) -> _Jobs:
-        jobs = cls(sweep_dir, [], [], may_wait)
-        for path in job_directories(sweep_dir):
+        jobs = cls(sweep_dir.absolute(), {}, {}, may_wait)
+        for path in job_directories(jobs.sweep_dir):
             record = read_record(path)
             is_running = record is not None and record.state_now(path) == RUNNING
-            (jobs.running if is_running else jobs.ended).append(values_of_job(path))
+            (jobs.running if is_running else jobs.ended)[path] = values_of_job(path)
         return jobs
 
-    def give_up(self, trial: Any) -> bool:
-        """Whether a trial that is recorded as running is not; each job counts for one trial."""
-        values = values_of(f"{key}={value}" for key, value in trial.params.items())
-        asked = asked_in(trial)
-        is_mine = asked == str(self.sweep_dir.absolute())
-        # A sweep that was moved is not another one.
-        if asked is not None and not is_mine and Path(asked).is_dir():
-            return False
-        found = next((job for job in self.ended if values and values <= job), None)
+    def of_trial(self, trial: Any) -> Path | None:
+        """The directory of a trial's job, if it is known and there is one."""
+        place = place_of(trial)
+        if place is None:
+            return None
+        name, claim = place
+        jobs = {**self.ended, **self.running}
+        claimed = None if claim is None else next((path for path in jobs if Claim.of(path) == claim), None)
+        path = claimed or self.sweep_dir / name
+        return path if path in jobs and _values(trial) <= jobs[path] else None
+
+    def take(self, trial: Any) -> Path | None:
+        """Any job that has ended with a trial's values; it is then no other trial's."""
+        values = _values(trial)
+        found = next((path for path, job in self.ended.items() if values and values <= job), None)
         if found is not None:
-            self.ended.remove(found)
-            return True
-        return is_mine and not self.may_wait and not any(values <= job for job in self.running)
+            del self.ended[found]
+        return found
+
+    def is_mine(self, trial: Any) -> bool:
+        """Whether a trial was asked for in this sweep, or may have been."""
+        asked = asked_in(trial)
+        # A sweep that was moved is not another one.
+        return asked in (None, str(self.sweep_dir)) or not Path(asked).is_dir()
+
+    def never_ran(self, trial: Any) -> bool:
+        """Whether a trial without a job will not get one."""
+        values = _values(trial)
+        is_known = asked_in(trial) == str(self.sweep_dir)
+        return is_known and not self.may_wait and not any(values <= job for job in self.running.values())
+
+
+def _values(trial: Any) -> frozenset[str]:
+    return values_of(f"{key}={value}" for key, value in trial.params.items())
 
 
 def _opened(storage: Any) -> Any:
@@ -88,15 +111,31 @@ def _opened(storage: Any) -> Any:
     return storage if isinstance(storage, str) else instantiate(storage)
 
 
-def _give_back(name: str, storage: Any, jobs: _Jobs) -> None:
+def _give_back(name: str, storage: Any, jobs: _Jobs, start: Start | None) -> None:
     import optuna
 
+    states = optuna.trial.TrialState
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         return  # the study is new
-    for trial in study.trials:
-        if trial.state == optuna.trial.TrialState.RUNNING and jobs.give_up(trial):
+    trials = [
+        trial for trial in study.trials if trial.state in (states.RUNNING, states.WAITING) and jobs.is_mine(trial)
+    ]
+    owned = {trial.number: path for trial in trials if (path := jobs.of_trial(trial)) is not None}
+    ended = {path for path in owned.values() if jobs.ended.pop(path, None) is not None}
+    for trial in trials:
+        path = owned.get(trial.number)
+        is_open = trial.state == states.RUNNING
+        if path is None and is_open:
+            path = jobs.take(trial)
+            comes_back = path is not None or jobs.never_ran(trial)
+        else:
+            comes_back = is_open and path in ended
+        if path is not None and start is not None:
+            place_trial(study, trial, str(path.relative_to(jobs.sweep_dir)))
+            Claim(start.name).write(path)
+        if comes_back:
             _wait_again(study, trial)
             log.info("trial %d of the study %s had not finished; it runs again", trial.number, name)
 

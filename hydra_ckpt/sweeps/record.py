@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from hydra_ckpt.files import Files, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.small_files import read_small_file
+from hydra_ckpt.sweeps.objective import plain_objective, read_objective, written_objective
 
 log = logging.getLogger(__name__)
 
 RECORD = "hydra_ckpt_job.json"
 _MAX_BYTES = 64 << 20
-_NOT_FINITE = "not finite"
 
 RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED = "running", "finished", "stopped", "failed", "interrupted"
 WAITING = "waiting"
@@ -38,7 +37,7 @@ class JobRecord:
         owner: The process that last ran it.
         started: When it started, Unix time in seconds.
         ended: When it ended, Unix time in seconds; None while it runs, or if it died.
-        objective: What its function returned, if that is plain data.
+        objective: What its function returned, if that is plain data that can be recorded exactly.
         has_objective: Whether it returned anything that could be recorded.
         error: The error it failed with.
         requeue: Whether it was stopped by a signal or the time limit, rather than by a STOP file.
@@ -73,7 +72,6 @@ class JobRecord:
         """The record with the job finished and its result; without it if that cannot be recorded."""
         try:
             plain = plain_objective(value)
-            json.dumps(_written(plain))
         except Exception as error:  # noqa: BLE001 - objects of other libraries, and what their conversions raise
             log.warning("the job's result, a %s, cannot be recorded: %s", type(value).__name__, error)
             return self.end(FINISHED)
@@ -106,7 +104,7 @@ class JobRecord:
         Raises:
             OSError: It cannot be written.
         """
-        data = {**asdict(self), "objective": _written(self.objective)}
+        data = {**asdict(self), "objective": written_objective(self.objective)}
         write_atomically(Files(), directory / RECORD, (json.dumps(data) + "\n").encode(), names.nonce())
 
 
@@ -121,48 +119,13 @@ def _is_copy(owner: Owner, directory: Path) -> bool:
 _FIELDS = frozenset(item.name for item in fields(JobRecord))
 
 
-def plain_objective(value: Any) -> Any:
-    """A job's result as plain data: numbers of other libraries become floats.
-
-    Raises:
-        TypeError: It is not plain data.
-    """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [plain_objective(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): plain_objective(item) for key, item in value.items()}
-    return float(value)
-
-
-def _written(objective: Any) -> Any:
-    """An objective as strict JSON, without NaN and infinities."""
-    if isinstance(objective, float) and not math.isfinite(objective):
-        return {_NOT_FINITE: str(objective)}
-    if isinstance(objective, list):
-        return [_written(item) for item in objective]
-    return {key: _written(item) for key, item in objective.items()} if isinstance(objective, dict) else objective
-
-
-def _read(objective: Any) -> Any:
-    """The reverse of `_written`."""
-    if isinstance(objective, list):
-        return [_read(item) for item in objective]
-    if isinstance(objective, dict):
-        if objective.keys() == {_NOT_FINITE}:
-            return float(objective[_NOT_FINITE])
-        return {key: _read(item) for key, item in objective.items()}
-    return objective
-
-
 def read_record(directory: Path) -> JobRecord | None:
     """The record of a run directory; None if it is missing or unreadable."""
     path = directory / RECORD
     try:
         data = json.loads(read_small_file(path, _MAX_BYTES))
         known = {key: value for key, value in data.items() if key in _FIELDS}  # a later version may have more
-        known |= {"overrides": tuple(map(str, data["overrides"])), "objective": _read(data["objective"])}
+        known |= {"overrides": tuple(map(str, data["overrides"])), "objective": read_objective(data["objective"])}
         record = JobRecord(**known)
         if Owner.from_data(record.owner) is None:
             return None
