@@ -57,6 +57,13 @@ def test_a_signal_to_one_job_lets_its_sibling_finish_and_no_further_job_begins(a
     assert app.states == ["finished"] * 3
 
 
+def test_a_job_that_joblib_runs_in_the_launchers_process_stops_as_under_the_basic_launcher(app: App) -> None:
+    alone = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
+    stopped = app.sweep_over(*alone, f"+{CODE}", "lr=0.3,0.1", kill="0 3", how="SIGTERM")
+    assert stopped.returncode == 85, stopped.stderr
+    assert app.states == ["stopped", "waiting"]
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_all_jobs_saved(app: App) -> None:
     stopped = app.sweep_over(
