@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,22 @@ def test_trials_with_equal_values_come_back_side_by_side_each_in_its_own_directo
     assert sorted(run.split()[0] for run in app.runs) == ["2", "3"]
     assert app.states == ["finished"] * 4
     assert [state for state, *_ in trials_of(app)] == ["COMPLETE"] * 4
+
+
+@pytest.mark.slow
+def test_a_trial_is_left_to_its_own_sweep_also_if_that_cannot_be_seen_or_was_moved(app: App) -> None:
+    command = [*study_over(app, 0.5, 0.5), "hydra.sweeper.n_trials=1"]
+    assert app.sweep_over(*command).returncode == 0  # has an ended job with the other trial's values
+    app.run("-m", "hydra.sweep.dir=other/sweep", *command, kill="0 5")
+    shutil.copytree(app.root / "other/sweep", app.root / "copy")
+    assert app.run("-m", "hydra.sweep.dir=copy", *command).returncode == 0
+    (app.root / "other").rename(app.root / "elsewhere")
+    assert app.sweep_over(*command).returncode == 0
+    assert trials_of(app)[1][0] == "RUNNING"
+    app.runs  # noqa: B018 - forgotten
+    moved = app.run("-m", "hydra.sweep.dir=elsewhere/sweep", *command)
+    assert (moved.returncode, app.runs) == (0, ["0 4"]), moved.stderr
+    assert trials_of(app)[1] == ("COMPLETE", 0.5, objective(0.5))
 
 
 def job_config(sweep: Path, number: int) -> DictConfig:

@@ -10,16 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.launchers.claims import Claim, Start
+from hydra_ckpt.launchers.holding import identity_of
 
-__all__ = ["asked_in", "place_of", "place_trial", "watch_asking"]
+__all__ = ["Sweep", "is_of", "place_of", "place_trial", "watch_asking"]
 
 log = logging.getLogger(__name__)
 
 _SWEEP = "hydra_ckpt:sweep"
+_DIRECTORY = "hydra_ckpt:directory"
 # By these Optuna 2 finds out which points of a grid are taken. It writes new ones when a trial is asked for again.
 _POINT = ("grid_id", "search_space")
 
 _PLACE = "hydra_ckpt:place"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep, as trials know it.
+
+    Attributes:
+        directory: Its directory, absolute.
+        identity: The random text in that directory.
+    """
+
+    directory: Path
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -28,13 +43,13 @@ class _Launch:
 
     Attributes:
         study: The name of its study.
-        sweep_dir: Its directory, absolute.
+        sweep: The sweep.
         start: This start of it; None if its jobs are not numbered.
         asked: The numbers of the trials that were asked for, in this order: the sweeper numbers its jobs so.
     """
 
     study: str
-    sweep_dir: Path
+    sweep: Sweep
     start: Start | None
     asked: list[int] = field(default_factory=list)
 
@@ -48,8 +63,8 @@ class _Launch:
             return {}
         number = len(self.asked)
         given = None if former is None else former.system_attrs.get(_PLACE)
-        if isinstance(given, dict) and "start" not in given and (self.sweep_dir / str(given["name"])).is_dir():
-            Claim(self.start.name, number).write(self.sweep_dir / str(given["name"]))
+        if isinstance(given, dict) and "start" not in given and (self.sweep.directory / str(given["name"])).is_dir():
+            Claim(self.start.name, number).write(self.sweep.directory / str(given["name"]))
             return given
         return {"name": str(self.start.first + number), "start": self.start.name, "number": number}
 
@@ -57,14 +72,14 @@ class _Launch:
 _launch: _Launch | None = None
 
 
-def watch_asking(study: str, sweep_dir: Path, start: Start | None) -> None:
+def watch_asking(study: str, sweep: Sweep, start: Start | None) -> None:
     """From now on, trials that this process asks for know their sweep and job, and those that come back keep both.
 
     Trials that come back keep their grid point, too.
 
     Args:
         study: The name of the sweep's study.
-        sweep_dir: The sweep's directory.
+        sweep: The sweep.
         start: This start of the sweep; None if its jobs are not numbered.
     """
     global _launch  # noqa: PLW0603 - the method of a class has one wrapper, also for the next sweep of the process
@@ -72,13 +87,22 @@ def watch_asking(study: str, sweep_dir: Path, start: Start | None) -> None:
 
     if _launch is None:
         Study.ask = _watched(Study.ask)  # type: ignore[method-assign]
-    _launch = _Launch(study, sweep_dir.absolute(), start)
+    _launch = _Launch(study, sweep, start)
 
 
-def asked_in(trial: Any) -> str | None:
-    """The sweep's directory in which a trial was asked for, if it is known."""
-    found = trial.system_attrs.get(_SWEEP)
-    return found if isinstance(found, str) else None
+def is_of(sweep: Sweep, trial: Any) -> bool:
+    """Whether a trial is proved to have been asked for in a sweep, which may have been moved since.
+
+    Paths prove nothing: other hosts may have other directories there, or not see the right one.
+    """
+    known = trial.system_attrs
+    if known.get(_SWEEP) != sweep.identity:
+        return False
+    directory = Path(str(known.get(_DIRECTORY)))
+    # The sweep may be a copy, and the original still at work.
+    return (
+        directory == sweep.directory or identity_of(directory) != sweep.identity or directory.samefile(sweep.directory)
+    )
 
 
 def place_of(trial: Any) -> tuple[str, Claim | None] | None:
@@ -126,7 +150,8 @@ def _note(launch: _Launch, study: Any, trial: Any, before: list[Any]) -> None:
     """Record in the study what is known about a trial that was asked for."""
     former = next((item for item in before if item.number == trial.number), None)
     place = launch.place(former)
-    known = {**_point(launch, study, trial, before), _SWEEP: str(launch.sweep_dir), _PLACE: place}
+    known = {**_point(launch, study, trial, before), _PLACE: place}
+    known |= {_SWEEP: launch.sweep.identity, _DIRECTORY: str(launch.sweep.directory)}
     for key, value in known.items():
         study._storage.set_trial_system_attr(trial._trial_id, key, value)  # noqa: SLF001 - no public way
 
@@ -160,7 +185,7 @@ def _point(launch: _Launch, study: Any, trial: Any, before: list[Any]) -> dict[s
         return {}
     # All points are taken, and the sampler repeats one. If an earlier start finished it, its job is not run again.
     done = (item for item in same if item.state.name == "COMPLETE" and item.number not in launch.asked)
-    return next((_point_of(item) for item in done if asked_in(item) == str(launch.sweep_dir)), {})
+    return next((_point_of(item) for item in done if is_of(launch.sweep, item)), {})
 
 
 def _is_taken(trial: Any, asked: list[int]) -> bool:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict, read_write
 from hydra_ckpt.files import locked
 from hydra_ckpt.jobs.differences import about_saving
 from hydra_ckpt.launchers.claims import Claim, Start
-from hydra_ckpt.sweeps.record import read_record
+from hydra_ckpt.sweeps.record import FINISHED, read_record
 from hydra_ckpt.sweeps.summary import job_directories, overrides_of
 
 if TYPE_CHECKING:
@@ -78,12 +78,17 @@ def directory_of(start: Start, config: DictConfig) -> str:
         config: The job's configuration.
     """
     hydra = config.hydra
-    sweep_dir, claim = Path(hydra.sweep.dir), Claim(start.name, int(hydra.job.num))
+    number, sweep_dir = int(hydra.job.num), Path(hydra.sweep.dir)
     mine = values_of(map(str, hydra.overrides.task))
+    new = str(start.first + number)
+    if (sweep_dir / new).is_dir():
+        return new  # the job is put back into its launcher's queue
     with locked(sweep_dir):
         same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
-        found = _given_to(claim, sorted(path for path in same if _existed(path, sweep_dir, start.first)))
-    return str(start.first + int(hydra.job.num)) if found is None else str(found.relative_to(sweep_dir))
+        found = _given_to(
+            Claim(start.name, number), sorted(path for path in same if _existed(path, sweep_dir, start.first))
+        )
+    return new if found is None else str(found.relative_to(sweep_dir))
 
 
 def _given_to(claim: Claim, same: list[Path]) -> Path | None:
@@ -102,7 +107,9 @@ def _given_to(claim: Claim, same: list[Path]) -> Path | None:
     chosen = next((path for path in free if path.name == str(claim.number)), next(iter(free), None))
     if chosen is not None:
         claim.write(chosen)
-    return chosen
+        return chosen
+    # A finished job is not run again: it may answer for several, as samplers of grids need it.
+    return next((path for path in same if (record := read_record(path)) and record.state == FINISHED), None)
 
 
 def _existed(path: Path, sweep_dir: Path, first: int) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.jobs.run import LauncherKind
-from hydra_ckpt.launchers.asking import asked_in, place_of, place_trial, watch_asking
+from hydra_ckpt.launchers.asking import Sweep, is_of, place_of, place_trial, watch_asking
 from hydra_ckpt.launchers.claims import Claim, Start
+from hydra_ckpt.launchers.holding import identify
 from hydra_ckpt.launchers.places import values_of, values_of_job
 from hydra_ckpt.sweeps.record import RUNNING, read_record
 from hydra_ckpt.sweeps.summary import job_directories
@@ -23,7 +24,7 @@ def give_back(hydra: Any, sweep_dir: Path, start: Start | None) -> None:
     """Let a stored study propose again the trials whose results it never received, and know those it proposes now.
 
     Such a trial belongs to a job of this sweep that was stopped, was killed, ended while the sweep was stopping, or
-    never began. A trial of another sweep is left alone.
+    never began. A trial is left alone unless it is proved to be of this sweep.
 
     Args:
         hydra: Hydra's own settings.
@@ -34,10 +35,9 @@ def give_back(hydra: Any, sweep_dir: Path, start: Start | None) -> None:
     name, storage = sweeper.get("study_name"), sweeper.get("storage")
     if "optuna" not in str(sweeper.get("_target_")) or name is None or storage is None:
         return
-    watch_asking(str(name), sweep_dir, start)
-    if not sweep_dir.is_dir():
-        return
-    jobs = _Jobs.of(sweep_dir, may_wait=LauncherKind.of(hydra) is LauncherKind.QUEUED)
+    sweep = Sweep(sweep_dir.absolute(), identify(sweep_dir))
+    watch_asking(str(name), sweep, start)
+    jobs = _Jobs.of(sweep, may_wait=LauncherKind.of(hydra) is LauncherKind.QUEUED)
     try:
         _give_back(str(name), _opened(storage), jobs, start)
     except Exception as error:  # noqa: BLE001 - a study's storage may fail in any way; the sweep then reports it
@@ -49,21 +49,21 @@ class _Jobs:
     """The jobs of a sweep's earlier starts: their directories and values.
 
     Attributes:
-        sweep_dir: The sweep's directory, absolute.
+        sweep: The sweep.
         ended: Those that are not running.
         running: Those that are: jobs may outlive their launcher.
         may_wait: Whether a job without a directory may still begin by itself, in a launcher's queue.
     """
 
-    sweep_dir: Path
+    sweep: Sweep
     ended: dict[Path, frozenset[str]]
     running: dict[Path, frozenset[str]]
     may_wait: bool
 
     @classmethod
-    def of(cls, sweep_dir: Path, *, may_wait: bool) -> _Jobs:
-        jobs = cls(sweep_dir.absolute(), {}, {}, may_wait)
-        for path in job_directories(jobs.sweep_dir):
+    def of(cls, sweep: Sweep, *, may_wait: bool) -> _Jobs:
+        jobs = cls(sweep, {}, {}, may_wait)
+        for path in job_directories(jobs.sweep.directory):
             record = read_record(path)
             is_running = record is not None and record.state_now(path) == RUNNING
             (jobs.running if is_running else jobs.ended)[path] = values_of_job(path)
@@ -77,7 +77,7 @@ class _Jobs:
         name, claim = place
         jobs = {**self.ended, **self.running}
         claimed = None if claim is None else next((path for path in jobs if Claim.of(path) == claim), None)
-        path = claimed or self.sweep_dir / name
+        path = claimed or self.sweep.directory / name
         return path if path in jobs and _values(trial) <= jobs[path] else None
 
     def take(self, trial: Any) -> Path | None:
@@ -88,17 +88,10 @@ class _Jobs:
             del self.ended[found]
         return found
 
-    def is_mine(self, trial: Any) -> bool:
-        """Whether a trial was asked for in this sweep, or may have been."""
-        asked = asked_in(trial)
-        # A sweep that was moved is not another one.
-        return asked in (None, str(self.sweep_dir)) or not Path(asked).is_dir()
-
     def never_ran(self, trial: Any) -> bool:
         """Whether a trial without a job will not get one."""
         values = _values(trial)
-        is_known = asked_in(trial) == str(self.sweep_dir)
-        return is_known and not self.may_wait and not any(values <= job for job in self.running.values())
+        return not self.may_wait and not any(values <= job for job in self.running.values())
 
 
 def _values(trial: Any) -> frozenset[str]:
@@ -120,7 +113,7 @@ def _give_back(name: str, storage: Any, jobs: _Jobs, start: Start | None) -> Non
     except KeyError:
         return  # the study is new
     trials = [
-        trial for trial in study.trials if trial.state in (states.RUNNING, states.WAITING) and jobs.is_mine(trial)
+        trial for trial in study.trials if trial.state in (states.RUNNING, states.WAITING) and is_of(jobs.sweep, trial)
     ]
     owned = {trial.number: path for trial in trials if (path := jobs.of_trial(trial)) is not None}
     ended = {path for path in owned.values() if jobs.ended.pop(path, None) is not None}
@@ -133,7 +126,7 @@ def _give_back(name: str, storage: Any, jobs: _Jobs, start: Start | None) -> Non
         else:
             comes_back = is_open and path in ended
         if path is not None and start is not None:
-            place_trial(study, trial, str(path.relative_to(jobs.sweep_dir)))
+            place_trial(study, trial, str(path.relative_to(jobs.sweep.directory)))
             Claim(start.name).write(path)
         if comes_back:
             _wait_again(study, trial)
