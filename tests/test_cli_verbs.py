@@ -167,7 +167,7 @@ def test_prune_leaves_what_is_read_and_does_nothing_beside_a_run(run_dir: Dirs, 
     assert published(run) == [FIRST, SECOND, LAST]
     model = nn.Linear(2, 2)
     with CheckpointingConfig(checkpoint_dir=str(run / "checkpoints")).build(0, 0, 0) as engine:
-        engine._open_run()
+        engine._position.open()
         for verb in (["prune", run, "--newest", "1", "--yes"], ["repair", run]):
             refused = tool(*verb)
             assert refused.code == 2

@@ -55,13 +55,20 @@ class Places:
         live: The tensors that live extras have now, by name. Where the ranks are arranged differently, they determine
             device and mesh.
         lay: How the saved ones were placed.
-        same_ranks: Whether the ranks are arranged as in the run that saved; then a tensor becomes what it was.
+        as_saved: Whether a tensor becomes what it was, whatever the live object has; see `fits`.
     """
 
     state: AppState
     live: Mapping[str, torch.Tensor]
     lay: Lay
-    same_ranks: bool
+    as_saved: bool
+
+    def fits(self) -> bool:
+        """Whether every DTensor that was saved has a mesh here."""
+        try:
+            return all(self._mesh_of(name) is not None for name in self.lay.placed)
+        except TopologyError:
+            return False
 
     def homeless(self) -> list[str]:
         """Names of DTensors whose mesh is not here, and whose object does not have them already."""
@@ -74,7 +81,7 @@ class Places:
 
     def _becomes_sharded(self, name: str) -> bool:
         """Whether a saved DTensor has to be made on its mesh: the live object shows no other place that counts."""
-        return self.same_ranks or unqualified(name) not in self.live
+        return self.as_saved or unqualified(name) not in self.live
 
     def _live_meshes(self) -> list[DeviceMesh]:
         modules = [module for models in self.state.models.values() for module in models]
@@ -92,7 +99,7 @@ class Places:
             TopologyError: It was a DTensor, and there are several meshes here that it may have been on.
         """
         here, dtype, lies = self.live.get(unqualified(name)), TORCH_DTYPE[spec.dtype], self.lay.strides.get(name)
-        if isinstance(here, DTensor) and here.shape == spec.shape and not self.same_ranks:
+        if isinstance(here, DTensor) and here.shape == spec.shape and not self.as_saved:
             like = torch.empty_like(here, dtype=dtype, requires_grad=False)
             assert isinstance(like, DTensor)  # as `here` is
             return like if lies is None else strided_like(like, lies)
@@ -106,7 +113,7 @@ class Places:
         return torch.empty(spec.shape, dtype=dtype, device=device)
 
     def _device(self, name: str, here: torch.Tensor | None) -> torch.device:
-        if here is not None and not self.same_ranks:
+        if here is not None and not self.as_saved:
             return here.device
         kind = self.lay.devices.get(name, "cpu")
         is_here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())  # untested on GPU

@@ -64,10 +64,15 @@ class AroundMatcher(Matcher):
 
     def _live_extras(self) -> Mapping[str, torch.Tensor]:
         """The tensors that extras have now, if they count: asking a fresh object for its state may change it."""
-        trees = list(self.source.shared["extras"].values())
-        if self.source.same_ranks and not self.source.other_stages and not self._places({}, trees).homeless():
-            return {}
-        return templates(self.source.state)
+        return {} if self._as_saved else templates(self.source.state)
+
+    @property
+    def _as_saved(self) -> bool:
+        """Whether tensors get the kind and the place that they were saved with; earlier versions recorded neither."""
+        source = self.source
+        if not (source.same_ranks and source.shared.get("tells_places")) or source.other_stages:
+            return False
+        return Places(source.state, {}, Lay.of(self._trees()), as_saved=True).fits()
 
     def _trees(self) -> list[Any]:
         """The encoded data whose tensors are in the part `extras`."""
@@ -80,7 +85,7 @@ class AroundMatcher(Matcher):
         return trees
 
     def _places(self, live: Mapping[str, torch.Tensor], trees: Any) -> Places:
-        return Places(self.source.state, live, Lay.of(trees), self.source.same_ranks)
+        return Places(self.source.state, live, Lay.of(trees), as_saved=self._as_saved)
 
     def _leave_homeless(self, live: Mapping[str, torch.Tensor]) -> None:
         """Refuse objects with DTensors whose mesh is not here, or leave them as built."""
