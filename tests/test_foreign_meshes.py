@@ -19,33 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
 from hydra_ckpt.testing import run_distributed
-
-
-class Holder:
-    """Takes its state over as it is."""
-
-    def __init__(self, held: Any = None) -> None:
-        self.held = held
-
-    def state_dict(self) -> Any:
-        return {"held": self.held}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.held = state["held"]
-
-
-class Module(nn.Linear):
-    """With extra state."""
-
-    def __init__(self, held: Any = None) -> None:
-        super().__init__(4, 4)
-        self.held = held
-
-    def get_extra_state(self) -> Any:
-        return self.held
-
-    def set_extra_state(self, state: Any) -> None:
-        self.held = state
+from tests.holders import Holder, Module
 
 
 def save_and_load(root: Path, state: AppState, fresh: AppState, **options: Any) -> LoadReport:

@@ -13,33 +13,7 @@ from torch import nn
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
 from hydra_ckpt.testing import run_distributed
-
-
-class Holder:
-    """Takes its state over as it is."""
-
-    def __init__(self, held: Any = None) -> None:
-        self.held = held
-
-    def state_dict(self) -> Any:
-        return {"held": self.held}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.held = state["held"]
-
-
-class Module(nn.Linear):
-    """With extra state."""
-
-    def __init__(self, held: Any = None) -> None:
-        super().__init__(1, 1)
-        self.held = held
-
-    def get_extra_state(self) -> Any:
-        return self.held
-
-    def set_extra_state(self, state: Any) -> None:
-        self.held = state
+from tests.holders import Holder, Module
 
 
 def config(root: Path, **options: Any) -> CheckpointingConfig:

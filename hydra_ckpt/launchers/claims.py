@@ -1,4 +1,4 @@
-"""Which job of which start of a sweep a directory was given to: a small file in that directory.
+"""A small file in each job's directory that records which start of the sweep assigned it, and to which job.
 
 A start gives each directory to one job, because several jobs may have equal values and run side by side.
 """

@@ -36,7 +36,7 @@ def plan_load(source: Source, *, strict: bool) -> LoadPlan:
 
 
 def _note_drifted(source: Source) -> None:
-    """Report tensors of which all replicas get the first one's values, because they had drifted apart."""
+    """Report the tensors of replicas that had drifted apart: all replicas get the values of the first one."""
     available, notes = source.available(), source.notes
     labels = [label for label in source.shared.get("drifted", ()) if part_of_tensor(label) in available]
     found = [called_in_reports(label) for label in labels]
