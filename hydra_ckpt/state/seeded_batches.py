@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from hydra_ckpt.jobs.worker_signals import leave_to_parent, watched_signals
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
@@ -67,13 +69,22 @@ class SeededBatches(Dataset[T]):
 
 
 class WorkerStart:
-    """Shows the user's own dataset in `get_worker_info()`, then runs the user's `worker_init_fn`."""
+    """Shows the user's own dataset in `get_worker_info()`, then runs the user's `worker_init_fn`.
+
+    Stop signals are left to the training process.
+    """
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
         self._then = then
+        self._signals: frozenset[int] = frozenset()  # a forked worker has them from its parent
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Called to send it to a worker that is not forked."""
+        return {**vars(self), "_signals": watched_signals.numbers}
 
     def __call__(self, worker: int) -> None:
         """Called by torch in each worker process, after it has seeded it."""
+        leave_to_parent(self._signals)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededBatches):
             # The class refuses assignment; what a worker sets on "its" dataset must reach the user's, not our wrapper.

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from hydra_ckpt.jobs.signal_names import parse_signals
+from hydra_ckpt.jobs.worker_signals import watched_signals
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class _Link:
     def __init__(self, number: signal.Signals, note: Callable[[signal.Signals, bool], None]) -> None:
         self.number = number
         self._note = note
-        self._process: int | None = os.getpid()
+        self._creator = os.getpid()
+        self._ended = False
         # None: not set from Python, so it is never called or restored.
         self._before: Any = signal.getsignal(number)
         signal.signal(number, self)
@@ -44,7 +46,7 @@ class _Link:
     @property
     def watches(self) -> bool:
         """Whether it has not ended, and this is the process that created it."""
-        return self._process == os.getpid()
+        return not self._ended and self._creator == os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle the signal."""
@@ -56,6 +58,8 @@ class _Link:
             if passes_on:
                 earlier(number, frame)
             return
+        if _requeues(earlier) and self._creator != os.getpid():
+            return  # only the process of the job may requeue it, and it received the signal as well
         if front is self:
             signal.signal(number, earlier)
         if callable(earlier):
@@ -71,7 +75,7 @@ class _Link:
 
     def end(self) -> None:
         """Stop watching; the earlier handler is restored unless another one has been put in front since."""
-        self._process, self._before = None, self.earlier()  # keep no reference to links that have ended
+        self._ended, self._before = True, self.earlier()  # keep no reference to links that have ended
         in_front = signal.getsignal(self.number) is self
         if in_front and threading.current_thread() is threading.main_thread():
             signal.signal(self.number, self._before)
@@ -113,6 +117,7 @@ class SignalWatch:
             log.warning("signals (%s) are not watched: training is not running in the main thread", names)
             return
         self._links = [_Link(item, self._hear) for item in signals]
+        watched_signals.set(signals)
 
     def requeue(self, *, stopped: bool) -> Callable[[], object] | None:
         """What puts the job back into its launcher's queue and ends the process; None if nothing does, or should.
@@ -140,6 +145,7 @@ class SignalWatch:
         again = self._unheard if not obeyed and any(link.watches for link in self._links) else None
         for link in self._links:
             link.end()
+        watched_signals.set(())
         self._links, self.received, self._unheard = [], None, None
         if again is not None:
             log.info("%s came when there was no step left to stop at; raising it again", again.name)
