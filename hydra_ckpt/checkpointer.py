@@ -192,7 +192,7 @@ class Checkpointer:
         self._settle()
         self._saver.begin_run(state)
         if report is not None and self.group.rank == 0:
-            texts, classes = dict(self.config.hydra_texts), optimizer_classes(state)
+            texts, classes = dict(self.config.hydra_texts), optimizer_classes(state.optimizers)
             tell(report.path, changes(report.path, texts, classes, self.group.world_size))
         return report
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import tempfile
 
-from torch import nn
-
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.assets import tokenizer_assets
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.hub.model_export import ModelExport
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.outputs import Agreed
-from hydra_ckpt.state.app_state import AppState
-from hydra_ckpt.state.peft import adapters
+from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.store import names
-from hydra_ckpt.store.parts import part_of
 
 
 class SmallFiles:
@@ -31,7 +27,7 @@ class SmallFiles:
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
     def collect(
-        self, state: AppState, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
+        self, captured: Captured, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
     ) -> dict[str, bytes]:
         """Coordinator only: the small files by path in the checkpoint.
 
@@ -40,11 +36,11 @@ class SmallFiles:
         found = {}
         if not export_only:
             found = {f"{names.CONFIG}/{name}": text.encode() for name, text in self._config.hydra_texts}
-        for part, (model, adapter) in self.models(state).items():
+        for part, (model, adapter) in captured.models.items():
             place = f"{part}/{names.CONSOLIDATED if consolidated else names.ASSETS}"
             naming = agreed.namings[part]
-            assets = self._export.assets(model, naming, adapter, has_tokenizer=state.tokenizer is not None)
-            assets.update(self._tokenizer(state.tokenizer))
+            assets = self._export.assets(model, naming, adapter, has_tokenizer=captured.tokenizer is not None)
+            assets.update(self._tokenizer(captured.tokenizer))
             if made is not None:
                 assets.update(self._export.card(model, made))
             found.update({f"{place}/{path}": data for path, data in assets.items()})
@@ -52,15 +48,15 @@ class SmallFiles:
                 found[f"{part}/{names.NAMING}"] = agreed.naming_files[part]
         return found
 
-    def check(self, state: AppState, agreed: Agreed) -> None:
+    def check(self, captured: Captured, agreed: Agreed) -> None:
         """Coordinator only: check that exports can be made as configured, long before one is due.
 
         Raises:
             CheckpointError: Something they need is missing.
         """
         directory = self._config.write.staging_dir
-        for part, (model, adapter) in self.models(state).items():
-            self._export.assets(model, agreed.namings[part], adapter, has_tokenizer=state.tokenizer is not None)
+        for part, (model, adapter) in captured.models.items():
+            self._export.assets(model, agreed.namings[part], adapter, has_tokenizer=captured.tokenizer is not None)
         if directory is not None:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -70,14 +66,6 @@ class SmallFiles:
                 raise CheckpointConfigError(
                     f"checkpoint.staging_dir={directory} cannot be written to: {error.strerror}. Name a local directory"
                 ) from None
-
-    def models(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
-        """Part to its model, and to the name of its adapter if it holds only that (otherwise empty)."""
-        found = {}
-        for name, modules in state.models.items():
-            keys = adapters(name, modules[0]) if self._config.write.is_peft else {name: ""}
-            found.update({part_of(key): (modules[0], adapter) for key, adapter in keys.items()})
-        return found
 
     def _tokenizer(self, tokenizer: object) -> dict[str, bytes]:
         """A tokenizer's files; cached, because saving a large tokenizer is slow."""

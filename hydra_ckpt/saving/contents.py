@@ -28,7 +28,6 @@ from hydra_ckpt.saving.write_planning import (
     is_of_rows,
     signature,
 )
-from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.state.local import Exporter, LocalTensor
 from hydra_ckpt.state.packing import Packed, pack_json
@@ -84,16 +83,13 @@ class Contents:
         self._held = ""
         self._small_files = SmallFiles(config, self._export)
 
-    def agree(
-        self, state: AppState, captured: Captured | None, error: Exception | None = None, *, trouble: bool = False
-    ) -> bool:
+    def agree(self, captured: Captured | None, error: Exception | None = None, *, trouble: bool = False) -> bool:
         """Collective: check that the ranks still hold what they agreed on; if not, agree again.
 
         In the steady state this is a reduction of four numbers. A rank must not act alone on a new layout: the others
         would start to write while it waits for them.
 
         Args:
-            state: The live objects.
             captured: The state, taken apart.
             error: Why the state could not be taken apart; then `captured` is None.
             trouble: Whether this rank has to settle something about the previous save.
@@ -116,7 +112,7 @@ class Contents:
             return bool(any_trouble)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._remember(self._settle(state, replace(captured, parts=parts)))
+        self._remember(self._settle(replace(captured, parts=parts)))
         return bool(any_trouble)
 
     def look(self, captured: Captured, *, full: bool) -> Look | None:
@@ -130,11 +126,10 @@ class Contents:
             return None
         return self.comparer.look(captured, self._settled[self._held].agreement, full=full)
 
-    def compare(self, state: AppState, look: Look | None) -> Judgement | None:
+    def compare(self, look: Look | None) -> Judgement | None:
         """Collective: check whether the ranks hold the same, and plan for what differs.
 
         Args:
-            state: The live objects.
             look: What `look` returned; None if it failed on this rank, and then nothing is compared.
 
         Returns:
@@ -149,7 +144,7 @@ class Contents:
         if found is not None:
             assert look is not None  # otherwise nothing would have been compared
             self._plans = {}
-            self.agree(state, look.captured)
+            self.agree(look.captured)
         return found
 
     def _remember(self, found: Agreed) -> None:
@@ -161,7 +156,6 @@ class Contents:
 
     def make(
         self,
-        state: AppState,
         captured: Captured,
         *,
         consolidated: bool,
@@ -172,8 +166,7 @@ class Contents:
         """What this rank contributes.
 
         Args:
-            state: The live objects.
-            captured: The same, taken apart; the ranks have agreed on it.
+            captured: The state, taken apart; the ranks have agreed on it.
             consolidated: Whether models are written as Hugging Face directories.
             export_only: Whether only those directories are written.
             from_shards: Whether they are built from published shards instead of the live tensors.
@@ -191,7 +184,7 @@ class Contents:
         models = [part for part in captured.parts if is_of_models(part)]
         small_files = {}
         if self._channel.is_coordinator:
-            small_files = self._small_files.collect(state, agreed, consolidated, export_only, made)
+            small_files = self._small_files.collect(captured, agreed, consolidated, export_only, made)
         content = Content(
             planned.layouts,
             planned.plan,
@@ -205,13 +198,13 @@ class Contents:
         )
         return content, sources_of(parts, planned.plan)
 
-    def check(self, state: AppState) -> None:
+    def check(self, captured: Captured) -> None:
         """Coordinator only: check that exports can be made as configured, long before one is due.
 
         Raises:
             CheckpointError: Something they need is missing.
         """
-        self._small_files.check(state, self._settled[self._held])
+        self._small_files.check(captured, self._settled[self._held])
 
     def _shared(self, captured: Captured) -> Packed:
         """What ranks holding the same tensors share, with the names of what each stores for itself."""
@@ -223,11 +216,11 @@ class Contents:
         drifted = sorted(self.comparer.known.drifted)
         return pack_json({**captured.shared, "per_rank": {"plain": labels, "tensors": tensors}, "drifted": drifted})
 
-    def _settle(self, state: AppState, captured: Captured) -> Agreed:
+    def _settle(self, captured: Captured) -> Agreed:
         """Collective: agree on what all ranks hold, and how it is exported."""
         order = self._config.write.state_dict_keys
         agreement = agree(captured.parts, self._channel, self._stage, order, captured.adapted, captured.objects)
-        models = self._small_files.models(state)
+        models = captured.models
         specs = {part: agreement.specs[part] for part in models}
         namings = {}
         for part, found in specs.items():
@@ -245,7 +238,7 @@ class Contents:
         # Something missing is found here, where the error reaches all ranks.
         self._channel.coordinator_step(
             "collecting the small files of exports",
-            lambda: len(self._small_files.collect(state, agreed, False, False, None)),
+            lambda: len(self._small_files.collect(captured, agreed, False, False, None)),
         )
         own, error = False, None
         try:

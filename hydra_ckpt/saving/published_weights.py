@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.saving.contents import Contents
 from hydra_ckpt.saving.live_shares import model_sources
-from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured
 from hydra_ckpt.storage.digests import Digested
 from hydra_ckpt.storage.staging import borrow
@@ -34,19 +33,19 @@ class PublishedWeights:
         """Remember the weights of the checkpoint of this name; those of earlier ones are forgotten."""
         self._digests = {name: frozenset(digests)}
 
-    def is_as_saved(self, name: str, state: AppState, captured: Captured, *, consolidated: bool) -> bool:
+    def is_as_saved(self, name: str, captured: Captured, *, consolidated: bool) -> bool:
         """Whether this rank's weights are certainly those of a checkpoint; local."""
-        live = self._now(state, captured, consolidated=consolidated)
+        live = self._now(captured, consolidated=consolidated)
         return live is not None and live == self._digests.get(name)
 
-    def have_changed(self, name: str, step: int, state: AppState, captured: Captured | None) -> bool:
+    def have_changed(self, name: str, step: int, captured: Captured | None) -> bool:
         """Collective: whether the weights differ, or may differ, from those published for a step.
 
         Averages swapped in, or batch statistics measured again, belong to no step; exporting them beside that step's
         shards would put another model under the same name.
         """
         saved = self._digests.get(name)
-        live = None if captured is None or saved is None else self._now(state, captured, consolidated=False)
+        live = None if captured is None or saved is None else self._now(captured, consolidated=False)
         answers = [live is None, live is not None and live != saved]
         unknown, changed = self._channel.agree("comparing weights", answers, _any)
         if changed and self._channel.is_coordinator:
@@ -57,10 +56,10 @@ class PublishedWeights:
             )
         return bool(unknown or changed)
 
-    def _now(self, state: AppState, captured: Captured, *, consolidated: bool) -> frozenset[Digested] | None:
+    def _now(self, captured: Captured, *, consolidated: bool) -> frozenset[Digested] | None:
         """Digests of the models' bytes that this rank would write; None if they cannot be computed."""
         try:
-            content, sources = self._contents.make(state, captured, consolidated=consolidated, export_only=False)
+            content, sources = self._contents.make(captured, consolidated=consolidated, export_only=False)
             live = borrow(model_sources(sources, content.plan).tensors)
             return frozenset(digests_below(content.plan, live.sources, f"{names.MODEL}/"))
         except Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,7 +139,7 @@ class Saver:
         """
         self.left_out.announce()
         captured, error = self._capture(state, request, deciding_metric)
-        if self._contents.agree(state, captured, error, trouble=self.known.has_trouble):
+        if self._contents.agree(captured, error, trouble=self.known.has_trouble):
             self.known.settle()
             report()
             request.adds_export = self.known.would_add_export(request)
@@ -152,8 +152,8 @@ class Saver:
         if not request.adds_export:
             self._sampled = "" if full else request.name
         look, error = self._look(captured, error, full=full)
-        drift = self._compare(state, look)
-        from_shards = request.adds_export and self._weights.have_changed(name, request.step, state, captured)
+        drift = self._compare(look)
+        from_shards = request.adds_export and self._weights.have_changed(name, request.step, captured)
         transaction: Transaction
         staged = Staged()
         try:
@@ -162,16 +162,15 @@ class Saver:
             if drift and self._config.write.raises_drift:
                 raise CheckpointError(drift)
             content, sources = self._contents.make(
-                state,
                 captured,
                 consolidated=request.consolidated,
                 export_only=request.adds_export,
                 from_shards=from_shards,
                 made=Made(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
             )
-            staged = self._stage(state, sources)
+            staged = self._stage(captured.optimizers, sources)
             pending.when_staged = staged.let_change
-            transaction = self._transaction(request, content, staged, optimizer_classes(state))
+            transaction = self._transaction(request, content, staged, optimizer_classes(captured.optimizers))
         except Exception as failure:
             transaction = FailedSave(request.step, name, failure)
         self._stats.saves += 1
@@ -211,12 +210,12 @@ class Saver:
         captured, error = self._capture(state, request, metric.DEFAULT_KEY)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._contents.agree(state, captured)
+        self._contents.agree(captured)
         # Before the comparison: once replicas are known to differ, other ranks would write them.
         saved_as = self.request(step, epoch, None, is_final=False)
-        is_as_saved = self._weights.is_as_saved(request.name, state, captured, consolidated=saved_as.consolidated)
+        is_as_saved = self._weights.is_as_saved(request.name, captured, consolidated=saved_as.consolidated)
         look, error = self._look(captured, None, full=True)
-        drift = self._compare(state, look)
+        drift = self._compare(look)
         self._channel.raise_together("comparing replicas", error)
         return drift, bool(drift) and bool(self._channel.agree("comparing weights", is_as_saved, all))
 
@@ -231,9 +230,9 @@ class Saver:
         except Exception as failure:
             return None, failure
 
-    def _compare(self, state: AppState, look: Look | None) -> str:
+    def _compare(self, look: Look | None) -> str:
         """Collective: check whether the ranks hold the same; the message about replicas that differ, or empty."""
-        found = self._contents.compare(state, look)
+        found = self._contents.compare(look)
         if found is None or not found.drift:
             return ""
         if self._group.rank == 0 and not self._config.write.raises_drift:
@@ -250,14 +249,14 @@ class Saver:
         captured, error = self._capture(state, request, metric.DEFAULT_KEY)
         self._channel.raise_together("taking the state apart", error)
         assert captured is not None  # raise_together has raised otherwise
-        self._contents.agree(state, captured)
+        self._contents.agree(captured)
         look, error = self._look(captured, None, full=True)
-        self._compare(state, look)
+        self._compare(look)
         self._channel.raise_together("comparing replicas", error)
-        self._channel.coordinator_step("looking at what exports need", lambda: self._contents.check(state))
+        self._channel.coordinator_step("looking at what exports need", lambda: self._contents.check(captured))
         if not self._config.write.is_async:
             return
-        _, sources = self._contents.make(state, captured, consolidated=request.consolidated, export_only=False)
+        _, sources = self._contents.make(captured, consolidated=request.consolidated, export_only=False)
         nbytes = self._pool.layout(sources.tensors, sources.casts, sources.plan).nbytes
         self._warm.clear()
         self._worker.submit(lambda: self._prewarm(nbytes))
@@ -278,12 +277,12 @@ class Saver:
         except Exception as error:
             return None, error
 
-    def _stage(self, state: AppState, sources: Sources) -> Staged:
+    def _stage(self, optimizers: Sequence[Any], sources: Sources) -> Staged:
         """Copy what training may change before the next optimizer step; read the rest in place."""
         if not self._config.write.is_async:
             return Staged.borrowed(sources, self._pool)
         self._warm.wait()
-        overlaps = self._hooks.hook(state.optimizers) and not self._config.write.wait_for_staging
+        overlaps = self._hooks.hook(optimizers) and not self._config.write.wait_for_staging
         return Staged.copied(sources, self._pool, sources.late if overlaps else frozenset())
 
     def _transaction(
@@ -378,6 +377,6 @@ class Saver:
         self._save_channel.close()
 
 
-def optimizer_classes(state: AppState) -> list[str]:
+def optimizer_classes(optimizers: Iterable[Any]) -> list[str]:
     """The optimizers' classes."""
-    return [type(optimizer).__qualname__ for optimizer in state.optimizers]
+    return [type(optimizer).__qualname__ for optimizer in optimizers]

@@ -46,6 +46,10 @@ class Captured:
         own: What belongs to this rank alone: generators and the position in the data.
         adapted: Part to what its files hold, for models that define it by an adapter.
         omitted: Dotted names of what is left out, as `checkpoint.allow_unsaved` asks.
+        models: Part to the model that exports describe, and to the name of its adapter if the part holds only that
+            (otherwise empty).
+        optimizers: The optimizers.
+        tokenizer: Saved with exports; None if there is none.
     """
 
     parts: dict[str, list[LocalTensor]]
@@ -54,6 +58,9 @@ class Captured:
     own: Taken
     adapted: Mapping[str, Naming] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
+    models: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    optimizers: Sequence[Any] = ()
+    tokenizer: Any = None
 
     @property
     def objects(self) -> list[str]:
@@ -229,7 +236,24 @@ class Extractor:
         }
         _refuse_meta(parts)
         adapted = {part_of(name): mapped.adapted for name, mapped in maps.items() if mapped.adapted is not None}
-        return Captured(parts, shared, plain_of(shared), take(own), adapted, tuple(omitted))
+        return Captured(
+            parts,
+            shared,
+            plain_of(shared),
+            take(own),
+            adapted,
+            tuple(omitted),
+            self._described(state),
+            state.optimizers,
+            state.tokenizer,
+        )
+
+    def _described(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
+        found = {}
+        for name, modules in state.models.items():
+            keys = adapters(name, modules[0]) if self.is_peft else {name: ""}
+            found.update({part_of(key): (modules[0], adapter) for key, adapter in keys.items()})
+        return found
 
     def _dataloader_state(self, state: AppState) -> Any:
         if not self._is_resumable:
