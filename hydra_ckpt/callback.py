@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.checkpointer import Checkpointer
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, SaveFailedError, SaveOutcomeUnknown
-from hydra_ckpt.saving.request import whole
-from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.ranks import Ranks, warn_of_unused_mesh
-from hydra_ckpt.sweeps.active import active_job
+from hydra_ckpt.sweeps.active import ActiveJob, active_job
 from hydra_ckpt.triggers.best import BestMetric
+from hydra_ckpt.triggers.progress import Progress
 from hydra_ckpt.triggers.requests import RequestFiles
-from hydra_ckpt.triggers.schedule import Schedule
+from hydra_ckpt.triggers.schedule import Schedule, checked_flag
 from hydra_ckpt.triggers.signals import SignalWatch
 from hydra_ckpt.triggers.watch import Verdict, Watch
+from hydra_ckpt.values import exit_code
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -80,17 +80,11 @@ class CheckpointCallback:
             on_improvement=on_improvement,
             max_run_time_s=max_run_time_s,
         )
-        if not isinstance(save_on_exception, bool):  # a string would count as true
-            raise CheckpointConfigError(
-                f"callbacks.checkpoint.save_on_exception={save_on_exception!r}: expected true or false"
-            )
-        self._save_on_exception = save_on_exception
+        self._save_on_exception = checked_flag("save_on_exception", save_on_exception)
         self._watch = Watch(self._schedule, SignalWatch(signals))
-        self._requeue_exit_code = _exit_code(requeue_exit_code)
+        self._requeue_exit_code = exit_code(requeue_exit_code)
         self._state: AppState | None = None
-        self._step = self._epoch = 0
-        self._epoch_ended = False
-        self._saved_step = self._saved_epoch = 0
+        self._progress = Progress(checks=config.enabled)
         self._metrics: dict[str, float] = {}
         self._best = BestMetric(config.best_metric_key, config.best_metric_mode, enabled=config.enabled)
         self._agreed_best: float | None = None
@@ -162,20 +156,16 @@ class CheckpointCallback:
             self.checkpointer.spread_experts(moe_mesh)
         report = self.checkpointer.start(state)
         if report is not None:
-            self._step, self._epoch = report.step, report.epoch
-            self._saved_step, self._saved_epoch = report.step, report.epoch
+            self._progress.resume(report)
         self._best.value, self._best.key = self.checkpointer.best_value, self.checkpointer.deciding_metric
         self._agreed_best = self._best.value
-        job = active_job()
-        if job is not None:
-            job.trains = True
+        job = active_job() or ActiveJob()
+        job.trains = True
         if self._live is not None:
-            if job is not None:
-                job.checkpoint_dir = self._live.root
-            self._schedule = self._agreed_schedule(self._live)
-            self._watch.begin(
-                self._live.group, self._schedule, RequestFiles.of(self._live.root), self._step, self._best
-            )
+            job.checkpoint_dir = self._live.root
+            self._schedule = self._schedule.agreed(self._live.on_rank_0)
+            files = RequestFiles.of(self._live.root)
+            self._watch.begin(self._live.group, self._schedule, files, self._progress.step, self._best)
         return report
 
     def on_step_end(self, step: int, epoch: int = 0, metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
@@ -194,17 +184,11 @@ class CheckpointCallback:
             SaveFailedError: An earlier save failed; on all ranks at the same step.
         """
         self._has_begun("on_step_end")
-        if self.config.enabled:
-            step, epoch = whole("step", step), whole("epoch", epoch)
-        if step < self._step and self.config.enabled:
-            raise CheckpointConfigError(
-                f"on_step_end(step={step}) after step {self._step}: pass the number of completed optimizer steps, "
-                "continuing after the step that on_train_begin returned"
-            )
-        if step == self._step:
+        step, epoch = self._progress.check(step, epoch)
+        if step == self._progress.step:
             return None
         self._warn_of_absent_metric()
-        self._step, self._epoch, self._epoch_ended = step, epoch, False
+        self._progress.advance(step, epoch)
         # Only rank 0's metrics count.
         self._metrics = self._best.note(metrics) if self._live is None or self._live.group.rank == 0 else {}
         if self._live is None:
@@ -231,8 +215,7 @@ class CheckpointCallback:
             metrics: Metrics of the last step.
         """
         self._has_begun("on_epoch_end")
-        self._epoch = (whole("epoch", epoch) if self.config.enabled else epoch) + 1
-        self._epoch_ended = True
+        self._progress.end_epoch(epoch)
         saved = self.on_validation_end(metrics) if metrics else None
         if saved is not None:
             return saved
@@ -255,17 +238,17 @@ class CheckpointCallback:
             self._agreed_best = self._best.validate(metrics)["best"]
             return None
         found = live.on_rank_0(
-            "metrics of a validation", lambda: {**self._best.validate(metrics), "lost": live.has_lost(self._step)}
+            "metrics of a validation",
+            lambda: {**self._best.validate(metrics), "lost": live.has_lost(self._progress.step)},
         )
-        if found["lost"]:
-            self._saved_step = 0
+        self._progress.forget_if(lambda _: found["lost"])
         self._metrics.update(found["values"])
         self._best.key, self._agreed_best = found["key"], found["best"]
         self._overtaken = live.group.world_size > 1
         live.decide_by(self._best.key)
         live.note_best(self._best.value)
-        if self._saved_step == self._step and self._step > 0:
-            live.add_metrics(self._step, self._saved_epoch, found["values"])
+        if self._progress.has_saved_step:
+            live.add_metrics(self._progress.step, self._progress.saved_epoch, found["values"])
         elif self._schedule.on_improvement and found["improved"]:
             return self._save()
         return None
@@ -277,15 +260,13 @@ class CheckpointCallback:
         """
         if self._live is not None and self._state is not None:
             self._end_training(self._live, self._state)
-        job = active_job()
-        if job is not None:
-            job.trains = False
+        (active_job() or ActiveJob()).trains = False
 
     def on_exception(self, error: BaseException) -> None:
         """Call when the loop has raised. Waits for the save under way; starts one only with `save_on_exception`."""
         if self._live is None:
             return
-        if self._save_on_exception and self._saved_step < self._step and isinstance(error, Exception):
+        if self._save_on_exception and not self._progress.is_saved and isinstance(error, Exception):
             try:
                 self._save()
             except CheckpointError as failure:
@@ -343,18 +324,9 @@ class CheckpointCallback:
         if self._live is not None:
             self._live.refuse_closed(f"{hook}()")
 
-    def _agreed_schedule(self, live: Checkpointer) -> Schedule:
-        """Collective: rank 0's cadences, because every rank must save at the same steps."""
-        mine = self._schedule.as_data()
-        decided: dict[str, Any] = live.on_rank_0("the cadence of saves", lambda: mine)
-        unlike = [f"{name}={mine[name]} here, {decided[name]} there" for name in mine if mine[name] != decided[name]]
-        if unlike:
-            log.warning("callbacks.checkpoint differs from rank 0's, which is used: %s", "; ".join(unlike))
-        return Schedule.of(**decided)
-
     def _ask(self, live: Checkpointer) -> Verdict | None:
         """Collective: get what all ranks do at this step; None if nothing was said at the previous one."""
-        verdict = self._watch.ask(self._step, self._best, failed=live.has_trouble, save_s=live.longest_save_s)
+        verdict = self._watch.ask(self._progress.step, self._best, failed=live.has_trouble, save_s=live.longest_save_s)
         if verdict is None:
             return None
         if not self._overtaken:
@@ -362,8 +334,8 @@ class CheckpointCallback:
         self._overtaken = False
         self._yields = self._yields or verdict.yields
         self._should_stop = self._should_stop or verdict.yields or verdict.stop
-        job = active_job()
-        if job is not None and self._should_stop:
+        if self._should_stop:
+            job = active_job() or ActiveJob()
             job.stopped = True
             job.exit_code = self.exit_code if self._yields else None
             job.reason = self._watch.reason or ("another rank was asked to" if self._yields else "by a STOP file")
@@ -378,15 +350,15 @@ class CheckpointCallback:
         live.refuse_closed("on_train_end()")
         self._settle_best(live)
         live.meet()
-        if live.has_lost(self._saved_step):
-            self._saved_step = 0
-        if not self._should_stop and self._step > 0:
-            epoch = self._saved_epoch if self._saved_step == self._step else self._next_epoch(state)
+        progress = self._progress
+        progress.forget_if(live.has_lost)
+        if not self._should_stop and progress.step > 0:
+            epoch = progress.saved_epoch if progress.is_saved else progress.next_epoch(state.dataloader)
             live.note_best(self._best.value)
-            live.recheck(state, self._step, epoch)
-            if live.wants(self._step, epoch):
-                live.save(state, step=self._step, epoch=epoch, metrics=self._metrics, is_final=True)
-            self._saved_step, self._saved_epoch = self._step, epoch
+            live.recheck(state, progress.step, epoch)
+            if live.wants(progress.step, epoch):
+                live.save(state, step=progress.step, epoch=epoch, metrics=self._metrics, is_final=True)
+            progress.save(epoch)
         self._warn_of_absent_metric()
         live.drain()
         live.meet()
@@ -394,52 +366,36 @@ class CheckpointCallback:
 
     def _warn_of_absent_metric(self) -> None:
         """Rank 0: warn if the last saved step, which gets no more metrics, lacks the deciding one."""
-        if self._live is not None and self._live.group.rank == 0 and 0 < self._saved_step == self._step:
+        if self._live is not None and self._live.group.rank == 0 and self._progress.has_saved_step:
             self._best.warn_if_absent()
 
     def _raise_failure(self, live: Checkpointer) -> None:
         """Collective: settle the last save, and raise or report its error."""
         live.settle()
-        if live.has_lost(self._saved_step):
-            self._saved_step = 0
+        self._progress.forget_if(live.has_lost)
         live.report_failure()
-
-    def _next_epoch(self, state: AppState) -> int:
-        """The epoch in which a run resumed here continues: the next one if the data has been used up."""
-        loader = state.dataloader
-        has_ended = not self._epoch_ended and isinstance(loader, ResumableLoader) and loader.is_between_epochs
-        return self._epoch + 1 if has_ended else self._epoch
 
     def _has_to_save(self, live: Checkpointer) -> bool:
         """Collective: whether the last step is neither saved nor being saved; rank 0 decides."""
-        if self._saved_step == self._step and not self.config.is_async:
-            lost = live.on_rank_0("looking at the last save", lambda: live.has_lost(self._step))
-            self._saved_step = 0 if lost else self._saved_step
-        return self._saved_step < self._step
+        step = self._progress.step
+        if self._progress.is_saved and not self.config.is_async:
+            has_lost = live.on_rank_0("looking at the last save", lambda: live.has_lost(step))
+            self._progress.forget_if(lambda _: has_lost)
+        return not self._progress.is_saved
 
     def _save(self) -> PendingSave | None:
-        if self._live is None or self._state is None or self._saved_step == self._step:
+        if self._live is None or self._state is None or self._progress.is_saved:
             return None
-        epoch = self._next_epoch(self._state)
+        epoch = self._progress.next_epoch(self._state.dataloader)
         self._live.note_best(self._best.value)
         pending = self._live.save(
             self._state,
-            step=self._step,
+            step=self._progress.step,
             epoch=epoch,
             metrics=self._metrics,
             skippable=not self._should_stop,
         )
         if not pending.skipped:
-            self._saved_step, self._saved_epoch = self._step, epoch
+            self._progress.save(epoch)
         self._schedule.saved(time.monotonic())
         return pending
-
-
-def _exit_code(code: object) -> int | None:
-    if code is None:
-        return None
-    if isinstance(code, bool) or not isinstance(code, int) or not 0 < code < 256:
-        raise CheckpointConfigError(
-            f"callbacks.checkpoint.requeue_exit_code={code!r}: expected a whole number from 1 to 255, or null"
-        )
-    return code

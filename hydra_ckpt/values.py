@@ -22,6 +22,7 @@ __all__ = [
     "choice",
     "count",
     "directory",
+    "exit_code",
     "minutes",
     "optional",
     "place",
@@ -243,3 +244,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def exit_code(code: object) -> int | None:
+    """The value of `callbacks.checkpoint.requeue_exit_code`, which is no setting of the group ``checkpoint``.
+
+    Raises:
+        CheckpointConfigError: It is not a whole number from 1 to 255, or None.
+    """
+    if code is None:
+        return None
+    if isinstance(code, bool) or not isinstance(code, int) or not 0 < code < 256:
+        raise CheckpointConfigError(
+            f"callbacks.checkpoint.requeue_exit_code={code!r}: expected a whole number from 1 to 255, or null"
+        )
+    return code

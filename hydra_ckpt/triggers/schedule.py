@@ -1,13 +1,16 @@
-"""When a save is due. Pure: decides from steps, epochs and times passed in."""
+"""When a save is due. Decides from the steps, epochs and times passed in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import index
 from typing import Any, SupportsIndex
 
 from hydra_ckpt.errors import CheckpointConfigError
+
+log = logging.getLogger(__name__)
 
 DEFAULT_INTERVAL_S = 1800.0
 # How much longer than the longest so far the remaining steps and the last save may take, in seconds.
@@ -57,10 +60,7 @@ class Schedule:
             value = numbers[name]
             if value is not None and not isinstance(value, int):
                 raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected a whole number")
-        if not isinstance(on_improvement, bool):  # a string would count as true
-            raise CheckpointConfigError(
-                f"callbacks.checkpoint.on_improvement={on_improvement!r}: expected true or false"
-            )
+        checked_flag("on_improvement", on_improvement)
         if not (every_n_steps or every_n_seconds or every_n_epochs or steps or on_improvement):
             every_n_seconds = DEFAULT_INTERVAL_S
         return cls(every_n_steps, every_n_seconds, every_n_epochs, steps, on_improvement, max_run_time_s)
@@ -69,6 +69,19 @@ class Schedule:
         """The cadences as plain data, to send to other ranks."""
         data = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
         return {**data, "at_steps": sorted(self.at_steps)}
+
+    def agreed(self, on_rank_0: Callable[[str, Callable[[], Any]], Any]) -> Schedule:
+        """Collective: rank 0's cadences, because every rank must save at the same steps.
+
+        Args:
+            on_rank_0: Lets rank 0 decide; see `Checkpointer.on_rank_0`.
+        """
+        mine = self.as_data()
+        decided: dict[str, Any] = on_rank_0("the cadence of saves", lambda: mine)
+        unlike = [f"{name}={mine[name]} here, {decided[name]} there" for name in mine if mine[name] != decided[name]]
+        if unlike:
+            log.warning("callbacks.checkpoint differs from rank 0's, which is used: %s", "; ".join(unlike))
+        return Schedule.of(**decided)
 
     def begin(self, now: float) -> None:
         """Record that training begins; all times are seconds of one clock."""
@@ -117,3 +130,14 @@ def _steps(given: object) -> frozenset[int]:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def checked_flag(name: str, value: bool) -> bool:
+    """The value of a setting that is true or false.
+
+    Raises:
+        CheckpointConfigError: It is something else; a string would count as true.
+    """
+    if not isinstance(value, bool):
+        raise CheckpointConfigError(f"callbacks.checkpoint.{name}={value!r}: expected true or false")
+    return value
