@@ -654,7 +654,7 @@ def _two_ranks(root: Path) -> dict[str, Any]:
 def test_two_ranks_decide_together_and_leave_nothing_behind(tmp_path: Path) -> None:
     one, other = run_distributed(_two_ranks, 2, tmp_path)
     assert one["clock"] == other["clock"]
-    assert 1 <= len(one["clock"]) <= 3
+    assert one["clock"]  # on a slow machine, every step may be due
     assert steps(tmp_path / "clock") == one["clock"]
     assert one["signal"] == other["signal"]
     assert one["signal"][2:] == [(3, False, False), (4, True, True)]
