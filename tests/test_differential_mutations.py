@@ -16,10 +16,10 @@ from hydra_ckpt.loading.installing import install as installing_all
 from hydra_ckpt.loading.installing import install_around as installing_around
 from hydra_ckpt.loading.installing import install_optimizers as installing_optimizers
 from hydra_ckpt.state import (
+    beyond_tensors,
     capture,
     fresh_tensors,
     holders,
-    model_map,
     module_oracle,
     optimizer,
     optimizer_installing,
@@ -44,15 +44,15 @@ def _no_own_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_own_entries(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model_map, "own_entries", lambda *_: {})
+    _without(patch, beyond_tensors, "own_entries", lambda *_: {})
 
 
 def _nothing_given_back_to_modules(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model_map.ModelMap, "give_back", lambda *_: [])
+    _without(patch, beyond_tensors.BeyondTensors, "give_back", lambda *_: [])
 
 
 def _hooks_that_only_load_are_passed_over(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model_map, "customizes_loading", lambda _: False)
+    _without(patch, beyond_tensors, "customizes_loading", lambda _: False)
 
 
 def _walked_tensors_are_not_put_back(patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def _stray_keys_are_passed_over(patch: pytest.MonkeyPatch) -> None:
 
 
 def _extra_state_is_not_set(patch: pytest.MonkeyPatch) -> None:
-    _without(patch, model_map.ModelMap, "set_extra_state", lambda *_: None)
+    _without(patch, beyond_tensors.BeyondTensors, "set_extra_state", lambda *_: None)
 
 
 def _options_of_empty_groups_are_not_restored(patch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,17 @@ def entries(model: nn.Module, *, is_peft: bool = False) -> list[str]:
     extractor = Extractor(is_peft)
     state = AppState(model)
     extractor.capture(state)
-    return [name for mapped in extractor.maps(state).values() for part in mapped.told("model").entries for name in part]
+    return [
+        name
+        for mapped in extractor.maps(state).values()
+        for part in mapped.beyond.told("model").entries
+        for name in part
+    ]
 
 
 def is_asked(model: nn.Module) -> bool:
     """Whether the model's state_dict() is called at each save."""
-    return Extractor().maps(AppState(model))[""]._asks()
+    return Extractor().maps(AppState(model))[""].beyond.customizes_saving
 
 
 def words() -> torch.Tensor:

@@ -23,7 +23,7 @@ from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import meshes_of
 from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.packing import Taken, take
-from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, keep_adapter, refuse_lost, trained_embeddings
+from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, only_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
 from hydra_ckpt.state.wrappers import refuse_fsdp1
 from hydra_ckpt.storage.encoding import encode
@@ -146,10 +146,10 @@ class Extractor:
             check_kind(module, self.is_peft)
         if not self.is_peft:
             return {name: ModelMap.of(modules, partial(self._omits, name))}
+        whole = ModelMap.of(modules, partial(self._omits, name))
         found = {}
         for key, adapter in adapters(name, modules[0]).items():
-            found[key] = ModelMap.of(modules, partial(self._omits, name))
-            keep_adapter(found[key], modules, adapter, buffers=key == name)
+            found[key] = only_adapter(whole, modules, adapter, buffers=key == name)
             if key != name:
                 found[key].names = {}  # the first map knows all parameters
         return found
@@ -185,7 +185,7 @@ class Extractor:
         self.refresh(state)
         maps = self.maps(state)
         # Hooks that run in a module's `state_dict()` may write to its buffers.
-        told = {name: mapped.told(called(name)) for name, mapped in maps.items()}
+        told = {name: mapped.beyond.told(called(name)) for name, mapped in maps.items()}
         stepped = {id(parameter) for parameter in _stepped(state)}
         if self.is_peft:
             refuse_lost(maps.values(), _trained(state))

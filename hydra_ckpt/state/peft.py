@@ -101,12 +101,12 @@ def adapters(name: str, model: nn.Module) -> dict[str, str]:
     return {name if adapter == first else prefix + adapter: adapter for adapter in [first, *held]}
 
 
-def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *, buffers: bool) -> None:
-    """Reduce the map of a model's parts to what belongs to an adapter, modules_to_save included, in peft's names.
+def only_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *, buffers: bool) -> ModelMap:
+    """The map of what belongs to an adapter, modules_to_save included, in peft's names.
 
     Args:
-        mapped: The map.
-        modules: The parts.
+        mapped: The map of the whole model.
+        modules: The model's parts.
         adapter: peft's name of it.
         buffers: Whether the base model's buffers, which are in no adapter's file, are stored separately.
 
@@ -118,7 +118,7 @@ def keep_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *
         for name, tensor in _adapter_tensors(module, adapter).items():
             names[id(tensor)].append(name)
     kept = {slot.name: names[id(slot.tensor)] for slot in mapped.slots if id(slot.tensor) in names}
-    mapped.keep(kept, buffers=buffers)
+    return mapped.only(kept, buffers=buffers)
 
 
 # Stands for entries that hooks of an adapter's modules add. They are not tensors of it; see `module_oracle`.

@@ -72,7 +72,7 @@ class Installer:
             or any(type(item).__module__ != LRScheduler.__module__ for item in state.lr_schedulers)
             or ("dataloader" in available and not isinstance(state.dataloader, ResumableLoader))
             or (fit is not None and bool(fit.own))
-            or any(mapped.extra_states or mapped.customizes_loading for mapped in maps)
+            or any(mapped.beyond.extra_states or mapped.beyond.customizes_loading for mapped in maps)
         )
 
     def _rng(self, checkpoint: Checkpoint, topology: Topology, world_size: int) -> None:

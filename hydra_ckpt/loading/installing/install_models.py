@@ -68,7 +68,7 @@ class ModelInstaller:
             mapped.set_buffers(self._own_buffers.get(name, {}))
         given = [values.present(part, values.given) for part in entries]
         decoded = None if metadata is None else values.decoded(metadata)
-        unlike += mapped.give_back(dotted, given, decoded, self.plan.resized.get(name, {}), self._left(dotted))
+        unlike += mapped.beyond.give_back(dotted, given, decoded, self.plan.resized.get(name, {}), self._left(dotted))
         return unlike + [key.rpartition(":")[2] for key in before.changed()]
 
     def compare(self) -> None:
@@ -92,7 +92,7 @@ class ModelInstaller:
         """
         dotted = called(name)
         given = self._extra_states(dotted, mapped, states, self.values.given)
-        if not given.keys() & mapped.extra_states.keys():
+        if not given.keys() & mapped.beyond.extra_states.keys():
             mapped.set_extra_state(dotted, given)
             return []
         fetches = self.plan.restored.get(dotted, ())

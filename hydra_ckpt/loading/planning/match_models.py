@@ -96,7 +96,7 @@ class ModelMatcher(Matcher):
         specs = {name: stored[name].spec for name in (*strange, *resized)}
         # Without memory: the sizes are a file's.
         odd = {name: torch.empty(one.shape, dtype=TORCH_DTYPE[one.dtype], device="meta") for name, one in specs.items()}
-        taken = mapped.accepted(odd)
+        taken = mapped.beyond.accepted(odd)
         for name in taken:
             target = torch.empty_like(odd[name], device="cpu")
             self.plan.resized.setdefault(model, {})[name] = target
