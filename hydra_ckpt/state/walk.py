@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ class Walk:
         found.names.update({id(slot.tensor): slot.name for slot in found.unsaved if slot.is_parameter})
         return found
 
-    @property
+    @cached_property
     def inner_modules(self) -> dict[str, nn.Module]:
         """The modules by what the names of their tensors begin with, without wrappers."""
         return {walked.name: walked.module for walked in self.modules if not walked.is_wrapper}
