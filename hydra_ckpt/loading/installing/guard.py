@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hydra_ckpt.errors import counted, some_of
+from hydra_ckpt.loading.installing.untouched import snapshot, tensors_in
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
 from hydra_ckpt.state.capture import called
-from hydra_ckpt.state.holders import holders
-from hydra_ckpt.state.optimizer_oracle import is_same
+from hydra_ckpt.state.holders import Holder, holders
+from hydra_ckpt.state.optimizer_oracle import differing, is_same
 from hydra_ckpt.storage.folding import digest_each
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.storage.subclasses import addresses
@@ -42,6 +43,7 @@ class Guard:
     _memory: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     _held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _states: dict[tuple[int, str], dict[Any, Any]] = field(default_factory=dict)
+    _options: dict[tuple[int, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Look at all tensors that were read, before any code of an object runs."""
@@ -66,33 +68,38 @@ class Guard:
         self._look(name)
 
     def keep_states(self) -> None:
-        """Note the state of all optimizers, which were restored just now."""
-        for place, live in self._live_states() if self.is_needed else ():
-            self._states[place] = {key: _copied(state) for key, state in live.items()}
-            for state in self._states[place].values():
-                leaves = state.values() if isinstance(state, dict) else [state]
-                tensors = [item for item in leaves if isinstance(item, torch.Tensor)]
+        """Note the state and the options of all optimizers that were restored just now."""
+        for place, holder in self._restored_holders() if self.is_needed else ():
+            self._options[place] = [_options(group) for group in holder.groups]
+            if isinstance(holder.state, dict):
+                self._states[place] = {key: snapshot(state) for key, state in holder.state.items()}
+                tensors = tensors_in(list(self._states[place].values()))
                 self._held += [(item, item.detach()) for item in tensors]
 
-    def _live_states(self) -> Iterator[tuple[tuple[int, str], dict[Any, Any]]]:
-        """The state of each optimizer, and of those inside others, by number and path."""
-        known = self.source.extractor.parameter_names(self.source.state)
+    def _restored_holders(self) -> Iterator[tuple[tuple[int, str], Holder]]:
+        """The optimizers, and those inside others, by number and path."""
+        known, fit = self.source.extractor.parameter_names(self.source.state), self.plan.fit
+        left = set() if fit is None else fit.absent | fit.refused
         for holder in holders(self.source.state.named_optimizers, known):
-            if isinstance(holder.state, dict):
-                yield (holder.number, holder.path), holder.state
+            if holder.number not in left:
+                yield (holder.number, holder.path), holder
 
     def end(self) -> None:
         """Put right whatever has changed."""
         for name in self._digests:
             self._put_right(name)
-        changed = _put_memory_back(self._held)
-        for place, live in self._live_states() if self._states else ():
-            changed += _restore(live, self._states.get(place, {}))
-        if changed:
-            self.source.notes.texts.append(
-                f"optimizer: the state of {counted(changed, 'parameter')} was replaced while other objects loaded "
-                "theirs; it is as it was saved again"
-            )
+        changed, groups = _put_memory_back(self._held), 0
+        for place, holder in self._restored_holders() if self._options else ():
+            if place in self._states and isinstance(holder.state, dict):
+                changed += _restore(holder.state, self._states[place])
+            groups += _restore_options(holder.groups, self._options.get(place, []))
+        found = {"state": (changed, "parameter"), "options": (groups, "group")}
+        self.source.notes.texts += [
+            f"optimizer: other objects changed the {what} of {counted(*count)} while they loaded theirs; it is as it "
+            "was saved again"
+            for what, count in found.items()
+            if count[0]
+        ]
 
     @torch.no_grad()
     def _put_right(self, name: str) -> None:
@@ -116,8 +123,32 @@ def _restore(live: dict[Any, Any], kept: Mapping[Any, Any]) -> int:
     strange = [key for key in live if key not in kept and isinstance(key, torch.Tensor)]
     for key in strange:
         del live[key]
-    live.update({key: _copied(kept[key]) for key in changed})
+    live.update({key: snapshot(kept[key]) for key in changed})
     return len(changed) + len(strange)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: snapshot(value, clone=True) for key, value in group.items() if key != "params"}
+
+
+@torch.no_grad()
+def _restore_options(live: Sequence[dict[str, Any]], kept: Sequence[Mapping[str, Any]]) -> int:
+    """Put the options of groups back; returns of how many groups."""
+    changed = [
+        (group, options)
+        for group, options in zip(live, kept, strict=False)
+        if list(differing(options, {key: value for key, value in group.items() if key != "params"}))
+    ]
+    for group, options in changed:
+        for key in group.keys() - options.keys() - {"params"}:
+            del group[key]
+        for key, value in options.items():
+            here = group.get(key)
+            if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor) and here.shape == value.shape:
+                here.copy_(value)  # others may hold it
+            elif list(differing(value, here)):
+                group[key] = snapshot(value, clone=True)
+    return len(changed)
 
 
 @torch.no_grad()
@@ -129,13 +160,8 @@ def _put_memory_back(held: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return len(moved)
 
 
-def _copied(state: Any) -> Any:
-    """A parameter's state, which optimizers of their own kind keep as something other than a dict."""
-    return dict(state) if isinstance(state, dict) else state
-
-
 def _has_same(now: Any, before: Any) -> bool:
-    """Whether a parameter's state has the same tensors and equal values."""
+    """Whether a parameter's state has the same tensors and equal values; some optimizers keep it as another object."""
     if not isinstance(before, dict):
         return now is before or is_same(now, before)
     return (

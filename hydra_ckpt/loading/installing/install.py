@@ -20,6 +20,7 @@ from hydra_ckpt.state import rng
 from hydra_ckpt.state.capture import called
 from hydra_ckpt.state.dataloader import ResumableLoader
 from hydra_ckpt.state.optimizer_loading import empty_states
+from hydra_ckpt.state.optimizer_oracle import is_own_method
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.read import Fetch
 from hydra_ckpt.store.catalog import Checkpoint
@@ -46,16 +47,22 @@ class Installer:
         values = Values(source, plan)
         guard = Guard(source, plan, self.read_again, is_needed=self._runs_code(available))
         models, around = ModelInstaller(source, plan, values, guard), AroundInstaller(source, plan, values)
+        optimizers = OptimizerInstaller(source, plan, values)
         guard.begin()
         if "model" in available:
             models.install(plan.absent)
         if "optimizer" in available:
             assert plan.fit is not None  # made while comparing
-            OptimizerInstaller(source, plan, values).install(plan.fit, empty_states(source.shared["optimizer"]))
+            optimizers.install(plan.fit, empty_states(source.shared["optimizer"]))
             guard.keep_states()
         around.install(available)
-        models.compare()
-        around.compare()
+        unlike: dict[str, list[str]] = {}
+        for _ in range(2):  # what runs to compare one object may change another that was compared before
+            for one in (models, optimizers, around):
+                for name, found in one.unlike():
+                    unlike.setdefault(name, []).extend(found)
+        for name, found in unlike.items():
+            source.notes.took(name, list(dict.fromkeys(found)))
         guard.end()
         if "rng" in parts:
             self._rng(source.checkpoint, source.topology, source.channel.world_size)
@@ -69,8 +76,8 @@ class Installer:
         maps = self.source.extractor.maps(state).values() if "model" in available else ()
         return (
             "extras" in available
-            or any(type(item).__module__ != LRScheduler.__module__ for item in state.lr_schedulers)
-            or ("dataloader" in available and not isinstance(state.dataloader, ResumableLoader))
+            or not all(map(_is_of_torch, state.lr_schedulers))
+            or ("dataloader" in available and type(state.dataloader) is not ResumableLoader)
             or (fit is not None and bool(fit.own))
             or any(mapped.beyond.extra_states or mapped.beyond.customizes_loading for mapped in maps)
         )
@@ -131,3 +138,12 @@ class Installer:
         notes.missing += [
             name for name in self.source.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]
+
+
+def _is_of_torch(scheduler: Any) -> bool:
+    """Whether a scheduler, with those inside it, runs only PyTorch's code as it loads."""
+    return (
+        type(scheduler).__module__ == LRScheduler.__module__
+        and is_own_method(scheduler, "load_state_dict", LRScheduler.__module__)
+        and all(map(_is_of_torch, getattr(scheduler, "_schedulers", ())))
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.errors import CheckpointError, some_of
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.untouched import Before, Options
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
@@ -27,12 +29,16 @@ class _Given:
         item: The object.
         expected: Makes the state that it was given.
         before: The tensors in it, as they were.
+        has_shared: Whether other objects may have been given parts of it too.
+        rounds: What each comparison so far has found.
     """
 
     dotted: str
     item: Any
     expected: Callable[..., Any]
     before: Before
+    has_shared: bool = False
+    rounds: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,14 @@ class AroundInstaller:
                 if name in saved["extras"]:
                     self._give(f"extras.{name}", extra, saved["extras"][name])
         if "dataloader" in available and source.own is not None:
+            position = source.own["dataloader"]
             with self._watching_options("dataloader"):
-                _load("dataloader", state.dataloader, source.own["dataloader"])
-            is_known = isinstance(state.dataloader, ResumableLoader)
-            (source.notes.exact if is_known else source.notes.trusted).append("dataloader")
+                _load("dataloader", state.dataloader, copy.deepcopy(position))
+            if type(state.dataloader) is ResumableLoader:
+                expected = partial(_copy_of, position)
+                self._given.append(_Given("dataloader", state.dataloader, expected, Before.of({})))
+            else:  # others may lose the order although they report their position
+                source.notes.trusted.append("dataloader")
 
     def _give(self, dotted: str, item: Any, tree: Any) -> None:
         """Let an object load its state."""
@@ -72,19 +82,30 @@ class AroundInstaller:
             return  # left out entirely: it stays as it was built
         whole, before = self.values.whole(dotted, item, tree), self.values.before(tree)
         with self._watching_options(dotted):
-            self._load_shared(dotted, item, whole)
-        self._given.append(_Given(dotted, item, whole, before))
+            has_shared = self._load_shared(dotted, item, whole)
+        if self.source.other_stages:  # it was given the state of all stages, and keeps its own
+            self.source.notes.trusted.append(dotted)
+        else:
+            self._given.append(_Given(dotted, item, whole, before, has_shared))
 
-    def _load_shared(self, dotted: str, item: Any, whole: Callable[..., Any]) -> None:
-        """Let an object load a state whose parts other objects may be given too."""
-        shared = set(self.values.given)
+    def _load_shared(self, dotted: str, item: Any, whole: Callable[..., Any]) -> bool:
+        """Let an object load a state whose parts other objects may be given too; returns whether they may."""
+        may_share = bool(self.values.given)
         try:
             _load(dotted, item, whole(made=self.values.given))
         except CheckpointError:
-            if not shared:
+            if not may_share:
                 raise
-            _load(dotted, item, whole(made={}))  # another object has taken apart what both were given
-            self.source.notes.texts.append(f"{dotted} was given a copy of what it shared with other objects")
+            self._load_copy(dotted, item, whole)  # another object has taken apart what both were given
+            return False
+        return may_share
+
+    def _load_copy(self, dotted: str, item: Any, whole: Callable[..., Any]) -> None:
+        _load(dotted, item, whole(made={}))
+        self.source.notes.texts.append(f"{dotted} was given a copy of what it shared with other objects")
+
+    def _unlike(self, one: _Given) -> list[str]:
+        return list(differing(one.expected(), told_by(one.dotted, one.item), one.dotted))
 
     @contextmanager
     def _watching_options(self, dotted: str) -> Iterator[None]:
@@ -92,21 +113,25 @@ class AroundInstaller:
         optimizers = self.source.state.named_optimizers
         options = Options.of(optimizers)
         yield
-        for name, changed in options.changed(optimizers).items():
-            self.source.notes.changed(name, dotted, changed)
+        for changed in options.changed(optimizers).values():
+            self.source.notes.texts.append(f"{dotted} changed {some_of(sorted(changed))} while it loaded its state")
 
-    def compare(self) -> None:
-        """Note which objects report the state that they were given, once all of them have loaded theirs."""
+    def unlike(self) -> Iterator[tuple[str, list[str]]]:
+        """Each object, and where it reports another state than it was given."""
         for one in self._given:
-            if self.source.other_stages:  # it was given the state of all stages, and keeps its own
-                self.source.notes.trusted.append(one.dotted)
-                continue
-            unlike = list(differing(one.expected(), told_by(one.dotted, one.item), one.dotted))
-            if not unlike and list(differing(one.expected(), told_by(one.dotted, one.item), one.dotted)):
-                _load(one.dotted, one.item, one.expected(made={}))  # asking has changed it
-                unlike = ["its state_dict() changes it"]
+            unlike = self._unlike(one)
+            if unlike and one.has_shared and not one.rounds:
+                self._load_copy(one.dotted, one.item, one.expected)  # another object may have taken apart what it got
+                unlike = self._unlike(one)
+            if unlike and one.rounds and not one.rounds[-1]:
+                _load(one.dotted, one.item, one.expected(made={}))  # the comparison itself has changed it
+            one.rounds.append(unlike)
             changed = (f"{one.dotted}.{name.rpartition(':')[2]}" for name in one.before.changed())
-            self.source.notes.took(one.dotted, [*unlike, *changed])
+            yield one.dotted, [*unlike, *changed]
+
+
+def _copy_of(value: Any, made: Any = None) -> Any:  # noqa: ARG001 - other values collect in it what they share
+    return copy.deepcopy(value)
 
 
 def _load(dotted: str, item: Any, state: Any) -> None:

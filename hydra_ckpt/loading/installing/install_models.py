@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class ModelInstaller:
     values: Values
     guard: Guard
     _unlike: dict[str, list[str]] = field(default_factory=dict)
+    _entries: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
     def install(self, absent: Collection[str]) -> None:
         """Install what models have besides the tensors that were read into them.
@@ -66,18 +67,36 @@ class ModelInstaller:
         unlike = self._set_extra_states(name, mapped, states)
         if self.source.same_ranks:
             mapped.set_buffers(self._own_buffers.get(name, {}))
+        self._entries[name] = entries
+        if not self.source.other_stages:
+            live = mapped.extra_state(dotted).keys()
+            self.source.notes.skipped += [f"{dotted}.{key}" for key in sorted(states.keys() - live)]
+            self.source.notes.missing += [f"{dotted}.{key}" for key in sorted(live - states.keys())]
         given = [values.present(part, values.given) for part in entries]
         decoded = None if metadata is None else values.decoded(metadata)
         unlike += mapped.beyond.give_back(dotted, given, decoded, self.plan.resized.get(name, {}), self._left(dotted))
         return unlike + [key.rpartition(":")[2] for key in before.changed()]
 
-    def compare(self) -> None:
-        """Note which models report the state that they were given, once all objects have loaded theirs."""
+    def unlike(self) -> Iterator[tuple[str, list[str]]]:
+        """Each model, and where it reports another state than it was given."""
         for name, mapped in self.source.extractor.maps(self.source.state).items():
             if name in self._unlike:
                 states = self.source.shared.get("extra_state", {}).get(name, {})
-                unlike = self._unlike_extra_states(called(name), mapped, states)
-                self.source.notes.took(called(name), [*self._unlike[name], *unlike])
+                found = self._unlike_extra_states(called(name), mapped, states)
+                yield called(name), [*self._unlike[name], *found, *self._unlike_entries(name, mapped)]
+
+    def _unlike_entries(self, name: str, mapped: ModelMap) -> list[str]:
+        """The modules' own entries that are no longer those that were given to them."""
+        saved = [self.values.present(part) for part in self._entries[name]]
+        if self._unlike[name] or not any(saved):
+            return []
+        live = mapped.beyond.told(called(name)).entries
+        return [
+            key
+            for given, told in zip(saved, live, strict=False)
+            for key in given
+            if key in told and list(differing(given[key], told[key]))
+        ]
 
     def _left(self, dotted: str) -> set[str]:
         """Names of a model's tensors that were not loaded."""
@@ -112,13 +131,7 @@ class ModelInstaller:
         return found
 
     def _unlike_extra_states(self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any]) -> list[str]:
-        """Extra states that modules report differently from those they were given; notes those on one side only."""
+        """Extra states that modules report differently from those they were given."""
         live = mapped.extra_state(dotted)
-        if not self.source.other_stages:
-            for names, found in (
-                (saved.keys() - live.keys(), self.source.notes.skipped),
-                (live.keys() - saved.keys(), self.source.notes.missing),
-            ):
-                found += [f"{dotted}.{name}" for name in sorted(names)]
         both = {name: tree for name, tree in self._extra_states(dotted, mapped, saved).items() if name in live}
         return [name.removeprefix(".") for name in differing(both, {name: live[name] for name in both})]

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hydra_ckpt.loading.installing.decoded import Values
+from hydra_ckpt.loading.installing.untouched import Before
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
+from hydra_ckpt.state.around import told_by
 from hydra_ckpt.state.optimizer_installing import give_back, install
 from hydra_ckpt.state.optimizer_loading import Fit
-from hydra_ckpt.state.optimizer_oracle import PARAMETER
+from hydra_ckpt.state.optimizer_oracle import PARAMETER, differing
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An optimizer that has loaded its own state_dict.
+
+    Attributes:
+        optimizer: The object.
+        expected: Makes the state_dict that it was given.
+        before: The tensors in it, as they were.
+        unlike: Where it reported something else right after.
+    """
+
+    optimizer: Any
+    expected: Callable[..., Any]
+    before: Before
+    unlike: list[str]
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class OptimizerInstaller:
     source: Source
     plan: LoadPlan
     values: Values
+    _given: dict[str, _Given] = field(default_factory=dict)
 
     def install(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
         """Install the optimizers' state and options, and whatever else they save.
@@ -53,10 +73,16 @@ class OptimizerInstaller:
             decoded = self.values.whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
             before = self.values.before(tree)
             unlike = give_back(dotted, optimizer, decoded, found, walk)
-            self.source.notes.took(dotted, [*unlike, *before.changed()])
+            self._given[dotted] = _Given(optimizer, decoded, before, unlike)
         left = found.absent | found.refused | found.own.keys()
         for number, (dotted, _) in enumerate(named):
             self.source.notes.exact += [dotted] if number not in left else []
+
+    def unlike(self) -> Iterator[tuple[str, list[str]]]:
+        """Each optimizer that was given its own state_dict, and where it reports something else."""
+        for dotted, one in self._given.items():
+            now = [] if one.unlike else differing(one.expected(), told_by(dotted, one.optimizer), dotted)
+            yield dotted, [*one.unlike, *now, *one.before.changed()]
 
     def _parameters(self, known: Mapping[int, str]) -> Iterator[tuple[torch.Tensor, str]]:
         """All live parameters with their names."""

@@ -7,18 +7,19 @@ given, so these are compared by digest with what they were before.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.folding import digest_each
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part
 
-# Tensors among options are numbers: a learning rate. Larger ones are compared as objects.
-_MOST_COPIED_ELEMENTS = 1024
+_CHANGEABLE = (set, bytearray, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,37 @@ def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) for key, value in group.items() if key != "params"}
+    return {key: snapshot(value, clone=True) for key, value in group.items() if key != "params"}
 
 
-def _copy(value: Any) -> Any:
+def snapshot(value: Any, *, clone: bool = False) -> Any:
+    """A value as it is now: its containers copied, at every depth; other objects are the same ones.
+
+    Args:
+        value: Plain data and tensors.
+        clone: Whether tensors are copied too.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().clone() if value.numel() <= _MOST_COPIED_ELEMENTS else value
-    return copy.deepcopy(value) if isinstance(value, list | dict) else value
+        return value.detach().clone() if clone else value
+    if isinstance(value, dict):
+        new = copy.copy(value)  # of the same kind, with the same attributes
+        new.update((key, snapshot(item, clone=clone)) for key, item in value.items())
+        return new
+    if isinstance(value, list | deque):
+        items: Any = copy.copy(value)
+        for index, item in enumerate(value):
+            items[index] = snapshot(item, clone=clone)
+        return items
+    if isinstance(value, tuple):
+        parts = [snapshot(item, clone=clone) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return copy.copy(value) if isinstance(value, _CHANGEABLE) else value
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in plain data, at every depth."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | deque):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
