@@ -67,32 +67,27 @@ def export(
     The files are those that the run itself would have written. Weights are streamed, whatever their size. For a
     checkpoint of `dcp.save` or accelerate, a model like it (--base) provides names, configuration and tokenizer.
     """
+    from hydra_ckpt.hub.foreign_export import export_foreign
+    from hydra_ckpt.hub.merging import merge_adapter
     from hydra_ckpt.hub.offline import export_checkpoint
     from hydra_ckpt.storage.pickled import is_foreign
 
     refuse_url("OUT", out)
     kind = None if dtype is None else _dtype(dtype)
     limit = None if max_shard_size is None else _size(max_shard_size)
+    options: dict[str, Any] = {"part": part, "dtype": kind, "max_file_bytes": limit}
     if is_foreign(checkpoint):
-        from hydra_ckpt.hub.foreign_export import export_foreign
-
         _refuse_merge(checkpoint, merge)
-        make = partial(export_foreign, checkpoint, base=base, part=part, dtype=kind, max_file_bytes=limit)
-        weights = _stream(checkpoint.name, make, out)
+        weights = _stream(checkpoint.name, partial(export_foreign, checkpoint, base=base, **options), out)
     elif merge:
-        from hydra_ckpt.hub.merging import merge_adapter
-
-        weights = merge_adapter(
-            open_one(checkpoint), out, part=part, base=base, dtype=kind, max_file_bytes=limit, verify=verify
-        )
+        weights = merge_adapter(open_one(checkpoint), out, base=base, verify=verify, **options)
     elif base is not None:
         raise CheckpointConfigError(
             "--base: checkpoints of hydra_ckpt record their model, so this option is only for --merge"
         )
     else:
         found = open_one(checkpoint)
-        make = partial(export_checkpoint, found, part=part, dtype=kind, max_file_bytes=limit, verify=verify)
-        weights = _stream(found.name, make, out)
+        weights = _stream(found.name, partial(export_checkpoint, found, verify=verify, **options), out)
     files = {name: (out / name).stat().st_size for name in weights}
     nbytes = sum(files.values())
     if as_json:

@@ -100,12 +100,7 @@ def agree(
     texts = itertools.chain.from_iterable((part, *describe(specs)) for part, specs in local.items())
     text = fingerprint(itertools.chain(texts, [json.dumps(said)], objects))
     meshes = list(dict.fromkeys(item.place.mesh for items in parts.values() for item in items))
-    note = {
-        "host": socket.gethostname(),
-        "stage": stage,
-        "holds": text,
-        "meshes": meshes,
-    }
+    note = {"host": socket.gethostname(), "stage": stage, "holds": text, "meshes": meshes}
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local

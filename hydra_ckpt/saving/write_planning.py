@@ -126,55 +126,77 @@ def make_plan(
         of_rows: Whether all ranks hold whole rows of every tensor, see `is_of_rows`.
         read_again: Whether the same save reads the files back.
     """
-    files: list[FileLayout] = []
-    own_files: list[FileLayout] = []
-    pieces: list[Piece] = []
-    foreign: dict[str, dict[int, Share]] = {}
-    pending_own: list[tuple[PartLayout, dict[int, Share]]] = []
-    in_blocks: list[FileLayout] = []
-    led: set[int] = set()
     by_part = _shares(parts, {layout.part for layout in layouts}, agreement)
-    for layout in layouts:
-        mine = by_part.get(layout.part, {})
-        if layout.distcp:
-            foreign[layout.part] = mine
-            continue
-        if layout.own:
-            pending_own.append((layout, mine))
-            continue
-        laid = lay_out_part(layout, agreement)
-        pieces += fill_files(laid, mine, len(files))
-        files += laid
-    for layout, mine in pending_own:
-        called = {place: _renamed(share, rank) if layout.apart else share for place, share in mine.items()}
-        file = _own_file(layout, called, rank, world_size)
-        local = {position: _as_whole(share) for position, share in called.items()}
-        pieces += fill_files([file], local, len(files) + len(own_files))
-        own_files.append(file)
-    for layout in layouts:
-        for found in _own_blocks(layout, parts.get(layout.part, ()), agreement):
-            first = len(files) + len(own_files) + len(in_blocks)
-            local = {position: _in_block(share, found) for position, share in by_part.get(layout.part, {}).items()}
-            pieces += fill_files(found.files, local, first)
-            led.update(range(len(in_blocks), len(in_blocks) + len(found.files) * found.leads))
-            in_blocks += found.files
-    all_shares = {position: share for mine in by_part.values() for position, share in mine.items()}
+    files, pieces = _shared_files(layouts, by_part, agreement)
+    own_files, own_pieces = _own_files(layouts, by_part, rank, world_size, len(files))
+    first = len(files) + len(own_files)
+    in_blocks, block_pieces, led = _block_files(layouts, by_part, parts, agreement, first)
     blocked = [f"{layout.part}/{spec.name}" for layout in layouts for spec in _blocked(layout, agreement)]
     choice = fingerprint([agreement.fingerprint, *map(str, layouts), str((world_size, of_rows, read_again)), *blocked])
     # Files that no rank writes in short runs, so that none needs a memory map.
-    own = range(len(files), len(files) + len(own_files))
-    unmapped = range(len(files) + len(own_files) + len(in_blocks)) if of_rows else own
+    unmapped = range(first + len(in_blocks)) if of_rows else range(len(files), first)
     return WritePlan(
         tuple(files),
         tuple(own_files),
-        all_shares,
-        tuple(pieces),
+        {position: share for mine in by_part.values() for position, share in mine.items()},
+        (*pieces, *own_pieces, *block_pieces),
         choice,
-        foreign,
+        {layout.part: by_part.get(layout.part, {}) for layout in layouts if layout.distcp},
         tuple(in_blocks),
         frozenset(led),
         frozenset() if read_again else frozenset(unmapped),
     )
+
+
+def _shared_files(
+    layouts: Sequence[PartLayout], by_part: Mapping[str, Mapping[int, Share]], agreement: Agreement
+) -> tuple[list[FileLayout], list[Piece]]:
+    """The files that all ranks fill together, and this rank's pieces of them."""
+    files: list[FileLayout] = []
+    pieces: list[Piece] = []
+    for layout in layouts:
+        if not layout.distcp and not layout.own:
+            laid = lay_out_part(layout, agreement)
+            pieces += fill_files(laid, by_part.get(layout.part, {}), len(files))
+            files += laid
+    return files, pieces
+
+
+def _own_files(
+    layouts: Sequence[PartLayout], by_part: Mapping[str, Mapping[int, Share]], rank: int, world_size: int, first: int
+) -> tuple[list[FileLayout], list[Piece]]:
+    """The files that this rank fills alone, and its pieces of them; `first` is the number of the first file."""
+    files: list[FileLayout] = []
+    pieces: list[Piece] = []
+    for layout in layouts:
+        if layout.own and not layout.distcp:
+            mine = by_part.get(layout.part, {})
+            called = {place: _renamed(share, rank) if layout.apart else share for place, share in mine.items()}
+            file = _own_file(layout, called, rank, world_size)
+            local = {position: _as_whole(share) for position, share in called.items()}
+            pieces += fill_files([file], local, first + len(files))
+            files.append(file)
+    return files, pieces
+
+
+def _block_files(
+    layouts: Sequence[PartLayout],
+    by_part: Mapping[str, Mapping[int, Share]],
+    parts: Parts,
+    agreement: Agreement,
+    first: int,
+) -> tuple[list[FileLayout], list[Piece], set[int]]:
+    """The files of this rank's blocks, its pieces of them, and which of them it creates."""
+    files: list[FileLayout] = []
+    pieces: list[Piece] = []
+    led: set[int] = set()
+    for layout in layouts:
+        for found in _own_blocks(layout, parts.get(layout.part, ()), agreement):
+            local = {position: _in_block(share, found) for position, share in by_part.get(layout.part, {}).items()}
+            pieces += fill_files(found.files, local, first + len(files))
+            led.update(range(len(files), len(files) + len(found.files) * found.leads))
+            files += found.files
+    return files, pieces, led
 
 
 def is_of_rows(item: LocalTensor) -> bool:
