@@ -17,7 +17,7 @@ from hydra_ckpt.jobs.differences import about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.store import names
-from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
+from hydra_ckpt.sweeps.active import RESUMABLE, ActiveJob, activated, shield
 from hydra_ckpt.sweeps.keeping import RecordKeeper
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
 from hydra_ckpt.sweeps.stopping import Halt, JobStopped, ends_in_exception, halt, halted
@@ -89,6 +89,7 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             record = JobRecord.begin(run.overrides, config, run.output_dir, decision["series"])
             return _run(run, record, decision["continues"], lambda: task(cfg, *args, **kwargs))
 
+        setattr(job, RESUMABLE, True)
         return job  # type: ignore[return-value]
 
     return decorate if function is None else decorate(function)
