@@ -43,7 +43,7 @@ def show(
     """
     checkpoint = open_one(directory)
     if command:
-        print(_command(checkpoint))
+        typer.echo(_command(checkpoint).encode())  # a shell needs the exact bytes, whatever the terminal shows
         return
     problem = _problem(checkpoint)
     # A checkpoint of a newer format cannot be opened; the key exists because `list` also has it.

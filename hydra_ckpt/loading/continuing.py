@@ -12,7 +12,7 @@ from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
 from hydra_ckpt.storage.pickled import index_of, is_foreign
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
-from hydra_ckpt.store.origin import FRESH, LAUNCHES, ORIGIN, Origin, launches, launches_in, seal_of
+from hydra_ckpt.store.origin import FRESH, LAUNCHES, ORIGIN, Origin, launches, launches_in, token_of
 from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.sweeps.record import RECORD
 
@@ -83,7 +83,7 @@ class Beginning:
         resolved = Path(path).resolve()
         index = index_of(resolved)
         if index is None:
-            return Origin(selector, str(resolved), seal_of(resolved))
+            return Origin(selector, str(resolved), token_of(resolved))
         known = index.stat()  # the indices of equal models are equal
         return Origin(selector, str(resolved), f"{known.st_size} {known.st_mtime_ns}")
 

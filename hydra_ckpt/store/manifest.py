@@ -28,6 +28,8 @@ FORMATS = (1, 2)
 """The formats that this version reads."""
 WRITER = "hydra_ckpt"
 """In `details`: the version that wrote the checkpoint."""
+TOKEN = "token"  # noqa: S105 - no secret
+"""In `details`: random text of the save that wrote the checkpoint."""
 _DIGEST_FIELD = "~xxh3"  # sorts last
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
 _SEAL = re.compile(rb',\n "~xxh3": "[0-9a-f]{16}"\n\}\n\Z')

@@ -14,15 +14,15 @@ from typing import Any
 
 import xxhash
 
-from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.jobs.restarts import agent_restarts, restarts_of_this_process
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
-from hydra_ckpt.store.manifest import MAX_BYTES
+from hydra_ckpt.store.manifest import MAX_BYTES, TOKEN
 from hydra_ckpt.store.owner import process_identity
 from hydra_ckpt.store.small_files import read_small_file
 
-__all__ = ["FRESH", "LAUNCHES", "ORIGIN", "Origin", "launches", "launches_in", "seal_of"]
+__all__ = ["FRESH", "LAUNCHES", "ORIGIN", "Origin", "launches", "launches_in", "token_of"]
 
 ORIGIN = "begun_from"
 """In a manifest's `details`: the `Origin`."""
@@ -38,12 +38,12 @@ class Origin:
     Attributes:
         selector: `restore_from` as it was configured; FRESH if that asks for a fresh start.
         path: The checkpoint it led to, absolute, without links; empty for a fresh start.
-        seal: Tells that checkpoint from others; equal in a copy. Empty for a fresh start, or if it is gone.
+        token: Tells that checkpoint from others; equal in a copy. Empty for a fresh start, or if it is gone.
     """
 
     selector: str
     path: str = ""
-    seal: str = ""
+    token: str = ""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Origin | None:
@@ -67,20 +67,26 @@ class Origin:
             sets_aside: Whether later checkpoints may be set aside. Someone who asks for that by hand wants to begin
                 again.
         """
-        same = bool(self.seal) and self.seal == found.seal
+        same = bool(self.token) and self.token == found.token
         alike = self.selector == found.selector or (bool(self.path) and self.path == found.path)
         if is_restart:
             return same or alike
-        gone = not self.seal and self.selector != FRESH
+        gone = not self.token and self.selector != FRESH
         return not sets_aside and (same or (alike and gone))
 
 
-def seal_of(checkpoint: Path) -> str:
-    """The digest of a checkpoint's manifest, or empty if it has none that can be read."""
+def token_of(checkpoint: Path) -> str:
+    """The token of the save that wrote a checkpoint, also after an export was added; empty if it cannot be read."""
     try:
-        return xxhash.xxh3_64_hexdigest(read_small_file(checkpoint / names.MANIFEST, MAX_BYTES))
-    except (OSError, CorruptCheckpointError):
+        details = Checkpoint.open(checkpoint).manifest.details
+        token = details.get(TOKEN)
+        return token if isinstance(token, str) else xxhash.xxh3_64_hexdigest(_manifest(checkpoint))
+    except (OSError, CheckpointError):
         return ""
+
+
+def _manifest(checkpoint: Path) -> bytes:
+    return read_small_file(checkpoint / names.MANIFEST, MAX_BYTES)
 
 
 def launches() -> dict[str, bool]:
