@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -69,6 +70,8 @@ def test_a_run_continues_from_its_own_newest_checkpoint(
     assert "another checkpoint.checkpoint_dir" in line
     assert "on_conflict=set_aside" in line
     assert train(root, 1, restore_from="auto") == 9
+    details = json.loads((root / "epoch_0_step_10" / "manifest.json").read_text())["details"]
+    assert details["begun_from"]["path"] == str(base)
     assert train(root, 1, restore_from=os.path.relpath(base)) == 10
 
 
@@ -246,8 +249,8 @@ def test_an_unfinished_job_continues(tmp_path: Path, base: Path) -> None:
     arguments = ["lr=0.1,0.2", *settings]
     app.sweep_over(*arguments, kill="1 7")
     assert app.runs == ["0 3", "1 3"]
-    assert app.sweep_over(*arguments).returncode == 0
-    assert app.runs == ["1 6"]
+    assert app.sweep_over(*arguments, "callbacks.checkpoint.every_n_steps=3").returncode == 0
+    assert app.runs == ["0 8", "1 6"]  # the first has finished, and has nothing to do with other settings about saving
     (app.sweep / "1" / "hydra_ckpt_job.json").unlink()
     assert app.sweep_over(*arguments).returncode == 0
     assert app.runs == ["1 3"]

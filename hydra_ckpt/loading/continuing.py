@@ -138,7 +138,7 @@ def _launches() -> dict[str, bool]:
 def _tell(chosen: Checkpoint, wanted: Origin) -> None:
     found, job = Origin.of(chosen), active_job()
     by_hand = f"remove {RECORD} and " if job is not None and job.continues else ""
-    log.info(
+    log.warning(  # it is not what the setting says
         "restore_from=%s: this run began from %s and continues from its own newest checkpoint, %s (step %d). To begin "
         "again, set another checkpoint.checkpoint_dir (or another run directory), or %sstart it by hand with "
         "checkpoint.on_conflict=set_aside",

@@ -34,7 +34,7 @@ class ActiveJob:
         reason: Why it was asked to stop, for people.
         requeue: Called at the end of a stopped job: puts it back into its launcher's queue, and ends the process. None
             if the launcher has no queue, or did not stop the job itself.
-        series: Random text, kept while the job is started again and again with its configuration until it has finished.
+        series: Random text, kept when the job is started again and begins alike.
         continues: Whether an earlier start of the job has that text too.
         signal: The signal received since the job began; recorded only in processes where `shield` was called.
     """

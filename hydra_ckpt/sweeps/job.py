@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
-from hydra_ckpt.jobs.differences import about_saving, differences
+from hydra_ckpt.jobs.differences import about_beginning, about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.store import names
@@ -122,11 +122,10 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
         known = "" if record.has_objective else " without a result that could be recorded"
         why = f"the job has already finished{known}; to rerun it, remove {run.output_dir / RECORD}"
         return {"objective": record.objective, "why": why}
-    if not unlike and record.series:
-        return {"series": record.series, "continues": True}
+    begins_alike = not any(about_beginning(found.key) for found in unlike)
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
-        return _new_series()
+        return {"series": record.series, "continues": True} if begins_alike and record.series else _new_series()
     if (on_change or ("raise" if run.sweep_dir is not None else "run")) == "raise":
         told = "; ".join(map(str, unlike))
         return {

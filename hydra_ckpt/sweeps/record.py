@@ -44,7 +44,7 @@ class JobRecord:
         checkpoint_dir: Where its checkpoints are, relative to the run directory if inside it; None if it has none.
         best_so_far: The best value of the metric that decides, as `metric`, `mode` and `value`. It may have been
             measured at a step that was not saved. None if there is none.
-        series: Random text, equal in all starts of the job with this configuration until it has finished.
+        series: Random text, equal in all starts of the job with this configuration (other settings about saving aside).
     """
 
     state: str
