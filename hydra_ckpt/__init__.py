@@ -18,6 +18,7 @@ from hydra_ckpt.errors import (
     KeyMismatchError,
     SaveFailedError,
     SaveOutcomeUnknown,
+    TakenOverError,
     TopologyError,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "SaveConsolidatedMode",
     "SaveFailedError",
     "SaveOutcomeUnknown",
+    "TakenOverError",
     "TopologyError",
     "init_process_group",
     "register",

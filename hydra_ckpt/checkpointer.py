@@ -213,7 +213,8 @@ class Checkpointer:
 
         Args:
             state: The objects to load into.
-            restore_from: Which checkpoint; see CheckpointingConfig. None for the configured one.
+            restore_from: Which checkpoint; see CheckpointingConfig. None for the configured one, or for the newest one
+                of this run if it began from that and has been started again.
             parts: Which parts; None for the configured ones. Without `progress` the step starts at 0.
 
         Returns:
@@ -237,16 +238,22 @@ class Checkpointer:
         selector = self._restorer.selector(restore_from)
         moves = self._position.is_moved_by(wanted)
 
+        restorer = self._restorer
+
         def begin_at(step: int) -> None:
             if moves:
                 self._position.begin_at(step)
+            if restorer.continues:
+                return
             # auto and latest find the run's own latest step; another run may be writing there meanwhile.
             if selector not in ("auto", "latest") and (selector is None or "progress" in wanted):
                 self._position.refuse_later()
 
-        report = self._restorer.restore(state, selector, wanted, begin_at)
+        may_continue = restore_from is None and not self._position.is_settled
+        report = restorer.restore(state, selector, wanted, begin_at, may_continue=may_continue)
         if moves:
-            self._position.resume(report.path if report is not None and "progress" in wanted else None)
+            resumes = report is not None and ("progress" in wanted or restorer.continues)
+            self._position.resume(report.path if report is not None and resumes else None)
         return report
 
     def _settle(self) -> None:

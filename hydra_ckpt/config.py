@@ -193,7 +193,8 @@ class CheckpointingConfig:
         restore_from: `auto`: the checkpoint that LATEST names if it is complete and undamaged, else the newest one that
             is, else a fresh start. `null` (also `none`, `no`, `false`, `off`): a fresh start. `latest`, `best`, the
             name of a directory, or a path (relative to `checkpoint_dir`, then to the working directory): that
-            checkpoint, or an error.
+            checkpoint, or an error. A run that began from it and is started again continues from its own newest one,
+            see [starting again](configuration.md#starting-again).
         restore_parts: Which parts to load, a list of `model`, `optimizer`, `lr_scheduler`, `dataloader`, `rng`,
             `extras`, `progress`; null: all. Without `progress` the run starts at step 0: `[model]` loads only the
             weights.

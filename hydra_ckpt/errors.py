@@ -8,6 +8,7 @@
     ├── CheckpointFormatError                         file, its format, the version that wrote it
     ├── KeyMismatchError         (KeyError)           all missing, all unexpected, all shapes
     ├── SaveFailedError                               step, {rank: cause}; raised on every rank
+    ├── TakenOverError                                who holds the directory now; this process should end
     ├── SaveOutcomeUnknown                            step; on a rank that was cut off from the others
     └── TopologyError            (ValueError)         what the mesh or the ranks disagree about
 
@@ -17,6 +18,8 @@ Each message says what happened, where, and what to do.
 from __future__ import annotations
 
 import glob
+import io
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +34,7 @@ __all__ = [
     "KeyMismatchError",
     "SaveFailedError",
     "SaveOutcomeUnknown",
+    "TakenOverError",
     "TopologyError",
 ]
 
@@ -62,6 +66,16 @@ def _steers(letter: str) -> bool:
 
 def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
+
+
+def never_refuse_letters() -> None:
+    """Let this process's standard streams write letters that their encoding lacks as escapes, and not raise.
+
+    For programs of our own. Python does so for stderr only; `PYTHONIOENCODING` may say otherwise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def counted(number: int, noun: str) -> str:
@@ -205,6 +219,15 @@ class SaveFailedError(CheckpointError):
             shown.append(f"and {counted(more, 'more rank')}")
         tail = remedy or "Checkpoints published before are untouched; fix the cause and save again."
         super().__init__(f"saving step {step} failed: " + "; ".join(shown) + f". {tail}")
+
+
+class TakenOverError(CheckpointError):
+    """Another run holds the directory now: this process was presumed dead, and must not publish. It should end."""
+
+    remedy = (
+        "The other run continues here, and published checkpoints are untouched: end this process. To train beside that "
+        "run, start again with another checkpoint.checkpoint_dir."
+    )
 
 
 class SaveOutcomeUnknown(CheckpointError):  # noqa: N818 - not an error of the save, which may be published

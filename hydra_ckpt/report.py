@@ -52,7 +52,8 @@ class Stats:
     """The cost of checkpointing so far on this rank.
 
     Attributes:
-        saves: Saves begun.
+        saves: Saves begun; those that only add an export to a published checkpoint are `exports_added`.
+        exports_added: Exports begun that are added to a published checkpoint.
         skipped: Saves left out because another one was in progress.
         blocked_s: Seconds the training thread spent in `save()` and waiting for staging.
         waited_s: Of these, seconds spent waiting for the previous save.
@@ -60,6 +61,7 @@ class Stats:
     """
 
     saves: int = 0
+    exports_added: int = 0
     skipped: int = 0
     blocked_s: float = 0.0
     waited_s: float = 0.0

@@ -245,3 +245,31 @@ def test_repair_rolls_whole_drafts_forward_and_sweeps_the_rest(run_dir: Dirs, to
     assert (run / "checkpoints" / "LATEST").resolve().name == LAST
     assert tool("verify", run).code == 0
     assert tool("repair", run).out.strip() == "nothing to do"
+
+
+def test_repair_reports_small_files_too(run_dir: Dirs, tool: Tool) -> None:
+    run = run_dir("shards")
+    root = run / "checkpoints"
+    left = [f".LATEST.{names.nonce()}", f".metrics.json.{names.nonce()}"]
+    (root / left[0]).symlink_to(LAST)
+    (root / left[1]).write_text("{")
+    (root / ".BEST_notes.md").write_text("mine")
+    (root / LAST / names.TOKEN).write_text("token")
+    (root / "LATEST").unlink()
+    (root / "LATEST").symlink_to(FIRST)
+    (root / "BEST").unlink()
+    (root / "BEST").symlink_to("epoch_9_step_9")
+    before = contents(run)
+    told = tool("repair", run, "--dry-run").out
+    for name in left:
+        assert f"{name}: would be removed, the rest of an interrupted replacement" in told
+    assert f"{LAST}/{names.TOKEN}: would be removed" in told
+    assert "BEST would be moved: it leads to epoch_9_step_9, which does not exist" in told
+    assert contents(run) == before
+    done = tool("repair", run).out
+    for name in left:
+        assert f"{name}: removed" in done
+    assert f"LATEST leads to {LAST}" in done
+    assert f"BEST leads to {SECOND}" in done
+    assert [path.name for path in root.glob(".*")] == [".BEST_notes.md"]
+    assert tool("repair", run).out.strip() == "nothing to do"

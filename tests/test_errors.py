@@ -420,8 +420,10 @@ def test_whoever_was_taken_for_dead_must_not_publish(tmp_path: Path) -> None:
         record = json.loads((tmp_path / "owner.json").read_text())
         other = {**record, "incarnation": "other", "host": "elsewhere", "released": False}
         (tmp_path / "owner.json").write_text(json.dumps(other))
-        with pytest.raises(SaveFailedError, match="no longer held by this run but by host elsewhere"):
+        with pytest.raises(SaveFailedError, match="no longer held by this run but by host elsewhere") as refused:
             engine.save(state, step=2).result()
+        assert "end this process" in str(refused.value)
+        assert "save again" not in str(refused.value)
         engine.add_metrics(1, 0, {"loss": 0.5})
     assert [item.step for item in scan(tmp_path).checkpoints] == [1]
     assert not scan(tmp_path).checkpoints[0].metrics

@@ -414,3 +414,14 @@ def test_the_log_says_why_a_start_waits(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING), build(tmp_path) as engine:
         engine.start(make_state())
     assert "is held by a run on host node7" in caplog.text
+
+
+def test_a_run_that_this_process_has_not_closed_is_named_with_the_remedy(tmp_path: Path) -> None:
+    state = make_state()
+    first = build(tmp_path)
+    first.start(state)
+    with build(tmp_path) as second:
+        with pytest.raises(CheckpointExistsError, match=r"in this same process .* \(callback\.close\(\)\)"):
+            second.start(state)
+        first.close()
+        second.start(state)

@@ -189,3 +189,12 @@ def test_a_save_whose_name_a_dangling_link_has_is_refused_by_name(tmp_path: Path
         (tmp_path / "epoch_0_step_1").symlink_to("nowhere")
         with pytest.raises(CheckpointError, match="epoch_0_step_1 already exists and is not overwritten"):
             engine.save(make_state(), step=1).result()
+
+
+def test_an_added_export_is_counted_apart_from_the_saves(tmp_path: Path) -> None:
+    state = make_state()
+    with build(tmp_path) as engine:
+        for step in (1, 2):
+            engine.save(state, step=step).result()
+        engine.save(state, step=2, is_final=True).result()
+        assert (engine.stats.saves, engine.stats.exports_added) == (2, 1)

@@ -33,9 +33,9 @@ def test_a_sweep_killed_in_the_middle_continues_where_it_was(app: App) -> None:
     died = app.sweep_over("lr=0.3,0.1,0.2", kill="1 5")
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert app.runs == ["0 0", "1 0"]
-    assert app.states == ["finished", "running"]  # as it was written; who asks now is told better
+    assert app.states == ["finished", "running", "waiting"]  # as it was written; who asks now is told better
     listed = _tool("list", app.sweep, "--json")
-    assert [job["state"] for job in listed["jobs"]] == ["finished", "interrupted"]
+    assert [job["state"] for job in listed["jobs"]] == ["finished", "interrupted", "waiting"]
 
     done = app.sweep_over("lr=0.3,0.1,0.2", "hydra/callbacks=hydra_ckpt_summary")
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def test_a_job_that_ends_well_without_a_result_is_done(app: App, statement: str)
 def test_a_job_that_exits_in_the_middle_of_training_runs_again(app: App, code: int, state: str) -> None:
     ends_by(app, f"sys.exit({code})", before_the_end=True)
     ended = app.sweep_over("lr=0.3,0.1")
-    assert (ended.returncode, app.runs, app.states) == (code, ["0 0"], [state]), ended.stderr
+    assert (ended.returncode, app.runs, app.states) == (code, ["0 0"], [state, "waiting"]), ended.stderr
     assert app.sweep_over("lr=0.3,0.1").returncode == code
     assert app.runs == ["0 6"]
 
@@ -151,7 +151,7 @@ def test_ctrl_c_and_failures_are_recorded_and_run_again(app: App) -> None:
 def test_sigterm_ends_the_sweep_and_the_same_command_continues(app: App) -> None:
     stopped = app.sweep_over("lr=0.3,0.1", "callbacks.checkpoint.requeue_exit_code=85", kill="0 3", how="SIGTERM")
     assert (stopped.returncode, app.runs) == (85, ["0 0"])
-    assert app.states == ["stopped"]
+    assert app.states == ["stopped", "waiting"]
     assert app.summary["jobs"][0]["last"]["step"] == 3
     done = app.sweep_over("lr=0.3,0.1", "callbacks.checkpoint.requeue_exit_code=85")
     assert (done.returncode, app.runs) == (0, ["0 3", "1 0"])

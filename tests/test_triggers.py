@@ -292,6 +292,10 @@ def test_the_time_limit_counts_what_saves_and_steps_have_taken() -> None:
     schedule.begin(1000.0)
     assert not schedule.is_time_up(1084.0, 10.0)
     assert schedule.is_time_up(1085.0, 10.0)
+    assert schedule.time_up(1085.0, 8.0, 2.0) == (
+        "max_run_time_s=100 is nearly reached: 85.0 s have passed since training began, and 15.0 s are reserved "
+        "(longest save 8.0 s, two steps 2.0 s, margin 5 s)"
+    )
     assert Schedule.of(**schedule.as_data()) == schedule.__class__.of(**schedule.as_data())
 
 

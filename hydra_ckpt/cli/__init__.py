@@ -25,6 +25,7 @@ from hydra_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    never_refuse_letters,
     printable,
 )
 
@@ -65,6 +66,7 @@ app.command("repair")(repair)
 
 def main() -> None:
     """Entry point of the console script. For our own errors it prints the message without a traceback."""
+    never_refuse_letters()
     try:
         app()
     except CheckpointError as error:

@@ -19,6 +19,7 @@ from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.loading.changes import saved_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
+from hydra_ckpt.store.origin import ORIGIN
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
 from hydra_ckpt.store.small_files import read_small_file
 
@@ -43,7 +44,7 @@ def show(
     """
     checkpoint = open_one(directory)
     if command:
-        print(_command(checkpoint))
+        typer.echo(_command(checkpoint).encode())  # a shell needs the exact bytes, whatever the terminal shows
         return
     problem = _problem(checkpoint)
     # A checkpoint of a newer format cannot be opened; the key exists because `list` also has it.
@@ -144,6 +145,12 @@ def _print(data: dict[str, Any], created: float, out: Console) -> None:
         print_line(out, f"damaged: {data['problem']}", "red")
 
 
+def _origin(details: dict[str, Any]) -> str:
+    """The checkpoint of another run, or an earlier one, that the run was told to begin from."""
+    found = details.get(ORIGIN)
+    return str(found.get("path", "")) if isinstance(found, dict) else ""
+
+
 def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:
     parts = [
         (name, f"{shown_size(part['bytes'])} in {counted(len(part['files']), part['format'] + ' file')}")
@@ -154,6 +161,7 @@ def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:
         ("created", f"{shown_time(created)} on {data['details'].get('host', '?')}"),
         ("size", f"{shown_size(data['bytes'])} in {counted(len(data['files']), 'file')}"),
         ("written by", counted(data["world_size"], "rank")),
+        ("began from", _origin(data["details"])),
         ("replicas", str(data["details"].get("replicas", ""))),
         ("left out", ", ".join(map(str, data["details"].get("unsaved", ())))),
         ("pointers", ", ".join(data["pointers"])),

@@ -89,6 +89,11 @@ def about_saving(key: str) -> bool:
     return key.startswith(("checkpoint.", "callbacks.checkpoint."))
 
 
+def about_beginning(key: str) -> bool:
+    """Whether a setting determines where a run begins."""
+    return key in ("checkpoint.restore_from", "checkpoint.restore_parts", "checkpoint.on_conflict")
+
+
 def _flat(node: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping) and node and depth < _MAX_DEPTH:
         for key, value in node.items():

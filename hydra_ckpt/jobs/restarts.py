@@ -10,7 +10,14 @@ from pathlib import Path
 
 from hydra_ckpt.jobs.run import run_directory
 
-__all__ = ["ELASTIC", "SLURM", "job_of_this_process", "launch_of_this_process", "restarts_of_this_process"]
+__all__ = [
+    "ELASTIC",
+    "SLURM",
+    "agent_restarts",
+    "job_of_this_process",
+    "launch_of_this_process",
+    "restarts_of_this_process",
+]
 
 SLURM, ELASTIC = "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"
 # Identity of a job that schedulers keep when they start it again.
@@ -39,6 +46,12 @@ def restarts_of_this_process(environment: Mapping[str, str] = os.environ) -> dic
         if value and text.isdecimal():
             found[f"{name}={value}"] = int(text)
     return found
+
+
+def agent_restarts(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How often torchrun's agent, this process's parent, has restarted the ranks; None outside torchrun."""
+    text = environment.get(_COUNTS[ELASTIC], "")
+    return int(text) if text.isdecimal() else None
 
 
 def launch_of_this_process() -> str:

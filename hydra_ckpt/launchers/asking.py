@@ -66,7 +66,9 @@ class _Launch:
         if isinstance(given, dict) and "start" not in given and (self.sweep.directory / str(given["name"])).is_dir():
             Claim(self.start.name, number).write(self.sweep.directory / str(given["name"]))
             return given
-        return {"name": str(self.start.first + number), "start": self.start.name, "number": number}
+        # A sweep that continues numbers its new directories when their jobs begin; each has a claim.
+        name = "" if self.start.first else str(number)
+        return {"name": name, "start": self.start.name, "number": number}
 
 
 _launch: _Launch | None = None

@@ -62,9 +62,15 @@ class Claim:
         except (OSError, CorruptCheckpointError, ValueError, TypeError, RecursionError):
             return None
 
-    def write(self, directory: Path) -> None:
-        """Give a job's directory to this job. A claim that cannot be written does not keep a job from running."""
+    def write(self, directory: Path) -> bool:
+        """Give a job's directory to this job. A claim that cannot be written does not keep a job from running.
+
+        Returns:
+            Whether it was written.
+        """
         try:
             write_atomically(Files(), directory / _FILE, json.dumps(asdict(self)).encode(), names.nonce())
         except OSError as error:
             log.warning("%s: that it was given to a job cannot be recorded: %s", directory, error)
+            return False
+        return True

@@ -49,7 +49,10 @@ class SweepHook(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called when a sweep begins, in the process that launches its jobs."""
         from hydra_ckpt.launchers.places import keep_directories
+        from hydra_ckpt.launchers.planning import planned_jobs
+        from hydra_ckpt.launchers.spawning import shield_workers
         from hydra_ckpt.launchers.studies import give_back
+        from hydra_ckpt.sweeps.planned import write_plan
         from hydra_ckpt.sweeps.stopping import begin_sweep
 
         self._launcher = os.getpid()
@@ -60,22 +63,41 @@ class SweepHook(Callback):
         begin_sweep(sweep_dir)
         if not is_first:
             return
+        write_plan(sweep_dir, planned_jobs(config))
         if is_judged:
             give_back(config.hydra, sweep_dir, keep_directories(config, sweep_dir))
         if LauncherKind.of(config.hydra) is LauncherKind.SIDE_BY_SIDE:
+            shield_workers(_signals(config))
             _hand_signals_on(config, sweep_dir)
+
+    def on_job_start(self, config: DictConfig, *, task_function: Any = None, **_: Any) -> None:
+        """Called when a job begins, in the process that runs it."""
+        if LauncherKind.of(config.hydra) is not LauncherKind.SIDE_BY_SIDE or self._launcher == os.getpid():
+            return
+        from hydra_ckpt.sweeps.active import RESUMABLE, let_through
+
+        if not getattr(task_function, RESUMABLE, False):  # such a job lets them through once it has its own handlers
+            let_through(_signals(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Called when a job has ended, in the process that ran it."""
         ended = job_return._return_value  # noqa: SLF001 - the public way raises it
         if not isinstance(ended, Exception):
             return
+        from hydra_ckpt.launchers.returning import StoppedReturn
         from hydra_ckpt.sweeps.stopping import JobStopped, arrived
 
+        if isinstance(ended, JobStopped):
+            job_return.__class__ = StoppedReturn
         # joblib runs jobs in the launcher's own process if it runs one at a time.
         is_alone = LauncherKind.of(config.hydra) is LauncherKind.ONE_BY_ONE or self._launcher == os.getpid()
         if isinstance(ended, JobStopped) and is_alone:
             job_return.return_value = arrived(str(ended), ended.exit_code, str(ended.sweep_dir))
+
+
+def _signals(config: DictConfig) -> list[signal.Signals]:
+    """The signals that stop a run."""
+    return list(parse_signals(OmegaConf.select(config, f"{_SETTINGS}.signals", default="SIGTERM")))
 
 
 def _hold(sweep_dir: Path) -> None:
@@ -97,7 +119,7 @@ def _hand_signals_on(config: DictConfig, sweep_dir: Path) -> None:
         return
     code = OmegaConf.select(config, f"{_SETTINGS}.requeue_exit_code") or 0
     process = os.getpid()
-    for number in parse_signals(OmegaConf.select(config, f"{_SETTINGS}.signals", default="SIGTERM")):
+    for number in _signals(config):
         before = signal.getsignal(number)
 
         def stop(came: int, frame: Any, earlier: Any = before) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from omegaconf import OmegaConf, open_dict, read_write
 from hydra_ckpt.files import locked
 from hydra_ckpt.jobs.differences import about_saving
 from hydra_ckpt.launchers.claims import Claim, Start
+from hydra_ckpt.sweeps.directories import job_directories, job_name
 from hydra_ckpt.sweeps.record import FINISHED, read_record
-from hydra_ckpt.sweeps.summary import job_directories, overrides_of
+from hydra_ckpt.sweeps.summary import overrides_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,16 +81,30 @@ def directory_of(start: Start, config: DictConfig) -> str:
     """
     hydra = config.hydra
     number, sweep_dir = int(hydra.job.num), Path(hydra.sweep.dir)
-    mine = values_of(map(str, hydra.overrides.task))
-    new = str(start.first + number)
-    if (sweep_dir / new).is_dir():
-        return new  # the job is put back into its launcher's queue
+    claim, mine = Claim(start.name, number), values_of(map(str, hydra.overrides.task))
     with locked(sweep_dir):
         same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]
-        found = _given_to(
-            Claim(start.name, number), sorted(path for path in same if _existed(path, sweep_dir, start.first))
-        )
-    return new if found is None else str(found.relative_to(sweep_dir))
+        earlier = sorted(path for path in same if _existed(path, sweep_dir, start.first))
+        found = _given_to(claim, earlier) or _new(claim, start.first, sweep_dir)
+    return job_name(sweep_dir, found)
+
+
+def _new(claim: Claim, first: int, sweep_dir: Path) -> Path:
+    """The directory with the next number, or the one that the job got when this was asked before."""
+    for path in sorted(path for path in sweep_dir.iterdir() if not _existed(path, sweep_dir, first)):
+        if Claim.of(path) == claim:
+            return path
+    for number in count(first):
+        path = sweep_dir / str(number)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        if claim.write(path):
+            return path
+        path.rmdir()
+        break
+    return sweep_dir / str(first + (claim.number or 0))  # no two jobs of a start have this one
 
 
 def _given_to(claim: Claim, same: list[Path]) -> Path | None:

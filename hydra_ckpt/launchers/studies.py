@@ -12,8 +12,8 @@ from hydra_ckpt.launchers.asking import Sweep, is_of, place_of, place_trial, wat
 from hydra_ckpt.launchers.claims import Claim, Start
 from hydra_ckpt.launchers.holding import identify
 from hydra_ckpt.launchers.places import values_of, values_of_job
+from hydra_ckpt.sweeps.directories import job_directories, job_name
 from hydra_ckpt.sweeps.record import RUNNING, read_record
-from hydra_ckpt.sweeps.summary import job_directories
 
 __all__ = ["give_back"]
 
@@ -126,7 +126,7 @@ def _give_back(name: str, storage: Any, jobs: _Jobs, start: Start | None) -> Non
         else:
             comes_back = is_open and path in ended
         if path is not None and start is not None:
-            place_trial(study, trial, str(path.relative_to(jobs.sweep.directory)))
+            place_trial(study, trial, job_name(jobs.sweep.directory, path))
             Claim(start.name).write(path)
         if comes_back:
             _wait_again(study, trial)

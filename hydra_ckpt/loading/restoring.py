@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import (
@@ -18,6 +17,7 @@ from hydra_ckpt.errors import (
     CorruptCheckpointError,
     rebuild,
 )
+from hydra_ckpt.loading.continuing import Beginning
 from hydra_ckpt.loading.load import Load
 from hydra_ckpt.loading.notes import PARTS
 from hydra_ckpt.loading.sources.foreign_source import ForeignSource, open_foreign
@@ -35,7 +35,6 @@ from hydra_ckpt.store.readers import reading
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-_SHOWN = 100  # characters of a selector in an error
 _FRESH = {"none", "null", "no", "false", "off"}
 _SELECTORS = {"auto", "latest", "best"}
 
@@ -53,6 +52,9 @@ class Restorer:
 
     Attributes:
         passed_over: Damaged checkpoints that an automatic choice skipped: name to what is wrong. Equal on all ranks.
+        continues: Whether the last choice was the run's own newest checkpoint, instead of what it once began from.
+            Equal on all ranks.
+        origin: What the run began from, as of the last choice; see `Beginning.choose`. Equal on all ranks.
     """
 
     def __init__(
@@ -70,7 +72,10 @@ class Restorer:
         self._channel = channel
         self._topology = topology
         self._patience_s = patience_s
+        self._beginning = Beginning(directory, options.on_conflict)
         self.passed_over: dict[str, str] = {}
+        self.continues = False
+        self.origin: dict[str, str] | None = None
 
     def wanted_parts(self, parts: list[str] | None) -> tuple[str, ...]:
         """The parts to load: the argument if given, otherwise the configured ones, otherwise all.
@@ -100,15 +105,18 @@ class Restorer:
         selector: str | None,
         parts: tuple[str, ...],
         begin_at: Callable[[int], None] = lambda _: None,
+        *,
+        may_continue: bool = False,
     ) -> LoadReport | None:
         """Collective: load the checkpoint that a selector means; `auto` skips damaged ones.
 
         Args:
             state: The objects to load into.
             selector: As `selector` returns it.
-            parts: What to load.
+            parts: What to load; a run that continues loads everything.
             begin_at: Called with the step that training will continue from, before anything is loaded; may refuse it by
                 raising.
+            may_continue: Whether a run that has begun from this before continues from its own newest checkpoint.
 
         Returns:
             What was loaded, or None for a fresh start.
@@ -117,29 +125,26 @@ class Restorer:
             CorruptCheckpointError: The requested checkpoint is damaged, or all are and live tensors were overwritten
                 before that was detected.
         """
-        if selector is None:
-            begin_at(0)
-            return None
         overwritten: CorruptCheckpointError | None = None
         touched: frozenset[str] = frozenset()
         while True:
             with ExitStack() as lease:
-                load = self._choose(state, selector, parts, lease)
+                load = self._choose(state, selector, parts, lease, may_continue=may_continue)
                 if load is None:
                     if overwritten is not None:
                         raise overwritten
                     begin_at(0)
-                    if self._channel.is_coordinator:
+                    if self._channel.is_coordinator and selector is not None:
                         log.info("nothing to resume from in %s: starting fresh", self._directory.root)
                     return None
-                begin_at(load.source.checkpoint.step if "progress" in parts else 0)
+                begin_at(load.source.checkpoint.step if "progress" in parts or self.continues else 0)
                 try:
                     report = self._finish(load)
                 except CorruptCheckpointError as error:
                     if load.touched:
                         touched |= load.touched
                         overwritten = _undefined(error)
-                    if selector != "auto":
+                    if selector != "auto" and not self.continues:
                         raise overwritten or error from None
                     self._pass_over({load.source.checkpoint.name: str(error)})
                     continue
@@ -147,29 +152,26 @@ class Restorer:
                 raise overwritten  # only loading the same parts makes every tensor whole again
             return report
 
-    def _choose(self, state: AppState, selector: str, parts: tuple[str, ...], lease: ExitStack) -> Load | None:
+    def _choose(
+        self, state: AppState, selector: str | None, parts: tuple[str, ...], lease: ExitStack, *, may_continue: bool
+    ) -> Load | None:
         """Collective: choose a checkpoint and protect it from pruning until the lease ends; None if there is none."""
         for attempt in range(_ATTEMPTS):
             choice = self._channel.coordinator_step(
-                f"looking for restore_from={selector}", lambda: self._select(selector)
+                f"looking for restore_from={selector}",
+                lambda: self._beginning.choose(selector, self.passed_over, may_continue=may_continue),
             )
             self._pass_over(choice["passed_over"])
+            self.continues, self.origin = choice["continues"], choice["origin"]
             if choice["path"] is None:
                 return None
             try:
-                return self._open(state, Path(choice["path"]), parts, lease)
+                return self._open(state, Path(choice["path"]), PARTS if self.continues else parts, lease)
             except CheckpointNotFoundError:
                 # A run has pruned it since it was chosen, so there are newer ones.
                 if attempt == _ATTEMPTS - 1:
                     raise
         return None
-
-    def _select(self, selector: str) -> dict[str, Any]:
-        """Coordinator only: see `Directory.choose`; a path may also lead to a checkpoint of another tool."""
-        for path in (self._directory.root / selector, Path.cwd() / selector):
-            if _can_exist(path, selector) and is_foreign(path):
-                return {"path": str(path.resolve()), "passed_over": {}}
-        return self._directory.choose(selector, self.passed_over)
 
     def _pass_over(self, damaged: Mapping[str, str]) -> None:
         for name in sorted(set(damaged) - set(self.passed_over)) if self._channel.is_coordinator else ():
@@ -226,26 +228,6 @@ class Restorer:
             said = "; ".join(f"{claim}: {', '.join(found)}" for claim in claims if (found := getattr(report, claim)))
             log.info("loaded %s (step %d); %s", report.path, report.step, said)
         return replace(report, passed_over=dict(self.passed_over))
-
-
-def _can_exist(path: Path, selector: str) -> bool:
-    """Whether the system can be asked for a path.
-
-    Raises:
-        CheckpointNotFoundError: It cannot: the path is too long, or lies where this user may not look.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        shown = selector if len(selector) < _SHOWN else f"{selector[:_SHOWN]}... ({len(selector)} characters)"
-        raise CheckpointNotFoundError(
-            f"restore_from={shown}: there can be no such directory here ({why}); name a checkpoint, a path, or auto, "
-            "latest, best, none"
-        ) from error
-    return True
 
 
 def _undefined(error: CorruptCheckpointError) -> CorruptCheckpointError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.loading.changes import differing
+from hydra_ckpt.loading.continuing import beginning_of
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.store.directory import Directory
@@ -31,6 +32,7 @@ class RunPosition:
         self._config, self._directory, self._channel, self._restorer = config, directory, channel, restorer
         self._start_step: int | None = None
         self._resumed: Path | None = None
+        self._origin: dict[str, str] | None = None
         self._is_open = self._is_settled = False
 
     def open(self) -> None:
@@ -45,6 +47,11 @@ class RunPosition:
         job = active_job()
         if job is not None and job.on_hold is not None:
             job.on_hold()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the run has begun, and the way is clear for its steps."""
+        return self._is_settled
 
     def is_moved_by(self, parts: Collection[str]) -> bool:
         """Whether loading these parts determines the run's step; loading only weights does not change it."""
@@ -67,7 +74,7 @@ class RunPosition:
 
     def resume(self, path: Path | None) -> None:
         """Set the checkpoint that the run continues from; a run that goes back must clear its way again."""
-        self._resumed = path
+        self._resumed, self._origin = path, self._restorer.origin
         self._is_settled = False
 
     def settle(self) -> dict[str, Any] | None:
@@ -80,16 +87,21 @@ class RunPosition:
             return None
         found: dict[str, Any] = self._channel.coordinator_step(
             "clearing the way for new steps",
-            lambda: self._directory.settle(
-                self._start_step,
-                self._restorer.passed_over,
-                self._config.read.on_conflict,
-                self._resumed,
-                is_another=self._is_another_job(),
-            ),
+            self._settle,
         )
         self._is_settled = True
         return found
+
+    def _settle(self) -> dict[str, Any]:
+        """Rank 0 only."""
+        self._directory.beginning = beginning_of(self._origin)
+        return self._directory.settle(
+            self._start_step,
+            self._restorer.passed_over,
+            self._config.read.on_conflict,
+            self._resumed,
+            is_another=self._is_another_job(),
+        )
 
     def _is_another_job(self) -> bool:
         """Rank 0 only: whether this job of a sweep continues from a checkpoint of a job with other values.

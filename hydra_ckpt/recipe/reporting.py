@@ -26,6 +26,7 @@ class CheckpointStats(Protocol):
     """What is shown of `checkpointer.stats`."""
 
     saves: int
+    exports_added: int
     blocked_s: float
 
 
@@ -89,9 +90,11 @@ class Report:
         """Logs the cost of the run and, separately, of its checkpoints; `written_bytes` are those of all ranks."""
         done, took_s = step - self._started.step, time.perf_counter() - self._started.at_s
         log.info("%s in %.1f s: %.2f steps/s", counted(done, "step"), took_s, self._started.speed(step))
+        added = checkpoints.exports_added
         log.info(
-            "%s: training was blocked for %.2f s (%.1f %%), %.1f MiB written",
+            "%s%s: training was blocked for %.2f s (%.1f %%), %.1f MiB written",
             counted(checkpoints.saves, "save"),
+            f" and {counted(added, 'added export')}" if added else "",
             checkpoints.blocked_s,
             100 * checkpoints.blocked_s / took_s if took_s else 0.0,
             written_bytes / 2**20,

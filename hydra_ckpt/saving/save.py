@@ -33,12 +33,11 @@ from hydra_ckpt.store.draft import (
     join_draft,
     publish_draft,
 )
-from hydra_ckpt.store.manifest import FileRecord, Manifest, PartRecord
+from hydra_ckpt.store.manifest import TOKEN, FileRecord, Manifest, PartRecord
 from hydra_ckpt.store.parts import is_of_models
 
 log = logging.getLogger(__name__)
 
-_TOKEN = "token"  # noqa: S105 - in a manifest's details: which save it belongs to
 JOIN_PATIENCE_S = 60.0
 """How long ranks look for rank 0's draft, in seconds, at most: network file systems show new directories late."""
 
@@ -362,7 +361,7 @@ class Save:
             metrics=self.metrics,
             plan=content.plan.fingerprint,
             topology=self.topology,
-            details={**self.details, _TOKEN: draft.token},
+            details={**self.details, TOKEN: draft.token},
         )
         complete_draft(self.writer.files, draft, manifest)
         self.fence()
@@ -385,7 +384,7 @@ class Save:
 
     def _is_there(self, note: Mapping[str, Any]) -> bool:
         try:
-            found = Checkpoint.open(self.root / self.name).manifest.details.get(_TOKEN)
+            found = Checkpoint.open(self.root / self.name).manifest.details.get(TOKEN)
         except (CheckpointError, OSError):
             return False
         return bool(found == note["token"])

@@ -173,7 +173,10 @@ class Saver:
             transaction = self._transaction(request, content, staged, optimizer_classes(captured.optimizers))
         except Exception as failure:
             transaction = FailedSave(request.step, name, failure)
-        self._stats.saves += 1
+        if request.adds_export:
+            self._stats.exports_added += 1
+        else:
+            self._stats.saves += 1
         self.known.begin(request, pending)  # only now: a save that never began would be waited for forever
         self._submit(pending, request, transaction, staged)
         return pending

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hydra_ckpt.distributed.channel import Channel, RankTimeoutError
-from hydra_ckpt.errors import CheckpointError, SaveFailedError, SaveOutcomeUnknown
+from hydra_ckpt.errors import CheckpointError, SaveFailedError, SaveOutcomeUnknown, TakenOverError
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,8 @@ def _guard(step: Any) -> Any:
             return dict(step())
         except SaveFailedError as error:
             return {"causes": error.causes}
+        except TakenOverError as error:
+            return {"causes": {0: describe(error)}, "remedy": error.remedy}
         except Exception as error:
             log.debug("a step of a save failed", exc_info=True)
             return {"causes": {0: describe(error)}}
@@ -169,7 +171,8 @@ def describe(error: BaseException) -> str:
 
 def _raise_causes(step: int, data: dict[str, Any]) -> None:
     if "causes" in data:
-        raise SaveFailedError(step, {int(rank): text for rank, text in data["causes"].items()})
+        causes = {int(rank): text for rank, text in data["causes"].items()}
+        raise SaveFailedError(step, causes, remedy=str(data.get("remedy", "")))
 
 
 def _collect(channel: Channel, step: int, receipt: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -43,11 +43,16 @@ class DcpDirectory:
 
 def is_foreign(path: Path) -> bool:
     """Whether a directory is a checkpoint of DCP or accelerate, and not one of ours."""
+    return index_of(path) is not None
+
+
+def index_of(path: Path) -> Path | None:
+    """The index of a checkpoint of DCP, or of the first model of one of accelerate; None for all other directories."""
     # os.path, because pathlib raises where the disk fails or a name is too long
     if os.path.lexists(path / names.MANIFEST):
-        return False
+        return None
     indices = (path / INDEX, path / ACCELERATE_MODEL.format(0) / INDEX)
-    return any(os.path.isfile(index) for index in indices)  # noqa: PTH113
+    return next((index for index in indices if os.path.isfile(index)), None)  # noqa: PTH113
 
 
 def read_dcp(root: Path, relative: str, *, values: bool) -> DcpDirectory:

@@ -48,6 +48,7 @@ class Directory:
     Attributes:
         best_so_far: The best value of the run, which may belong to a step that is not saved; later checkpoints record
             it. None if it is unknown.
+        beginning: What its checkpoints record about how the run began.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Directory:
         self._metric = self._configured = keep.best_metric_key
         self._owed = OwedMetrics(self._write_metrics)
         self.best_so_far: BestSoFar | None = None
+        self.beginning: Mapping[str, Any] = {}
         self._counts_from = 0  # results up to this step come from other values
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -302,6 +304,7 @@ class Directory:
             "host": self._owner.host,
             "best_metric_mode": self._keep.best_metric_mode,
             **deciding,
+            **self.beginning,
             **({COUNTS_FROM: self._counts_from} if self._counts_from else {}),
             **({KEY: self.best_so_far.as_data()} if self.best_so_far is not None else {}),
         }

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, TakenOverError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store import names
 from hydra_ckpt.store.leftovers import sweep_prepared
@@ -232,9 +232,15 @@ class Lease:
             )
 
     def _refusal(self, other: Owner, record: Record) -> CheckpointExistsError:
+        if (other.boot, other.namespace, other.pid) == (self._owner.boot, self._owner.namespace, self._owner.pid):
+            return CheckpointExistsError(
+                f"{self._root} is being written by another run in this same process ({other.pid}), which was not "
+                "closed. Call close() on its CheckpointCallback or Checkpointer (callback.close()), or end the "
+                "process: restart a notebook's kernel. A `with` block closes it by itself"
+            )
         age = max(time.time() - record.beat / 1e9, 0.0)
         return CheckpointExistsError(
-            f"{self._root} is being written by another run: host {other.host}, process {other.pid}, last sign of life "
+            f"{self._root} is being written by another run: {_named(other)}, last sign of life "
             f"{age:.0f} s ago. Stop that run, or set another checkpoint.checkpoint_dir{self._if_relocated(other)}"
         )
 
@@ -276,10 +282,14 @@ class Lease:
                 return
         if record.owner is None and not self._root.is_dir():
             self._raise_gone()
-        holder = f"host {record.owner.host}, process {record.owner.pid}" if record.owner else "nobody"
-        raise CheckpointError(
-            f"{self._root} is no longer held by this run but by {holder}; this process was presumed dead and must not "
-            "publish"
+        if record.owner is None:
+            raise CheckpointError(
+                f"{self._root} is no longer held by this run: {self._path} is gone, or cannot be read. Another run may "
+                "have begun here meanwhile; start this one again"
+            )
+        raise TakenOverError(
+            f"{self._root} is no longer held by this run but by {_named(record.owner)}; "
+            "this process was presumed dead and must not publish"
         )
 
     def _is_replaced(self) -> bool:
@@ -337,6 +347,12 @@ class Lease:
         if self._directory is not None:
             os.close(self._directory)
         self._directory = None
+
+
+def _named(owner: Owner) -> str:
+    """A run, for people."""
+    job = f", job {owner.job}" if owner.job else ""
+    return f"host {owner.host}, process {owner.pid}{job}"
 
 
 def is_held(root: Path) -> bool:

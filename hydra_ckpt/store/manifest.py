@@ -28,12 +28,14 @@ FORMATS = (1, 2)
 """The formats that this version reads."""
 WRITER = "hydra_ckpt"
 """In `details`: the version that wrote the checkpoint."""
+TOKEN = "token"  # noqa: S105 - no secret
+"""In `details`: random text of the save that wrote the checkpoint."""
 _DIGEST_FIELD = "~xxh3"  # sorts last
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 2048
 _SEAL = re.compile(rb',\n "~xxh3": "[0-9a-f]{16}"\n\}\n\Z')
 _SEAL_BYTES = 40
 _XXH3 = re.compile(r"[0-9a-f]{16}")
-_MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 _MAX_METRICS_BYTES = 16 << 20
 _MAX_DEPTH = 64
 _MOST = 1 << 62  # limit of every size and number
@@ -153,7 +155,7 @@ def unseal(path: Path, data: bytes) -> dict[str, Any]:
     return dict(body)
 
 
-def read_sealed(path: Path, limit: int = _MAX_BYTES) -> dict[str, Any]:
+def read_sealed(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     """Read and check a sealed file of at most this many bytes.
 
     Raises:

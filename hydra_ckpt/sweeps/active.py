@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any
 from hydra_ckpt.jobs.signal_names import parse_signals
 from hydra_ckpt.store.best_so_far import BestSoFar
 
-__all__ = ["ActiveJob", "activated", "active_job", "shield"]
+__all__ = ["RESUMABLE", "ActiveJob", "activated", "active_job", "let_through", "shield"]
+
+RESUMABLE = "_hydra_ckpt_resumable"
+"""An attribute of functions that `resumable_job` has wrapped."""
 
 
 @dataclass
@@ -31,6 +34,8 @@ class ActiveJob:
         reason: Why it was asked to stop, for people.
         requeue: Called at the end of a stopped job: puts it back into its launcher's queue, and ends the process. None
             if the launcher has no queue, or did not stop the job itself.
+        series: Random text, kept when the job is started again and begins alike.
+        continues: Whether an earlier start of the job has that text too.
         signal: The signal received since the job began; recorded only in processes where `shield` was called.
     """
 
@@ -42,6 +47,8 @@ class ActiveJob:
     exit_code: int | None = None
     reason: str = ""
     requeue: Callable[[], object] | None = None
+    series: str = ""
+    continues: bool = False
     signal: signal.Signals | None = None
 
 
@@ -85,6 +92,14 @@ def shield(signals: Any) -> None:
         elif _active is not None:
             _active.signal = signal.Signals(number)
 
-    for number in parse_signals(signals):
+    numbers = parse_signals(signals)
+    for number in numbers:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, note)
+    let_through(numbers)
+
+
+def let_through(signals: Iterable[signal.Signals]) -> None:
+    """Unblock signals that the launcher has blocked in its workers (`launchers.spawning`); main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

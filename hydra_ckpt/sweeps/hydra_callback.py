@@ -13,6 +13,7 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from rich.console import Console
 
+from hydra_ckpt.errors import printable
 from hydra_ckpt.store.lease import is_held
 from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.sweeps.record import FAILED, JobRecord, read_record
@@ -64,10 +65,22 @@ class SummaryCallback(Callback):
         self._shown = True
         summary = summarize(sweep_dir)
         if summary["jobs"]:
-            # In a log, other programs read the lines, so they must not be wrapped.
-            console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-            console.print(summary_table(summary))
-            console.print(str(sweep_dir / SUMMARY), markup=False, soft_wrap=True)
+            _print(summary, sweep_dir)
+
+
+def _print(summary: dict[str, Any], sweep_dir: Path) -> None:
+    """Print the summary. Letters that stdout cannot encode become escapes; if nobody reads it, nothing happens."""
+    # In a log, other programs read the lines, so they must not be wrapped.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    with console.capture() as captured:
+        console.print(summary_table(summary))
+        console.print(printable(str(sweep_dir / SUMMARY)), markup=False, soft_wrap=True)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(captured.get().encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:  # a pipe without a reader, a closed stream
+        log.debug("the summary could not be printed: %s", error)
 
 
 def _is_first_rank() -> bool:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
-from hydra_ckpt.jobs.differences import about_saving, differences
+from hydra_ckpt.jobs.differences import about_beginning, about_saving, differences
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
-from hydra_ckpt.sweeps.active import ActiveJob, activated, shield
+from hydra_ckpt.store import names
+from hydra_ckpt.sweeps.active import RESUMABLE, ActiveJob, activated, shield
 from hydra_ckpt.sweeps.keeping import RecordKeeper
 from hydra_ckpt.sweeps.record import FAILED, FINISHED, INTERRUPTED, RECORD, STOPPED, WAITING, JobRecord, read_record
 from hydra_ckpt.sweeps.stopping import Halt, JobStopped, ends_in_exception, halt, halted
@@ -85,8 +86,10 @@ def resumable_job(function: _Task | None = None, *, on_change: str | None = None
             if "objective" in decision:
                 log.info("%s", decision["why"])
                 return _result(run, decision["objective"])
-            return _run(run, JobRecord.begin(run.overrides, config, run.output_dir), lambda: task(cfg, *args, **kwargs))
+            record = JobRecord.begin(run.overrides, config, run.output_dir, decision["series"])
+            return _run(run, record, decision["continues"], lambda: task(cfg, *args, **kwargs))
 
+        setattr(job, RESUMABLE, True)
         return job  # type: ignore[return-value]
 
     return decorate if function is None else decorate(function)
@@ -113,15 +116,16 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
             RecordKeeper(run, waiting).begin()
         return {"stop": f"job {run.name} waits; no more jobs start: {order.why}", "exit_code": order.exit_code}
     if record is None or record.config is None or record.state == WAITING:
-        return {}
+        return _new_series()
     unlike = differences(record.config, config)
     if not unlike and record.state == FINISHED:
         known = "" if record.has_objective else " without a result that could be recorded"
         why = f"the job has already finished{known}; to rerun it, remove {run.output_dir / RECORD}"
         return {"objective": record.objective, "why": why}
+    begins_alike = not any(about_beginning(found.key) for found in unlike)
     unlike = [found for found in unlike if not about_saving(found.key)]
     if not unlike:
-        return {}
+        return {"series": record.series, "continues": True} if begins_alike and record.series else _new_series()
     if (on_change or ("raise" if run.sweep_dir is not None else "run")) == "raise":
         told = "; ".join(map(str, unlike))
         return {
@@ -129,7 +133,11 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
             "hydra.sweep.dir, keep the order of the jobs, or remove this directory; "
             '@resumable_job(on_change="run") resumes from its checkpoints'
         }
-    return {}  # the changes are logged when the run resumes
+    return _new_series()  # the changes are logged when the run resumes
+
+
+def _new_series() -> dict[str, Any]:
+    return {"series": names.nonce(), "continues": False}
 
 
 def _order(run: HydraRun) -> Halt | None:
@@ -139,10 +147,11 @@ def _order(run: HydraRun) -> Halt | None:
     return halted(run)
 
 
-def _run(run: HydraRun, record: JobRecord, task: Callable[[], Any]) -> Any:
+def _run(run: HydraRun, record: JobRecord, continues: bool, task: Callable[[], Any]) -> Any:
     keeper = RecordKeeper(run, record)
     with activated() as active:
         active.on_hold = keeper.hold
+        active.series, active.continues = record.series, continues
         keeper.begin()
         value = None
         try:

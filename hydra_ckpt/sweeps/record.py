@@ -44,6 +44,7 @@ class JobRecord:
         checkpoint_dir: Where its checkpoints are, relative to the run directory if inside it; None if it has none.
         best_so_far: The best value of the metric that decides, as `metric`, `mode` and `value`. It may have been
             measured at a step that was not saved. None if there is none.
+        series: Random text, equal in all starts of the job with this configuration (other settings about saving aside).
     """
 
     state: str
@@ -58,11 +59,14 @@ class JobRecord:
     requeue: bool = False
     checkpoint_dir: str | None = None
     best_so_far: dict[str, Any] | None = None
+    series: str = ""
 
     @classmethod
-    def begin(cls, overrides: tuple[str, ...], config: Any, directory: Path | None = None) -> JobRecord:
+    def begin(
+        cls, overrides: tuple[str, ...], config: Any, directory: Path | None = None, series: str = ""
+    ) -> JobRecord:
         """The record of a job that starts in this process, in a run directory."""
-        return cls(RUNNING, overrides, config, asdict(Owner.here(root=directory)), time.time())
+        return cls(RUNNING, overrides, config, asdict(Owner.here(root=directory)), time.time(), series=series)
 
     def end(self, state: str, **known: Any) -> JobRecord:
         """The record with the job ended."""
@@ -145,7 +149,7 @@ def read_record(directory: Path) -> JobRecord | None:
 
 def _is_sound(record: JobRecord) -> bool:
     """Whether the fields have the types that readers expect."""
-    texts = (record.error, record.checkpoint_dir)
+    texts = (record.error, record.checkpoint_dir, record.series)
     return (
         record.state in (RUNNING, FINISHED, STOPPED, FAILED, INTERRUPTED, WAITING)
         and all(value is None or isinstance(value, str) for value in texts)

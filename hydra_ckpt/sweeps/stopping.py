@@ -17,8 +17,8 @@ from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.store import names
 from hydra_ckpt.store.owner import process_identity
 from hydra_ckpt.store.small_files import read_small_file
+from hydra_ckpt.sweeps.directories import job_directories, job_name
 from hydra_ckpt.sweeps.record import FAILED, read_record
-from hydra_ckpt.sweeps.summary import job_directories
 
 __all__ = [
     "Halt",
@@ -101,7 +101,7 @@ def _failed_jobs(sweep_dir: Path) -> list[str]:
     for directory in job_directories(sweep_dir):
         record = read_record(directory)
         if record is not None and record.state == FAILED and (record.ended or 0.0) >= began:
-            found.append(str(directory.relative_to(sweep_dir)))
+            found.append(job_name(sweep_dir, directory))
             log.error("job %s failed: %s", found[-1], printable(str(record.error)))
     return found
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,9 @@ from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.lease import is_held
 from hydra_ckpt.store.pointers import point, read_pointer
 from hydra_ckpt.store.small_files import read_small_file
-from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, JobRecord, read_record
+from hydra_ckpt.sweeps.directories import job_directories, job_name, mark
+from hydra_ckpt.sweeps.planned import PlannedJob, not_begun
+from hydra_ckpt.sweeps.record import INTERRUPTED, RECORD, RUNNING, WAITING, JobRecord, read_record
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,6 @@ SUMMARY = "checkpoints_summary.json"
 VERSION = 1
 _DEFAULT_DIRECTORY = "checkpoints"
 _HYDRA = ".hydra"
-# How deep jobs are looked for; deeper where a job has left this file.
-_DEPTH = 4
-_MARK = ".hydra_ckpt_jobs_below"
 
 
 def is_sweep(directory: Path) -> bool:
@@ -61,9 +58,9 @@ def summarize(sweep_dir: Path) -> dict[str, Any]:
     Args:
         sweep_dir: The sweep's directory, absolute.
     """
-    jobs = [
-        _job(sweep_dir, path) for path in sorted(job_directories(sweep_dir), key=lambda path: _natural(sweep_dir, path))
-    ]
+    jobs = [_job(sweep_dir, path) for path in job_directories(sweep_dir)]
+    waiting = [_waiting(job) for job in not_begun(sweep_dir, [(job["job"], job["overrides"]) for job in jobs])]
+    jobs = sorted([*jobs, *waiting], key=lambda job: (not job["job"], _natural(job["job"])))
     return {"version": VERSION, "best": _best(jobs), "jobs": jobs}
 
 
@@ -101,50 +98,9 @@ def finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def job_directories(directory: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """Run directories of jobs below a sweep's directory, at any depth if our jobs recorded that (`mark`)."""
-    try:
-        below = sorted(path for path in directory.iterdir() if not path.is_symlink() and path.is_dir())
-    except OSError:
-        return
-    for path in below:
-        is_job, is_marked = _is_job(path), os.path.lexists(path / _MARK)
-        if is_job:
-            yield path
-        if is_marked or (depth > 1 and not is_job and not _is_other(path)):
-            yield from job_directories(path, depth - 1)
-
-
-def _is_job(path: Path) -> bool:
-    return os.path.lexists(path / RECORD) or (not _is_other(path) and (path / _HYDRA).is_dir())
-
-
-def _is_other(path: Path) -> bool:
-    """Whether a directory's name says that it is no job's, unless our record is in it."""
-    return path.name.startswith(".") or names.is_checkpoint_name(path.name)
-
-
-def mark(sweep_dir: Path, job: Path) -> None:
-    """Record in every directory between a sweep's and a job's that there is a job below it.
-
-    Only jobs whose directories are named by values with slashes have such directories. Any of these may itself be
-    another job's.
-
-    Args:
-        sweep_dir: The sweep's directory.
-        job: The job's directory. One that is not below the sweep's is not in the summary.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    if sweep_dir in job.parents:
-        for between in job.parents[: job.parents.index(sweep_dir)]:
-            (between / _MARK).touch()
-
-
-def _natural(sweep_dir: Path, path: Path) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts job 10 after job 9."""
-    pieces = re.split(r"(\d+)", str(path.relative_to(sweep_dir)))
+    pieces = re.split(r"(\d+)", name)
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
@@ -153,7 +109,7 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
     root = checkpoints_of(record, path)
     found = _Found(sweep_dir, root)
     return {
-        "job": str(path.relative_to(sweep_dir)),
+        "job": job_name(sweep_dir, path),
         "overrides": list(record.overrides) if record else overrides_of(path),
         "state": state_of(record, path),
         "objective": record.objective if record else None,
@@ -166,6 +122,13 @@ def _job(sweep_dir: Path, path: Path) -> dict[str, Any]:
         "last": found.entry(found.last),
         "best": found.entry(found.best),
     }
+
+
+def _waiting(job: PlannedJob) -> dict[str, Any]:
+    """A job that has not begun."""
+    unknown = ("objective", "error", "started", "ended", "metric", "best_so_far", "last", "best")
+    known = {"job": job.name, "overrides": list(job.overrides), "state": WAITING, "checkpoints": 0}
+    return {**known, **dict.fromkeys(unknown)}
 
 
 class _Found:
@@ -193,7 +156,7 @@ class _Found:
         """A checkpoint as plain data; paths are relative to the sweep's directory."""
         if checkpoint is None:
             return None
-        path = os.path.relpath(checkpoint.path, self._sweep_dir)
+        path = job_name(self._sweep_dir, checkpoint.path)
         exports = {part: f"{path}/{place}" for part, place in sorted(checkpoint.manifest.exports.items())}
         return {"path": path, "step": checkpoint.step, "epoch": checkpoint.epoch, "exports": exports}
 

@@ -114,6 +114,20 @@ class Schedule:
         """Whether the time left is only just enough for `needed_s` seconds of work."""
         return self.max_run_time_s is not None and now - self._began + needed_s + _MARGIN_S >= self.max_run_time_s
 
+    def time_up(self, now: float, save_s: float, steps_s: float) -> str:
+        """Why `is_time_up`, for people.
+
+        Args:
+            now: The time.
+            save_s: The longest save so far, in seconds.
+            steps_s: How long the steps until the save may take, in seconds.
+        """
+        return (
+            f"max_run_time_s={self.max_run_time_s:g} is nearly reached: {now - self._began:.1f} s have passed since "
+            f"training began, and {save_s + steps_s + _MARGIN_S:.1f} s are reserved (longest save {save_s:.1f} s, two "
+            f"steps {steps_s:.1f} s, margin {_MARGIN_S:g} s)"
+        )
+
 
 def _steps(given: object) -> frozenset[int]:
     steps: object = () if given is None else given

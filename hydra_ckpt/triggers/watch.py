@@ -178,12 +178,15 @@ class Watch:
         now = time.monotonic()
         self._steps_s.append((now - self._last_s) / max(self._unsaid, 1))
         self._last_s = now
-        stop = due = time_up = halted = False
+        stop = due = halted = False
+        time_up = ""
         bits = _SMALLEST
         if group.rank == 0:
             asked = self._files.look(now)
             # A vote cast now is heard at the next step, and the save comes after that.
-            time_up = self._schedule.is_time_up(now, save_s + 2 * max(self._steps_s))
+            steps_s = 2 * max(self._steps_s)
+            if self._schedule.is_time_up(now, save_s + steps_s):
+                time_up = self._schedule.time_up(now, save_s, steps_s)
             stop, due = STOP in asked, self._schedule.calls(now) or SAVE in asked
             halted = HALT in asked
             bits = _bits(best.value)
@@ -192,14 +195,14 @@ class Watch:
         step_us = int(1e6 * self._steps_s[-1])
         return [stop, yields, due, failed, refused, step, -step, bits, step_us]
 
-    def _note_why(self, *, time_up: bool, halted: bool) -> bool:
+    def _note_why(self, *, time_up: str, halted: bool) -> bool:
         """Whether this rank asks to stop and be continued; keeps the reason, and logs it once."""
         came = self._signals.received
         if not (time_up or halted or came is not None):
             return False
         if self.reason is None:
             launcher = "the launcher was told to stop" if halted else ""
-            self.reason = "the time is up" if time_up else f"{came.name} came" if came is not None else launcher
+            self.reason = time_up or (f"{came.name} came" if came is not None else launcher)
             log.info("%s: saving and stopping", self.reason)
         return True
 
