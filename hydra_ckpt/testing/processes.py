@@ -17,6 +17,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"]
+"""What the server of `forkserver()` imports. A test suite may add modules before the first process starts."""
+
 
 class RankFailedError(AssertionError):
     """A rank raised, died, or did not finish in time.
@@ -72,7 +75,7 @@ def forkserver() -> ForkServerContext:
     Python keeps one such server for each process, and what it imports is settled by whoever starts it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
