@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hydra_ckpt.testing.processes import PRELOADED
 
-PRELOADED += ["hydra._internal.hydra", "transformers.modeling_utils"]
+PRELOADED += ["hydra._internal.hydra", "peft", "pytest", "transformers.modeling_utils"]

@@ -1,9 +1,9 @@
 """Python programs that start at once: they fork from a server that has imported torch and this package already.
 
 A new interpreter needs four seconds of CPU for these imports; a test that starts a dozen programs pays a dozen times.
-A program begun here has its own process, command line, environment, standard streams, signals and exit code. Three things
-differ: its modules are imported already, `hash(str)` is the same in all of them, and its parent is the server. Tests of
-imports, of the end of the interpreter, or of what a parent sees start `sys.executable` with `subprocess`.
+A program started here has its own process, command line, environment, standard streams, signals and exit code. Three
+things differ: its modules are imported already, `hash(str)` is the same in all of them, and its parent is the server.
+Tests of imports, of the end of the interpreter, or of what a parent sees start `sys.executable` with `subprocess`.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ class _Streams:
             os.dup2(number, standard)
         for number in self._numbers:
             os.close(number)
-        sys.stdin = open(0, closefd=False)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
 
 
 def _become(start: _Start, streams: _Streams) -> None:
@@ -135,7 +135,7 @@ def _main_of(arguments: list[str]) -> Callable[[], Any]:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     first, *others = arguments
     if first == "-m":
-        sys.argv, sys.path[:0] = ["-m", *others[1:]], [os.getcwd()]
+        sys.argv, sys.path[:0] = ["-m", *others[1:]], [str(Path.cwd())]
         return lambda: runpy._run_module_as_main(others[0])
     if first == "-c":
         sys.argv, sys.path[:0] = ["-c", *others[1:]], [""]
@@ -158,7 +158,7 @@ def _status_of(work: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         traceback.print_exc()
         return -signal.SIGINT
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does
         sys.excepthook(*sys.exc_info())
         return 1
     return 0

@@ -19,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.jobs import launch
+from tests.programs import Program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -105,13 +106,13 @@ def launcher(kind: str) -> list[str]:
     }[kind]
 
 
-def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
+def start(command: list[str], cwd: Path) -> Program:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return Program(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: Program) -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     return output
@@ -169,7 +170,7 @@ def test_without_a_launcher_the_options_change_nothing_one_sees(app: Path) -> No
 # --- our own application
 
 
-def ranks_of(agent: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process]]:
+def ranks_of(agent: Program) -> Iterator[tuple[int, psutil.Process]]:
     """Rank and process of what an agent has started."""
     for child in psutil.Process(agent.pid).children(recursive=True):
         try:

@@ -29,6 +29,7 @@ from hydra_ckpt.store.lease import Lease, Times, is_held
 from hydra_ckpt.store.owner import Owner, look
 from hydra_ckpt.testing import run_distributed
 from hydra_ckpt.testing.processes import forkserver
+from tests.programs import Program
 from tests.test_zombies import make_state
 
 SHORT = Times(heartbeat_s=0.25, stale_s=1.5, grace_s=2.0, look_s=0.05)
@@ -69,8 +70,10 @@ def leave_record(root: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def another_run(root: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
+def another_run(
+    root: Path, kind: type[subprocess.Popen[str]] = Program, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    with kind(
         [sys.executable, "-c", HOLDER, str(root)],
         cwd=Path(__file__).parents[1],
         env={**os.environ, **environment},
@@ -155,7 +158,7 @@ def test_a_heartbeat_that_does_not_move_is_a_dead_run_s_whatever_the_clocks_say(
 
 
 def test_a_live_process_is_refused_at_once_though_its_clock_was_set(tmp_path: Path) -> None:
-    with another_run(tmp_path) as process:
+    with another_run(tmp_path, subprocess.Popen) as process:
         saves(process, 1)
         text = json.dumps({**record_of(tmp_path), "started": 1.0})
         (tmp_path / "owner.json").write_text(text)

@@ -25,6 +25,7 @@ from hydra_ckpt.hub.merging import merge_adapter
 from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.store.catalog import Checkpoint
 from tests.hub_models import MODELS, make
+from tests.programs import run
 from tests.test_peft import TARGETS, adapted, adapter_config, answer, saved_adapter, saved_base, state_of, train
 
 peft = pytest.importorskip("peft")
@@ -248,7 +249,7 @@ def test_exports_are_made_in_their_own_place_alone(tmp_path: Path, monkeypatch: 
 
 def _merge(checkpoints: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoints), str(out), "--merge"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(command)
 
 
 def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:

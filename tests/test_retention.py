@@ -24,6 +24,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.pointers import protected, remove_pointer
 from hydra_ckpt.store.retention import _ANY_OF, _POLICIES, Context, policies, superfluous
+from tests.programs import Program
 
 STATE = AppState(torch.nn.Linear(2, 1))
 
@@ -242,9 +243,9 @@ with reading(Path(sys.argv[1])):
 
 
 @contextmanager
-def another_reader(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+def another_reader(checkpoint: Path) -> Iterator[Program]:
     command = [sys.executable, "-c", READER, str(checkpoint)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
         yield process

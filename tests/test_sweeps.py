@@ -19,6 +19,7 @@ import pytest
 
 from hydra_ckpt.sweeps.record import RECORD, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
+from tests.programs import Program, run
 from tests.sweep_app import App
 
 REPOSITORY = Path(__file__).parents[1]
@@ -212,7 +213,7 @@ def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
 
 def _tool(*arguments: Any) -> Any:
     command = [sys.executable, "-m", "hydra_ckpt.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    done = run(command, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -229,12 +230,12 @@ Times.__init__.__defaults__ = tuple(defaults)
 
 
 @contextmanager
-def running(app: App, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(app: App, *arguments: str) -> Iterator[Program]:
     """The application as a program of its own, in the middle of training."""
     environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "STEP_S": "1"}
     command = [sys.executable, "app.py", *arguments]
     null = subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
+    with Program(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
         try:
             while not (app.root / "runs").exists():
                 assert process.poll() is None
@@ -364,11 +365,9 @@ def test_show_prints_the_command_that_continues_it_and_it_does(app: App) -> None
     hydra = place.replace("'", "\\'")
     died = app.run(f"hydra.run.dir='{hydra}'", "+note='a b, \"c\"'", "lr=0.25", kill=f"{Path(place).name} 5")
     assert died.returncode == -signal.SIGKILL, died.stderr
-    run = app.root / place
+    job = app.root / place
     tool = [sys.executable, "-m", "hydra_ckpt.cli", "show"]
-    shown = subprocess.run(
-        [*tool, run, "--command"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
-    )
+    shown = run([*tool, job, "--command"], cwd=REPOSITORY)
     assert shown.returncode == 0, shown.stderr
     environment = {**os.environ, "RUNS": str(app.root / "runs_again"), "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -377,8 +376,8 @@ def test_show_prints_the_command_that_continues_it_and_it_does(app: App) -> None
     )
     assert again.returncode == 0, shown.stdout + again.stderr
     assert (app.root / "runs_again").read_text() == f"{Path(place).name} 4\n"
-    assert json.loads((run / "hydra_ckpt_job.json").read_text())["state"] == "finished"
-    data = _tool("show", run, "--json")
+    assert json.loads((job / "hydra_ckpt_job.json").read_text())["state"] == "finished"
+    data = _tool("show", job, "--json")
     assert data["overrides"] == ["+note='a b, \"c\"'", "lr=0.25"]
     assert (data["step"], data["pointers"], data["problem"]) == (6, ["BEST", "LATEST"], None)
     assert data["details"]["optimizers"] == ["SGD"]
