@@ -12,6 +12,7 @@ import atexit
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -72,6 +73,16 @@ def run(command: Sequence[Any], *, timeout: float = 200.0, **options: Any) -> su
             program.kill()
             raise
     return subprocess.CompletedProcess(command, program.returncode, output, errors)
+
+
+def ranks(command: Sequence[Any], count: int, *, env: dict[str, str], **options: Any) -> list[Program]:
+    """One program for each rank, with the variables by which any launcher tells it; nobody starts them again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Program(command, env=own, **options) for own in each]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def forkserver() -> ForkServerContext:
     Python keeps one such server for each process, and what it imports is settled by whoever starts it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, "hydra_ckpt.testing.frozen"])
     return context
 
 
