@@ -242,7 +242,7 @@ def test_ranks_whose_agents_count_restarts_differently_meet_after_each_restart()
     for word, counts in (("one", "00"), ("two", "01"), ("three", "12")):
         each = [{"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": counts[rank]} for rank in range(2)]
         ranks = [
-            subprocess.Popen(
+            Program(
                 [sys.executable, "-c", RANK, word],
                 env={**os.environ, **common, **own, "TORCHELASTIC_USE_AGENT_STORE": "True"},
                 stdout=subprocess.PIPE,
