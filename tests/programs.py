@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hydra_ckpt.testing.processes import forkserver
+from hydra_ckpt.testing.processes import PATIENCE, forkserver
 
 
 class Program(subprocess.Popen):
@@ -50,6 +50,9 @@ class Program(subprocess.Popen):
         self._process.start()
         self.pid, self._child_created = self._process.pid, True
         self._close_pipe_fds(*pipes)
+
+    def communicate(self, *said: str, timeout: float | None = None) -> tuple[str, str]:
+        return super().communicate(*said, timeout=timeout * PATIENCE if timeout is not None else None)
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
         if self.returncode is None:

@@ -25,6 +25,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 LIMIT_MINUTES = 0.1
 
@@ -101,7 +102,7 @@ def test_a_disk_that_is_full(tmp_path: Path, is_async: bool) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=120 * PATIENCE,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert found.returncode == 0, found.stderr
@@ -327,7 +328,7 @@ def test_a_rank_that_dies_in_a_save(tmp_path: Path, is_async: bool) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(120 * PATIENCE)
         assert process.exitcode is not None, "a rank hangs"
     assert ranks[1].exitcode == -9
     took_s, told = (root / "told").read_text().split("\n", 1)

@@ -19,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.jobs import launch
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.programs import Program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -186,7 +187,7 @@ def test_our_application_survives_the_loss_of_a_rank_without_help(tmp_path: Path
     short = ["data.max_bytes=20000", "trainer.max_steps=100", "trainer.validate_every=0", "model.num_attention_heads=4"]
     saves = ["callbacks.checkpoint.every_n_steps=5", "checkpoint.retention={newest:3}"]
     agent = start([*launcher("standalone"), "-m", "hydra_ckpt.recipe", *small, *short, *saves], tmp_path)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 100 * PATIENCE
     while not list(tmp_path.glob("outputs/hydra_ckpt/*/*/checkpoints/LATEST")):
         assert agent.poll() is None, agent.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint appeared"

@@ -28,7 +28,7 @@ from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.lease import Lease, Times, is_held
 from hydra_ckpt.store.owner import Owner, look
 from hydra_ckpt.testing import run_distributed
-from hydra_ckpt.testing.processes import forkserver
+from hydra_ckpt.testing.processes import PATIENCE, forkserver
 from tests.programs import Program
 from tests.test_zombies import make_state
 
@@ -195,8 +195,8 @@ def test_a_forked_process_neither_releases_nor_saves(tmp_path: Path) -> None:
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        assert "fork" in told.get(timeout=30)
-        process.join(30)
+        assert "fork" in told.get(timeout=30 * PATIENCE)
+        process.join(30 * PATIENCE)
         assert process.exitcode == 0
         assert not record_of(tmp_path)["released"]
         assert engine.save(state, step=3).result().step == 3
@@ -211,7 +211,7 @@ def test_a_record_that_is_gone_is_made_again(tmp_path: Path) -> None:
         assert engine.save(state, step=2).result().step == 2
         assert record_of(tmp_path) == before
         (tmp_path / "owner.json").unlink()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while not (tmp_path / "owner.json").exists():  # the heart does it, too
             assert time.monotonic() < deadline
             time.sleep(0.05)

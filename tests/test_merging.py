@@ -24,6 +24,7 @@ from hydra_ckpt.errors import (
 from hydra_ckpt.hub.merging import merge_adapter
 from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.hub_models import MODELS, make
 from tests.programs import run
 from tests.test_peft import TARGETS, adapted, adapter_config, answer, saved_adapter, saved_base, state_of, train
@@ -205,7 +206,7 @@ def test_code_of_a_base_model_is_not_run_even_where_one_would_say_yes(tmp_path: 
     settings = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}, "architectures": ["Evil"]}
     (base / "config.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoint.path), str(tmp_path / "out"), "--merge"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, input="y\n" * 9)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200 * PATIENCE, check=False, input="y\n" * 9)
     assert done.returncode == 2
     assert "models with their own code" in done.stderr
     assert not ran.exists()

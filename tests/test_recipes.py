@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.programs import Program, ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def finished(programs: list[Program]) -> str:
 
 def kill_once_saved(programs: list[Program], checkpoints: Path) -> None:
     """SIGKILL to all ranks, as soon as two checkpoints are there."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 120 * PATIENCE
     while len(list(checkpoints.glob("epoch_*"))) < 2:
         assert all(program.poll() is None for program in programs), programs[0].communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint appeared"

@@ -19,6 +19,7 @@ import pytest
 
 from hydra_ckpt.sweeps.record import RECORD, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.programs import Program, run
 from tests.sweep_app import App
 
@@ -205,7 +206,7 @@ def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
     for expected in (["run 0", "run 0"], []):
         command = [*torchrun, "hydra.run.dir=run", "steps=2"]
         done = subprocess.run(
-            command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+            command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=200 * PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr
         assert app.runs == expected
@@ -322,7 +323,7 @@ TINY = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * PATIENCE)
 def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PROBE": str(tmp_path / "probe")}
@@ -341,7 +342,7 @@ def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=880,
+        timeout=880 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -372,7 +373,13 @@ def test_show_prints_the_command_that_continues_it_and_it_does(app: App) -> None
     environment = {**os.environ, "RUNS": str(app.root / "runs_again"), "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     again = subprocess.run(
-        ["bash", "-c", shown.stdout], cwd="/", env=environment, capture_output=True, text=True, timeout=100, check=False
+        ["bash", "-c", shown.stdout],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100 * PATIENCE,
+        check=False,
     )
     assert again.returncode == 0, shown.stdout + again.stderr
     assert (app.root / "runs_again").read_text() == f"{Path(place).name} 4\n"
