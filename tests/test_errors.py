@@ -47,7 +47,6 @@ from hydra_ckpt.storage.digests import Check
 from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
-from tests.programs import Program
 
 
 def make_state(features: int = 5) -> AppState:
@@ -382,10 +381,10 @@ time.sleep(120)
 
 
 @contextlib.contextmanager
-def another_writer(directory: Path) -> Iterator[Program]:
+def another_writer(directory: Path) -> Iterator[subprocess.Popen[str]]:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", WRITER, str(directory)]
-    with Program(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "writing\n"
