@@ -17,8 +17,9 @@ from torch import nn
 from hydra_ckpt import AppState, Checkpointer, CheckpointError, CheckpointingConfig, SaveFailedError, SaveOutcomeUnknown
 from hydra_ckpt.files import Files
 from hydra_ckpt.saving.pending import PendingSave
+from hydra_ckpt.testing.processes import PATIENCE
 
-LIMIT_S = 5.0
+LIMIT_S = 3.0 * PATIENCE
 """Of every wait of one rank for another."""
 
 PHASES: dict[str, Callable[[str, Path], bool]] = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.programs import run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -123,21 +124,7 @@ class App:
         environment = {**os.environ, "RUNS": str(self.root / "runs"), "KILL": kill, "HOW": how, **environment}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "app.py", *arguments]
-        # A program that a script starts in the background ignores Ctrl-C, and so would its children.
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-        try:
-            return subprocess.run(
-                command,
-                cwd=self.root,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=200,
-                check=False,
-                start_new_session=how.endswith("group"),
-            )
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        return run(command, cwd=self.root, env=environment, start_new_session=how.endswith("group"))
 
     def sweep_over(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "hydra.sweep.dir=sweep", *arguments, **options)

@@ -30,6 +30,7 @@ from hydra_ckpt.errors import CheckpointError, SaveFailedError
 from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import FaultyFiles, run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 from hydra_ckpt.triggers.schedule import Schedule
 
 
@@ -550,7 +551,7 @@ if sys.argv[2] == "raise":
 def test_a_program_that_ends_without_close_still_publishes(tmp_path: Path, ending: str) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), ending]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60, check=False
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60 * PATIENCE, check=False
     )
     assert done.returncode == (1 if ending == "raise" else 0), done.stderr
     assert ("the loop is broken" in done.stderr) == (ending == "raise")
@@ -873,7 +874,7 @@ def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_publ
         state = AppState(model, optimizer)
         engine.save(state, step=1).result()
         # The background is kept busy, as by a save that takes long.
-        engine._saver._worker.submit(lambda: gate.wait(30) and None)
+        engine._saver._worker.submit(lambda: gate.wait(30 * PATIENCE) and None)
         pending = engine.save(state, step=2)
         before = model.weight.detach().clone()
         with torch.no_grad():
@@ -898,7 +899,7 @@ def test_a_learning_rate_that_is_a_tensor_is_saved_as_it_was(tmp_path: Path) -> 
     state = AppState(model, optimizer, scheduler)
     with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=True).build(0, 0, 0) as engine:
         engine.save(state, step=1).result()
-        engine._saver._worker.submit(lambda: gate.wait(30) and None)
+        engine._saver._worker.submit(lambda: gate.wait(30 * PATIENCE) and None)
         pending = engine.save(state, step=2)
         scheduler.step()
         gate.set()

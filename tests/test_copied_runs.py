@@ -19,6 +19,7 @@ from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.lease import is_held
 from hydra_ckpt.store.owner import Owner
 from hydra_ckpt.store.relocated import belongs_to_same_job, is_copy
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.sweep_app import App
 from tests.test_lease import another_run, build, record_of, saves
 from tests.test_zombies import make_state
@@ -109,7 +110,7 @@ def mounted(mount: str, program: str, *places: Path) -> str:
     if tried.returncode != 0:
         pytest.skip(f"nothing can be mounted here: {tried.stderr}")
     command = [*apart, f'{mount} && exec "$@"', "sh", sys.executable, "-c", program, *map(str, places)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100 * PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

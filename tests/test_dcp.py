@@ -28,6 +28,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.storage import PooledStager, SafetensorsReader, SafetensorsWriter
 from hydra_ckpt.storage.pool import BufferPool
 from hydra_ckpt.testing import FaultyFiles, run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 
 def make_run(seed: int, *, shard: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -334,7 +335,7 @@ class Gate(Files):
         self.opened = threading.Event()
 
     def allocate(self, path: Path, nbytes: int) -> None:
-        assert self.opened.wait(30)
+        assert self.opened.wait(30 * PATIENCE)
         super().allocate(path, nbytes)
 
 
@@ -349,13 +350,13 @@ def test_saves_that_overlap_each_write_what_was_staged_for_them(tmp_path: Path) 
     assert not any(future.done() for future in futures)
     for gate, future in zip(reversed(gates), reversed(futures), strict=True):
         gate.opened.set()
-        future.result(timeout=30)
+        future.result(timeout=30 * PATIENCE)
     for number in range(3):
         loaded = {"w": torch.zeros(500)}
         dcp.load(loaded, storage_reader=SafetensorsReader(tmp_path / str(number)))
         assert (loaded["w"] == number).all()
     # All is written: a later save finds a buffer that is warm.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while len(stager._pool._free) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     known = {buffer._memory.data_ptr() for buffer in stager._pool._free}

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hydra_ckpt.files import Files
 from hydra_ckpt.storage import PooledStager, SafetensorsReader, SafetensorsWriter
 from hydra_ckpt.testing import FaultyFiles, run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +237,7 @@ class Gate(Files):
     def allocate(self, path: Path, nbytes: int) -> None:
         if path.suffix == ".safetensors":
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(30 * PATIENCE)
         super().allocate(path, nbytes)
 
 
@@ -245,10 +246,10 @@ def test_two_saves_to_one_directory_at_a_time_do_not_mix(tmp_path: Path) -> None
     saving = dcp.async_save(
         state(1), storage_writer=SafetensorsWriter(path, files=gate), async_stager=PooledStager(), planner=caching()
     )
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(30 * PATIENCE)
     assert f"another thread saves to {path}" in failure(path, state_dict=state(2))
     gate.opened.set()
-    saving.result(timeout=30)
+    saving.result(timeout=30 * PATIENCE)
     assert_holds(path, 1)
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
 

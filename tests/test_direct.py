@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.files import Files, OpenFile, keeps_ranges_apart
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 MIB = 1 << 20
 
@@ -218,7 +219,7 @@ def test_a_full_disk_is_an_error_and_ends_no_process(tmp_path: Path, kind: str) 
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * PATIENCE,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[Errno 28] No space left on device"), done.stderr
 

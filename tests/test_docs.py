@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from hydra_ckpt.storage.digests import _RECORD
 from hydra_ckpt.storage.encoding import OWN
 from hydra_ckpt.store import lease
 from hydra_ckpt.store.manifest import FORMATS, FileRecord, Manifest, PartRecord
+from tests.programs import Program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -87,18 +89,35 @@ def rows(text: str) -> list[list[str]]:
 # --- examples
 
 
+PROGRAMS = {
+    "hydra-ckpt": ["-m", "hydra_ckpt.cli"],
+    "hydra-ckpt-train": ["-m", "hydra_ckpt.recipe"],
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run"],
+}
+
+
 def shell(text: str) -> None:
-    """Run commands as a reader in an activated environment would."""
+    """Run commands as a reader in an activated environment would; tests/test_packaging.py has the installed scripts."""
+    if re.search(r"[|&;<>$`]", text):
+        return succeed(["bash", "-euo", "pipefail", "-c", text], subprocess.Popen)
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] in PROGRAMS:
+            succeed([sys.executable, *PROGRAMS[words[0]], *words[1:]], Program)
+        elif words:
+            succeed(words, subprocess.Popen)
+    return None
+
+
+def succeed(command: list[str], kind: type[subprocess.Popen[str]]) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    pipe = subprocess.PIPE
+    with kind(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, f"{command}: {output[-6000:]}"
 
 
 # Their commands take a minute each; those of the README and the tutorial are always run.

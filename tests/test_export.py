@@ -24,6 +24,7 @@ from hydra_ckpt import AppState, CheckpointCallback, CheckpointingConfig
 from hydra_ckpt.saving.write_planning import PartLayout, consolidated_layout
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 transformers = pytest.importorskip("transformers")
 
@@ -199,7 +200,7 @@ def test_an_export_needs_neither_us_nor_a_network(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, str(export)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=100 * PATIENCE,
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

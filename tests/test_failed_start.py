@@ -15,6 +15,7 @@ import pytest
 
 from hydra_ckpt import Checkpointer, CheckpointError, CheckpointingConfig
 from hydra_ckpt.files import Files
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.test_zombies import make_state
 
 
@@ -85,7 +86,7 @@ class SlowManifest(Files):
     def write_new(self, path: Path, data: bytes) -> None:
         if path.name == "manifest.json":
             self.begun.set()
-            self.goes_on.wait(60)
+            self.goes_on.wait(60 * PATIENCE)
         super().write_new(path, data)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -25,8 +24,9 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.storage.memory import available_bytes
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
+from hydra_ckpt.testing.processes import PATIENCE, forkserver
 
-LIMIT_MINUTES = 0.1
+LIMIT_MINUTES = 0.05 * PATIENCE
 
 
 def make_state(width: int = 8) -> AppState:
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full(tmp_path: Path, is_async: bool) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=120 * PATIENCE,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert found.returncode == 0, found.stderr
@@ -321,13 +321,12 @@ def _dying(rank: int, root: Path, store: Path, is_async: bool) -> None:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_rank_that_dies_in_a_save(tmp_path: Path, is_async: bool) -> None:
-    context = multiprocessing.get_context("spawn")
     root = tmp_path / "run"
-    ranks = [context.Process(target=_dying, args=(rank, root, tmp_path / "store", is_async)) for rank in range(2)]
+    ranks = [forkserver().Process(target=_dying, args=(rank, root, tmp_path / "store", is_async)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(120 * PATIENCE)
         assert process.exitcode is not None, "a rank hangs"
     assert ranks[1].exitcode == -9
     took_s, told = (root / "told").read_text().split("\n", 1)

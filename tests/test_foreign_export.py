@@ -32,6 +32,7 @@ from hydra_ckpt.hub.foreign_export import export_foreign
 from hydra_ckpt.storage import header
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import MODELS, logits, make
+from tests.programs import run
 
 # One of each kind of difference: none, tied weights, experts fused in memory, other prefixes and nested models.
 KINDS = ["llama", "qwen3", "mixtral", "llava"]
@@ -59,7 +60,7 @@ def _save(root: Path, accelerate: bool) -> None:
 
 def _export(*arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(command)
 
 
 def _check(export: Path, name: str, reference: Path) -> None:

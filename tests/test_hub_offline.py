@@ -19,14 +19,15 @@ from hydra_ckpt.storage.compare import compare
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.testing import run_distributed
 from tests.hub_models import logits, make
+from tests.programs import run
 from tests.test_hub_out import shard, tensors_in, write_reference
 
 transformers = pytest.importorskip("transformers")
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+def export(*arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(command)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -66,7 +67,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("form", ["shards", "distcp"])
 def test_the_same_files_as_an_inline_export(saved: Path, tmp_path: Path, form: str) -> None:
-    done = run(saved / f"mixtral-{form}" / "LATEST", tmp_path / "out")
+    done = export(saved / f"mixtral-{form}" / "LATEST", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     inline = saved / "mixtral-inline" / "LATEST" / "model" / "consolidated"
     assert contents(tmp_path / "out") == contents(inline)
@@ -83,7 +84,7 @@ def test_the_run_s_own_type_and_files_are_kept(saved: Path, tmp_path: Path) -> N
 
 
 def test_types_and_sizes_of_choice(saved: Path, tmp_path: Path) -> None:
-    done = run(saved / "mixtral-inline", tmp_path / "out", "--dtype", "bf16", "--max-shard-size", "20KB", "--json")
+    done = export(saved / "mixtral-inline", tmp_path / "out", "--dtype", "bf16", "--max-shard-size", "20KB", "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert len(made["files"]) > 3
@@ -196,15 +197,15 @@ def test_nothing_is_written_over_and_damage_is_found_first(saved: Path, tmp_path
     (full / "mine").touch()
     with pytest.raises(CheckpointExistsError, match="full already exists"):
         export_checkpoint(checkpoint, full)
-    assert run(tmp_path / "run", full).returncode == 2
-    assert run(tmp_path / "run", tmp_path / "x", "--dtype", "int8").returncode == 2
-    assert run(tmp_path / "run", tmp_path / "x", "--max-shard-size", "much").returncode == 2
+    assert export(tmp_path / "run", full).returncode == 2
+    assert export(tmp_path / "run", tmp_path / "x", "--dtype", "int8").returncode == 2
+    assert export(tmp_path / "run", tmp_path / "x", "--max-shard-size", "much").returncode == 2
     file = checkpoint.path / checkpoint.manifest.parts["model"].files[0]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(CorruptCheckpointError):
         export_checkpoint(checkpoint, tmp_path / "damaged")
-    assert run(tmp_path / "run", tmp_path / "damaged").returncode == 1
+    assert export(tmp_path / "run", tmp_path / "damaged").returncode == 1
     assert not (tmp_path / "damaged").exists()
     assert not list(tmp_path.glob(".damaged*"))

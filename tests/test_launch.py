@@ -19,6 +19,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.jobs import launch
+from hydra_ckpt.testing.processes import PATIENCE
+from tests.programs import Program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -105,13 +107,13 @@ def launcher(kind: str) -> list[str]:
     }[kind]
 
 
-def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
+def start(command: list[str], cwd: Path) -> Program:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return Program(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: Program) -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     return output
@@ -169,7 +171,7 @@ def test_without_a_launcher_the_options_change_nothing_one_sees(app: Path) -> No
 # --- our own application
 
 
-def ranks_of(agent: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process]]:
+def ranks_of(agent: Program) -> Iterator[tuple[int, psutil.Process]]:
     """Rank and process of what an agent has started."""
     for child in psutil.Process(agent.pid).children(recursive=True):
         try:
@@ -182,10 +184,10 @@ def ranks_of(agent: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process
 
 def test_our_application_survives_the_loss_of_a_rank_without_help(tmp_path: Path) -> None:
     small = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "data.seq_len=32"]
-    short = ["data.max_bytes=20000", "trainer.max_steps=200", "trainer.validate_every=0", "model.num_attention_heads=4"]
+    short = ["data.max_bytes=20000", "trainer.max_steps=100", "trainer.validate_every=0", "model.num_attention_heads=4"]
     saves = ["callbacks.checkpoint.every_n_steps=5", "checkpoint.retention={newest:3}"]
     agent = start([*launcher("standalone"), "-m", "hydra_ckpt.recipe", *small, *short, *saves], tmp_path)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 100 * PATIENCE
     while not list(tmp_path.glob("outputs/hydra_ckpt/*/*/checkpoints/LATEST")):
         assert agent.poll() is None, agent.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint appeared"
@@ -194,7 +196,7 @@ def test_our_application_survives_the_loss_of_a_rank_without_help(tmp_path: Path
     output = finished(agent)
     [run] = tmp_path.glob("outputs/hydra_ckpt/*/*")
     assert {".hydra", "checkpoints", "hydra_ckpt_train.log"} <= below(run)
-    assert (run / "checkpoints" / "LATEST").resolve().name.endswith("_step_200")
+    assert (run / "checkpoints" / "LATEST").resolve().name.endswith("_step_100")
     [loaded] = re.findall(r"loaded \S+ \(step (\d+)\)", output)
     assert int(loaded) >= 5
 
@@ -241,7 +243,7 @@ def test_ranks_whose_agents_count_restarts_differently_meet_after_each_restart()
     for word, counts in (("one", "00"), ("two", "01"), ("three", "12")):
         each = [{"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": counts[rank]} for rank in range(2)]
         ranks = [
-            subprocess.Popen(
+            Program(
                 [sys.executable, "-c", RANK, word],
                 env={**os.environ, **common, **own, "TORCHELASTIC_USE_AGENT_STORE": "True"},
                 stdout=subprocess.PIPE,

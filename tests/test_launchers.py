@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_ckpt.launchers.claims import Claim, Start
 from hydra_ckpt.launchers.places import directory_of
 from hydra_ckpt.sweeps.record import JobRecord, read_record
+from tests.programs import Program
 from tests.sweep_app import REPOSITORY, App
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -188,12 +189,12 @@ def stored(app: App, **options: int) -> list[str]:
 
 
 @contextmanager
-def begun(app: App, *arguments: str, begin: bool = True, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def begun(app: App, *arguments: str, begin: bool = True, **environment: str) -> Iterator[Program]:
     """The sweep as a program of its own, once a job has begun to train."""
     environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), **environment}
     command = [sys.executable, "app.py", "-m", "hydra.sweep.dir=sweep", *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with Program(command, cwd=app.root, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             while begin and not (app.root / "runs").exists():
                 assert process.poll() is None, process.communicate()

@@ -28,7 +28,8 @@ from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.lease import Lease, Times, is_held
 from hydra_ckpt.store.owner import Owner, look
 from hydra_ckpt.testing import run_distributed
-from hydra_ckpt.testing.processes import forkserver
+from hydra_ckpt.testing.processes import PATIENCE, forkserver
+from tests.programs import Program
 from tests.test_zombies import make_state
 
 SHORT = Times(heartbeat_s=0.25, stale_s=1.5, grace_s=2.0, look_s=0.05)
@@ -69,8 +70,10 @@ def leave_record(root: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def another_run(root: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
+def another_run(
+    root: Path, kind: type[subprocess.Popen[str]] = Program, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    with kind(
         [sys.executable, "-c", HOLDER, str(root)],
         cwd=Path(__file__).parents[1],
         env={**os.environ, **environment},
@@ -155,7 +158,7 @@ def test_a_heartbeat_that_does_not_move_is_a_dead_run_s_whatever_the_clocks_say(
 
 
 def test_a_live_process_is_refused_at_once_though_its_clock_was_set(tmp_path: Path) -> None:
-    with another_run(tmp_path) as process:
+    with another_run(tmp_path, subprocess.Popen) as process:
         saves(process, 1)
         text = json.dumps({**record_of(tmp_path), "started": 1.0})
         (tmp_path / "owner.json").write_text(text)
@@ -192,8 +195,8 @@ def test_a_forked_process_neither_releases_nor_saves(tmp_path: Path) -> None:
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        assert "fork" in told.get(timeout=30)
-        process.join(30)
+        assert "fork" in told.get(timeout=30 * PATIENCE)
+        process.join(30 * PATIENCE)
         assert process.exitcode == 0
         assert not record_of(tmp_path)["released"]
         assert engine.save(state, step=3).result().step == 3
@@ -208,7 +211,7 @@ def test_a_record_that_is_gone_is_made_again(tmp_path: Path) -> None:
         assert engine.save(state, step=2).result().step == 2
         assert record_of(tmp_path) == before
         (tmp_path / "owner.json").unlink()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while not (tmp_path / "owner.json").exists():  # the heart does it, too
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -24,7 +24,9 @@ from hydra_ckpt.errors import (
 from hydra_ckpt.hub.merging import merge_adapter
 from hydra_ckpt.hub.offline import export_checkpoint
 from hydra_ckpt.store.catalog import Checkpoint
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.hub_models import MODELS, make
+from tests.programs import run
 from tests.test_peft import TARGETS, adapted, adapter_config, answer, saved_adapter, saved_base, state_of, train
 
 peft = pytest.importorskip("peft")
@@ -204,7 +206,7 @@ def test_code_of_a_base_model_is_not_run_even_where_one_would_say_yes(tmp_path: 
     settings = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}, "architectures": ["Evil"]}
     (base / "config.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoint.path), str(tmp_path / "out"), "--merge"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, input="y\n" * 9)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200 * PATIENCE, check=False, input="y\n" * 9)
     assert done.returncode == 2
     assert "models with their own code" in done.stderr
     assert not ran.exists()
@@ -248,7 +250,7 @@ def test_exports_are_made_in_their_own_place_alone(tmp_path: Path, monkeypatch: 
 
 def _merge(checkpoints: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hydra_ckpt.cli", "export", str(checkpoints), str(out), "--merge"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(command)
 
 
 def test_export_merges_an_adapter_into_its_base_model(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hydra_ckpt import CheckpointCallback, CheckpointError, SaveFailedError
 from hydra_ckpt.errors import SaveOutcomeUnknown
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import FaultyFiles, Operation, run_distributed
-from hydra_ckpt.testing.processes import forkserver
+from hydra_ckpt.testing.processes import PATIENCE, forkserver
 from tests.pausing import (
     LIMIT_S,
     Meddling,
@@ -106,7 +106,7 @@ def test_what_is_known_of_a_save_in_which_rank_0_dies(
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(60 * PATIENCE)
         assert process.exitcode is not None, "a rank hangs"
     assert [process.exitcode for process in ranks] == [-signal.SIGKILL, 0]
     assert (root / "told").read_text() == expected

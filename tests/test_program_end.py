@@ -12,6 +12,7 @@ import pytest
 from hydra_ckpt import CheckpointError
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.owner import read_owner
+from hydra_ckpt.testing.processes import PATIENCE
 from hydra_ckpt.worker import Worker
 
 PROGRAM = """
@@ -44,7 +45,7 @@ def test_training_continues_when_the_main_thread_has_ended(tmp_path: Path, mode:
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 * PATIENCE,
         check=False,
     )
     assert found.stdout == "trained\n", found.stderr

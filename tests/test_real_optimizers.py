@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 from hydra_ckpt import AppState, CheckpointingConfig
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.optimizer_trials import Outcome, different, trials
 from tests.real_optimizers import LIBRARIES, of_library
 
@@ -75,7 +76,7 @@ def test_a_tenth_of_all_optimizers_continues_as_if_nothing_had_happened(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3600 * PATIENCE)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_optimizer_continues_as_if_nothing_had_happened(tmp_path: Path, library: str, world: int) -> None:

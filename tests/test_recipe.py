@@ -24,6 +24,7 @@ from hydra_ckpt.recipe.model import build_model
 from hydra_ckpt.recipe.optimization import build_optimizer, build_schedule
 from hydra_ckpt.recipe.settings import DataSettings, MeshSettings, Settings, read_settings
 from hydra_ckpt.recipe.tokenizer import byte_tokenizer
+from tests.programs import run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -203,15 +204,8 @@ def command(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedP
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*launcher, "-m", "hydra_ckpt.recipe", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return run([*launcher, "-m", "hydra_ckpt.recipe", *arguments], cwd=cwd, env=environment)
 
 
 def test_the_configuration_can_be_printed(tmp_path: Path) -> None:
@@ -343,7 +337,7 @@ def _recipe(tmp_path: Path, ranks: int, *overrides: str) -> Path:
     short = ("data.max_bytes=100000", "trainer.batch_size=2", "trainer.max_steps=2", "trainer.validate_every=0")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "hydra_ckpt.recipe", *small, *short, *overrides]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    done = run(command, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     name = next(item.removeprefix("run_name=") for item in overrides if item.startswith("run_name="))
     return tmp_path / "outputs/hydra_ckpt" / name / "checkpoints/LATEST/model/consolidated"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from hydra_ckpt.testing.processes import PATIENCE
+from tests.programs import Program, ranks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = {"pretrain": 1, "finetune": 2, "lora": 2, "moe": 2, "tp_fsdp": 4, "pipeline": 2}
@@ -32,12 +33,12 @@ SMALL = (
 )
 
 
-def start(recipe: str, directory: Path, run_name: str, *overrides: str) -> subprocess.Popen[str]:
-    ranks = RANKS[recipe]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+def start(recipe: str, directory: Path, run_name: str, *overrides: str) -> list[Program]:
+    """All ranks of a run; tests/test_launch.py starts some with torchrun."""
     arguments = [f"experiment=hydra_ckpt_{recipe}", f"run_name={run_name}", *SMALL, *overrides]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "hydra_ckpt.recipe", *arguments],
+    return ranks(
+        [sys.executable, "-m", "hydra_ckpt.recipe", *arguments],
+        RANKS[recipe],
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -46,23 +47,24 @@ def start(recipe: str, directory: Path, run_name: str, *overrides: str) -> subpr
     )
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
+def finished(programs: list[Program]) -> str:
+    """What rank 0 has printed."""
+    outputs = [program.communicate(timeout=240)[0] for program in programs]
+    assert [program.returncode for program in programs] == [0] * len(programs), "\n".join(outputs)
+    return outputs[0]
 
 
-def kill_once_saved(process: subprocess.Popen[str], checkpoints: Path) -> None:
-    """SIGKILL to the launcher and all ranks, as soon as two checkpoints are there."""
-    deadline = time.monotonic() + 120
+def kill_once_saved(programs: list[Program], checkpoints: Path) -> None:
+    """SIGKILL to all ranks, as soon as two checkpoints are there."""
+    deadline = time.monotonic() + 120 * PATIENCE
     while len(list(checkpoints.glob("epoch_*"))) < 2:
-        assert process.poll() is None, process.communicate()[0]
+        assert all(program.poll() is None for program in programs), programs[0].communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    agent = psutil.Process(process.pid)
-    for victim in [agent, *agent.children(recursive=True)]:
-        victim.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    for program in programs:
+        program.kill()
+    for program in programs:
+        program.communicate(timeout=60)
 
 
 def last(directory: Path) -> dict[str, torch.Tensor]:
@@ -102,7 +104,9 @@ def opens_in_transformers(recipe: str, export: Path) -> None:
 
 
 def test_a_model_to_start_from_has_to_be_given(tmp_path: Path) -> None:
-    process = start("finetune", tmp_path, "none", "mesh.dp_shard=1")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
+    programs = start("finetune", tmp_path, "none", "mesh.dp_shard=1")
+    output, _ = programs[0].communicate(timeout=120)
+    for program in programs:
+        program.communicate(timeout=120)
+        assert program.returncode == 1
     assert "model.pretrained must be set: a directory" in output

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from hydra_ckpt.recipe.refusals import refusal
 from hydra_ckpt.recipe.settings import check_together, read_settings
+from tests.programs import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -118,8 +119,7 @@ def test_what_is_no_refusal_keeps_its_stack() -> None:
 
 def command(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
-    run = [sys.executable, "-m", "hydra_ckpt.recipe", *arguments]
-    return subprocess.run(run, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return run([sys.executable, "-m", "hydra_ckpt.recipe", *arguments], cwd=cwd, env=environment)
 
 
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])

@@ -24,6 +24,8 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.pointers import protected, remove_pointer
 from hydra_ckpt.store.retention import _ANY_OF, _POLICIES, Context, policies, superfluous
+from hydra_ckpt.testing.processes import PATIENCE
+from tests.programs import Program
 
 STATE = AppState(torch.nn.Linear(2, 1))
 
@@ -242,9 +244,9 @@ with reading(Path(sys.argv[1])):
 
 
 @contextmanager
-def another_reader(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+def another_reader(checkpoint: Path) -> Iterator[Program]:
     command = [sys.executable, "-c", READER, str(checkpoint)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
         yield process
@@ -272,7 +274,7 @@ def test_load_holds_the_lease_while_it_reads(tmp_path: Path) -> None:
 
         def load_state_dict(self, _: dict[str, Any]) -> None:
             reached.set()
-            assert go_on.wait(30)
+            assert go_on.wait(30 * PATIENCE)
 
     slow = AppState(STATE.model, extras={"slow": Slow()})
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path / "own"), on_conflict="set_aside")
@@ -285,7 +287,7 @@ def test_load_holds_the_lease_while_it_reads(tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert reached.wait(30)
+    assert reached.wait(30 * PATIENCE)
     save_steps(tmp_path / "own", 2, 3, restore_from=None, max_recent_checkpoints=1)
     assert 1 in steps_in(tmp_path / "own")
     go_on.set()
@@ -310,7 +312,7 @@ def test_deleting_does_not_hold_up_the_next_save(tmp_path: Path) -> None:
 
     class SlowToDelete(Files):
         def remove_tree(self, path: Path) -> None:
-            assert gate.wait(30)
+            assert gate.wait(30 * PATIENCE)
             super().remove_tree(path)
 
     from hydra_ckpt.checkpointer import Checkpointer
@@ -319,7 +321,7 @@ def test_deleting_does_not_hold_up_the_next_save(tmp_path: Path) -> None:
     engine = Checkpointer(config.resolve(), dp_rank=0, tp_rank=0, pp_rank=0, files=SlowToDelete())
     try:
         for step in (1, 2, 3, 4):
-            assert engine.save(STATE, step=step).result(10).step == step
+            assert engine.save(STATE, step=step).result(10 * PATIENCE).step == step
         engine.drain()
         assert steps_in(tmp_path) == [4]  # gone from sight at once
         assert len([path for path in tmp_path.iterdir() if ".deleting-" in path.name]) == 3

@@ -41,8 +41,9 @@ from hydra_ckpt.store.manifest import seal
 from hydra_ckpt.store.small_files import read_small_file
 from hydra_ckpt.sweeps.record import RECORD, read_record
 from hydra_ckpt.testing import FaultyFiles
+from hydra_ckpt.testing.processes import PATIENCE
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120 * PATIENCE)
 NEWEST = "epoch_0_step_3"
 
 

@@ -29,6 +29,7 @@ from hydra_ckpt.storage.pool import SMALL_BYTES, BufferPool, Layout
 from hydra_ckpt.storage.staging import Staging
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 
 WIDTH = 256  # a weight of 256 KiB; halves of it are above what is copied in save() too
 
@@ -48,7 +49,7 @@ def engine(root: Path, **options: Any) -> Checkpointer:
 def held(checkpointer: Checkpointer) -> Iterator[None]:
     """Keep the background from copying until the end of the block."""
     gate = threading.Event()
-    checkpointer._saver.afterwards(lambda: gate.wait(60) and None)
+    checkpointer._saver.afterwards(lambda: gate.wait(60 * PATIENCE) and None)
     try:
         yield
     finally:

@@ -19,6 +19,8 @@ import pytest
 
 from hydra_ckpt.sweeps.record import RECORD, JobRecord, read_record
 from hydra_ckpt.sweeps.summary import SUMMARY, write_summary
+from hydra_ckpt.testing.processes import PATIENCE
+from tests.programs import Program, run
 from tests.sweep_app import App
 
 REPOSITORY = Path(__file__).parents[1]
@@ -204,7 +206,7 @@ def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
     for expected in (["run 0", "run 0"], []):
         command = [*torchrun, "hydra.run.dir=run", "steps=2"]
         done = subprocess.run(
-            command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=200, check=False
+            command, cwd=app.root, env=environment, capture_output=True, text=True, timeout=200 * PATIENCE, check=False
         )
         assert done.returncode == 0, done.stderr
         assert app.runs == expected
@@ -212,7 +214,7 @@ def test_all_ranks_of_torchrun_go_by_the_first_one(app: App) -> None:
 
 def _tool(*arguments: Any) -> Any:
     command = [sys.executable, "-m", "hydra_ckpt.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    done = run(command, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -229,12 +231,12 @@ Times.__init__.__defaults__ = tuple(defaults)
 
 
 @contextmanager
-def running(app: App, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(app: App, *arguments: str) -> Iterator[Program]:
     """The application as a program of its own, in the middle of training."""
     environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "STEP_S": "1"}
     command = [sys.executable, "app.py", *arguments]
     null = subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
+    with Program(command, cwd=app.root, env=environment, stdout=null, stderr=null) as process:
         try:
             while not (app.root / "runs").exists():
                 assert process.poll() is None
@@ -321,7 +323,7 @@ TINY = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * PATIENCE)
 def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PROBE": str(tmp_path / "probe")}
@@ -340,7 +342,7 @@ def test_32_jobs_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=880,
+        timeout=880 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -364,21 +366,25 @@ def test_show_prints_the_command_that_continues_it_and_it_does(app: App) -> None
     hydra = place.replace("'", "\\'")
     died = app.run(f"hydra.run.dir='{hydra}'", "+note='a b, \"c\"'", "lr=0.25", kill=f"{Path(place).name} 5")
     assert died.returncode == -signal.SIGKILL, died.stderr
-    run = app.root / place
+    job = app.root / place
     tool = [sys.executable, "-m", "hydra_ckpt.cli", "show"]
-    shown = subprocess.run(
-        [*tool, run, "--command"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
-    )
+    shown = run([*tool, job, "--command"], cwd=REPOSITORY)
     assert shown.returncode == 0, shown.stderr
     environment = {**os.environ, "RUNS": str(app.root / "runs_again"), "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     again = subprocess.run(
-        ["bash", "-c", shown.stdout], cwd="/", env=environment, capture_output=True, text=True, timeout=100, check=False
+        ["bash", "-c", shown.stdout],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100 * PATIENCE,
+        check=False,
     )
     assert again.returncode == 0, shown.stdout + again.stderr
     assert (app.root / "runs_again").read_text() == f"{Path(place).name} 4\n"
-    assert json.loads((run / "hydra_ckpt_job.json").read_text())["state"] == "finished"
-    data = _tool("show", run, "--json")
+    assert json.loads((job / "hydra_ckpt_job.json").read_text())["state"] == "finished"
+    data = _tool("show", job, "--json")
     assert data["overrides"] == ["+note='a b, \"c\"'", "lr=0.25"]
     assert (data["step"], data["pointers"], data["problem"]) == (6, ["BEST", "LATEST"], None)
     assert data["details"]["optimizers"] == ["SGD"]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, resumable
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.meshes import MESHES, Place, Run, local, place
 
 # -- random numbers ------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def _late(root: Path, appears: bool) -> tuple[tuple[str, str], float]:
         (here / "run").symlink_to(root / "run")
     elif appears:
         threading.Timer(1.0, lambda: (here / "run").symlink_to(root / "run")).start()
-    config = CheckpointingConfig(checkpoint_dir="/proc/self/cwd/run", consolidation_timeout_minutes=0.1)
+    config = CheckpointingConfig(checkpoint_dir="/proc/self/cwd/run", consolidation_timeout_minutes=0.05 * PATIENCE)
     with config.build(rank, 0, 0) as engine:
         error = _error(lambda: engine.load(AppState(model)))
     return error, model.weight[0, 0].item()

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from hydra_ckpt.testing.processes import PATIENCE
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "trace_files.py"
 
 
 def test_the_files_of_a_save_and_a_load_are_listed_and_counted() -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--calls"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, SCRIPT, "--calls"], capture_output=True, text=True, timeout=120 * PATIENCE, check=True
     ).stdout
     for title, entries in (
         ("save", ("checkpointer.py", "state/capture.py", "files.py")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from hydra_ckpt.store.owner import read_owner
 from hydra_ckpt.testing import run_distributed
 from hydra_ckpt.triggers.requests import INTERVAL_S, RequestFiles
 from hydra_ckpt.triggers.signals import SignalWatch, parse_signals
+from tests.programs import run
 from tests.test_callback import make, make_state, steps
 
 
@@ -109,9 +109,7 @@ print("not reached")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_behind_the_last_step_ends_the_process_once_all_is_saved(tmp_path: Path, when: str) -> None:
     command = [sys.executable, "-c", LATE_SIGNAL, str(tmp_path), when]
-    ended = subprocess.run(
-        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
-    )
+    ended = run(command, cwd=Path(__file__).parents[1])
     assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "held back\n"), ended.stderr
     assert Checkpoint.open(tmp_path / "LATEST").step == 1
     assert read_owner(tmp_path)[0].released  # type: ignore[index]
@@ -119,9 +117,7 @@ def test_a_signal_behind_the_last_step_ends_the_process_once_all_is_saved(tmp_pa
 
 def test_an_error_is_not_hidden_by_a_signal_that_came_as_well(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LATE_SIGNAL, str(tmp_path), "error"]
-    ended = subprocess.run(
-        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
-    )
+    ended = run(command, cwd=Path(__file__).parents[1])
     assert ended.returncode == 1
     assert "ValueError: the reason" in ended.stderr
 
@@ -160,10 +156,8 @@ with make(Path(sys.argv[1]), _signals=["SIGTERM", "term", 15]) as callback:
 
 @pytest.mark.parametrize(("before", "said"), [("default", "-15\nFalse\n"), ("handler", "earlier\n3\nFalse\n")])
 def test_a_forked_process_hears_signals_as_if_no_run_watched(tmp_path: Path, before: str, said: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path), before]
-    ended = subprocess.run(
-        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", FORKED, str(tmp_path), before]
+    ended = run(command, cwd=Path(__file__).parents[1])
     assert (ended.returncode, ended.stdout) == (0, said), ended.stderr
 
 
@@ -243,9 +237,7 @@ def test_a_signal_ends_a_process_whose_runs_have_ended_in_the_order_they_began(
     tmp_path: Path, when: str, closed: int
 ) -> None:
     command = [sys.executable, "-c", TWO_RUNS, str(tmp_path), when]
-    ended = subprocess.run(
-        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
-    )
+    ended = run(command, cwd=Path(__file__).parents[1])
     assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "closed\n" * closed), ended.stderr
     for name in ("one", "two"):
         assert Checkpoint.open(tmp_path / name / "LATEST").step == 1

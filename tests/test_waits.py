@@ -19,6 +19,7 @@ from hydra_ckpt.distributed.courier import Courier, bounded
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.testing import run_distributed
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.pausing import (
     LIMIT_S,
     PHASES,
@@ -39,7 +40,7 @@ from tests.pausing import (
 def test_a_call_that_blocks_is_left_behind_and_the_connection_is_used_again_when_it_returns() -> None:
     courier, released = Courier("test"), threading.Event()
     with pytest.raises(TimeoutError):
-        courier.call(lambda: released.wait(60), 0.05)
+        courier.call(lambda: released.wait(60 * PATIENCE), 0.05)
     with pytest.raises(TimeoutError):
         courier.call(lambda: pytest.fail("a call that nobody waits for any more is not made"), 0.05)
     released.set()
@@ -48,7 +49,7 @@ def test_a_call_that_blocks_is_left_behind_and_the_connection_is_used_again_when
         courier.call(lambda: 1 // 0, 30)
     courier.close()
     with pytest.raises(TimeoutError):
-        bounded(lambda: threading.Event().wait(60), 0.05)
+        bounded(lambda: threading.Event().wait(60 * PATIENCE), 0.05)
 
 
 def test_a_courier_beats_only_while_it_is_told_to() -> None:
@@ -57,7 +58,7 @@ def test_a_courier_beats_only_while_it_is_told_to() -> None:
     time.sleep(0.05)
     assert not beaten.is_set()
     with courier.beating():
-        assert beaten.wait(30)
+        assert beaten.wait(30 * PATIENCE)
     courier.close()
 
 

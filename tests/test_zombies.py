@@ -16,6 +16,8 @@ from torch import nn
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.storage.verification import checks, findings
 from hydra_ckpt.store.catalog import scan
+from tests.pausing import wait_until_stopped
+from tests.programs import Program
 
 # It stops inside the file layer: after the last check of the lease, before the change itself.
 ZOMBIE = """
@@ -117,7 +119,7 @@ class Zombie:
     def __init__(self, root: Path, where: str) -> None:
         self._root = root
         command = [sys.executable, "-c", ZOMBIE, str(root), where]
-        self._process = subprocess.Popen(
+        self._process = Program(
             command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
@@ -125,7 +127,7 @@ class Zombie:
         assert self._process.stdout is not None
         said = self._process.stdout.readline()
         assert said == "stops\n", self._process.communicate()
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+        wait_until_stopped(self._process.pid)
         # Stands for all the ways in which a live run is taken for dead.
         record = json.loads((self._root / "owner.json").read_text())
         (self._root / "owner.json").write_text(json.dumps({**record, "released": True}))

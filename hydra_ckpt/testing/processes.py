@@ -17,6 +17,12 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+PATIENCE = float(os.environ.get("HYDRA_CKPT_PATIENCE", "1"))
+"""All time limits of tests are multiplied by this: more than one for a slow or a busy machine."""
+
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"]
+"""What the server of `forkserver()` imports. A test suite may add modules before the first process starts."""
+
 
 class RankFailedError(AssertionError):
     """A rank raised, died, or did not finish in time.
@@ -39,7 +45,8 @@ def run_distributed(
         function: A module's top-level function; what it returns must be picklable.
         world_size: Number of processes.
         *args: Passed to every process.
-        timeout_s: After so many seconds all processes are killed.
+        timeout_s: After so many seconds, times the environment variable HYDRA_CKPT_PATIENCE if it is set, all
+            processes are killed.
         backend: Of the process group.
 
     Returns:
@@ -49,6 +56,7 @@ def run_distributed(
         RankFailedError: A process raised, died or was killed.
     """
     context = forkserver()
+    timeout_s *= PATIENCE
     with tempfile.TemporaryDirectory() as scratch:
         pipes, processes = [], []
         for rank in range(world_size):
@@ -72,7 +80,7 @@ def forkserver() -> ForkServerContext:
     Python keeps one such server for each process, and what it imports is settled by whoever starts it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "hydra_ckpt.callback"])
+    context.set_forkserver_preload([*PRELOADED, "hydra_ckpt.testing.frozen"])
     return context
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from hydra_ckpt.testing.processes import PATIENCE
+
 REPOSITORY = Path(__file__).parent.parent.parent
 INTERFACE = "eth0"
 _numbers = itertools.count()
@@ -166,7 +168,7 @@ def collect(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> lis
     late = []
     for rank, process in enumerate(processes):
         try:
-            out, err = process.communicate(timeout=timeout_s)
+            out, err = process.communicate(timeout=timeout_s * PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()

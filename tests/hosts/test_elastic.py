@@ -10,6 +10,7 @@ import pytest
 
 from hydra_ckpt.store.catalog import scan
 from hydra_ckpt.store.names import LATEST
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.hosts.network import INTERFACE, Host, collect, hosts, needs_hosts
 
 pytestmark = [needs_hosts, pytest.mark.slow]
@@ -52,7 +53,7 @@ def test_a_host_is_lost_and_the_rest_continues(tmp_path: Path, names: list[str],
         endpoint = made[-1]  # the launcher's own store is on the host that stays
         nodes = f"{len(names) - 1}:{len(names)}"
         started = [_torchrun(host, root, nodes, endpoint) for host in made]
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 120 * PATIENCE
         while _newest(root) < 6:
             assert time.monotonic() < deadline, [process.poll() for process in started]
             time.sleep(0.1)

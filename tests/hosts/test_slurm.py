@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hydra_ckpt.testing.processes import PATIENCE
 from tests.sweep_app import App
 
 REPOSITORY = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ SUBMITIT = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=15", "h
 WAIT_S = 240
 RESUMED = r"loaded \S+/epoch_\d+_step_(\d+) "
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * PATIENCE)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def slurm() -> Iterator[None]:
 
 
 def said(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
