@@ -6,11 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra_ckpt import metrics as metric
 from hydra_ckpt.distributed.group import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
@@ -22,17 +20,15 @@ from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import whole
+from hydra_ckpt.saving.run_metrics import RunMetrics
 from hydra_ckpt.saving.save import JOIN_PATIENCE_S
 from hydra_ckpt.saving.saver import Saver, optimizer_classes
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Extractor
 from hydra_ckpt.state.ranks import Ranks, Topology
-from hydra_ckpt.store import names
-from hydra_ckpt.store.best_so_far import BestSoFar
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.store.lease import Times
-from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.values import refuse_url
 
 if TYPE_CHECKING:
@@ -81,13 +77,9 @@ class Checkpointer:
         self._process_group = process_group
         self._pid = os.getpid()
         self.stats = Stats()
-        self._best_value: float | None = None
-        self._deciding = config.keep.best_metric_key
         limit_s = config.write.timeout_s
         refuse_unlike(config.settings, lambda payload: gather_everywhere(process_group, payload, limit_s))
-        self._closed = self._let_go = not config.write.enabled  # _let_go: close() has come to its end
-        if self._closed:
-            return
+        self._closed = self._let_go = False  # _let_go: close() has come to its end
         self.group = Group.create(process_group, config.write.timeout_s)
         self._channel = self.group.channel("main")
         root = self._channel.coordinator_step(
@@ -99,7 +91,7 @@ class Checkpointer:
         self._topology = Topology.agree(Ranks(dp_rank, tp_rank, pp_rank), self._channel)
         # Half the limit, so that a rank that cannot find the directory reports it before the others time out.
         self._patience_s = min(JOIN_PATIENCE_S, config.write.timeout_s / 2)
-        self._restorer = Restorer(
+        restorer = Restorer(
             config.read, self._directory, self._extractor, self._channel, self._topology, self._patience_s
         )
         self._saver = Saver(
@@ -113,28 +105,28 @@ class Checkpointer:
             self._patience_s,
             moe_mesh,
         )
-        self._position = RunPosition(config, self._directory, self._channel, self._restorer)
-        self._ends = False
+        self._position = RunPosition(config, self._directory, self._channel, restorer)
+        self._metrics = RunMetrics(config.keep, self._directory, self._saver, is_coordinator=self.group.rank == 0)
 
     @property
     def enabled(self) -> bool:
-        """Whether checkpointing is on; if not, saves and loads do nothing."""
-        return self.config.write.enabled
+        """Whether checkpointing is on; if not, saves and loads do nothing (see `DisabledCheckpointer`)."""
+        return True
 
     @property
     def deciding_metric(self) -> str:
         """The metric that decides which checkpoint is best: configured, set by `decide_by`, or from an earlier run."""
-        return self._deciding
+        return self._metrics.deciding
 
     @property
     def best_value(self) -> float | None:
         """The best metric when the run began: from the published checkpoints, up to the one it resumed from."""
-        return self._best_value
+        return self._metrics.best_value
 
     @property
     def has_trouble(self) -> bool:
         """Whether the last save failed and the error was not raised yet, or its outcome is unknown on this rank."""
-        return self.enabled and self._saver.known.has_trouble
+        return self._saver.known.has_trouble
 
     def has_lost(self, step: int) -> bool:
         """Whether the last save was for this step and failed, as far as this rank knows."""
@@ -142,26 +134,24 @@ class Checkpointer:
 
     def settle(self) -> None:
         """Collective: wait for the save under way; a rank that was cut off gets its outcome from rank 0."""
-        if self.enabled:
-            self.refuse_closed("settling a save")
-            self.wait()
-            self._saver.known.settle()
+        self.refuse_closed("settling a save")
+        self.wait()
+        self._saver.known.settle()
 
     def meet(self) -> None:
         """Collective: wait for the save under way, and `settle` it if any rank has trouble with it."""
-        if self.enabled:
-            self.refuse_closed("settling a save")
-            self.wait()
-            self._saver.known.meet()
+        self.refuse_closed("settling a save")
+        self.wait()
+        self._saver.known.meet()
 
     @property
     def longest_save_s(self) -> float:
         """The longest time a save has taken, in seconds."""
-        return self._saver.longest_save_s if self.enabled else 0.0
+        return self._saver.background.longest_save_s
 
     def pointed(self, pointer: str) -> Checkpoint | None:
         """The checkpoint that LATEST, BEST or another pointer points to."""
-        return scan(self.root).pointed(pointer) if self.enabled else None
+        return scan(self.root).pointed(pointer)
 
     def on_rank_0(self, what: str, step: Callable[[], Any]) -> Any:
         """Collective: let rank 0 decide something; all ranks get its answer (plain data), or raise its error."""
@@ -170,9 +160,8 @@ class Checkpointer:
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Set the mesh of expert parallelism, if it is known only after `build`; call on every rank."""
-        if self.enabled:
-            self.refuse_closed("setting the mesh of expert parallelism")
-            self._saver.spread_experts(moe_mesh)
+        self.refuse_closed("setting the mesh of expert parallelism")
+        self._saver.spread_experts(moe_mesh)
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -182,8 +171,6 @@ class Checkpointer:
         Returns:
             What was loaded, or None for a fresh start.
         """
-        if not self.enabled:
-            return None
         self.refuse_closed("beginning a run")
         self._check(state)
         self._position.open()
@@ -227,47 +214,22 @@ class Checkpointer:
             CheckpointExistsError: Training would continue below steps that are already published; nothing was
                 installed.
         """
-        if not self.enabled:
-            if restore_from is not None:
-                log.warning("checkpoint.enabled=false: restore_from=%s is ignored", restore_from)
-            return None
         self.refuse_closed("loading a checkpoint")
         refuse_url("restore_from", restore_from)
         self.wait()
-        wanted = self._restorer.wanted_parts(parts)
-        selector = self._restorer.selector(restore_from)
-        moves = self._position.is_moved_by(wanted)
-
-        restorer = self._restorer
-
-        def begin_at(step: int) -> None:
-            if moves:
-                self._position.begin_at(step)
-            if restorer.continues:
-                return
-            # auto and latest find the run's own latest step; another run may be writing there meanwhile.
-            if selector not in ("auto", "latest") and (selector is None or "progress" in wanted):
-                self._position.refuse_later()
-
-        may_continue = restore_from is None and not self._position.is_settled
-        report = restorer.restore(state, selector, wanted, begin_at, may_continue=may_continue)
-        if moves:
-            resumes = report is not None and ("progress" in wanted or restorer.continues)
-            self._position.resume(report.path if report is not None and resumes else None)
-        return report
+        return self._position.restore(state, restore_from, parts)
 
     def _settle(self) -> None:
         """Collective, once: clear the way for new steps."""
         found = self._position.settle()
         if found is not None:
             self._saver.known.knows(found["published"], found["exported"])
-            self._best_value = found["best"]
-            self._deciding = str(found["deciding"])
+            self._metrics.begin(found)
 
     def load_base_model(self, model: nn.Module | list[nn.Module]) -> BaseReport:
         """Collective: fill a model with the weights of `checkpoint.model_repo_id`, not from a checkpoint.
 
-        Also works with `enabled=false`. The model may be on the meta device, and sharded; each rank reads what it
+        The model may be on the meta device, and sharded; each rank reads what it
         holds.
 
         Args:
@@ -278,18 +240,8 @@ class Checkpointer:
             CheckpointNotFoundError: The reference, or one of its files, does not exist.
             KeyMismatchError: Names are missing, or shapes differ; lists all of them.
         """
-        pickle = self.config.read.allow_pickle
-        if self.enabled:
-            self.refuse_closed("loading the base model")
-            return load_base(model, self.config.hub, self._channel, allow_pickle=pickle)
-        group = Group.create(self._process_group, self.config.write.timeout_s)
-        channel = group.channel("base")
-        try:
-            return load_base(model, self.config.hub, channel, allow_pickle=pickle)
-        finally:
-            channel.farewell()  # rank 0 hosts the store that the others still read from
-            channel.close()
-            group.close()
+        self.refuse_closed("loading the base model")
+        return load_base(model, self.config.hub, self._channel, allow_pickle=self.config.read.allow_pickle)
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -325,11 +277,9 @@ class Checkpointer:
                 gets the outcome when the ranks next meet; only `result()` and `close()` raise `SaveOutcomeUnknown`.
             CheckpointExistsError: The step is already published.
         """
-        if not self.enabled:
-            return PendingSave.nothing(step)
         self.refuse_closed(f"saving step {step}")
         step, epoch = whole("step", step), whole("epoch", epoch)
-        if skippable and not is_final and self._is_busy():
+        if skippable and not is_final and self.config.write.skips_when_busy and self._saver.known.is_busy():
             self.stats.skipped += 1
             return PendingSave.nothing(step, skipped=True)
         begun = time.monotonic()
@@ -360,23 +310,14 @@ class Checkpointer:
             self._position.open()
             self._settle()
             request = self._saver.request(step, epoch, metrics, is_final, is_last=is_last)
-            pending = self._saver.begin(state, request, self._deciding, self.report_failure)
+            return self._saver.begin(state, request, self._metrics.deciding, self.report_failure)
         except CheckpointError:
             self.report_failure()  # more helpful than the error that the other ranks are missing from this save
             raise
-        self._ends, self._is_last = is_final, is_last
-        return pending
-
-    def _is_busy(self) -> bool:
-        """Collective if saves may be skipped: whether rank 0 is still writing the previous one."""
-        before = self.pending
-        if not self.config.write.skips_when_busy or before is None:
-            return False
-        return bool(self._channel.coordinator_step("looking at the save before", lambda: not before.done()))
 
     def wants(self, step: int, epoch: int) -> bool:
         """Whether a final save of this step would add anything to what is published."""
-        return self.enabled and self._saver.wants(step, epoch)
+        return self._saver.wants(step, epoch)
 
     def recheck(self, state: AppState, step: int, epoch: int) -> None:
         """Collective, before the final save: compare in full what the last save only sampled.
@@ -386,20 +327,8 @@ class Checkpointer:
         Raises:
             CheckpointError: They differ, and `checkpoint.on_drift` is raise; then nothing is saved again.
         """
-        if not self.enabled:
-            return
         self.meet()  # a rank that was cut off must know how the save ended before the ranks compare
-        drift, is_mixed = self._saver.find_drift(state, step, epoch)
-        raises, name = self.config.write.raises_drift, self._saver.request(step, epoch, None, is_final=True).name
-        if is_mixed and raises:
-            step_aside = partial(self._directory.withdraw, name)
-            was_set_aside = self._channel.coordinator_step("setting a checkpoint aside", step_aside)
-            what = "was set aside" if was_set_aside else "stays, because there is no other"
-            drift += f". {name}, which holds values of both, {what}"
-        if is_mixed:
-            self._saver.known.withdraw(name, is_made_again=not raises)
-        if drift and raises:
-            raise CheckpointError(drift)
+        self._saver.recheck(state, step, epoch)
 
     def prepare(self, state: AppState) -> None:
         """Collective: agree on the layout, and let the background allocate the buffers of asynchronous saves.
@@ -407,31 +336,22 @@ class Checkpointer:
         Best called once all state exists, after the first optimizer step: it refuses state that cannot be saved, or not
         exported as configured, and warms up memory for the first save. Without it the first save does this work.
         """
-        if self.enabled:
-            self.refuse_closed("preparing to save")
-            self._saver.prepare(state)
+        self.refuse_closed("preparing to save")
+        self._saver.prepare(state)
 
     def decide_by(self, key: str) -> None:
         """Let this metric decide from now on which checkpoint is best; only rank 0's call counts.
 
         Otherwise `checkpoint.best_metric_key` decides.
         """
-        self._deciding = key
-        if self.enabled and self.group.rank == 0:
-            self._directory.decide_by(key)
+        self._metrics.decide_by(key)
 
     def note_best(self, value: float | None) -> None:
         """Set the deciding metric's best value so far; only rank 0's call counts. Later saves record it.
 
         It may belong to a step that is not saved: a run that resumes from a later checkpoint then knows it.
         """
-        if self.enabled and self.group.rank == 0:
-            mode = self.config.keep.best_metric_mode
-            best = None if value is None else BestSoFar(self._deciding, mode, value)
-            self._directory.best_so_far = best
-            job = active_job()
-            if job is not None:
-                job.best = best
+        self._metrics.note_best(value)
 
     def add_metrics(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to a step this run has saved, once it is published; only rank 0's call counts.
@@ -442,21 +362,15 @@ class Checkpointer:
             CheckpointConfigError: A value is not a number, or it is not clear which metric decides.
             CheckpointError: The Checkpointer is closed.
         """
-        if self.enabled:
-            self.refuse_closed(f"adding metrics to step {step}")
-        values = metric.as_floats(metrics)
-        metric.deciding_key(values, self._deciding)
-        name = names.checkpoint_name(epoch, step)
-        if self.enabled and self.group.rank == 0 and self._saver.known.has(name):
-            best = self._directory.best_so_far  # the value now, not when the background runs
-            self._saver.afterwards(lambda: self._directory.add_metrics(name, values, best))
+        self.refuse_closed(f"adding metrics to step {step}")
+        self._metrics.add(step, epoch, self._metrics.checked(metrics))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     @property
     def pending(self) -> PendingSave | None:
         """The last save begun."""
-        return self._saver.known.pending if self.enabled else None
+        return self._saver.known.pending
 
     def wait(self) -> None:
         """Return when no save is under way; errors are left to `report_failure`."""
@@ -466,21 +380,15 @@ class Checkpointer:
     def drain(self) -> None:
         """Return when everything begun in the background is done: saves, added metrics. Deletions may continue."""
         if not self._closed:
-            self._saver.afterwards(self._directory.write_metrics)  # retry those that a full disk refused
-            self._saver.drain()
+            self._saver.background.afterwards(self._directory.write_metrics)  # retry those that a full disk refused
+            self._saver.background.drain()
 
     def report_failure(self) -> None:
         """Raise the last save's error, unless already seen; with `on_save_failure=warn` log it instead.
 
         A final save that failed always raises; one whose outcome is unknown may not have failed.
         """
-        if self.pending is None or self.pending.unseen_error is None:
-            return
-        if self.config.write.raise_failures or (self._ends and not self.pending.is_unknown):
-            self.pending.result()
-        outlook = "training stops without its last checkpoint" if self._is_last else "training continues"
-        log.warning("%s: %s", outlook, self.pending.unseen_error)
-        self.pending.seen()
+        self._saver.known.report_failure(raises=self.config.write.raise_failures)
 
     def close(self) -> None:
         """Finish what is under way, end the background threads, release the directory. Idempotent.

@@ -318,16 +318,13 @@ class CheckpointingConfig:
             The engine, to be closed after use.
         """
         from hydra_ckpt.checkpointer import Checkpointer
+        from hydra_ckpt.disabled import DisabledCheckpointer
 
-        return Checkpointer(
-            self.resolve(),
-            dp_rank=dp_rank,
-            tp_rank=tp_rank,
-            pp_rank=pp_rank,
-            moe_mesh=moe_mesh,
-            process_group=process_group,
-            pp_group=pp_group,
-        )
+        config = self.resolve()
+        place: dict[str, Any] = {"dp_rank": dp_rank, "tp_rank": tp_rank, "pp_rank": pp_rank}
+        if not config.write.enabled:
+            return DisabledCheckpointer(config, **place, process_group=process_group)
+        return Checkpointer(config, **place, moe_mesh=moe_mesh, process_group=process_group, pp_group=pp_group)
 
     def resolve(self) -> ResolvedConfig:
         """The settings as frozen parts, with paths made absolute for the run this process is part of."""

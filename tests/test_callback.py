@@ -874,7 +874,7 @@ def test_weights_changed_before_they_are_copied_fail_the_save_and_are_never_publ
         state = AppState(model, optimizer)
         engine.save(state, step=1).result()
         # The background is kept busy, as by a save that takes long.
-        engine._saver._worker.submit(lambda: gate.wait(30 * PATIENCE) and None)
+        engine._saver.background.afterwards(lambda: gate.wait(30 * PATIENCE) and None)
         pending = engine.save(state, step=2)
         before = model.weight.detach().clone()
         with torch.no_grad():
@@ -899,7 +899,7 @@ def test_a_learning_rate_that_is_a_tensor_is_saved_as_it_was(tmp_path: Path) -> 
     state = AppState(model, optimizer, scheduler)
     with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_async=True).build(0, 0, 0) as engine:
         engine.save(state, step=1).result()
-        engine._saver._worker.submit(lambda: gate.wait(30 * PATIENCE) and None)
+        engine._saver.background.afterwards(lambda: gate.wait(30 * PATIENCE) and None)
         pending = engine.save(state, step=2)
         scheduler.step()
         gate.set()

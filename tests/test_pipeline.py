@@ -408,7 +408,7 @@ def _save_three_times(directory: Path) -> tuple[list[Any], list[Any]]:
         numbers, heard = [], []
         for step in (1, 2, 3):
             engine.save(stages.state, step=step).result()
-            for channel, found in ((engine._channel, numbers), (engine._saver._save_channel, heard)):
+            for channel, found in ((engine._channel, numbers), (engine._saver.background._channel, heard)):
                 found.append((channel._exchange, channel._number))
         return numbers, heard
 

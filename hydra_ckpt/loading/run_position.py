@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.loading.changes import differing
 from hydra_ckpt.loading.continuing import beginning_of
 from hydra_ckpt.loading.restoring import Restorer
+from hydra_ckpt.report import LoadReport
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.store.directory import Directory
 from hydra_ckpt.sweeps.active import active_job
 
@@ -48,20 +50,32 @@ class RunPosition:
         if job is not None and job.on_hold is not None:
             job.on_hold()
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the run has begun, and the way is clear for its steps."""
-        return self._is_settled
+    def restore(
+        self, state: AppState, restore_from: str | os.PathLike[str] | None, parts: list[str] | None
+    ) -> LoadReport | None:
+        """Collective: load a checkpoint. Arguments and errors are those of `Checkpointer.load`."""
+        restorer = self._restorer
+        wanted, selector = restorer.wanted_parts(parts), restorer.selector(restore_from)
+        # Loading only weights does not change the step of a run that has begun.
+        moves = "progress" in wanted or (self._start_step is None and not self._is_settled)
 
-    def is_moved_by(self, parts: Collection[str]) -> bool:
-        """Whether loading these parts determines the run's step; loading only weights does not change it."""
-        return "progress" in parts or (self._start_step is None and not self._is_settled)
+        def begin_at(step: int) -> None:
+            if moves:
+                self._start_step = step
+            # auto and latest find the run's own latest step; another run may be writing there meanwhile.
+            is_own = restorer.continues or selector in ("auto", "latest")
+            if not is_own and (selector is None or "progress" in wanted):
+                self._refuse_later()
 
-    def begin_at(self, step: int) -> None:
-        """Set the step that training will continue from."""
-        self._start_step = step
+        may_continue = restore_from is None and not self._is_settled
+        report = restorer.restore(state, selector, wanted, begin_at, may_continue=may_continue)
+        if moves:
+            resumes = report is not None and ("progress" in wanted or restorer.continues)
+            self._resumed = report.path if report is not None and resumes else None
+            self._origin, self._is_settled = restorer.origin, False  # a run that goes back must clear its way again
+        return report
 
-    def refuse_later(self) -> None:
+    def _refuse_later(self) -> None:
         """Collective: raise if there are later steps, and they must not be set aside.
 
         Raises:
@@ -72,11 +86,6 @@ class RunPosition:
             "looking for later steps", lambda: self._directory.refuse_later(self._start_step, passed_over, on_conflict)
         )
 
-    def resume(self, path: Path | None) -> None:
-        """Set the checkpoint that the run continues from; a run that goes back must clear its way again."""
-        self._resumed, self._origin = path, self._restorer.origin
-        self._is_settled = False
-
     def settle(self) -> dict[str, Any] | None:
         """Collective, once: clear the way for new steps.
 
@@ -85,10 +94,7 @@ class RunPosition:
         """
         if self._is_settled:
             return None
-        found: dict[str, Any] = self._channel.coordinator_step(
-            "clearing the way for new steps",
-            self._settle,
-        )
+        found: dict[str, Any] = self._channel.coordinator_step("clearing the way for new steps", self._settle)
         self._is_settled = True
         return found
 

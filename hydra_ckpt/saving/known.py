@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.saving.pending import PendingSave
 from hydra_ckpt.saving.request import SaveRequest
 from hydra_ckpt.store.catalog import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class KnownSaves:
@@ -81,6 +84,13 @@ class KnownSaves:
         pending = self.pending
         return pending is not None and (pending.unseen_error is not None or pending.is_unknown)
 
+    def is_busy(self) -> bool:
+        """Collective: whether rank 0 is still writing the last save."""
+        before = self.pending
+        if before is None:
+            return False
+        return bool(self._channel.coordinator_step("looking at the save before", lambda: not before.done()))
+
     def meet(self) -> None:
         """Collective, with no save under way: settle the last save if any rank has trouble with it."""
         heard = self._vote.ask([int(self.has_trouble)])
@@ -108,3 +118,19 @@ class KnownSaves:
         error = self.pending.error
         seen = self.pending.unseen_error is None  # then neither this rank nor the others raise it again
         return {"name": self._request.name, "error": None if error is None else error_to_data(error), "seen": seen}
+
+    def report_failure(self, *, raises: bool) -> None:
+        """Raise the last save's error, unless already seen, or log it.
+
+        Args:
+            raises: Whether to raise it. That of a final save is always raised, unless its outcome is unknown.
+        """
+        pending, request = self.pending, self._request
+        if pending is None or request is None or pending.unseen_error is None:
+            return
+        if raises or (request.is_final and not pending.is_unknown):
+            pending.result()
+        is_last = request.compares_fully
+        outlook = "training stops without its last checkpoint" if is_last else "training continues"
+        log.warning("%s: %s", outlook, pending.unseen_error)
+        pending.seen()

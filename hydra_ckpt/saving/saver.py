@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,12 @@ from hydra_ckpt import metrics as metric
 from hydra_ckpt.config import SaveConsolidatedMode
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
-from hydra_ckpt.errors import CheckpointError, CheckpointExistsError, SaveOutcomeUnknown
+from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import keeps_ranges_apart
 from hydra_ckpt.hub.card import Made
 from hydra_ckpt.report import Stats
 from hydra_ckpt.resolved import ResolvedConfig
+from hydra_ckpt.saving.background import Background
 from hydra_ckpt.saving.beginning import plain_parameters
 from hydra_ckpt.saving.comparing import Look, expert_place
 from hydra_ckpt.saving.contents import Contents
@@ -32,14 +34,12 @@ from hydra_ckpt.saving.request import SaveRequest
 from hydra_ckpt.saving.save import Content, DraftWriter, Save
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.saving.step_hooks import StepHooks
-from hydra_ckpt.saving.transaction import FailedSave, Transaction, perform
+from hydra_ckpt.saving.transaction import FailedSave, Transaction
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import Captured, Extractor
 from hydra_ckpt.state.ranks import Topology
 from hydra_ckpt.storage.pool import BufferPool
-from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.store.directory import Directory
-from hydra_ckpt.worker import Worker
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +64,7 @@ class Saver:
     Attributes:
         left_out: Reports what is not saved.
         known: The saves made so far.
-        longest_save_s: The longest time a save has taken, in seconds.
+        background: Completes them.
     """
 
     def __init__(
@@ -83,7 +83,6 @@ class Saver:
         self._extractor, self._topology, self._stats = extractor, topology, stats
         self._patience_s = patience_s
         self._channel = channel
-        self._save_channel = group.channel("save")
         self._contents = Contents(
             config,
             group,
@@ -93,7 +92,6 @@ class Saver:
             moe_mesh=moe_mesh,
         )
         self._pool = BufferPool(pinned=torch.cuda.is_available())
-        self._worker = Worker("hydra_ckpt-save", self._save_channel.farewell)
         self._hooks = StepHooks(self._before_step)
         self._warm = threading.Event()
         self._warm.set()
@@ -101,7 +99,9 @@ class Saver:
         self._weights = PublishedWeights(self._contents, channel)
         self._sampled = ""  # the last checkpoint, if its replicas were not compared in full
         self.left_out = LeftOut(config.write.unsaved, channel)
-        self.longest_save_s = 0.0
+        self.background = Background(
+            group.channel("save"), directory, self.known, self._weights, stats, is_async=config.write.is_async
+        )
 
     def request(
         self, step: int, epoch: int, metrics: Mapping[str, Any] | None, is_final: bool, *, is_last: bool = False
@@ -178,19 +178,8 @@ class Saver:
         else:
             self._stats.saves += 1
         self.known.begin(request, pending)  # only now: a save that never began would be waited for forever
-        self._submit(pending, request, transaction, staged)
+        self.background.submit(pending, request, transaction, staged)
         return pending
-
-    def _submit(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
-        """Hand a save to the background."""
-        try:
-            self._worker.submit(lambda: self._carry_out(pending, request, transaction, staged))
-        except CheckpointError as failure:
-            staged.release()
-            self.known.forget(request)
-            pending.fail(failure)  # nothing else would, and close() waits for it
-            pending.seen()
-            raise
 
     def spread_experts(self, moe_mesh: DeviceMesh) -> None:
         """Record the mesh of expert parallelism."""
@@ -200,8 +189,26 @@ class Saver:
         """Collective: record which parameters differ before the first step."""
         self._contents.comparer.begin(*plain_parameters(self._extractor, state))
 
-    def find_drift(self, state: AppState, step: int, epoch: int) -> tuple[str, bool]:
-        """Collective, at the end: compare in full the replicas that the last save only sampled.
+    def recheck(self, state: AppState, step: int, epoch: int) -> None:
+        """Collective: see `Checkpointer.recheck`; no save is under way.
+
+        Raises:
+            CheckpointError: Replicas differ, and `checkpoint.on_drift` is raise.
+        """
+        name, raises = self.request(step, epoch, None, is_final=True).name, self._config.write.raises_drift
+        drift, is_mixed = self._find_drift(state, step, epoch)
+        if is_mixed and raises:
+            step_aside = partial(self._directory.withdraw, name)
+            was_set_aside = self._channel.coordinator_step("setting a checkpoint aside", step_aside)
+            what = "was set aside" if was_set_aside else "stays, because there is no other"
+            drift += f". {name}, which holds values of both, {what}"
+        if is_mixed:
+            self.known.withdraw(name, is_made_again=not raises)
+        if drift and raises:
+            raise CheckpointError(drift)
+
+    def _find_drift(self, state: AppState, step: int, epoch: int) -> tuple[str, bool]:
+        """Collective: compare in full the replicas that the last save only sampled.
 
         Returns:
             The message about replicas that differ, empty if none do; and whether their weights are as saved.
@@ -262,7 +269,7 @@ class Saver:
         _, sources = self._contents.make(captured, consolidated=request.consolidated, export_only=False)
         nbytes = self._pool.layout(sources.tensors, sources.casts, sources.plan).nbytes
         self._warm.clear()
-        self._worker.submit(lambda: self._prewarm(nbytes))
+        self.background.afterwards(lambda: self._prewarm(nbytes))
 
     def _prewarm(self, nbytes: int) -> None:
         try:
@@ -316,68 +323,17 @@ class Saver:
             writer, directory.root, step, epoch, metrics, topology, fence, directory.point_to, details, make_way
         )
 
-    def _carry_out(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:
-        """In the background: finish staging, write, publish, prune."""
-        begun = time.monotonic()
-        try:
-            staged.finish()
-            pending.staged()
-            staged.watch()
-        except Exception as failure:
-            transaction = FailedSave(request.step, request.name, failure)  # the other ranks must be told
-        try:
-            perform(transaction, self._save_channel)
-        except Exception as error:
-            self._tell(request, error)
-            staged.release()
-            pending.fail(error)
-            return
-        staged.release()
-        if isinstance(transaction, Save | AddExport):
-            self._stats.written_bytes += transaction.writer.content.plan.nbytes
-        if isinstance(transaction, Save):
-            self._weights.record(request.name, transaction.writer.weights)
-        self.longest_save_s = max(self.longest_save_s, time.monotonic() - begun)
-        pending.finish(Checkpoint(self._directory.root / request.name, request.step, request.epoch))
-        if self._group.rank == 0:
-            self._prune()
-
-    def _tell(self, request: SaveRequest, error: Exception) -> None:
-        """In the background: record and log a save that failed, or whose outcome is unknown."""
-        unknown = isinstance(error, SaveOutcomeUnknown)
-        if self._config.write.is_async:
-            # Raised at the next hook; logged here too, because the program may end before there is one.
-            how = "may have failed; rank 0 knows, and cannot be reached" if unknown else "has failed"
-            log.warning("the save of step %d %s (in the background)", request.step, how)
-        if not unknown:
-            self.known.forget(request)
-
-    def _prune(self) -> None:
-        try:
-            self._directory.prune()
-        except (OSError, CheckpointError) as error:
-            log.warning("old checkpoints could not be pruned: %s", error)
-
     def _before_step(self) -> None:
         if self.known.pending is not None:
             begun = time.monotonic()
             self.known.pending.wait_staged(self._config.write.timeout_s)
             self._stats.blocked_s += time.monotonic() - begun
 
-    def afterwards(self, step: Callable[[], None]) -> None:
-        """Run `step` in the background, after the saves begun so far."""
-        self._worker.submit(step)
-
-    def drain(self) -> None:
-        """Return when everything begun in the background is done."""
-        self._worker.drain()
-
     def close(self) -> None:
         """Finish what is under way and release threads, hooks, memory and connections."""
-        self._worker.close()
+        self.background.close()
         self._hooks.remove()
         self._pool.clear()
-        self._save_channel.close()
 
 
 def optimizer_classes(optimizers: Iterable[Any]) -> list[str]:
