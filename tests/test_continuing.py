@@ -120,7 +120,8 @@ def test_another_source_is_another_run(tmp_path: Path, base: Path, monkeypatch: 
     other = base.with_name("epoch_0_step_2")
     with pytest.raises(CheckpointExistsError, match="starting at step 2"):
         train(root, 1, restore_from=str(other))
-    monkeypatch.setattr(os, "environ", {**os.environ, **STARTED_AGAIN})
+    for name, value in STARTED_AGAIN.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(CheckpointExistsError, match="starting at step 2"):
         train(root, 1, restore_from=str(other))
 
