@@ -254,4 +254,4 @@ def test_an_unfinished_job_continues(tmp_path: Path, base: Path) -> None:
     assert app.runs == ["0 8", "1 6"]  # the first has finished, and has nothing to do with other settings about saving
     (app.sweep / "1" / "hydra_ckpt_job.json").unlink()
     assert app.sweep_over(*arguments).returncode == 0
-    assert app.runs == ["1 3"]
+    assert app.runs == ["0 8", "1 3"]  # the settings are those of the first start again
