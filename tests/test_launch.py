@@ -185,7 +185,7 @@ def ranks_of(agent: Program) -> Iterator[tuple[int, psutil.Process]]:
 def test_our_application_survives_the_loss_of_a_rank_without_help(tmp_path: Path) -> None:
     small = ["model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2", "data.seq_len=32"]
     short = ["data.max_bytes=20000", "trainer.max_steps=100", "trainer.validate_every=0", "model.num_attention_heads=4"]
-    saves = ["callbacks.checkpoint.every_n_steps=5", "checkpoint.retention={newest:3}"]
+    saves = ["callbacks.checkpoint.every_n_steps=10", "checkpoint.retention={newest:3}"]
     agent = start([*launcher("standalone"), "-m", "hydra_ckpt.recipe", *small, *short, *saves], tmp_path)
     deadline = time.monotonic() + 100 * PATIENCE
     while not list(tmp_path.glob("outputs/hydra_ckpt/*/*/checkpoints/LATEST")):
