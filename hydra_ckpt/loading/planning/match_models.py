@@ -13,6 +13,7 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.planning.matcher import Matcher
+from hydra_ckpt.loading.planning.overlaps import overwritten
 from hydra_ckpt.loading.planning.translation import Saved, translate
 from hydra_ckpt.state.capture import called
 from hydra_ckpt.state.local import Exporter, LocalTensor
@@ -44,6 +45,25 @@ class ModelMatcher(Matcher):
             first = len(self.plan.fetches)
             self._match_model(name, mapped)
             self.plan.restored[called(name)] = self.plan.fetches[first:]
+        self._leave_overwritten()
+
+    def _leave_overwritten(self) -> None:
+        """Refuse tensors that share memory here with others of other values, or leave them as they are."""
+        maps, restored = self.source.extractor.maps(self.source.state), self.plan.restored
+        pairs = [(name, item) for name in maps for item in restored.get(called(name), ())]
+        lost = overwritten(self.source, [item for _, item in pairs])
+        for number, by in lost.items():
+            (model, item), (other, overwriting) = pairs[number], pairs[by]
+            key = item.stored.spec.name
+            self.plan.mismatch.different[f"{model}/{key}" if model else key] = (
+                f"it shares memory with {called(other)}.{overwriting.stored.spec.name} here, and the two have "
+                "different values in the checkpoint"
+            )
+            self.plan.mismatch.left.append(f"{called(model)}.{key}")
+        left = {id(pairs[number][1]) for number in lost}
+        self.plan.fetches[:] = [item for item in self.plan.fetches if id(item) not in left]
+        for dotted, items in restored.items() if left else ():
+            restored[dotted] = [item for item in items if id(item) not in left]
 
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))
