@@ -106,3 +106,57 @@ def test_parameters_that_are_parts_of_one_row_are_loaded(tmp_path: Path) -> None
     save(tmp_path, AppState(saved))
     assert "model" in load(tmp_path, AppState(live)).exact
     assert torch.equal(row, torch.cat([item.detach().flatten() for item in saved.parameters()]))
+
+
+# --- entries that are tensors of the model once more
+
+
+class Best(nn.Linear):
+    """Its hook adds `best`, which may be its weight at the moment of the save."""
+
+    def __init__(self, best: torch.Tensor | None = None) -> None:
+        super().__init__(2, 2)
+        self.best = best
+        self.register_state_dict_post_hook(self.add)
+        self.register_load_state_dict_pre_hook(self.take)
+
+    @staticmethod
+    def add(module: Best, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state.update({f"{prefix}best": module.best} if module.best is not None else {})
+
+    @staticmethod
+    def take(module: Best, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        module.best = state.pop(f"{prefix}best", None)
+
+
+@pytest.mark.parametrize("here", [None, torch.zeros(2, 2), "weight"], ids=["none", "another", "weight"])
+def test_an_entry_that_is_a_parameter_comes_back(tmp_path: Path, here: Any) -> None:
+    saved, live = nn.Sequential(Best()), nn.Sequential(Best())
+    saved[0].best = saved[0].weight.detach()
+    live[0].best = live[0].weight.detach() if here == "weight" else here
+    save(tmp_path, AppState(saved))
+    assert "model" in load(tmp_path, AppState(live)).exact
+    assert torch.equal(live[0].best, saved[0].weight)
+    with torch.no_grad():
+        live[0].weight.zero_()
+    assert torch.equal(live[0].best, saved[0].weight)  # as after PyTorch's own loading
+
+
+def test_an_entry_that_is_a_parameter_here_and_was_not_saved_goes_away(tmp_path: Path) -> None:
+    saved, live = Best(), Best()
+    live.best = live.weight.detach()
+    save(tmp_path, AppState(saved))
+    assert "model" in load(tmp_path, AppState(live)).exact
+    assert live.best is None
+
+
+def test_a_second_name_that_no_module_loads_is_no_entry(tmp_path: Path) -> None:
+    def make() -> nn.Linear:
+        module = nn.Linear(2, 2)
+        module.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({f"{prefix}kernel": m.weight}))
+        return module
+
+    saved, live = make(), make()
+    save(tmp_path, AppState(saved))
+    load(tmp_path, AppState(live))
+    assert torch.equal(saved.weight, live.weight)

@@ -11,7 +11,15 @@ from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out, some_of
 from hydra_ckpt.state.growing import accepted
-from hydra_ckpt.state.module_oracle import Told, customizes, customizes_loading, give_back, own_entries, told_by
+from hydra_ckpt.state.module_oracle import (
+    Told,
+    customizes,
+    customizes_loading,
+    give_back,
+    own_entries,
+    repeated,
+    told_by,
+)
 from hydra_ckpt.state.walk import Walk
 from hydra_ckpt.state.wrappers import canonical
 
@@ -56,16 +64,20 @@ class BeyondTensors:
         for core in self.walk.cores:
             told = told_by(core, called)
             found = own_entries(told, self.walk.tensors, list(self.extra_states))
-            self._refuse_unloadable(called, core, found)
+            again = repeated(told, self.walk.tensors)
+            loading = self._loading() if found or again else ()
+            self._refuse_unloadable(called, core, found, loading)
+            found.update({name: value for name, value in again.items() if name.startswith(loading)})
             entries.append({name: value for name, value in found.items() if self._is_ours(name)})
             for name, local in getattr(told, "_metadata", {}).items():
                 if local != {"version": 1}:
                     metadata[canonical(f"{name}.").removesuffix(".")] = local
         return Told(entries, metadata)
 
-    def _refuse_unloadable(self, called: str, core: nn.Module, entries: Iterable[str]) -> None:
+    def _refuse_unloadable(
+        self, called: str, core: nn.Module, entries: Iterable[str], loading: tuple[str, ...]
+    ) -> None:
         """Raise if entries of a state_dict() have no module that could load them: PyTorch would not expect them."""
-        loading = tuple(walked.name for walked in self.walk.modules if customizes_loading(walked.module))
         walked_tensors = self.walk.tensors
         lost = [
             name
@@ -79,6 +91,10 @@ class BeyondTensors:
                 "load_state_dict() of its modules accepts. Add a hook that loads them "
                 f"(register_load_state_dict_pre_hook), {leave_out(f'{called}.{min(lost)}')}"
             )
+
+    def _loading(self) -> tuple[str, ...]:
+        """What the names begin with of everything in modules with a loading of their own: hooks come and go."""
+        return tuple(walked.name for walked in self.walk.modules if customizes_loading(walked.module))
 
     def accepted(self, odd: Mapping[str, torch.Tensor]) -> set[str]:
         """Which tensors that the model lacks, or has in another size, its modules take; see `growing.accepted`."""
