@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
+from hydra_ckpt.testing import run_distributed
+from tests.holders import Module
 
 
 def save(root: Path, state: AppState, **options: Any) -> None:
@@ -160,3 +164,193 @@ def test_a_second_name_that_no_module_loads_is_no_entry(tmp_path: Path) -> None:
     save(tmp_path, AppState(saved))
     load(tmp_path, AppState(live))
     assert torch.equal(saved.weight, live.weight)
+
+
+# --- own state that the checkpoint lacks
+
+
+class Slow(torch.optim.SGD):
+    """With slow weights, as Lookahead has."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.slow = [item.detach().clone() for group in self.param_groups for item in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow": self.slow, "later": {}}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.slow = state["slow"]
+        super().load_state_dict({key: value for key, value in state.items() if key not in ("slow", "later")})
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a counter under a key of its own, from its first step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["all"] = {"steps": self.state.get("all", {"steps": 0})["steps"] + 1}
+        return super().step(closure)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    sum(item.square().sum() for item in model.parameters()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_slow_weights_that_the_checkpoint_lacks_are_missing(tmp_path: Path) -> None:
+    saved, live = nn.Linear(2, 2), nn.Linear(2, 2)
+    save(tmp_path, AppState(saved, torch.optim.SGD(saved.parameters(), lr=0.5)))
+    optimizer = Slow(live.parameters(), lr=0.1)
+    with pytest.raises(KeyMismatchError) as caught:
+        load(tmp_path, AppState(live, optimizer))
+    assert caught.value.missing == ["optimizer.slow"]
+    assert load(tmp_path, AppState(live, optimizer), load_strict=False).missing == ("optimizer.slow",)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_counter_that_began_after_the_save_goes_away(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = Counting(model.parameters(), lr=0.1, momentum=0.9)
+    save(tmp_path, AppState(model, optimizer))
+    step(model, optimizer)
+    report = load(tmp_path, AppState(model, optimizer))
+    assert "optimizer" in report.exact
+    assert not report.missing
+    assert not optimizer.state
+
+
+class Seen(nn.Linear):
+    """Its hooks save and load a counter, which is 0 if it was not saved."""
+
+    def __init__(self, seen: int = 0, *, always: bool = True) -> None:
+        super().__init__(2, 2)
+        self.seen, self.always = seen, always
+        self.register_state_dict_post_hook(self.add)
+        self.register_load_state_dict_pre_hook(self.take)
+
+    @staticmethod
+    def add(module: Seen, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state.update({f"{prefix}seen": module.seen} if module.seen or module.always else {})
+
+    @staticmethod
+    def take(module: Seen, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        module.seen = state.pop(f"{prefix}seen", 0)
+
+
+def test_an_entry_that_the_checkpoint_lacks_is_missing(tmp_path: Path) -> None:
+    saved, live = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(Seen(5))
+    save(tmp_path, AppState(saved))
+    with pytest.raises(KeyMismatchError) as caught:
+        load(tmp_path, AppState(live))
+    assert caught.value.missing == ["0.seen"]
+    assert live[0].seen == 5
+    assert load(tmp_path, AppState(live), load_strict=False).missing == ("model.0.seen",)
+    assert live[0].seen == 5  # as built
+    assert torch.equal(live[0].weight, saved[0].weight)
+
+
+def test_an_entry_that_goes_away_without_a_saved_one_is_exact(tmp_path: Path) -> None:
+    saved, live = nn.Sequential(Seen(always=False)), nn.Sequential(Seen(5, always=False))
+    save(tmp_path, AppState(saved))
+    report = load(tmp_path, AppState(live))
+    assert ("model" in report.exact, report.missing) == (True, ())
+    assert live[0].seen == 0
+
+
+def test_an_extra_state_that_the_checkpoint_lacks_is_missing(tmp_path: Path) -> None:
+    saved, live = nn.Linear(4, 4), Module(7)
+    save(tmp_path, AppState(saved))
+    with pytest.raises(KeyMismatchError) as caught:
+        load(tmp_path, AppState(live))
+    assert caught.value.missing == ["_extra_state"]
+    assert load(tmp_path, AppState(live), load_strict=False).missing == ("model._extra_state",)
+    assert live.held == 7
+
+
+# --- state that stays as it was built
+
+
+def with_lbfgs(*shapes: tuple[int, int]) -> tuple[nn.Module, torch.optim.LBFGS, Any]:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in zip("abc", shapes, strict=False)})
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum((item.sum() - 1).square() + item.square().sum() for item in model.parameters())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model, optimizer, closure
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(2, 3), (3, 2)], [(2, 3), (2, 4)], [(2, 3)], [(2, 3), (2, 3), (2, 3)]],
+    ids=["same", "sum", "less", "more"],
+)
+def test_one_state_for_all_parameters_stays_if_not_all_of_them_are_loaded(tmp_path: Path, shapes: Any) -> None:
+    model, optimizer, _ = with_lbfgs((2, 3), (2, 3))
+    save(tmp_path, AppState(model, optimizer))
+    again, restored, closure = with_lbfgs(*shapes)
+    before = restored.state[again["a"].weight]["d"].clone()
+    report = load(tmp_path, AppState(again, restored), load_strict=False)
+    assert {"optimizer", "optimizer.a.weight"} <= set(report.missing)
+    assert "optimizer" not in report.exact
+    assert torch.equal(restored.state[again["a"].weight]["d"], before)
+    restored.step(closure)  # of the sizes that its parameters have
+    with pytest.raises(KeyMismatchError, match="one state for all parameters"):
+        load(tmp_path, AppState(again, restored))
+
+
+class Numbered(torch.optim.SGD):
+    """With a number of its own."""
+
+    number = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "number": self.number}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.number = state["number"]
+        super().load_state_dict({key: value for key, value in state.items() if key != "number"})
+
+
+def _sharded(shards: bool, kind: type[torch.optim.SGD]) -> tuple[nn.Module, torch.optim.SGD]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6))
+    if shards:
+        fully_shard(model)
+    optimizer = kind(model.parameters(), 0.1, momentum=0.9)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def _save_own_tensors(root: Path) -> None:
+    rank = dist.get_rank()
+    for name in ("option", "state"):
+        model, optimizer = _sharded(True, torch.optim.SGD if name == "option" else Numbered)
+        own = torch.ones(3) * (1 + rank)
+        optimizer.param_groups[0]["lr"] = 0.5
+        if name == "option":
+            optimizer.param_groups[0]["own"] = own
+        else:
+            optimizer.number = 5
+            optimizer.state[model[0].weight]["own"] = own
+        with CheckpointingConfig(checkpoint_dir=str(root / name)).build(rank, 0, 0) as checkpointer:
+            checkpointer.save(AppState(model, optimizer), step=1).result()
+
+
+def test_all_that_stays_with_a_tensor_of_each_rank_is_named(tmp_path: Path) -> None:
+    run_distributed(_save_own_tensors, 2, tmp_path)
+    model, optimizer = _sharded(False, torch.optim.SGD)
+    optimizer.param_groups[0]["own"] = torch.zeros(3)
+    report = load(tmp_path / "option", AppState(model, optimizer), load_strict=False)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert set(report.missing) == {"optimizer.0.weight.options.own", "optimizer.param_groups.0"}
+    model, optimizer = _sharded(False, Numbered)
+    report = load(tmp_path / "state", AppState(model, optimizer), load_strict=False)
+    assert (optimizer.number, optimizer.param_groups[0]["lr"]) == (0, 0.5)
+    assert set(report.missing) == {"optimizer.0.weight", "optimizer.0.weight.own", "optimizer.state_dict()"}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out, some_of
-from hydra_ckpt.state.growing import accepted
+from hydra_ckpt.state.growing import accepted, outlasting
 from hydra_ckpt.state.module_oracle import (
     Told,
     customizes,
@@ -95,6 +95,28 @@ class BeyondTensors:
     def _loading(self) -> tuple[str, ...]:
         """What the names begin with of everything in modules with a loading of their own: hooks come and go."""
         return tuple(walked.name for walked in self.walk.modules if customizes_loading(walked.module))
+
+    def lacking(self, called: str, saved: Sequence[Collection[str]]) -> list[str]:
+        """Entries that the modules report and a checkpoint lacks.
+
+        Args:
+            called: The model's name, for messages.
+            saved: For each part the names of its saved entries; or nothing.
+        """
+        if not (self.customizes_saving and self.customizes_loading):
+            return []  # what no module loads is none of its state
+        walked, apart = self.walk.tensors, list(self.extra_states)
+        pairs = zip(self.walk.cores, saved or [()] * len(self.walk.cores), strict=False)
+        return [
+            name
+            for core, known in pairs
+            for name in own_entries(told_by(core, called), walked, apart)
+            if name not in known and canonical(name) not in walked and self._is_ours(name)
+        ]
+
+    def outlasting(self, entries: Collection[str]) -> set[str]:
+        """Entries that modules report still when they have loaded a state without them; see `growing.outlasting`."""
+        return outlasting(self.walk.inner_modules, entries)
 
     def accepted(self, odd: Mapping[str, torch.Tensor]) -> set[str]:
         """Which tensors that the model lacks, or has in another size, its modules take; see `growing.accepted`."""

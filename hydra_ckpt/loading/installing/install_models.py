@@ -78,6 +78,13 @@ class ModelInstaller:
                 states = self.source.shared.get("extra_state", {}).get(name, {})
                 unlike = self._unlike_extra_states(called(name), mapped, states)
                 self.source.notes.took(called(name), [*self._unlike[name], *unlike])
+                self._miss_entries(name, mapped)
+
+    def _miss_entries(self, name: str, mapped: ModelMap) -> None:
+        """Note the entries that a model reports and the checkpoint lacks."""
+        entries = self.source.shared.get("entries", {}).get(name, [])
+        lacking = () if self.source.other_stages else mapped.beyond.lacking(called(name), entries)
+        self.source.notes.missing += [f"{called(name)}.{entry}" for entry in sorted(lacking)]
 
     def _left(self, dotted: str) -> set[str]:
         """Names of a model's tensors that were not loaded."""

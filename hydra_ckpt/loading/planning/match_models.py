@@ -68,6 +68,7 @@ class ModelMatcher(Matcher):
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))
         prefix = f"{name}/" if name else ""
+        self._miss_own_state(name, prefix, mapped)  # first: hooks may exchange buffers in state_dict()
         items = mapped.locals(self.source.extractor.localize)
         held = {item.spec.name for item in items}
         naming = self._naming(name, stored, [item.spec for item in items])
@@ -91,6 +92,22 @@ class ModelMatcher(Matcher):
                 self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
             self.plan.mismatch.different[prefix + "state_dict()"] = "its entries belong to other parts of the model"
+
+    def _miss_own_state(self, model: str, prefix: str, mapped: ModelMap) -> None:
+        """Refuse own state of modules that the checkpoint lacks and that does not go away without it, or leave it.
+
+        Other tools do not store it, and other pipeline stages have theirs.
+        """
+        shared = self.source.shared
+        if self.source.other_stages or model not in shared.get("extra_state", {}):
+            return
+        lost = mapped.beyond.extra_states.keys() - shared["extra_state"][model].keys()
+        lacking = mapped.beyond.lacking(called(model), shared.get("entries", {}).get(model, []))
+        for name in sorted(lost | mapped.beyond.outlasting(lacking)):
+            dotted = f"{called(model)}.{name}"
+            if dotted not in shared.get("unsaved", ()):
+                self.plan.mismatch.missing.append(prefix + name)
+                self.plan.mismatch.left.append(dotted)
 
     def _take_odd(
         self,
