@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
 from hydra_ckpt.testing import run_distributed
-from tests.holders import Module
+from tests.holders import Holder, Module
 
 
 def save(root: Path, state: AppState, **options: Any) -> None:
@@ -354,3 +356,38 @@ def test_all_that_stays_with_a_tensor_of_each_rank_is_named(tmp_path: Path) -> N
     report = load(tmp_path / "state", AppState(model, optimizer), load_strict=False)
     assert (optimizer.number, optimizer.param_groups[0]["lr"]) == (0, 0.5)
     assert set(report.missing) == {"optimizer.0.weight", "optimizer.0.weight.own", "optimizer.state_dict()"}
+
+
+# --- names in reports
+
+
+def _drifted(root: Path) -> list[LoadReport]:
+    rank = dist.get_rank()
+
+    def make() -> AppState:
+        torch.manual_seed(0)
+        models = {name: nn.Linear(2, 2) for name in "ab"}
+        optimizers = {name: torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for name, one in models.items()}
+        for name, model in models.items():
+            step(model, optimizers[name])
+        mesh = init_device_mesh("cpu", (2,))
+        return AppState(
+            models, optimizers, extras={"ema": Holder(distribute_tensor(torch.ones(4), mesh, [Replicate()]))}
+        )
+
+    state, reports = make(), []
+    with CheckpointingConfig(checkpoint_dir=str(root)).build(rank, 0, 0) as checkpointer:
+        checkpointer.save(state, step=1).result()
+        for held in state.optimizer["b"].state.values():
+            held["momentum_buffer"].add_(rank)
+        state.extras["ema"].held.to_local().add_(rank)
+        checkpointer.save(state, step=2).result()
+        reports.append(checkpointer.load(make(), restore_from="latest"))
+    return [report for report in reports if report is not None]
+
+
+def test_objects_that_had_drifted_are_named_and_not_exact(tmp_path: Path) -> None:
+    for [report] in run_distributed(_drifted, 2, tmp_path):
+        assert {"optimizer.b", "extras.ema"} <= set(report.rederived)
+        assert not {"optimizer", "model", "extras", "optimizer.b", "extras.ema"} & set(report.exact)
+        assert not {"optimizer", "extras"} & set(report.rederived)
