@@ -391,3 +391,92 @@ def test_objects_that_had_drifted_are_named_and_not_exact(tmp_path: Path) -> Non
         assert {"optimizer.b", "extras.ema"} <= set(report.rederived)
         assert not {"optimizer", "model", "extras", "optimizer.b", "extras.ema"} & set(report.exact)
         assert not {"optimizer", "extras"} & set(report.rederived)
+
+
+class Buffered(nn.Module):
+    """With one buffer of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.register_buffer(name, torch.ones(2))
+
+
+def test_all_names_in_reports_are_dotted(tmp_path: Path) -> None:
+    def make(name: str, *more: str) -> AppState:
+        models: dict[str, nn.Module] = {
+            "net": Buffered(name),
+            "fc": nn.ModuleDict({one: nn.Linear(1, 1) for one in more}),
+        }
+        optimizer = torch.optim.SGD(models["fc"].parameters(), lr=0.1, momentum=0.9)
+        step(models["fc"], optimizer)
+        return AppState(models, optimizer)
+
+    save(tmp_path / "one", AppState(Buffered("y")))
+    report = load(tmp_path / "one", AppState(Buffered("z")), load_strict=False)
+    assert (report.skipped, report.missing) == (("model.y",), ("model.z",))
+    save(tmp_path / "two", make("y", "a", "b"))
+    report = load(tmp_path / "two", make("z", "a", "c"), load_strict=False)
+    there, here = (
+        {f"{owner}.{name}.{kind}" for owner in ("model.fc", "optimizer.fc") for kind in ("weight", "bias")}
+        for name in "bc"
+    )
+    assert set(report.skipped) == {"model.net.y", *there}
+    assert set(report.missing) == {"model.net.z", *here}
+
+
+# --- schedulers
+
+
+def scheduled(*kinds: Any) -> AppState:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return AppState(model, optimizer, [kind(optimizer) for kind in kinds])
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 3)
+
+
+def exponential(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def test_a_scheduler_of_another_class_with_other_fields_is_not_loaded(tmp_path: Path) -> None:
+    save(tmp_path, scheduled(step_lr))
+    state = scheduled(exponential)
+    with pytest.raises(KeyMismatchError, match=r"lr_scheduler: StepLR in the checkpoint, ExponentialLR .*step_size"):
+        load(tmp_path, state)
+    report = load(tmp_path, state, load_strict=False)
+    assert state.lr_schedulers[0].gamma == 0.9
+    assert "lr_scheduler" in report.missing
+    assert "lr_scheduler" not in (*report.exact, *report.loaded)
+
+
+def test_a_scheduler_of_another_class_with_the_same_fields_is_noted(tmp_path: Path) -> None:
+    class Ours(torch.optim.lr_scheduler.StepLR):
+        pass
+
+    save(tmp_path, scheduled(step_lr))
+    report = load(tmp_path, scheduled(lambda optimizer: Ours(optimizer, 7)))
+    assert "lr_scheduler" in report.exact
+    assert any("lr_scheduler was a StepLR when saved" in note for note in report.notes)
+
+
+def test_a_scheduler_that_is_not_here_is_skipped(tmp_path: Path) -> None:
+    save(tmp_path, scheduled(step_lr, exponential))
+    report = load(tmp_path, scheduled(step_lr), load_strict=False)
+    assert report.skipped == ("lr_scheduler.1",)
+
+
+def test_schedulers_whose_groups_have_moved_stay_as_built(tmp_path: Path) -> None:
+    def make(*, is_swapped: bool) -> AppState:
+        model = nn.Linear(2, 2)
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.5}]
+        optimizer = torch.optim.SGD(groups[::-1] if is_swapped else groups)
+        return AppState(model, optimizer, step_lr(optimizer))
+
+    save(tmp_path, make(is_swapped=False))
+    state = make(is_swapped=True)
+    report = load(tmp_path, state, load_strict=False)
+    assert state.lr_scheduler.base_lrs == [0.5, 0.1]
+    assert "lr_scheduler" in report.missing

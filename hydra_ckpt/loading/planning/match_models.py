@@ -34,7 +34,7 @@ class ModelMatcher(Matcher):
         saved = self.source.models()
         live = {part_of(name): name for name in maps}
         if not saved & live.keys():
-            self.plan.mismatch.unexpected += [f"the model {part}" for part in saved]
+            self.plan.mismatch.unexpected.update({f"the model {part}": part.replace("/", ".", 1) for part in saved})
         elif saved - live.keys():
             self.source.notes.skipped += sorted(part.replace("/", ".") for part in saved - live.keys())
         self._note_adapters()
@@ -77,7 +77,7 @@ class ModelMatcher(Matcher):
             items = Exporter(naming)(items)
         strange = stored.keys() - held - set(mapped.omitted)
         taken = self._take_odd(name, mapped, items, stored, strange) if naming is None else set()
-        self.plan.mismatch.unexpected += [prefix + key for key in strange - taken]
+        self.plan.mismatch.unexpected.update({prefix + key: f"{called(name)}.{key}" for key in strange - taken})
         own = self._match_own(name, prefix, mapped)
         # What was one tensor when it was saved, and is not here.
         ties = self.source.shared.get("ties", {}).get(name, {}) if naming is None else {}
@@ -99,7 +99,8 @@ class ModelMatcher(Matcher):
         Other tools do not store it, and other pipeline stages have theirs.
         """
         shared = self.source.shared
-        if self.source.other_stages or model not in shared.get("extra_state", {}):
+        is_pipeline = self.source.other_stages and self.source.channel.world_size > 1
+        if is_pipeline or model not in shared.get("extra_state", {}):
             return
         lost = mapped.beyond.extra_states.keys() - shared["extra_state"][model].keys()
         lacking = mapped.beyond.lacking(called(model), shared.get("entries", {}).get(model, []))

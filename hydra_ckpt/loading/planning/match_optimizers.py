@@ -40,9 +40,14 @@ class OptimizerMatcher(Matcher):
         self.plan.absent.update(name for number, name in enumerate(named) if number in found.absent)
         self._note_missing(found, mine, list(named))
         if len(found.absent) < len(named):
-            self.plan.mismatch.unexpected += [f"optimizer: {name}" for name in self.source.optimized - found.held]
+            strange = self.source.optimized - found.held
+            self.plan.mismatch.unexpected.update({f"optimizer: {name}": _dotted(name) for name in strange})
         for name in self.source.shared.get("of_other_stages", []):
-            found.different[name] = "it belongs to other pipeline stages, and fits only the same stages"
+            found.different[name] = (
+                "it fits only a model with the same tensors"
+                if self.source.channel.world_size == 1
+                else "it belongs to other pipeline stages, and fits only the same stages"
+            )
         if own_names(found.trees()) and not self.source.same_ranks:
             found.different["optimizer"] = (
                 "it holds shards of a tensor subclass, which fit only the ranks that had them"
@@ -74,7 +79,7 @@ class OptimizerMatcher(Matcher):
         )
         mismatch, notes = self.plan.mismatch, self.source.notes
         mismatch.missing += [*(f"optimizer: {name}" for name in found.missing), *lacked]
-        mismatch.left += [f"optimizer.{name}" for name in [*found.missing, *sorted(found.left)]]
+        mismatch.left += [_dotted(name) for name in [*found.missing, *sorted(found.left)]]
         mismatch.left += [f"{called[number]}.state_dict()" for number in sorted(had_own - found.own.keys())]
         mismatch.left += [*lacked, *found.dropped]
         notes.missing += lacking
@@ -99,7 +104,12 @@ class OptimizerMatcher(Matcher):
         """Refuse the optimizers' per-rank tensors, or start without them."""
         own = set() if self.source.per_rank.is_here else self.source.per_rank.names_in(names.OPTIMIZER)
         for label in sorted(found.drop(own)) if own else ():
-            self.leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}")
+            self.leave_own(f"optimizer: {label}", _dotted(label))
         lost = homeless(self.source.shared["optimizer"], found, self.model_tensors())
         for label in sorted(found.drop(lost)) if lost else ():
-            self.leave_own(f"optimizer: {label}", f"optimizer.{label.replace(SEPARATOR, '.')}", explain(lost[label]))
+            self.leave_own(f"optimizer: {label}", _dotted(label), explain(lost[label]))
+
+
+def _dotted(name: str) -> str:
+    """What reports call a parameter's state, or a tensor in it. Example: `optimizer.gen.w.mu` for `gen/w:mu`."""
+    return f"optimizer.{name.replace('/', '.', 1).replace(SEPARATOR, '.')}"
