@@ -480,3 +480,57 @@ def test_schedulers_whose_groups_have_moved_stay_as_built(tmp_path: Path) -> Non
     report = load(tmp_path, state, load_strict=False)
     assert state.lr_scheduler.base_lrs == [0.5, 0.1]
     assert "lr_scheduler" in report.missing
+
+
+# --- wrappers
+
+
+class Passing(nn.Module):
+    """Passes its child's state on, with a counter once it is not 0."""
+
+    def __init__(self, count: int = 0) -> None:
+        super().__init__()
+        self.inner, self.count = nn.Linear(2, 2), count
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        state = self.inner.state_dict(*args, **options)
+        state.update({"count": self.count} if self.count else {})
+        return state
+
+    def load_state_dict(self, state: Any, *args: Any, **options: Any) -> Any:
+        rest = dict(state)
+        self.count = rest.pop("count", 0)
+        return self.inner.load_state_dict(rest, *args, **options)
+
+
+@pytest.mark.parametrize(("there", "here"), [(3, 0), (0, 3), (3, 5), (0, 0)])
+def test_what_a_wrapper_adds_now_does_not_change_the_names(tmp_path: Path, there: int, here: int) -> None:
+    def make(count: int) -> tuple[Passing, torch.optim.Optimizer]:
+        model = Passing(count)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    (saved, optimizer), (live, fresh) = make(there), make(here)
+    step(saved, optimizer)
+    save(tmp_path, AppState(saved, optimizer))
+    report = load(tmp_path, AppState(live, fresh))
+    assert {"model", "optimizer"} <= set(report.exact)
+    assert (live.count, report.missing) == (there, ())
+    assert torch.equal(live.inner.weight, saved.inner.weight)
+    assert fresh.state[live.inner.weight]["step"] == 1
+
+
+def test_a_wrapper_may_begin_to_add_between_saves(tmp_path: Path) -> None:
+    model, live = Passing(), Passing()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
+        checkpointer.save(AppState(model), step=1).result()
+        model.count = 4
+        checkpointer.save(AppState(model), step=2).result()
+    load(tmp_path, AppState(live))
+    assert live.count == 4
+
+
+def test_a_run_of_one_process_is_told_nothing_of_stages(tmp_path: Path) -> None:
+    save(tmp_path, AppState(nn.Sequential(Seen(5))))
+    with pytest.raises(KeyMismatchError) as caught:
+        load(tmp_path, AppState(nn.Sequential(Seen(5), nn.Linear(2, 2))))
+    assert "stage" not in str(caught.value)

@@ -21,7 +21,7 @@ from hydra_ckpt.state.module_oracle import (
     told_by,
 )
 from hydra_ckpt.state.walk import Walk
-from hydra_ckpt.state.wrappers import canonical
+from hydra_ckpt.state.wrappers import adds_entries, canonical, unwrap
 
 __all__ = ["BeyondTensors"]
 
@@ -165,15 +165,21 @@ class BeyondTensors:
     @property
     def customizes_saving(self) -> bool:
         """Whether any module changes what state_dict() returns; only then is it called."""
-        return any(map(customizes, self.walk.inner_modules.values()))
+        return self._adds or any(map(customizes, self.walk.inner_modules.values()))
+
+    @property
+    def _adds(self) -> bool:
+        """Whether a wrapper adds entries to what it passes on."""
+        return any(walked.is_wrapper and adds_entries(walked.module) for walked in self.walk.modules)
 
     @property
     def customizes_loading(self) -> bool:
         """Whether any module does more in loading than copying tensors."""
         # PyTorch calls load_state_dict() of the outermost module only.
         return self.ours is None and (
-            any(map(customizes_loading, self.walk.inner_modules.values()))
-            or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self.walk.cores)
+            self._adds
+            or any(map(customizes_loading, self.walk.inner_modules.values()))
+            or any(type(unwrap(core)).load_state_dict is not nn.Module.load_state_dict for core in self.walk.cores)
         )
 
     def _is_ours(self, name: str) -> bool:

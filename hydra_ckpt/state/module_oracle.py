@@ -307,13 +307,40 @@ def _alike(saved: Any, live: Any) -> bool:
     return not list(differing(saved, live))
 
 
-def transparent(module: nn.Module) -> nn.Module | None:
-    """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does; None if there is none."""
+@dataclass(frozen=True)
+class Passed:
+    """What a wrapper's state dict passes on as its own.
+
+    Attributes:
+        child: The module whose state dict it is; None if it is no wrapper.
+        adds: Whether there is more in it at this moment. Names of tensors must not depend on that.
+    """
+
+    child: nn.Module | None = None
+    adds: bool = False
+
+
+def passed(module: nn.Module) -> Passed:
+    """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does."""
     if is_own_method(module, "state_dict", _MODULE):
-        return None
+        return Passed()
     told = told_by(module, type(module).__qualname__)
     for child in module._modules.values():
         inner = None if child is None else told_by(child, type(child).__qualname__)
-        if inner and inner.keys() == told.keys() and all(_alike(value, told[name]) for name, value in inner.items()):
-            return child
-    return None
+        if not inner or not inner.keys() <= told.keys():
+            continue
+        adds = inner.keys() != told.keys()
+        if adds and not _holds_all(child, module):
+            continue
+        if all(_alike(value, told[name]) for name, value in inner.items()):
+            return Passed(child, adds)
+    return Passed()
+
+
+def _holds_all(child: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module has no tensors and modules besides those of one child."""
+    below = set() if child is None else set(child.modules())
+    others = [one for one in module.modules() if one is not module and one not in below]
+    return not others and not any(
+        tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
