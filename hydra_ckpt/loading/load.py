@@ -76,7 +76,7 @@ class Load:
             **self._together("comparing the checkpoint with the live objects", compare, Mismatch.of_all_ranks)
         )
         if not self._strict:
-            source.notes.leave(found.left, found.unexpected)
+            source.notes.leave(found.left, list(found.unexpected.values()))
         elif found:
             self._together("verifying the checkpoint's names", self._reader.verify_headers)
             raise KeyMismatchError(

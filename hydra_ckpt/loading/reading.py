@@ -38,20 +38,12 @@ class Reader:
         if self.verify:
             manifest = self.checkpoint.manifest
             self._ledger = Ledger(checks(self.checkpoint.path, manifest.files, manifest.digests))
-        self.read_bytes = self._fetch(source, fetches, self._ledger)
+        self.read_bytes = read_boxes(source, fetches, self._ledger)
         return [] if self._ledger is None else self._ledger.done()
 
     def read_again(self, source: Source, fetches: Sequence[Fetch]) -> None:
         """Read what was compared before."""
-        self._fetch(source, fetches, None)
-
-    def _fetch(self, source: Source, wanted: Sequence[Fetch], ledger: Ledger | None) -> int:
-        """Read, in the order of the files; returns the number of bytes."""
-        root = self.checkpoint.path
-        ordered = sorted(wanted, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
-        foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
-        own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
-        return fetch(root, own, ledger) + fetch_distcp(root, foreign, source.lengths)
+        read_boxes(source, fetches)
 
     def verify_rest(self, done: Sequence[Sequence[int]]) -> None:
         """Compare this rank's share of the digests that no rank compared while it read.
@@ -78,3 +70,23 @@ class Reader:
         headers = [check for check in everything if check.region.offset == 0]
         for error in findings(self.checkpoint.path, share_out(headers, self.channel.rank, self.channel.world_size)):
             raise error
+
+
+def read_boxes(source: Source, wanted: Sequence[Fetch], ledger: Ledger | None = None) -> int:
+    """Read boxes of stored tensors, in the order of the files.
+
+    Args:
+        source: The checkpoint, read.
+        wanted: The boxes and where they go.
+        ledger: Digests to compare on the way.
+
+    Returns:
+        Number of bytes read.
+
+    Raises:
+        CorruptCheckpointError: Bytes are missing, or are not what was written.
+    """
+    ordered = sorted(wanted, key=lambda item: (item.stored.chunks[0].file, item.stored.chunks[0].offset))
+    foreign = [item for item in ordered if item.stored.chunks[0].file.endswith(".distcp")]
+    own = [item for item in ordered if not item.stored.chunks[0].file.endswith(".distcp")]
+    return fetch(source.root, own, ledger) + fetch_distcp(source.root, foreign, source.lengths)

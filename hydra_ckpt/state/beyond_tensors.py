@@ -10,10 +10,18 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out, some_of
-from hydra_ckpt.state.growing import accepted
-from hydra_ckpt.state.module_oracle import Told, customizes, customizes_loading, give_back, own_entries, told_by
+from hydra_ckpt.state.growing import accepted, outlasting
+from hydra_ckpt.state.module_oracle import (
+    Told,
+    customizes,
+    customizes_loading,
+    give_back,
+    own_entries,
+    repeated,
+    told_by,
+)
 from hydra_ckpt.state.walk import Walk
-from hydra_ckpt.state.wrappers import canonical
+from hydra_ckpt.state.wrappers import adds_entries, canonical, unwrap
 
 __all__ = ["BeyondTensors"]
 
@@ -56,16 +64,20 @@ class BeyondTensors:
         for core in self.walk.cores:
             told = told_by(core, called)
             found = own_entries(told, self.walk.tensors, list(self.extra_states))
-            self._refuse_unloadable(called, core, found)
+            again = repeated(told, self.walk.tensors)
+            loading = self._loading() if found or again else ()
+            self._refuse_unloadable(called, core, found, loading)
+            found.update({name: value for name, value in again.items() if name.startswith(loading)})
             entries.append({name: value for name, value in found.items() if self._is_ours(name)})
             for name, local in getattr(told, "_metadata", {}).items():
                 if local != {"version": 1}:
                     metadata[canonical(f"{name}.").removesuffix(".")] = local
         return Told(entries, metadata)
 
-    def _refuse_unloadable(self, called: str, core: nn.Module, entries: Iterable[str]) -> None:
+    def _refuse_unloadable(
+        self, called: str, core: nn.Module, entries: Iterable[str], loading: tuple[str, ...]
+    ) -> None:
         """Raise if entries of a state_dict() have no module that could load them: PyTorch would not expect them."""
-        loading = tuple(walked.name for walked in self.walk.modules if customizes_loading(walked.module))
         walked_tensors = self.walk.tensors
         lost = [
             name
@@ -79,6 +91,32 @@ class BeyondTensors:
                 "load_state_dict() of its modules accepts. Add a hook that loads them "
                 f"(register_load_state_dict_pre_hook), {leave_out(f'{called}.{min(lost)}')}"
             )
+
+    def _loading(self) -> tuple[str, ...]:
+        """What the names begin with of everything in modules with a loading of their own: hooks come and go."""
+        return tuple(walked.name for walked in self.walk.modules if customizes_loading(walked.module))
+
+    def lacking(self, called: str, saved: Sequence[Collection[str]]) -> list[str]:
+        """Entries that the modules report and a checkpoint lacks.
+
+        Args:
+            called: The model's name, for messages.
+            saved: For each part the names of its saved entries; or nothing.
+        """
+        if not (self.customizes_saving and self.customizes_loading):
+            return []  # what no module loads is none of its state
+        walked, apart = self.walk.tensors, list(self.extra_states)
+        pairs = zip(self.walk.cores, saved or [()] * len(self.walk.cores), strict=False)
+        return [
+            name
+            for core, known in pairs
+            for name in own_entries(told_by(core, called), walked, apart)
+            if name not in known and canonical(name) not in walked and self._is_ours(name)
+        ]
+
+    def outlasting(self, entries: Collection[str]) -> set[str]:
+        """Entries that modules report still when they have loaded a state without them; see `growing.outlasting`."""
+        return outlasting(self.walk.inner_modules, entries)
 
     def accepted(self, odd: Mapping[str, torch.Tensor]) -> set[str]:
         """Which tensors that the model lacks, or has in another size, its modules take; see `growing.accepted`."""
@@ -127,15 +165,21 @@ class BeyondTensors:
     @property
     def customizes_saving(self) -> bool:
         """Whether any module changes what state_dict() returns; only then is it called."""
-        return any(map(customizes, self.walk.inner_modules.values()))
+        return self._adds or any(map(customizes, self.walk.inner_modules.values()))
+
+    @property
+    def _adds(self) -> bool:
+        """Whether a wrapper adds entries to what it passes on."""
+        return any(walked.is_wrapper and adds_entries(walked.module) for walked in self.walk.modules)
 
     @property
     def customizes_loading(self) -> bool:
         """Whether any module does more in loading than copying tensors."""
         # PyTorch calls load_state_dict() of the outermost module only.
         return self.ours is None and (
-            any(map(customizes_loading, self.walk.inner_modules.values()))
-            or any(type(core).load_state_dict is not nn.Module.load_state_dict for core in self.walk.cores)
+            self._adds
+            or any(map(customizes_loading, self.walk.inner_modules.values()))
+            or any(type(unwrap(core)).load_state_dict is not nn.Module.load_state_dict for core in self.walk.cores)
         )
 
     def _is_ours(self, name: str) -> bool:

@@ -192,6 +192,7 @@ class Extractor:
         parts = {part_of(name): mapped.locals(self.localize, stepped) for name, mapped in maps.items()}
         omitted = [f"{called(name)}.{tensor}" for name, mapped in maps.items() for tensor in mapped.omitted]
         shared: dict[str, Any] = {"holds": self.held(state), "stage": self.stage, "keys": state.keys}
+        shared["classes"] = {"lr_scheduler": [type(item).__qualname__ for item in state.lr_schedulers]}
         shared["tells_places"] = True  # of all tensors outside models and optimizers
         if ties := {name: mapped.aliases for name, mapped in maps.items() if mapped.aliases}:
             shared["ties"] = ties

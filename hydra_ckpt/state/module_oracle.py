@@ -99,7 +99,7 @@ def own_entries(
     """
     known = {_memory(tensor) for tensor in walked.values()}
     apart = set(extra_states)
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in told.items():
         if _plain(name) in apart or (isinstance(value, torch.Tensor) and _memory(value) in known):
             continue
@@ -108,6 +108,21 @@ def own_entries(
             continue  # a copy, for example by a hook that offloads
         found[name] = value
     return found
+
+
+def repeated(told: Mapping[str, Any], walked: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries that are tensors of the walk once more, under names of their own, by name.
+
+    Example: a hook adds `best`, which is `weight` at this moment. A tensor that is there under another name only has
+    been renamed.
+    """
+    as_themselves = {_memory(walked[here]) for name in told if (here := _plain(name)) in walked}
+    tensors = {name: value for name, value in told.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value.detach()
+        for name, value in tensors.items()
+        if _plain(name) not in walked and _memory(value) in as_themselves
+    }
 
 
 # What wrappers add to names.
@@ -149,7 +164,7 @@ def give_back(
         apart: Names of the modules' extra states.
         is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
         older: Modules whose state was saved by another version of them. They convert their tensors themselves.
-        left: Names of tensors that were not loaded, and stay as they are.
+        left: Names of tensors and entries that were not loaded, and stay as they are.
 
     Yields:
         Names of the entries that the module reports differently afterwards.
@@ -161,7 +176,8 @@ def give_back(
     put_back = _remember(walked)
     live = told_by(module, called)
     put_back(())  # what hooks write in state_dict() is not what was loaded
-    beside = {name for name in own_entries(live, walked, apart) if is_ours(name)}
+    beside = {name for name in own_entries(live, walked, apart) if is_ours(name) and name not in left}
+    again = repeated(live, walked)
     given: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
         if name in saved:
@@ -176,14 +192,16 @@ def give_back(
         if _plain(name) in changed and isinstance(given[name], torch.Tensor):
             given[name] = given[name].detach().clone()  # it will be written to while it is read
     changed = changed.difference(left) | told.resized.keys()
-    refused = _load(module, called, given, _metadata(live, told.metadata, older), walked, saved)
+    refused = _load(
+        module, called, given, again.keys() - saved.keys(), _metadata(live, told.metadata, older), walked, saved
+    )
     put_back(changed)
     if refused is not None:
         yield f"load_state_dict() ({refused})"
     yield from (f"{place or 'the model'} (converted from another version of its class)" for place in sorted(older))
-    again = told_by(module, called)
+    after = told_by(module, called)
     put_back(changed)
-    yield from (name for name in saved if name not in again or not _alike(saved[name], again[name]))
+    yield from (name for name in saved if name not in after or not _alike(saved[name], after[name]))
 
 
 def _metadata(live: Mapping[str, Any], saved: Mapping[str, Any], older: Collection[str]) -> Any:
@@ -221,6 +239,7 @@ def _load(
     module: nn.Module,
     called: str,
     given: Mapping[str, Any],
+    again: Collection[str],
     metadata: Any,
     walked: Mapping[str, torch.Tensor],
     saved: Mapping[str, Any],
@@ -241,7 +260,8 @@ def _load(
         if name in saved or not isinstance(item, torch.Tensor) or name.endswith(_EXTRA_STATE)
     }
     errors: list[Exception] = []
-    for state in (given, {**given, **absent}, {**placed, **absent}, {**_expected(module, given), **further}):
+    once = {name: item for name, item in given.items() if name not in again}  # they were not there when it was saved
+    for state in (once, given, {**given, **absent}, {**placed, **absent}, {**_expected(module, given), **further}):
         # A copy, because hooks take state dicts apart.
         pairs = ((name, item.detach() if isinstance(item, torch.Tensor) else item) for name, item in state.items())
         copy = OrderedDict(pairs)
@@ -287,13 +307,40 @@ def _alike(saved: Any, live: Any) -> bool:
     return not list(differing(saved, live))
 
 
-def transparent(module: nn.Module) -> nn.Module | None:
-    """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does; None if there is none."""
+@dataclass(frozen=True)
+class Passed:
+    """What a wrapper's state dict passes on as its own.
+
+    Attributes:
+        child: The module whose state dict it is; None if it is no wrapper.
+        adds: Whether there is more in it at this moment. Names of tensors must not depend on that.
+    """
+
+    child: nn.Module | None = None
+    adds: bool = False
+
+
+def passed(module: nn.Module) -> Passed:
+    """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does."""
     if is_own_method(module, "state_dict", _MODULE):
-        return None
+        return Passed()
     told = told_by(module, type(module).__qualname__)
     for child in module._modules.values():
         inner = None if child is None else told_by(child, type(child).__qualname__)
-        if inner and inner.keys() == told.keys() and all(_alike(value, told[name]) for name, value in inner.items()):
-            return child
-    return None
+        if not inner or not inner.keys() <= told.keys():
+            continue
+        adds = inner.keys() != told.keys()
+        if adds and not _holds_all(child, module):
+            continue
+        if all(_alike(value, told[name]) for name, value in inner.items()):
+            return Passed(child, adds)
+    return Passed()
+
+
+def _holds_all(child: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module has no tensors and modules besides those of one child."""
+    below = set() if child is None else set(child.modules())
+    others = [one for one in module.modules() if one is not module and one not in below]
+    return not others and not any(
+        tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
+    )

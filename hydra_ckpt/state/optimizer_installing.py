@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.state.around import told_by
-from hydra_ckpt.state.holders import holders
+from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer_loading import Fit
 from hydra_ckpt.state.optimizer_oracle import differing
 from hydra_ckpt.storage.decoding import fill
@@ -46,6 +46,8 @@ def install(
         state = by_place[saved.outer or (saved.number, saved.path)]
         for group, chosen in zip(holder.groups, groups, strict=False):
             group.update(chosen or {})
+        if saved.number in found.forgetting and not saved.path:
+            _forget_own(holder)
         for parameter in {id(item): item for item in holder.parameters}.values():
             name = names[id(parameter)]
             if name in found.missing or name in found.left:
@@ -55,6 +57,13 @@ def install(
                 holder.state[parameter] = whole  # type: ignore[index]
             elif is_first:
                 holder.state.pop(parameter, None)  # type: ignore[attr-defined]
+
+
+def _forget_own(holder: Holder) -> None:
+    """Remove state that belongs to no parameter, as PyTorch's own load_state_dict() would."""
+    known = set(map(id, holder.parameters))
+    for key in [key for key in holder.state if id(key) not in known]:
+        del holder.state[key]  # type: ignore[attr-defined]
 
 
 def give_back(

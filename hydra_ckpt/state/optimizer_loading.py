@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra_ckpt.errors import some_of
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.optimizer import name_of
 from hydra_ckpt.state.optimizer_homes import home_of, section
+from hydra_ckpt.state.optimizer_lacking import forgets, is_as_saved, told_beyond
 from hydra_ckpt.storage.decoding import tensor_names
 
 # What PyTorch's schedulers put among the options of any optimizer, and names that users give to groups.
@@ -37,7 +37,11 @@ class Fit:
         missing: Parameters of the other live optimizers that the description lacks.
         left: Parameters whose state stays as it is although the description has it.
         different: Name of an optimizer or group to why no options fit it.
-        lacking: Live options that the saved groups lack, by dotted name; they stay as they are.
+        lacking: Live options that the saved groups lack, and own state that optimizers had not got yet, by dotted
+            name; they stay as they are.
+        lacked: Own state that optimizers of other classes had not, by dotted name.
+        dropped: Groups whose options stay as they are, by dotted name.
+        forgetting: Numbers of optimizers that lose their own state, because the saved ones had none.
         notes: What has changed, in words.
     """
 
@@ -52,6 +56,9 @@ class Fit:
     left: set[str] = field(default_factory=set)
     different: dict[str, str] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
+    lacked: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    forgetting: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def leave(self, names: Collection[str]) -> None:
@@ -72,11 +79,12 @@ class Fit:
                     self.left.add(name)
                     del state[name]
                     self.own.pop(holder.number, None)
-        for rows in self.options:
+        for holder, rows in zip(self.live, self.options, strict=True):
             for index, options in enumerate(rows):
                 if here := set(tensors).intersection(tensor_names(options)):
                     lost |= here
                     rows[index] = None
+                    self.dropped.append(place_of(holder, index).replace(", group ", ".param_groups."))
         for number, tree in list(self.own.items()):
             if here := set(tensors).intersection(tensor_names(tree)):
                 lost |= here
@@ -118,7 +126,10 @@ def fit(
             found.absent.add(number)
         home = home_of(described, found.live, number, names, place)
         tree = described.get("own", {}).get(str(number if home is None else home))
-        if tree is None or number in found.absent | found.refused:
+        if number in found.absent | found.refused:
+            continue
+        if tree is None:
+            _lack_own(found, described, number, names, place)
             continue
         if home is not None:
             found.own[number] = tree
@@ -130,39 +141,21 @@ def fit(
     return found
 
 
+def _lack_own(
+    found: Fit, described: Mapping[str, Any], number: int, names: Mapping[int, str], place: int | None
+) -> None:
+    """Note what own state a live optimizer has, if the saved one had none."""
+    inside = [holder for holder in found.live if holder.number == number]
+    if forgets(inside[0].optimizer):
+        found.forgetting.add(number)
+    elif is_as_saved(described, inside[0], names, place):
+        found.lacking.extend(told_beyond(inside))
+    else:
+        found.lacked.extend(told_beyond(inside))
+
+
 def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
-
-
-def leave_reordered(
-    described: Mapping[str, Any], found: Fit, names: Mapping[int, str], sizes: Mapping[str, int]
-) -> None:
-    """Leave groups as they are whose parameters have another order than they had, with one state for all of them.
-
-    LBFGS keeps its history as one row of all parameters, with the first of them. Example: for `a` of 2 elements and `b`
-    of 3 it has 5 elements, and begins with those of `a`.
-
-    Args:
-        described: The saved description.
-        found: What of it fits.
-        names: Identity of a parameter to its name.
-        sizes: Name of every saved tensor to its number of elements.
-    """
-    for holder, state in zip(found.live, found.state, strict=True):
-        groups = [group["params"] for one in section(described, holder.path)["optimizers"] for group in one["groups"]]
-        places = {name: place for place, name in enumerate(name for group in groups for name in group)}
-        for index, group in enumerate(holder.groups):
-            members = {names[id(item)]: item.numel() for item in group["params"]}
-            before = [name for name in members if name in places]
-            right = sorted(before, key=places.__getitem__)
-            tensors = {name for member in members for name in tensor_names(state.get(member, {}))}
-            if before == right or sum(members.values()) not in {sizes.get(name) for name in tensors}:
-                continue
-            found.different[_place(holder, index)] = (
-                "its parameters have another order than in the checkpoint, and it has one state for all of them. Give "
-                f"them to it in this order: {some_of(right)}"
-            )
-            found.leave(members)
 
 
 def _fit_holder(
@@ -195,7 +188,7 @@ def _fit_holder(
     found.state.append({name: state for name, state in described["state"].items() if name in held})
     if any(row is not None for row in rows) and _splits(described, holder, names):
         found.notes.append(
-            f"{_place(holder)}: its parameters are grouped differently than in the checkpoint; each group gets the "
+            f"{place_of(holder)}: its parameters are grouped differently than in the checkpoint; each group gets the "
             "options that its parameters had there"
         )
 
@@ -239,7 +232,7 @@ def moved_groups(
         for name in group["params"]
     }
     return [
-        _place(holder, index)
+        place_of(holder, index)
         for holder in found.live
         if not holder.path and holder.number not in found.absent | found.refused
         for index, group in enumerate(holder.groups)
@@ -248,7 +241,8 @@ def moved_groups(
     ]
 
 
-def _place(holder: Holder, index: int | None = None) -> str:
+def place_of(holder: Holder, index: int | None = None) -> str:
+    """What messages call an optimizer, or one of its groups."""
     inner = f".{holder.path}" if holder.path else ""
     return f"{holder.called}{inner}" + ("" if index is None else f", group {index}")
 
@@ -271,12 +265,12 @@ def _fit_group(
     groups = {id(options): (options, kind) for _, options, kind in saved.values()}
     for options, kind in groups.values():
         if (why := _incompatible(kind, set(options), holder.optimizer, set(group))) is not None:
-            found.different[_place(holder)] = why
+            found.different[place_of(holder)] = why
             found.refused.add(holder.number)
     kinds = {_kind(number, options): options for number, options, _ in saved.values()}
     if len(kinds) > 1:
         first = {_kind(number, options): name for name, (number, options, _) in reversed([*saved.items()])}
-        found.different[_place(holder, index)] = (
+        found.different[place_of(holder, index)] = (
             "its parameters had different options in the checkpoint (for example, "
             f"{' and '.join(sorted(first.values())[:2])} had). Group them as in the run that saved"
         )

@@ -64,7 +64,7 @@ def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.T
             f"What it holds cannot be saved like this. Gather or finish its state before the save as its documentation "
             f"says, use another optimizer, {leave_out(sink.called)}"
         ) from error
-    if not _customizes_loading(optimizer) and any(_tells_only(told, holder) for holder in inside):
+    if not _customizes_loading(optimizer) and any(tells_only(told, holder) for holder in inside):
         return None
     sink.sharing = Sharing.of(told, walked, sink.known.keys() - set(map(id, walked)))
     return encode(told, sink.inside, sink)
@@ -91,6 +91,11 @@ def is_own_method(item: Any, name: str, package: str) -> bool:
     return getattr(function, "__module__", "").startswith(package) and getattr(function, "__name__", "") == name
 
 
+def loads_plainly(optimizer: Any) -> bool:
+    """Whether an optimizer's load_state_dict() is PyTorch's own, which replaces all state."""
+    return not _customizes_loading(optimizer)
+
+
 def _strange_keys(optimizer: Optimizer) -> bool:
     """Whether there is state that belongs to no parameter of a group."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -109,7 +114,7 @@ def _customizes_loading(optimizer: Any) -> bool:
     )
 
 
-def _tells_only(told: Any, holder: Holder) -> bool:
+def tells_only(told: Any, holder: Holder) -> bool:
     """Whether a state dict is what PyTorch's own would be for a holder, object by object."""
     if not isinstance(told, Mapping) or told.keys() != {"state", "param_groups"}:
         return False

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.state.adapter import has_adapter
 from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
-from hydra_ckpt.state.wrappers import inside, still_inside, unwrap
+from hydra_ckpt.state.wrappers import core_of, inside, still_inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable
 
 __all__ = ["Walk"]
@@ -31,7 +31,7 @@ class Walk:
         extra_states: Modules with state beyond tensors (`get_extra_state`), by canonical name.
         units: The modules that FSDP2 shards.
         modules: Every module, and every wrapper around one.
-        cores: The parts without their wrappers.
+        cores: The modules that are asked for the state of each part; see `core_of`.
         everything: All places of stored tensors, those of tied ones included.
         unsaved: Places of tensors that are left out, as `checkpoint.allow_unsaved` asks.
         adapting: Parts with a state-dict adapter, and the names of their tensors.
@@ -68,7 +68,7 @@ class Walk:
         adapting: list[tuple[nn.Module, set[tuple[int, str]]]] = []
         for module in modules:
             core = unwrap(module)
-            found.cores.append(core)
+            found.cores.append(core_of(module))
             sources.update(_tied_to(core))
             places_here = set()
             for slot in found._find(module, "", omits):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hydra_ckpt.errors import CheckpointConfigError
-from hydra_ckpt.state.module_oracle import WRAPPERS, transparent
+from hydra_ckpt.state.module_oracle import WRAPPERS, Passed, passed
 from hydra_ckpt.state.optimizer_oracle import is_own_method
 
 
@@ -43,22 +43,39 @@ def inside(module: nn.Module) -> nn.Module | None:
     elif dynamo is not None and isinstance(module, dynamo.OptimizedModule):
         inner = module._orig_mod
     elif not is_own_method(module, "state_dict", "torch.nn.modules.module"):
-        if module not in _TRANSPARENT:
-            _TRANSPARENT[module] = transparent(module)
-        inner = _TRANSPARENT[module]
+        if module not in _PASSED:
+            _PASSED[module] = passed(module)
+        inner = _PASSED[module].child
     return inner
 
 
 def still_inside(module: nn.Module) -> bool:
-    """Whether a wrapper still passes on only what is inside it; if not, it is no longer taken for one."""
-    if module not in _TRANSPARENT or transparent(module) is _TRANSPARENT[module]:
+    """Whether a wrapper still passes on what is inside it, as it did; if not, it is looked at again."""
+    if module not in _PASSED or passed(module) == _PASSED[module]:
         return True
-    del _TRANSPARENT[module]
+    del _PASSED[module]
     return False
 
 
+def adds_entries(module: nn.Module) -> bool:
+    """Whether a wrapper of another library adds entries to what it passes on, at the last look."""
+    return module in _PASSED and _PASSED[module].adds
+
+
+def core_of(module: nn.Module) -> nn.Module:
+    """The module that is asked for its state: the one inside all wrappers, or one that passes its state on.
+
+    The latter may add entries of its own to it at any time.
+    """
+    core = module
+    while (inner := inside(module)) is not None:
+        core = inner if module not in _PASSED else core
+        module = inner
+    return core
+
+
 # Wrappers of other libraries, with what they pass on as their own state.
-_TRANSPARENT: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+_PASSED: WeakKeyDictionary[nn.Module, Passed] = WeakKeyDictionary()
 
 
 def refuse_fsdp1(modules: Iterable[nn.Module]) -> None:

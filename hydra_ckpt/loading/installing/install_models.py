@@ -83,6 +83,7 @@ class ModelInstaller:
             if name in self._unlike:
                 states = self.source.shared.get("extra_state", {}).get(name, {})
                 found = self._unlike_extra_states(called(name), mapped, states)
+                self._miss_entries(name, mapped)
                 yield called(name), [*self._unlike[name], *found, *self._unlike_entries(name, mapped)]
 
     def _unlike_entries(self, name: str, mapped: ModelMap) -> list[str]:
@@ -97,6 +98,13 @@ class ModelInstaller:
             for key in given
             if key in told and list(differing(given[key], told[key]))
         ]
+
+    def _miss_entries(self, name: str, mapped: ModelMap) -> None:
+        """Note the entries that a model reports and the checkpoint lacks."""
+        entries = self.source.shared.get("entries", {}).get(name, [])
+        lacking = () if self.source.other_stages else mapped.beyond.lacking(called(name), entries)
+        missing = self.source.notes.missing
+        missing += [dotted for entry in sorted(lacking) if (dotted := f"{called(name)}.{entry}") not in missing]
 
     def _left(self, dotted: str) -> set[str]:
         """Names of a model's tensors that were not loaded."""

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.capture import called
-from hydra_ckpt.state.optimizer import SEPARATOR
 from hydra_ckpt.storage.stage_names import unqualified
-from hydra_ckpt.store import names
 
 _IN_MODELS = {"extra_state": "extra_state", "entries": "state_dict()", "metadata": "state_dict()"}
 
@@ -28,18 +26,6 @@ def part_of_label(label: str) -> str:
     """The part of a checkpoint that a label belongs to."""
     kind = label.partition(".")[0]
     return "model" if kind in _IN_MODELS else kind
-
-
-def part_of_tensor(label: str) -> str:
-    """What reports call the part that a tensor's label belongs to. Example: `optimizer` for `optim/w:exp_avg`."""
-    part = label.partition("/")[0]
-    return "optimizer" if part == names.OPTIMIZER else part
-
-
-def called_in_reports(label: str) -> str:
-    """What reports call a tensor of a model or an optimizer. Example: `optimizer.w.exp_avg` for `optim/w:exp_avg`."""
-    rest = label.partition("/")[2]
-    return f"{part_of_tensor(label)}.{rest.replace('/', '.', 1).replace(SEPARATOR, '.')}"
 
 
 def called_here(

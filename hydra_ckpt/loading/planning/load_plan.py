@@ -18,13 +18,13 @@ class Mismatch:
 
     Attributes:
         missing: Names that the checkpoint lacks.
-        unexpected: Names that the live objects lack.
+        unexpected: Names that the live objects lack, to what reports call them.
         different: Name to how the two differ.
         left: What stays as it was built because of these, by dotted name.
     """
 
     missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    unexpected: dict[str, str] = field(default_factory=dict)
     different: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
@@ -41,7 +41,7 @@ class Mismatch:
         left = {name for item in found for name in item["left"]}
         return {
             "missing": sorted(missing),
-            "unexpected": sorted(unexpected),
+            "unexpected": {name: found[0]["unexpected"][name] for name in sorted(unexpected)},
             "different": different,
             "left": sorted(left),
         }
@@ -74,4 +74,6 @@ class LoadPlan:
 
     def takes_any(self, part: str, optimizers: int) -> bool:
         """Whether anything of an available part is installed."""
+        if part == "lr_scheduler":
+            return bool(self.schedulers)
         return part != "optimizer" or self.fit is None or len(self.fit.absent) < optimizers

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from hydra_ckpt.errors import some_of
-from hydra_ckpt.loading.planning.labels import (
-    called_in_reports,
-    part_of_tensor,
-)
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.planning.match_around import AroundMatcher
+from hydra_ckpt.loading.planning.match_drifted import DriftedMatcher
 from hydra_ckpt.loading.planning.match_models import ModelMatcher
 from hydra_ckpt.loading.planning.match_optimizers import OptimizerMatcher
 from hydra_ckpt.loading.sources.source import Source
@@ -31,21 +27,5 @@ def plan_load(source: Source, *, strict: bool) -> LoadPlan:
     around.match()
     for label in () if source.per_rank.is_here else source.per_rank.plain:
         around.derived_from_rank_0(label)
-    _note_drifted(source)
+    DriftedMatcher(source, plan, strict).match()
     return plan
-
-
-def _note_drifted(source: Source) -> None:
-    """Report the tensors of replicas that had drifted apart: all replicas get the values of the first one."""
-    available, notes = source.available(), source.notes
-    labels = [label for label in source.shared.get("drifted", ()) if part_of_tensor(label) in available]
-    found = [called_in_reports(label) for label in labels]
-    for part in {label.partition("/")[0] for label in labels}:
-        dotted = part_of_tensor(f"{part}/")
-        if {f"{part}/{name}" for name in source.stored(part)} <= set(labels):  # all of it
-            found = [dotted, *(name for name in found if not name.startswith(f"{dotted}."))]
-    if found:
-        notes.rederived += [name for name in found if name not in notes.rederived]
-        notes.texts.append(
-            f"replicas had drifted apart when this was saved; all have the first one's values now: {some_of(found)}"
-        )

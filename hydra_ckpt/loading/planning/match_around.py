@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
-from hydra_ckpt.errors import some_of
 from hydra_ckpt.loading.planning.labels import (
     label_of_tensor,
 )
+from hydra_ckpt.loading.planning.match_schedulers import SchedulerMatcher
 from hydra_ckpt.loading.planning.matcher import Matcher
 from hydra_ckpt.state import stage_documents as stages
 from hydra_ckpt.state.capture import called, templates
 from hydra_ckpt.state.fresh_tensors import Lay, Places
 from hydra_ckpt.state.meshes import explain
-from hydra_ckpt.state.optimizer_loading import moved_groups
 from hydra_ckpt.storage.decoding import own_names, tensor_names
 from hydra_ckpt.store import names
 
@@ -46,7 +45,7 @@ class AroundMatcher(Matcher):
         available = self.source.available()
         live: Mapping[str, torch.Tensor] = {}
         if "lr_scheduler" in available:
-            self._match_schedulers()
+            SchedulerMatcher(self.source, self.plan, self.strict).match()
         if "extras" in available:
             live = self._live_extras()
             self._keep_known_extras(live)
@@ -105,35 +104,6 @@ class AroundMatcher(Matcher):
                     self.leave_own(f"{dotted} ({name})", dotted, explain(places.lay.foreign[name]))
                     held.pop(key, None)
                     self.plan.absent.add(dotted)
-
-    def _match_schedulers(self) -> None:
-        """Find the saved state of each live scheduler; further live ones stay as they were built."""
-        saved, live = self.source.shared["lr_scheduler"], list(self.source.state.named_schedulers)
-        homes = self.source.counterparts("lr_scheduler", len(saved), len(live))
-        self.plan.schedulers = {name: saved[home] for name, home in zip(live, homes, strict=True) if home is not None}
-        self.plan.absent.update(set(live) - self.plan.schedulers.keys())
-        if self.plan.schedulers and (moved := self._moved_groups()):
-            self.plan.mismatch.different["lr_scheduler"] = (
-                f"it identifies groups by position, and these had a different one: {some_of(moved)}. Build optimizers "
-                "and groups in the order of the run that saved, or leave the schedulers out (restore_parts)"
-            )
-        keys = self.keys("lr_scheduler")
-        if keys is not None:
-            self.skip([f"lr_scheduler.{key}" for number, key in enumerate(keys) if number not in homes])
-        elif len(saved) > len(live):
-            self.plan.mismatch.different["lr_scheduler"] = (
-                f"{len(saved)} in the checkpoint, {len(live)} in the AppState"
-            )
-
-    def _moved_groups(self) -> list[str]:
-        source, found = self.source, self.plan.fit
-        if found is None or source.other_stages:
-            return []
-        described, live = source.shared["optimizer"], len(source.state.optimizers)
-        homes: list[int | None] = list(range(live))
-        if self.keys("lr_scheduler") is not None:  # by position, a scheduler belongs to the optimizer of its number
-            homes = source.counterparts("optimizer", len(described["optimizers"]), live)
-        return moved_groups(described, found, source.extractor.parameter_names(source.state), homes)
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""

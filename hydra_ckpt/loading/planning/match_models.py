@@ -13,6 +13,7 @@ from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.loading.planning.matcher import Matcher
+from hydra_ckpt.loading.planning.overlaps import overwritten
 from hydra_ckpt.loading.planning.translation import Saved, translate
 from hydra_ckpt.state.capture import called
 from hydra_ckpt.state.local import Exporter, LocalTensor
@@ -33,7 +34,7 @@ class ModelMatcher(Matcher):
         saved = self.source.models()
         live = {part_of(name): name for name in maps}
         if not saved & live.keys():
-            self.plan.mismatch.unexpected += [f"the model {part}" for part in saved]
+            self.plan.mismatch.unexpected.update({f"the model {part}": part.replace("/", ".", 1) for part in saved})
         elif saved - live.keys():
             self.source.notes.skipped += sorted(part.replace("/", ".") for part in saved - live.keys())
         self._note_adapters()
@@ -44,10 +45,30 @@ class ModelMatcher(Matcher):
             first = len(self.plan.fetches)
             self._match_model(name, mapped)
             self.plan.restored[called(name)] = self.plan.fetches[first:]
+        self._leave_overwritten()
+
+    def _leave_overwritten(self) -> None:
+        """Refuse tensors that share memory here with others of other values, or leave them as they are."""
+        maps, restored = self.source.extractor.maps(self.source.state), self.plan.restored
+        pairs = [(name, item) for name in maps for item in restored.get(called(name), ())]
+        lost = overwritten(self.source, [item for _, item in pairs])
+        for number, by in lost.items():
+            (model, item), (other, overwriting) = pairs[number], pairs[by]
+            key = item.stored.spec.name
+            self.plan.mismatch.different[f"{model}/{key}" if model else key] = (
+                f"it shares memory with {called(other)}.{overwriting.stored.spec.name} here, and the two have "
+                "different values in the checkpoint"
+            )
+            self.plan.mismatch.left.append(f"{called(model)}.{key}")
+        left = {id(pairs[number][1]) for number in lost}
+        self.plan.fetches[:] = [item for item in self.plan.fetches if id(item) not in left]
+        for dotted, items in restored.items() if left else ():
+            restored[dotted] = [item for item in items if id(item) not in left]
 
     def _match_model(self, name: str, mapped: ModelMap) -> None:
         stored = self.source.stored(part_of(name))
         prefix = f"{name}/" if name else ""
+        self._miss_own_state(name, prefix, mapped)  # first: hooks may exchange buffers in state_dict()
         items = mapped.locals(self.source.extractor.localize)
         held = {item.spec.name for item in items}
         naming = self._naming(name, stored, [item.spec for item in items])
@@ -56,7 +77,7 @@ class ModelMatcher(Matcher):
             items = Exporter(naming)(items)
         strange = stored.keys() - held - set(mapped.omitted)
         taken = self._take_odd(name, mapped, items, stored, strange) if naming is None else set()
-        self.plan.mismatch.unexpected += [prefix + key for key in strange - taken]
+        self.plan.mismatch.unexpected.update({prefix + key: f"{called(name)}.{key}" for key in strange - taken})
         own = self._match_own(name, prefix, mapped)
         # What was one tensor when it was saved, and is not here.
         ties = self.source.shared.get("ties", {}).get(name, {}) if naming is None else {}
@@ -71,6 +92,23 @@ class ModelMatcher(Matcher):
                 self.plan.fetches.append(Fetch(fits, item.box, item.tensor))
         if len(self.source.shared.get("entries", {}).get(name, [])) not in (0, mapped.parts):
             self.plan.mismatch.different[prefix + "state_dict()"] = "its entries belong to other parts of the model"
+
+    def _miss_own_state(self, model: str, prefix: str, mapped: ModelMap) -> None:
+        """Refuse own state of modules that the checkpoint lacks and that does not go away without it, or leave it.
+
+        Other tools do not store it, and other pipeline stages have theirs.
+        """
+        shared = self.source.shared
+        is_pipeline = self.source.other_stages and self.source.channel.world_size > 1
+        if is_pipeline or model not in shared.get("extra_state", {}):
+            return
+        lost = mapped.beyond.extra_states.keys() - shared["extra_state"][model].keys()
+        lacking = mapped.beyond.lacking(called(model), shared.get("entries", {}).get(model, []))
+        for name in sorted(lost | mapped.beyond.outlasting(lacking)):
+            dotted = f"{called(model)}.{name}"
+            if dotted not in shared.get("unsaved", ()):
+                self.plan.mismatch.missing.append(prefix + name)
+                self.plan.mismatch.left.append(dotted)
 
     def _take_odd(
         self,

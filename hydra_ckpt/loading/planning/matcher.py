@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,18 +44,31 @@ class Matcher:
         """Note that all ranks get rank 0's values of something, by its label."""
         if part_of_label(label) not in self.source.available():
             return
-        state, shared = self.source.state, self.source.shared
-        saved = {"optimizer": shared.get("optimizer", {}).get("optimizers", []), "lr_scheduler": shared["lr_scheduler"]}
-        live = {"optimizer": len(state.optimizers), "lr_scheduler": len(state.lr_schedulers)}
-        homes = {kind: self.source.counterparts(kind, len(items), live[kind]) for kind, items in saved.items()}
-        names, fits = self.source.extractor.parameter_names(state), self.plan.fit
-        holders = [] if fits is None else fits.live
-        owners = {names[id(item)]: holder.called for holder in holders for item in holder.parameters}
-        dotted = called_here(label, state, shared.get("extra_state", {}), homes, owners)
+        dotted = self.called_here(label)
         if dotted is not None and dotted not in {*self.source.notes.rederived, *self.plan.mismatch.left}:
             self.source.notes.derived(
                 dotted, f"{dotted}: each rank had its own values; those of rank 0 are used on all ranks"
             )
+
+    def called_here(self, label: str) -> str | None:
+        """What reports call the object, or the part of it, that a label is about; None if there is none here."""
+        models = self.source.shared.get("extra_state", {})
+        return called_here(label, self.source.state, models, self._homes, self.owners)
+
+    @cached_property
+    def _homes(self) -> dict[str, list[int | None]]:
+        """For `optimizer` and `lr_scheduler` the number of the saved object for each live one."""
+        state, shared = self.source.state, self.source.shared
+        saved = {"optimizer": shared.get("optimizer", {}).get("optimizers", []), "lr_scheduler": shared["lr_scheduler"]}
+        live = {"optimizer": len(state.optimizers), "lr_scheduler": len(state.lr_schedulers)}
+        return {kind: self.source.counterparts(kind, len(items), live[kind]) for kind, items in saved.items()}
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Name of a parameter to what the live optimizer that holds it is called; once optimizers have been matched."""
+        names, fit = self.source.extractor.parameter_names(self.source.state), self.plan.fit
+        holders = [] if fit is None else fit.live
+        return {names[id(item)]: holder.called for holder in holders for item in holder.parameters}
 
     def keys(self, kind: str) -> list[str] | None:
         """The saved keys by which optimizers or schedulers were matched; None if they were matched by position."""
