@@ -180,5 +180,5 @@ def _metadata_of(stored: StoredTensor) -> TensorStorageMetadata:
     chunks = [
         ChunkStorageMetadata(torch.Size(chunk.box.offsets), torch.Size(chunk.box.sizes)) for chunk in stored.chunks
     ]
-    properties = TensorProperties(dtype=TORCH_DTYPE[stored.spec.dtype], device="cpu")
+    properties = TensorProperties(dtype=TORCH_DTYPE[stored.spec.dtype])
     return TensorStorageMetadata(properties, torch.Size(stored.spec.shape), chunks)
