@@ -177,7 +177,8 @@ class _Encoder:
     def _repeated(self, value: Any, name: str) -> Any:
         """What is in several places: the first says what it is, and all which one it is."""
         key = id(value)
-        if self._has_patterns and self._sink is not None and _Trial(self._sink, self._sharing, self._open).omits(value, name):
+        sink = self._sink if self._has_patterns else None
+        if sink is not None and _Trial(sink, self._sharing, self._open).omits(value, name):
             return self._tensor(value, name) if isinstance(value, torch.Tensor) else self._once(value, name)
         if key in self._known:
             return dict(self._known[key])
