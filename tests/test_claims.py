@@ -487,3 +487,22 @@ def test_an_item_of_a_list_is_left_out_and_only_where_it_is_named(tmp_path: Path
     a, b, c = Holder([7, 8, 9]), Holder({"p": 50, "q": 60}), Holder()
     load(tmp_path, AppState(nn.Linear(1, 1), extras={"a": a, "b": b, "c": c}), **options)
     assert (a.held, b.held, c.held) == ([1, 8, 3], {"p": 50, "q": 2}, both)
+
+
+def test_what_is_not_left_out_stays_shared(tmp_path: Path) -> None:
+    options = {"allow_unsaved": ["extras.a.held.left", "extras.b.held.part.p", "extras.d.held.1.q"]}
+    seen, part, average = [1], {"p": 1, "q": 2}, torch.ones(2)
+    held = {"seen": seen, "part": part, "average": average, "view": average[1:]}
+    extras = {"a": Holder({**held, "left": 3}), "b": Holder(dict(held)), "c": Holder(dict(held))}
+    extras["d"] = Holder([part, part, seen])
+    save(tmp_path, AppState(nn.Linear(1, 1), extras=extras), **options)
+    fresh = {"a": Holder({"left": 9}), "b": Holder({"part": {"p": 7}}), "c": Holder()}
+    fresh["d"] = Holder([{}, {"q": 8}, []])
+    load(tmp_path, AppState(nn.Linear(1, 1), extras=fresh), **options)
+    a, b, c, d = (fresh[name].held for name in "abcd")
+    assert a["seen"] is b["seen"] is c["seen"] is d[2]
+    assert a["average"] is b["average"] is c["average"]
+    c["average"].add_(1)
+    assert a["view"].item() == b["view"].item() == 2
+    assert a["part"] is c["part"] is d[0]
+    assert (a["left"], a["part"], b["part"], d[1]) == (9, part, {"p": 7, "q": 2}, {"p": 1, "q": 8})

@@ -242,3 +242,64 @@ def _strided(root: Path) -> None:
 
 def test_an_average_of_weights_that_fsdp_has_sharded_over_tensor_parallelism_keeps_its_place(tmp_path: Path) -> None:
     run_distributed(_strided, 4, tmp_path)
+
+
+def _parts(mesh: DeviceMesh, *, two: bool = False) -> nn.Module:
+    """A sharded model; with `two`, its layers are on meshes of their own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "out": nn.Linear(4, 6), "extra": Module(None)})
+    fully_shard(model["fc"], mesh=mesh)
+    fully_shard(model["out"], mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("x", "y")) if two else mesh)
+    return model
+
+
+def _on_other_dimensions(root: Path) -> None:
+    flat = init_device_mesh("cpu", (2,))
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    for number, (mesh, other) in enumerate([(flat, both), (both, flat)]):
+        model, again = _parts(mesh), _parts(other)
+        average = {key: item.detach().clone() for key, item in model.named_parameters() if isinstance(item, DTensor)}
+        shards = [Replicate()] * (mesh.ndim - 1) + [Shard(1)]
+        average["other"] = distribute_tensor(torch.arange(24.0).view(3, 8), mesh, shards)
+        average["same"] = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, [Replicate()] * mesh.ndim)
+        model["extra"].held, fresh = average["fc.weight"], Holder()
+        state = AppState(model, extras={"average": Holder(average)})
+        report = save_and_load(root / str(number), state, AppState(again, extras={"average": fresh}))
+        assert {"model", "extras.average"} <= set(report.exact)
+        for key, item in average.items():
+            assert torch.equal(fresh.held[key].full_tensor(), item.full_tensor())
+        for key, item in (pair for pair in again.named_parameters() if isinstance(pair[1], DTensor)):
+            assert (fresh.held[key].device_mesh, fresh.held[key].placements) == (item.device_mesh, item.placements)
+            fresh.held[key].lerp_(item.detach(), 0.1)
+        assert again["extra"].held.placements == again["fc"].weight.placements
+        assert fresh.held["other"].placements[-1] == Shard(1)
+        assert fresh.held["same"].placements == (Replicate(),) * other.ndim
+
+
+def test_what_was_sharded_as_the_model_is_sharded_as_the_model_on_a_mesh_of_other_dimensions(tmp_path: Path) -> None:
+    run_distributed(_on_other_dimensions, 2, tmp_path)
+
+
+def _on_several_meshes(root: Path) -> None:
+    three = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("a", "b", "c"))
+    flat = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    weight = nn.Linear(4, 4)
+    for name, parameter in list(weight.named_parameters()):
+        shards = [Shard(0), Replicate(), Replicate()]
+        setattr(weight, name, nn.Parameter(distribute_tensor(parameter.detach(), three, shards)))
+    held = [distribute_tensor(torch.arange(24.0).view(3, 8), three, [Shard(1), Replicate(), Replicate()])]
+    model, fresh = nn.ModuleDict({"fc": weight, "out": nn.Linear(4, 6), "extra": Module(held)}), Holder()
+    for name, parameter in list(model["out"].named_parameters()):
+        setattr(model["out"], name, nn.Parameter(distribute_tensor(parameter.detach(), three, [Replicate()] * 3)))
+    again = _parts(flat, two=True)
+    state = AppState(model, extras={"box": Holder(held)})
+    report = save_and_load(root, state, AppState(again, extras={"box": fresh}))
+    assert type(fresh.held[0]) is torch.Tensor
+    assert torch.equal(fresh.held[0], torch.arange(24.0).view(3, 8))
+    assert {"extras.box", "model.extra._extra_state"} <= set(report.rederived)
+    assert any("plain whole tensor" in note for note in report.notes)
+
+
+def test_what_has_no_place_among_several_meshes_is_whole_and_the_report_says_so(tmp_path: Path) -> None:
+    run_distributed(_on_several_meshes, 2, tmp_path)

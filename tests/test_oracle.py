@@ -1270,3 +1270,63 @@ def test_a_buffer_that_does_not_take_another_size_is_a_mismatch(tmp_path: Path) 
     assert all(map(torch.equal, before, values(fresh)))
     assert load(tmp_path, AppState(fresh), load_strict=False).missing == ("model.1.low",)
     assert fresh[1].low.tolist() == [0, 1, 2]
+
+
+# -- code without the name of a module --------------------------------------------------------------------------------
+
+
+def without_module(source: str, name: str) -> Any:
+    """A function as `exec` or C code makes it: its `__module__` is None."""
+    space: dict[str, Any] = {"torch": torch, "nn": nn, "__name__": None}
+    exec(source, space)
+    assert space[name].__module__ is None
+    return space[name]
+
+
+class MadeSGD(torch.optim.SGD):
+    """Says more than PyTorch's own, by methods of no module."""
+
+    count = 0
+    state_dict = without_module(
+        "def state_dict(self): return {**torch.optim.Optimizer.state_dict(self), 'count': self.count}", "state_dict"
+    )
+    load_state_dict = without_module(
+        "def load_state_dict(self, state):\n"
+        "    self.count = state['count']\n"
+        "    torch.optim.Optimizer.load_state_dict(self, {k: state[k] for k in ('state', 'param_groups')})",
+        "load_state_dict",
+    )
+
+
+class MadeLinear(nn.Linear):
+    """Has an entry more than its tensors, by methods and hooks of no module."""
+
+    count = 0
+    _save_to_state_dict = without_module(
+        "def _save_to_state_dict(self, into, prefix, keep_vars):\n"
+        "    nn.Module._save_to_state_dict(self, into, prefix, keep_vars)\n"
+        "    into[prefix + 'count'] = torch.tensor(self.count)",
+        "_save_to_state_dict",
+    )
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        take = "def take(self, state, prefix, *_): self.count = int(state.pop(prefix + 'count', 0))"
+        self.register_load_state_dict_pre_hook(without_module(take, "take"))
+
+
+Nameless: Any = type("Nameless", (torch.optim.lr_scheduler.StepLR,), {"__module__": None})
+
+
+def test_code_without_the_name_of_a_module_is_not_taken_for_pytorch_s(tmp_path: Path) -> None:
+    def build(count: int) -> tuple[MadeLinear, MadeSGD, AppState]:
+        model = MadeLinear()
+        optimizer = MadeSGD(model.parameters(), lr=0.1)
+        model.count = optimizer.count = count
+        return model, optimizer, AppState(model, optimizer, Nameless(optimizer, 1))
+
+    save(tmp_path, build(3)[2])
+    model, optimizer, state = build(0)
+    report = load(tmp_path, state)
+    assert (model.count, optimizer.count) == (3, 3)
+    assert {"model", "optimizer", "lr_scheduler"} <= {*report.exact, *report.trusted}

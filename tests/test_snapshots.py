@@ -20,7 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hydra_ckpt import AppState, CheckpointCallback, Checkpointer, CheckpointingConfig, SaveFailedError
+from hydra_ckpt import (
+    AppState,
+    CheckpointCallback,
+    Checkpointer,
+    CheckpointError,
+    CheckpointingConfig,
+    SaveFailedError,
+)
 from hydra_ckpt.saving.live_shares import Sources
 from hydra_ckpt.saving.staged import Staged
 from hydra_ckpt.storage import samples
@@ -95,6 +102,14 @@ def in_place(model: nn.Sequential) -> None:
         first(model).mul_(0.5)
 
 
+def by_freeing(model: nn.Sequential) -> None:
+    storage = first(model).untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+    first(model).data.fill_(7.0)
+
+
 WRITES: dict[str, Callable[[nn.Sequential], None]] = {
     "copy_": by_copy,
     "numpy": by_numpy,
@@ -103,6 +118,7 @@ WRITES: dict[str, Callable[[nn.Sequential], None]] = {
     "one page": by_one_page,
     "the end": by_the_end,
     "counted": in_place,
+    "freed": by_freeing,
 }
 
 
@@ -138,6 +154,56 @@ def assert_published(root: Path, weights: list[torch.Tensor]) -> None:
     with engine(root) as checkpointer:
         assert checkpointer.load(AppState(again)) is not None
     assert all(torch.equal(a, b) for a, b in zip(weights, again.parameters(), strict=True))
+
+
+def test_memory_that_is_freed_before_the_copy_or_the_save_is_named(tmp_path: Path) -> None:
+    model = stack()
+    with engine(tmp_path) as checkpointer:
+        state = AppState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        checkpointer.save(state, step=1).result()
+        with held(checkpointer):
+            pending = checkpointer.save(state, step=2)
+            first(model).untyped_storage().resize_(0)
+        with pytest.raises(SaveFailedError, match=r"1 tensor changed .*: model: 0\.weight\."):
+            pending.result()
+        with pytest.raises(CheckpointError, match=r"0\.weight: its memory was freed"):
+            checkpointer.save(state, step=3).result()
+
+
+def live(model: nn.Module, optimizer: torch.optim.Optimizer, extra: Any) -> list[torch.Tensor]:
+    """The tensors of a run: weights, buffers, optimizer state, and those of an extra."""
+    states = [item for state in optimizer.state.values() for item in state.values()]
+    return [*model.parameters(), *model.buffers(), *states, *extra.values()]
+
+
+class Kept(dict[str, torch.Tensor]):
+    """An extra that holds tensors."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.update(state)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("width", [4, 1024])
+def test_live_tensors_can_be_resized_after_a_save_and_a_load(tmp_path: Path, width: int, *, is_async: bool) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, Kept]:
+        model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+        return model, torch.optim.AdamW(model.parameters()), Kept()
+
+    model, optimizer, extra = build()
+    model(torch.rand(2, width)).sum().backward()
+    optimizer.step()
+    extra["average"] = torch.rand(width, width)
+    with engine(tmp_path, is_async=is_async) as checkpointer:
+        checkpointer.save(AppState(model, optimizer, extras={"kept": extra}), step=1).result()
+        assert all(item.untyped_storage().resizable() for item in live(model, optimizer, extra))
+        others = build()
+        checkpointer.load(AppState(others[0], others[1], extras={"kept": others[2]}), restore_from="latest")
+    assert all(item.untyped_storage().resizable() for item in live(*others))
+    assert all(map(torch.equal, live(*others), live(model, optimizer, extra)))
 
 
 def test_what_replaces_the_memory_or_is_undone_leaves_the_save_right(tmp_path: Path) -> None:
@@ -247,7 +313,7 @@ def test_an_accelerator_s_kernels_read_the_same_words(dtype: str) -> None:
     for tensor in tensors.values():
         tensor.view(torch.uint8).random_(0, 2)
     found = {key: samples._places(tensor.nbytes // 8, 77) for key, tensor in tensors.items()}
-    read = [samples._words(tensors[key])[samples._slice(span)] for key in found for span in found[key]]
+    read = [samples.words_of(tensors[key])[samples._slice(span)] for key in found for span in found[key]]
     assert samples._gather(tensors, found).tolist() == [word for words in read for word in words.tolist()]
 
 

@@ -41,7 +41,7 @@ class Vote:
         topic = zlib.crc32(what.encode())
         self._topic = [topic, -topic]
         self._all_topics = [topic * group.world_size, -topic * group.world_size] if adds else self._topic
-        self._said = torch.zeros(_NUMBERS, dtype=torch.int64)
+        self._said = torch.zeros(_NUMBERS, dtype=torch.int64, device="cpu")
         self._into = self._said.numpy()  # writing through it is the cheapest way into the tensor
         self._is_open = False
         self._work: dist.Work | None = None

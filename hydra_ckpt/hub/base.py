@@ -242,7 +242,9 @@ class _Loader:
             if other is None:
                 continue
             specs = self._weights.specs
-            found = {name: torch.empty(item.into.shape, dtype=item.into.dtype) for name in (item.name, other)}
+            found = {
+                name: torch.empty(item.into.shape, dtype=item.into.dtype, device="cpu") for name in (item.name, other)
+            }
             if specs[other].shape == specs[item.name].shape:
                 self._weights.read([replace(item, name=name, into=into) for name, into in found.items()])
             bits = [bytes_of(tensor) for tensor in found.values()]

@@ -208,14 +208,14 @@ class Dequantized:
         name, box = item.name, item.box
         spec = self._weights.specs[name]
         if item.grid:
-            whole = torch.empty(spec.shape, dtype=item.into.dtype)
+            whole = torch.empty(spec.shape, dtype=item.into.dtype, device="cpu")
             total = self._read_scaled(Wanted(name, Box.whole(spec.shape), whole))
             item.into.copy_(narrow(whole.view(item.grid), box))
             return total
         scales, total = self._read_all(self._scales[name])
         factors = self._factors(spec, scales)
         for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):
-            stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype])
+            stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
             total += self._weights.read([Wanted(name, part, stored)])
             values = stored.to(torch.float32)
             if factors is None:
@@ -227,10 +227,10 @@ class Dequantized:
 
     def _read_all(self, name: str) -> tuple[torch.Tensor, int]:
         spec = self._weights.specs[name]
-        found = torch.empty(spec.shape, dtype=torch.float32)
+        found = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
         if spec.dtype in ("U8", "F8_E8M0"):
             # Powers of two stored as exponents, as in the microscaling formats.
-            raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
+            raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
             count = self._weights.read([Wanted(name, Box.whole(spec.shape), raw)])
             return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
         return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
@@ -264,5 +264,5 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
 def _spread(factors: torch.Tensor, box: Box, steps: tuple[int, ...]) -> torch.Tensor:
     """The factor of every element of a box; has the box's shape, or can be broadcast to it."""
     for dim, (start, size, step) in enumerate(zip(box.offsets, box.sizes, steps, strict=True)):
-        factors = factors.index_select(dim, torch.arange(start, start + size) // step)
+        factors = factors.index_select(dim, torch.arange(start, start + size, device=factors.device) // step)
     return factors

@@ -108,11 +108,10 @@ class Around:
         return found
 
     def _sharing(self) -> Sharing | None:
-        """What the states hold more than once, together; None if something may be left out of one and not of others."""
-        if self.unsaved:
-            return None
+        """What the states hold more than once, together; None if that cannot be stored, and may be left out."""
         try:
-            return Sharing.of([statement.state for statement in self._statements])
+            found = Sharing.of([statement.state for statement in self._statements])
+            return None if self.unsaved and found.clashes else found
         except RecursionError:
             for statement in self._statements:
                 _refuse_endless(statement)

@@ -112,8 +112,9 @@ class Extractor:
         if identity != self._mapped:
             self.check(state)
             self._maps = {}
-            for name, modules in state.models.items():
-                self._maps.update(self._map(name, modules))
+            with rng.kept():
+                for name, modules in state.models.items():
+                    self._maps.update(self._map(name, modules))
             self._mapped = identity
         return self._maps
 
@@ -122,7 +123,8 @@ class Extractor:
         if state.dataloader is None or self._is_resumable:
             return
         try:
-            told = state.dataloader.state_dict()
+            with rng.kept():
+                told = state.dataloader.state_dict()
         except Exception as error:  # noqa: BLE001 - a foreign loader may raise anything
             if not self._has_warned:
                 log.warning(
@@ -175,13 +177,18 @@ class Extractor:
             )
         )
 
-    @torch.no_grad()
     def capture(self, state: AppState) -> Captured:
         """Extract the current state; tensors stay live, everything else is copied.
+
+        Random numbers that objects draw meanwhile are drawn again by the run, which goes on as if it was not saved.
 
         Raises:
             CheckpointError: Something can be stored neither as JSON nor as a tensor.
         """
+        with torch.no_grad(), rng.kept() as generators:
+            return self._captured(state, generators)
+
+    def _captured(self, state: AppState, generators: dict[str, Any]) -> Captured:
         self.refresh(state)
         maps = self.maps(state)
         # Hooks that run in a module's `state_dict()` may write to its buffers.
@@ -230,7 +237,7 @@ class Extractor:
         omitted += around.omitted
         shared["unsaved"] = omitted
         own = {
-            "rng": rng.capture(),
+            "rng": generators,
             "dataloader": self._dataloader_state(state),
             "dataloader_is_global": bool(getattr(state.dataloader, "state_is_global", False)),
             "shards": {name: local_part(tensor) for name, tensor in shards.items()},

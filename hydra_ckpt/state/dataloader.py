@@ -140,7 +140,9 @@ class ResumableLoader(Generic[T]):
         self._requests.left = self._requests_left(order)
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
         left = self._batches_in(len(order) - self._position)
-        for number, batch in enumerate(self._loader, start=1):
+        with torch.device("cpu"):  # as its generator is; what loads the data has the caller's default
+            batches = iter(self._loader)
+        for number, batch in enumerate(batches, start=1):
             # Counted before the caller works on it: a save made in the loop's body includes this batch.
             self._position = min(self._position + self._global_batch, len(order))
             self._batches += 1
@@ -259,7 +261,8 @@ def _order(sampler: Any, seed: int, epoch: int) -> Sequence[Any]:
     if isinstance(sampler, _GENERATOR_SAMPLERS):
         sampler = copy.copy(sampler)
         sampler.generator = torch.Generator().manual_seed(derive(seed, epoch, "order"))
-        return list(sampler)
+        with torch.device("cpu"):  # as the generator is
+            return list(sampler)
     sampler.set_epoch(epoch)
     with generators_kept():
         seed_generators(seed, epoch, "order")

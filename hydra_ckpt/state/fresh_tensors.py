@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.boxes import Sharding
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.meshes import find_mesh, meshes_of
+from hydra_ckpt.state.wrappers import canonical
 from hydra_ckpt.storage.decoding import devices, foreign_meshes, placements, splits, strides
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.memory import strided_like
 from hydra_ckpt.storage.stage_names import unqualified
+
+# For each dimension of a mesh the sharded dimension of a tensor and the split factor, each of them or None.
+Spread = Sequence[tuple[int | None, int | None]]
 
 
 @dataclass(frozen=True)
@@ -120,24 +124,67 @@ class Places:
         return torch.device(kind if is_here else "cpu")
 
     def _sharded(self, name: str, spec: TensorSpec, dtype: torch.dtype) -> DTensor | None:
-        """A DTensor on the model's mesh; None if the model is not sharded like this."""
+        """A DTensor on the model's mesh; None if the model is on none."""
         mesh = self._mesh_of(name)
-        if mesh is None:
+        if mesh is not None:
+            dims = self.lay.placed[name]
+            factors = self.lay.splits.get(name, [None] * len(dims))
+            return _empty(spec, dtype, mesh, list(zip(dims, factors, strict=True)))
+        found = None if name in self.lay.foreign else self._counterpart(name, spec)
+        return None if found is None else _empty(spec, dtype, *found)
+
+    def _counterpart(self, name: str, spec: TensorSpec) -> tuple[DeviceMesh, Spread] | None:
+        """Where a DTensor belongs if the model's mesh has other dimensions here.
+
+        It is placed as the parameter of its shape and name, or as all parameters of its shape are. If there is none, it
+        is sharded along the dimension that it was sharded along; what was not sharded stays so.
+        """
+        parameters = self._sharded_parameters()
+        dim = next((dim for dim in self.lay.placed[name] if dim is not None), None)
+        alike = {} if dim is None else {key: item for key, item in parameters.items() if item.shape == spec.shape}
+        ending = f".{unqualified(name).replace(':', '.')}"
+        named = [item for key, item in alike.items() if ending.endswith(f".{key}")]
+        for items in (named, list(alike.values())):
+            places = {(item.device_mesh, item.placements) for item in items}
+            if len(places) == 1:
+                mesh, placements = places.pop()
+                return mesh, [_as_numbers(placement) for placement in placements]
+        meshes = meshes_of(parameters.values())
+        if len(meshes) != 1:
             return None
-        dims, factors = self.lay.placed[name], self.lay.splits.get(name)
-        if factors is None:
-            places = [Replicate() if dim is None else Shard(dim) for dim in dims]
-            return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=mesh, placements=places)
-        return _strided(spec, dtype, mesh, list(zip(dims, factors, strict=True)))
+        sharding = {number for item in parameters.values() for number, _ in _shards(item)}
+        return meshes[0], [
+            (dim if number == min(sharding, default=None) else None, None) for number in range(meshes[0].ndim)
+        ]
+
+    def _sharded_parameters(self) -> dict[str, DTensor]:
+        return {
+            canonical(key): item
+            for modules in self.state.models.values()
+            for module in modules
+            for key, item in module.named_parameters()
+            if isinstance(item, DTensor)
+        }
+
+    def gathered(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of those that were DTensors and are plain here, though the model is sharded.
+
+        Args:
+            tensors: What `fresh` has made, by name.
+        """
+        if not self._sharded_parameters():
+            return []
+        return [
+            name
+            for name, tensor in tensors.items()
+            if name in self.lay.placed and self._becomes_sharded(name) and not isinstance(tensor, DTensor)
+        ]
 
     def _mesh_of(self, name: str) -> DeviceMesh | None:
         if name in self.lay.foreign:
             return find_mesh(self.lay.foreign[name], self._live_meshes())
-        parameters = (
-            item for modules in self.state.models.values() for module in modules for item in module.parameters()
-        )
-        meshes = {item.device_mesh for item in parameters if isinstance(item, DTensor)}
-        fitting = [mesh for mesh in meshes if mesh.ndim == len(self.lay.placed[name])]
+        meshes, dims = meshes_of(self._sharded_parameters().values()), self.lay.placed[name]
+        fitting = [mesh for mesh in meshes if mesh.ndim == len(dims)]
         if len(fitting) > 1:
             raise TopologyError(
                 f"{name} was sharded over one of {len(fitting)} meshes that parameters have here, and it is not "
@@ -146,21 +193,30 @@ class Places:
         return fitting[0] if fitting else None
 
 
-def _strided(
-    spec: TensorSpec, dtype: torch.dtype, mesh: DeviceMesh, places: Sequence[tuple[int | None, int | None]]
-) -> DTensor:
-    """An empty DTensor with strided shards.
+def _as_numbers(placement: Placement) -> tuple[int | None, int | None]:
+    return getattr(placement, "dim", None), getattr(placement, "split_factor", None)
+
+
+def _shards(tensor: DTensor) -> list[tuple[int, Placement]]:
+    """The mesh dimensions along which a tensor is sharded, and how."""
+    return [pair for pair in enumerate(tensor.placements) if not isinstance(pair[1], Replicate)]
+
+
+def _empty(spec: TensorSpec, dtype: torch.dtype, mesh: DeviceMesh, places: Spread) -> DTensor:
+    """An empty DTensor.
 
     Args:
         spec: The global shape.
         dtype: The element type.
         mesh: The mesh.
-        places: For each of its dimensions the sharded dimension and the split factor, each of them or None.
+        places: How it is spread over the mesh.
     """
     made = [
         Replicate() if dim is None else Shard(dim) if factor is None else _StridedShard(dim, split_factor=factor)
         for dim, factor in places
     ]
+    if not any(factor for _, factor in places):
+        return torch.distributed.tensor.empty(*spec.shape, dtype=dtype, device_mesh=mesh, placements=made)
     coordinate = tuple(mesh.get_coordinate() or (0,) * mesh.ndim)
     sharding = Sharding(
         tuple(mesh.shape), coordinate, tuple(dim for dim, _ in places), tuple(bool(factor) for _, factor in places)

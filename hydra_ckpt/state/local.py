@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from hydra_ckpt.errors import TopologyError
+from hydra_ckpt.errors import CheckpointConfigError, TopologyError
 from hydra_ckpt.layout.aliases import Alias, Naming
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.grids import flat_boxes
@@ -19,7 +19,7 @@ from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.layout.replicas import crowd
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
-from hydra_ckpt.storage.memory import narrow, view_as
+from hydra_ckpt.storage.memory import bytes_of, narrow, view_as
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,6 +168,8 @@ class Localizer:
                 f"{name}: this rank holds a part of shape {list(local.shape)}, but shape {list(tensor.shape)} with its "
                 f"placements gives {list(place.box.sizes)}"
             )
+        if type(local) in _PLAIN and local.numel() and not local.is_meta and not local.data_ptr():
+            raise CheckpointConfigError(f"{name}: its memory was freed (resize_(0)); give it values before the save")
         return LocalTensor(place, local.detach(), divisible, late)
 
     def _find(self, name: str, tensor: torch.Tensor, known: tuple[object, ...]) -> Place:
@@ -200,7 +202,7 @@ class Localizer:
         if mesh not in self._meshes:
             ranks = mesh.mesh
             coordinate = mesh.get_coordinate()
-            digest = fingerprint([str(list(ranks.shape)), ranks.flatten().numpy().tobytes().hex()])
+            digest = fingerprint([str(list(ranks.shape)), bytes_of(ranks).hex()])
             self._meshes[mesh] = digest, None if coordinate is None else tuple(coordinate)
         return self._meshes[mesh]
 

@@ -88,7 +88,7 @@ def is_own_method(item: Any, name: str, package: str) -> bool:
     method = getattr(item, name, None)
     function = getattr(method, "__func__", None)
     function = getattr(function, "__wrapped__", function)  # PyTorch wraps its own
-    return getattr(function, "__module__", "").startswith(package) and getattr(function, "__name__", "") == name
+    return str(getattr(function, "__module__", "")).startswith(package) and getattr(function, "__name__", "") == name
 
 
 def loads_plainly(optimizer: Any) -> bool:

@@ -80,11 +80,18 @@ def unpack(path: Path, data: bytes) -> Any:
         CorruptCheckpointError: The data was not made that way.
     """
     try:
-        tensors = safetensors_load(data)
+        with torch.device("cpu"):
+            tensors = safetensors_load(data)
         length = int.from_bytes(data[:8], "little")
         tree = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["tree"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from None
-    for name, lies in strides(tree).items():
-        tensors[name] = torch.empty_strided(tensors[name].shape, lies, dtype=tensors[name].dtype).copy_(tensors[name])
-    return decode(tree, tensors)
+    lies = strides(tree)
+    return decode(tree, {name: _of_its_own(tensor, lies.get(name)) for name, tensor in tensors.items()})
+
+
+def _of_its_own(tensor: torch.Tensor, lies: tuple[int, ...] | None) -> torch.Tensor:
+    """A copy with these strides and memory of its own, which can be resized."""
+    if lies is None:
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, lies, dtype=tensor.dtype, device="cpu").copy_(tensor)

@@ -122,7 +122,7 @@ def only_adapter(mapped: ModelMap, modules: Sequence[nn.Module], adapter: str, *
 
 
 # Stands for entries that hooks of an adapter's modules add. They are not tensors of it; see `module_oracle`.
-_NO_TENSOR = torch.empty(0)
+_NO_TENSOR = torch.empty(0, device="cpu")
 
 
 def _added_names(core: nn.Module, adapter: str) -> dict[str, torch.Tensor]:

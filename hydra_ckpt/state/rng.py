@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,20 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept() -> Iterator[dict[str, Any]]:
+    """Put every generator back at the end; gives their state.
+
+    Objects may draw numbers when they are asked for their state: a data loader may make its iterator then. A run that
+    was resumed is asked at other times than one that went on, and must draw the same numbers afterwards.
+    """
+    state = capture()
+    try:
+        yield state
+    finally:
+        restore(state)
 
 
 def derive(step: int, *place: int) -> None:

@@ -111,7 +111,7 @@ def _blocks(item: StoredTensor, nbytes: int) -> Iterator[Box]:
 
 
 def _read(part: Part, item: StoredTensor, box: Box) -> torch.Tensor:
-    into = torch.empty(box.sizes, dtype=TORCH_DTYPE[item.spec.dtype])
+    into = torch.empty(box.sizes, dtype=TORCH_DTYPE[item.spec.dtype], device="cpu")
     part.read([Fetch(item, box, into)])
     return into
 

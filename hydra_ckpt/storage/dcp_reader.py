@@ -156,7 +156,8 @@ class SafetensorsReader(StorageReader):
                 self._path / VALUES, f"refers to a tensor that does not exist: {error}"
             ) from None
         tensors = {
-            name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype]) for name, stored in inner.items()
+            name: torch.empty(stored.spec.shape, dtype=TORCH_DTYPE[stored.spec.dtype], device="cpu")
+            for name, stored in inner.items()
         }
         whole = [Fetch(inner[name], Box.whole(tuple(into.shape)), into) for name, into in tensors.items()]
         fetch(self._path, whole, ledger)

@@ -44,7 +44,11 @@ def encode_item(planner: SavePlanner, item: WriteItem, tensors: dict[str, torch.
     if data is None:
         encoded = encoding.encode(planner.lookup_object(item.index), name, own)  # type: ignore[attr-defined]
     else:
-        own[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        own[name] = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if data
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
         encoded = {"~": _BYTES, "v": name}
     for key, tensor in own.items():
         _check_inner(key, tensor)

@@ -71,7 +71,9 @@ class _SharePlanner(SavePlanner):
         share, source = self._shares[write_item.index]
         dtype = TORCH_DTYPE[share.spec.dtype]
         # frombuffer refuses an empty buffer
-        return (torch.frombuffer(source, dtype=dtype) if source else torch.empty(0, dtype=dtype)).view(share.box.sizes)
+        return (torch.frombuffer(source, dtype=dtype) if source else torch.empty(0, dtype=dtype, device="cpu")).view(
+            share.box.sizes
+        )
 
 
 def _index(name: str, box: Box) -> MetadataIndex:
@@ -204,7 +206,7 @@ def are_same(root: Path, one: StoredTensor, other: StoredTensor, lengths: Mappin
     """Whether two stored tensors have the same bits."""
     if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
         return False
-    found = [torch.empty(item.spec.shape, dtype=TORCH_DTYPE[item.spec.dtype]) for item in (one, other)]
+    found = [torch.empty(item.spec.shape, dtype=TORCH_DTYPE[item.spec.dtype], device="cpu") for item in (one, other)]
     wholes = [Fetch(item, Box.whole(item.spec.shape), into) for item, into in zip((one, other), found, strict=True)]
     fetch_distcp(root, wholes, lengths)
     return bool(bytes_of(found[0]) == bytes_of(found[1]))

@@ -177,6 +177,9 @@ class _Encoder:
     def _repeated(self, value: Any, name: str) -> Any:
         """What is in several places: the first says what it is, and all which one it is."""
         key = id(value)
+        sink = self._sink if self._has_patterns else None
+        if sink is not None and _Trial(sink, self._sharing, self._open).omits(value, name):
+            return self._tensor(value, name) if isinstance(value, torch.Tensor) else self._once(value, name)
         if key in self._known:
             return dict(self._known[key])
         if key in self._open:
@@ -389,6 +392,38 @@ class _Encoder:
             return CheckpointError(f"{name}: {why}")
         whole = self._sink.dotted(self._sealed or name)
         return CheckpointError(f"{self._sink.dotted(name)}: {why}, {leave_out(whole)}")
+
+
+class _Trial(_Encoder):
+    """Finds out whether a part of a value is left out under the name of one of its places.
+
+    There it is an object of its own, which is not what the other places hold.
+
+    Args:
+        sink: Knows what is left out; nothing is added to it.
+        sharing: What is in several places.
+        opened: Identities of what the value is in.
+    """
+
+    def __init__(self, sink: Sink, sharing: Sharing, opened: set[int]) -> None:
+        self._trial = Sink(sink.inside, sink.called, sink.known, sink.unsaved)
+        self._trial.sharing = sharing
+        super().__init__(self._trial, None)
+        self._open = set(opened)
+
+    def omits(self, value: Any, name: str) -> bool:
+        """Whether a part of this value is left out."""
+        self._repeated(value, name)
+        return bool(self._trial.omitted)
+
+    def _repeated(self, value: Any, name: str) -> Any:
+        """Look into every place of what is in several: the names differ."""
+        if id(value) in self._open:
+            raise self._refused(name, "its state holds itself; let state_dict() return something that does not")
+        self._open.add(id(value))
+        found = self._once(value, name)
+        self._open.discard(id(value))
+        return found
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:

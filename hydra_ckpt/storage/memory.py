@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch.distributed.tensor import DTensor
@@ -57,7 +60,8 @@ def fresh_like(
     nbytes = local.numel() * dtype.itemsize
     if device.type != "cpu" or nbytes < _HUGE_PAGE or not local.is_contiguous():
         return torch.empty_like(tensor, dtype=dtype, device=device)
-    memory = _mapped(nbytes)[:nbytes].view(dtype).view(local.shape)
+    memory = torch.empty(local.shape, dtype=dtype, device=device)
+    _offer_huge_pages(memory.data_ptr(), nbytes)
     if not isinstance(tensor, DTensor):
         return memory
     return DTensor.from_local(
@@ -80,6 +84,14 @@ def strided_like(tensor: DTensor, strides: tuple[int, ...]) -> DTensor:
     )
 
 
+def _offer_huge_pages(address: int, nbytes: int) -> None:
+    """Request huge pages for those in this memory, before its first use."""
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    whole = (address + nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
+    if sys.platform == "linux" and whole > 0:  # a kernel without them returns an error
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(whole), mmap.MADV_HUGEPAGE)
+
+
 def _mapped(nbytes: int) -> torch.Tensor:
     """A separate allocation, as uint8, which returns to the system when the last tensor in it is gone."""
     # Request whole pages, so that the system aligns them for huge pages; the last part stays in small pages, and only
@@ -92,15 +104,27 @@ def _mapped(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+# Longer than any memory: a type for each length would be made and dropped again and again.
+_Memory = ctypes.c_char * (1 << 62)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any element type, as writable bytes."""
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() == 0:
+    """The memory of a contiguous CPU tensor of any element type, as writable bytes.
+
+    It keeps the tensor. Its owner must not free or resize the memory meanwhile; `Tensor.numpy()` would make that
+    impossible, but for good.
+    """
+    tensor = tensor.detach().contiguous()
+    if tensor.numel() == 0:
         return memoryview(bytearray())
-    # A single element counts as contiguous whatever its stride is.
-    flat = flat.as_strided(flat.shape, (1,)) if flat.numel() == 1 else flat
-    # A bool tensor is one byte an element already, and view() would refuse it under some element types.
-    return memoryview(flat.view(torch.uint8).numpy().data)
+    memory: Any = _Memory.from_address(tensor.data_ptr())
+    memory.tensor = tensor
+    return memoryview(memory).cast("B")[: tensor.nbytes]
+
+
+def words_of(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The same as words of 8 bytes, as far as they are whole."""
+    return np.frombuffer(bytes_of(tensor), np.int64, tensor.nbytes // 8)
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:

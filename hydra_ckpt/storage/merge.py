@@ -105,7 +105,7 @@ def _block(
     stored: Mapping[str, StoredTensor],
     read: Callable[[list[Fetch]], int],
 ) -> torch.Tensor:
-    block = torch.empty(box.sizes, dtype=TORCH_DTYPE[spec.dtype])
+    block = torch.empty(box.sizes, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
     for alias in naming.by_name[spec.name]:
         found = alias.sought(box)
         if found is None:
@@ -122,7 +122,7 @@ def _block(
 def _part(source: StoredTensor, alias: Alias, box: Box, read: Callable[[list[Fetch]], int]) -> torch.Tensor:
     """A box of a source; if it is a box only in a grid, the whole source is read for it."""
     sizes = source.spec.shape if alias.grid else box.sizes
-    part = torch.empty(sizes, dtype=TORCH_DTYPE[source.spec.dtype])
+    part = torch.empty(sizes, dtype=TORCH_DTYPE[source.spec.dtype], device="cpu")
     read([Fetch(source, Box.whole(sizes) if alias.grid else box, part)])
     return narrow(part.view(alias.grid), box) if alias.grid else part
 

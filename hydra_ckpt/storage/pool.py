@@ -160,11 +160,13 @@ class Buffer:
         self._pinned = pinned
         self._memory = self._allocate(nbytes)
         self._slots: Slots | None = None
-        self._words = torch.empty(0, dtype=torch.int64)
+        self._words = torch.empty(0, dtype=torch.int64, device="cpu")
         self.turn = 0
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) if self._pinned else resident(nbytes)
+        if not self._pinned:
+            return resident(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     @property
     def nbytes(self) -> int:

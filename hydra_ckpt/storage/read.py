@@ -132,7 +132,7 @@ def _fetch_part(files: OpenFiles, part: Read, item: Fetch, ledger: Ledger | None
             target = target.narrow(dim, start, size)
     dtype = TORCH_DTYPE[item.stored.spec.dtype]
     direct = is_plain_memory(target) and target.dtype == dtype
-    landing = target if direct else torch.empty(part.box.sizes, dtype=dtype)
+    landing = target if direct else torch.empty(part.box.sizes, dtype=dtype, device="cpu")
     view, position = bytes_of(landing), 0
     for region in part.regions:
         for piece, digest in ((region, None),) if ledger is None else ledger.pieces(part.file, region):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hydra_ckpt.storage.lanes import Pair
+from hydra_ckpt.storage.memory import words_of
 from hydra_ckpt.storage.pool import Buffer
 
 _WORD = 8  # bytes
@@ -57,9 +58,9 @@ class Samples:
             words = {key: next(parts) for key in found}
             self._words.update(words)
             if device.type == "cpu":
-                whole = ((_words(tensors[key]), places) for key, places in found.items())
+                whole = ((words_of(tensors[key]), places) for key, places in found.items())
                 views = [memory[_slice(span)] for memory, places in whole for span in places]
-                np.concatenate(views, out=_joined(words).numpy())
+                np.concatenate(views, out=words_of(_joined(words)))
             else:  # untested on GPU
                 self.pending.append((_joined(words), _gather(tensors, found)))
 
@@ -81,7 +82,7 @@ class Samples:
         exact = [key for key in self._words if key not in self._casts]
         # By NumPy, which keeps the interpreter's lock: PyTorch would wait for it again after each of many small calls.
         there = [self._same_words(copies[key]) for key in exact]
-        saved = [self._words[key].numpy() for key in exact]
+        saved = [words_of(self._words[key]) for key in exact]
         found = [key for key, a, b in zip(exact, there, saved, strict=True) if not np.array_equal(a, b)]
         found += [key for key in self._words if key in self._casts and not self._is_cast(key, copies[key])]
         return found + [key for key in self._picked if not self._is_picked(key, copies[key])]
@@ -119,13 +120,6 @@ def _joined(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The memory of parts that are contiguous with each other."""
     first = next(iter(parts.values()))
     return first.as_strided((sum(part.numel() for part in parts.values()),), (1,))
-
-
-def _words(tensor: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The memory of a contiguous tensor on the CPU: NumPy makes such views in a fraction of PyTorch's time."""
-    if tensor.is_floating_point() and tensor.element_size() <= 2:  # NumPy has no bfloat16, nor smaller ones
-        tensor = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.uint8)
-    return np.frombuffer(tensor.numpy(), np.int64, tensor.nbytes // _WORD)
 
 
 def _gather(tensors: Mapping[int, torch.Tensor], found: Mapping[int, list[range]]) -> torch.Tensor:

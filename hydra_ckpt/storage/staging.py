@@ -104,6 +104,8 @@ class Staging:
         self._rest: list[Pair] = []
         self._samples: Samples | None = None
         self._versions: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._freed: list[int] = []
         self.snapshot = Snapshot(self._slots.views, pool, self._buffer)
 
     @property
@@ -124,6 +126,7 @@ class Staging:
         self._lanes.copy(early)
         self._lanes.lead()
         self._versions = {key: _version(tensor) for key, tensor in self._late.items()}
+        self._sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in self._late.items()}
         self._samples = Samples(self._late, self._casts, self._buffer)
         self._lanes.follow()
         late = [(targets[key], tensor) for key, tensor in self._late.items()]
@@ -132,7 +135,11 @@ class Staging:
     @torch.no_grad()
     def finish(self) -> None:
         """In any thread: copy what is left; afterwards the live tensors may change."""
-        self._lanes.copy(self._rest)
+        self._freed = [
+            key for key, tensor in self._late.items() if tensor.untyped_storage().nbytes() < self._sizes[key]
+        ]
+        freed = {id(self._late[key]) for key in self._freed}
+        self._lanes.copy([pair for pair in self._rest if id(pair[1]) not in freed])
         self._lanes.synchronize()
         self._rest, self._tensors = [], {}
         if self._samples is not None:
@@ -146,8 +153,12 @@ class Staging:
         return [key for key, tensor in self._late.items() if _version(tensor) != self._versions[key]]
 
     def torn(self) -> list[int]:
-        """Keys of late tensors whose copies do not agree with the samples taken at the beginning."""
-        return [] if self._samples is None else self._samples.unlike(self._slots.views)
+        """Keys of late tensors whose copies do not agree with the samples taken at the beginning.
+
+        Among them are those whose memory was freed before the copy.
+        """
+        unlike = [] if self._samples is None else self._samples.unlike(self._slots.views)
+        return [*unlike, *self._freed]
 
     def forget(self) -> None:
         """Let go of the live tensors: from now on they may change."""

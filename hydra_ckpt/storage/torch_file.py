@@ -123,7 +123,7 @@ def _built(described: Any, entries: Mapping[str, memoryview]) -> torch.Tensor:
     sizes, strides, (offset,) = _naturals(sizes), _naturals(strides), _naturals((offset,))
     memory = entries[f"data/{key}"]
     # frombuffer refuses an empty buffer
-    flat = torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype)
+    flat = torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype, device="cpu")
     return flat.as_strided(sizes, strides, offset)  # torch itself refuses what lies outside the memory
 
 

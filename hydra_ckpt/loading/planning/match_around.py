@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
+from hydra_ckpt.errors import some_of
 from hydra_ckpt.loading.planning.labels import (
     label_of_tensor,
 )
@@ -59,7 +60,9 @@ class AroundMatcher(Matcher):
         wanted = set(tensor_names(trees))
         # Never read into the live tensors: the objects load their state themselves.
         places = self._places(live, trees)
-        self.want(stored, wanted, {name: places.fresh(name, stored[name].spec) for name in wanted & stored.keys()})
+        targets = {name: places.fresh(name, stored[name].spec) for name in sorted(wanted & stored.keys())}
+        self._note_gathered(places.gathered(targets))
+        self.want(stored, wanted, targets)
 
     def _live_extras(self) -> Mapping[str, torch.Tensor]:
         """The tensors that extras have now, if they count: asking a fresh object for its state may change it."""
@@ -92,18 +95,32 @@ class AroundMatcher(Matcher):
         lost = places.homeless()
         if not lost:
             return
-        shared = self.source.shared
-        holders = [(self.plan.schedulers, "")]
-        holders.append((shared.get("extras", {}), "extras."))
-        holders += [(states, f"{called(model)}.") for model, states in shared.get("extra_state", {}).items()]
-        holders += [(part, f"{called(model)}.") for model, parts in shared.get("entries", {}).items() for part in parts]
-        for held, prefix in holders:
+        for held, prefix in self._holders():
             for key in list(held):
                 for name in sorted(set(tensor_names(held[key])).intersection(lost)):
                     dotted = f"{prefix}{key}"
                     self.leave_own(f"{dotted} ({name})", dotted, explain(places.lay.foreign[name]))
                     held.pop(key, None)
                     self.plan.absent.add(dotted)
+
+    def _holders(self) -> list[tuple[dict[str, Any], str]]:
+        """Encoded states by key, and what precedes the key in reports."""
+        shared = self.source.shared
+        holders = [(self.plan.schedulers, "")]
+        holders.append((shared.get("extras", {}), "extras."))
+        holders += [(states, f"{called(model)}.") for model, states in shared.get("extra_state", {}).items()]
+        holders += [(part, f"{called(model)}.") for model, parts in shared.get("entries", {}).items() for part in parts]
+        return holders
+
+    def _note_gathered(self, gathered: Collection[str]) -> None:
+        """Note the objects whose DTensors become plain tensors, because the model is on several other meshes here."""
+        for held, prefix in self._holders() if gathered else ():
+            for key, tree in held.items():
+                names = sorted(set(tensor_names(tree)).intersection(gathered))
+                if names and (prefix != "extras." or key in self.source.state.extras):
+                    dotted = f"{prefix}{key}"
+                    why = "on a mesh that is not here, and is a plain whole tensor now"
+                    self.source.notes.derived(dotted, f"{dotted}: {some_of(names)} was {why}")
 
     def _keep_known_extras(self, live: Mapping[str, torch.Tensor]) -> None:
         """Leave out what only other stages' extras have; an extra without tensors yet takes everything."""

@@ -98,7 +98,7 @@ class Matcher:
             spec = stored[name].spec
             target = targets.get(name)
             if target is None or (tuple(target.shape), SAFETENSORS_DTYPE[target.dtype]) != (spec.shape, spec.dtype):
-                target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype])
+                target = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
             self.plan.tensors[name] = target
             item = self.source.extractor.localize(name, target)
             self.plan.fetches.append(Fetch(stored[name], item.box, item.tensor))
