@@ -49,7 +49,7 @@ def _sharing(fetches: Sequence[Fetch]) -> Iterator[list[int]]:
 
 
 def _apart(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def _lost(here: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> dict[i
     """Write values one after the other to memory arranged as that of live tensors; which of them are lost, to what."""
     start = min(item.data_ptr() for item in here) // _ALIGNMENT * _ALIGNMENT
     end = max(item.data_ptr() + _stretch(item) for item in here)
-    memory = torch.zeros(end - start, dtype=torch.uint8)
+    memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu")
     views = [_view(memory, item, item.data_ptr() - start) for item in here]
     for view, value in zip(views, saved, strict=True):
         view.copy_(value)
