@@ -13,13 +13,13 @@ from hydra_ckpt.distributed.group import Group, gather_everywhere
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.base import BaseReport, load_base
-from hydra_ckpt.loading.changes import changes, tell
+from hydra_ckpt.loading.changes import changes, log_changes
 from hydra_ckpt.loading.restoring import Restorer
 from hydra_ckpt.loading.run_position import RunPosition
 from hydra_ckpt.report import LoadReport, Stats
 from hydra_ckpt.resolved import ResolvedConfig, refuse_unlike
 from hydra_ckpt.saving.pending import PendingSave
-from hydra_ckpt.saving.request import whole
+from hydra_ckpt.saving.request import non_negative_int
 from hydra_ckpt.saving.run_metrics import RunMetrics
 from hydra_ckpt.saving.save import JOIN_PATIENCE_S
 from hydra_ckpt.saving.saver import Saver, optimizer_classes
@@ -180,7 +180,7 @@ class Checkpointer:
         self._saver.begin_run(state)
         if report is not None and self.group.rank == 0:
             texts, classes = dict(self.config.hydra_texts), optimizer_classes(state.optimizers)
-            tell(report.path, changes(report.path, texts, classes, self.group.world_size))
+            log_changes(report.path, changes(report.path, texts, classes, self.group.world_size))
         return report
 
     def _check(self, state: AppState) -> None:
@@ -278,7 +278,7 @@ class Checkpointer:
             CheckpointExistsError: The step is already published.
         """
         self.refuse_closed(f"saving step {step}")
-        step, epoch = whole("step", step), whole("epoch", epoch)
+        step, epoch = non_negative_int("step", step), non_negative_int("epoch", epoch)
         if skippable and not is_final and self.config.write.skips_when_busy and self._saver.known.is_busy():
             self.stats.skipped += 1
             return PendingSave.nothing(step, skipped=True)

@@ -98,7 +98,7 @@ class DisabledCheckpointer(Checkpointer):
         try:
             return load_base(model, self.config.hub, channel, allow_pickle=self.config.read.allow_pickle)
         finally:
-            channel.farewell()  # rank 0 hosts the store that the others still read from
+            channel.drain()  # rank 0 hosts the store that the others still read from
             channel.close()
             group.close()
 

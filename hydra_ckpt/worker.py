@@ -51,9 +51,9 @@ class Worker:
         farewell: Called in the thread before it leaves.
     """
 
-    def __init__(self, name: str, farewell: Job | None = None) -> None:
+    def __init__(self, name: str, drain: Job | None = None) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
-        self._farewell = farewell
+        self._farewell = drain
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._has_left = False  # changed with the lock: no job is queued that will not be done

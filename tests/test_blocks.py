@@ -20,11 +20,11 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS, block_of
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
-from hydra_ckpt.layout.replicas import crowd
+from hydra_ckpt.layout.replicas import ranks_per_file
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement
 from hydra_ckpt.saving.write_planning import make_plan, state_layout
-from hydra_ckpt.state.local import LocalTensor, Place
+from hydra_ckpt.state.local import LocalTensor, ShardPlacement
 from hydra_ckpt.storage.write import create_own_files
 from hydra_ckpt.store.catalog import Checkpoint
 from hydra_ckpt.testing import run_distributed
@@ -71,11 +71,13 @@ def _held(mesh: tuple[int, int, int], here: tuple[int, ...]) -> list[LocalTensor
     found = []
     for spec in SPECS:
         dims = SPLITS.get(spec.name.split(".")[1])
-        at = Place(spec, Box.whole(spec.shape))
+        at = ShardPlacement(spec, Box.whole(spec.shape))
         if dims is not None:
             how = Sharding(mesh, here, dims, (False, dims[2] == 0, False))
             group = tuple(dim is None for dim in dims)
-            at = Place(spec, how.box(spec.shape), "mesh", how.replica, group, crowd=crowd(how), sharding=how)
+            at = ShardPlacement(
+                spec, how.box(spec.shape), "mesh", how.replica, group, ranks_per_file=ranks_per_file(how), sharding=how
+            )
         found.append(LocalTensor(at, torch.empty(0)))
     return found
 
@@ -86,9 +88,9 @@ def _plans(mesh: tuple[int, int, int]) -> list[WritePlan]:
     plans = []
     for rank, here in enumerate(product(*map(range, mesh))):
         items = _held(mesh, here)
-        crowds = {("optim", item.spec.name): item.place.crowd for item in items}
+        ranks_per_file = {("optim", item.spec.name): item.place.ranks_per_file for item in items}
         copies = {"": (rank, world), "mesh": (0, 1)}
-        agreement = Agreement({"optim": tuple(SPECS)}, copies, rank == 0, "", crowds=crowds)
+        agreement = Agreement({"optim": tuple(SPECS)}, copies, rank == 0, "", ranks_per_file=ranks_per_file)
         layout = state_layout("optim", sum(spec.nbytes for spec in SPECS), world)
         plans.append(make_plan({"optim": items}, agreement, [layout], rank, world))
     return plans

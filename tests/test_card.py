@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hydra_ckpt import AppState, CheckpointingConfig
-from hydra_ckpt.hub.card import Made, model_card
+from hydra_ckpt.hub.card import SaveInfo, model_card
 from hydra_ckpt.hub.offline import export_checkpoint
 from tests.hub_models import make
 
@@ -45,7 +45,7 @@ def test_there_is_no_card_unless_one_is_wanted(tmp_path: Path) -> None:
 
 
 def test_a_card_holds_hydras_configuration_and_names_no_local_base_model(tmp_path: Path) -> None:
-    made = Made(3, 0, texts={"overrides.yaml": "- optimizer.lr=0.1\n", "config.yaml": "optimizer:\n  lr: 0.1\n"})
+    made = SaveInfo(3, 0, texts={"overrides.yaml": "- optimizer.lr=0.1\n", "config.yaml": "optimizer:\n  lr: 0.1\n"})
     (tmp_path / "org").mkdir()
     for base in (str(tmp_path), None):
         text = model_card(torch.nn.Linear(2, 2), made, base).decode()

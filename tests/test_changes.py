@@ -13,7 +13,7 @@ from torch import nn
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
 from hydra_ckpt.jobs.differences import differences, kind_of
 from hydra_ckpt.jobs.yaml_text import parse_config
-from hydra_ckpt.loading.changes import changes, tell
+from hydra_ckpt.loading.changes import changes, log_changes
 from hydra_ckpt.store import names
 
 
@@ -109,7 +109,7 @@ def test_settings_and_facts_that_differ_are_told_and_warned_about(
         ("trainer.batch_size: 8 -> 16", "batch size"),
     ]
     with caplog.at_level(logging.INFO):
-        tell(path, found)
+        log_changes(path, found)
     shown, warned = caplog.records
     assert shown.getMessage() == "settings that differ from those of epoch_0_step_1: optimizer.lr: 0.1 -> 0.2"
     assert warned.levelno == logging.WARNING

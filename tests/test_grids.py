@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.grids import NoGridError, Walk, aliases_on_grid, flat_boxes
 from hydra_ckpt.layout.specs import TensorSpec
@@ -35,7 +35,9 @@ def test_shards_of_any_size_make_up_the_moved_tensor(move: str, dim: int) -> Non
     spec = TensorSpec("source", "I64", tuple(source.shape))
     walk = Walk(spec, int(moved.storage_offset()), tuple(moved.shape), moved.stride(), shape, (0,) * len(shape))
     aliases = aliases_on_grid("moved", shape, [walk])
-    assert Naming.from_data(Naming(tuple(aliases), shapes={"moved": shape}).to_data()).aliases == tuple(aliases)
+    assert TensorMapping.from_data(TensorMapping(tuple(aliases), shapes={"moved": shape}).to_data()).aliases == tuple(
+        aliases
+    )
     for step in range(1, source.shape[dim] + 1):
         found = torch.full(shape, -1)
         for start in range(0, source.shape[dim], step):

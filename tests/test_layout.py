@@ -22,10 +22,10 @@ from torch import nn
 
 from hydra_ckpt.errors import CorruptCheckpointError, TopologyError
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.boxes import Box, Region, Sharding, chunk, regions
+from hydra_ckpt.layout.boxes import Box, ByteRuns, Sharding, chunk, regions
 from hydra_ckpt.layout.file_layout import DATA_ALIGNMENT, FileLayout, by_size, file_names, index_json, lay_out
-from hydra_ckpt.layout.plan import CELL_BYTES, Piece, WritePlan, fill_files, full_coverage, reads
-from hydra_ckpt.layout.replicas import Holding, Share, shares
+from hydra_ckpt.layout.plan import CELL_BYTES, WriteItem, WritePlan, fill_files, full_coverage, reads
+from hydra_ckpt.layout.replicas import LocalShard, WriteShare, shares
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 from hydra_ckpt.state.local import Localizer
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
@@ -57,7 +57,7 @@ def part(array: np.ndarray, box: Box) -> np.ndarray:
     return array[(*(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True)), ...)]
 
 
-def bytes_in(region: Region) -> Iterator[int]:
+def bytes_in(region: ByteRuns) -> Iterator[int]:
     for index in range(region.count):
         start = region.offset + index * region.stride
         yield from range(start, start + region.run)
@@ -84,7 +84,7 @@ def test_a_box_needs_as_few_regions_as_its_outer_dimensions_allow(tensor: tuple[
     # One strided level is free; only what lies outside it takes a region for each row.
     assert len(found) <= max(math.prod(box.sizes[:-2]), 1)
     if box == Box.whole(shape) and box.numel:
-        assert found == [Region(0, box.numel * 4)]
+        assert found == [ByteRuns(0, box.numel * 4)]
 
 
 @given(tensors_with_box(), st.data())
@@ -204,7 +204,7 @@ def test_the_shares_of_replicas_tile_what_they_hold(case: tuple[list[tuple[Tenso
     seen = {spec.name: np.zeros(spec.shape, int) for spec, _, _ in items}
     written, named = [], Counter[str]()
     for index in range(count):
-        holdings = [Holding(spec, box, (index, count), "group", divisible) for spec, box, divisible in items]
+        holdings = [LocalShard(spec, box, (index, count), "group", divisible) for spec, box, divisible in items]
         mine = shares(holdings)
         for position, share in mine.items():
             part(seen[share.spec.name], share.box)[...] += 1
@@ -253,7 +253,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(specs: list[Tenso
 
 def _whole_plan(files: list[FileLayout], specs: list[TensorSpec]) -> WritePlan:
     mine = {
-        position: Share(spec, Box.whole(spec.shape), 0, (spec.shape or (1,))[0])
+        position: WriteShare(spec, Box.whole(spec.shape), 0, (spec.shape or (1,))[0])
         for position, spec in enumerate(specs)
         if spec.nbytes
     }
@@ -296,14 +296,14 @@ def test_coverage_is_full_exactly_where_every_byte_is_written_once(
     files = lay_out(by_size(specs, 100), "model", "model")
     plans = []
     for rank in range(world):
-        mine = shares([Holding(spec, Box.whole(spec.shape), (rank, world), "group") for spec in specs])
+        mine = shares([LocalShard(spec, Box.whole(spec.shape), (rank, world), "group") for spec in specs])
         plans.append(WritePlan(tuple(files), (), mine, tuple(fill_files(files, mine)), ""))
     full = full_coverage(files)
     assert sum(plan.coverage for plan in plans) % (1 << 64) == full
     pieces = [piece for plan in plans for piece in plan.pieces]
     if not pieces:
         return
-    broken: Piece = data.draw(st.sampled_from(pieces))
+    broken: WriteItem = data.draw(st.sampled_from(pieces))
     others = [piece for piece in pieces if piece is not broken]
     moved = replace(broken, region=replace(broken.region, offset=broken.region.offset + 1))
     short = replace(broken, region=replace(broken.region, run=broken.region.run - 1))
@@ -314,7 +314,7 @@ def test_coverage_is_full_exactly_where_every_byte_is_written_once(
 def test_pieces_keep_to_the_grid_of_digests() -> None:
     spec = TensorSpec("wide", "U8", (3, CELL_BYTES))
     files = lay_out([[spec]], "model", "model")
-    whole = {0: Share(spec, Box.whole(spec.shape), 0, 3)}
+    whole = {0: WriteShare(spec, Box.whole(spec.shape), 0, 3)}
     pieces = list(fill_files(files, whole))
     assert all(piece.region.nbytes <= CELL_BYTES for piece in pieces)
     assert all(piece.region.end % CELL_BYTES == 0 for piece in pieces[:-1])

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from hydra_ckpt.layout import plan, replicas
-from hydra_ckpt.layout.aliases import Alias, Naming
-from hydra_ckpt.layout.boxes import Box, Region, Sharding, regions
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
+from hydra_ckpt.layout.boxes import Box, ByteRuns, Sharding, regions
 from hydra_ckpt.layout.file_layout import FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import WritePlan, cells, fill_files, full_coverage
-from hydra_ckpt.layout.replicas import Holding, shares, stretches
+from hydra_ckpt.layout.replicas import LocalShard, shares, stretches
 from hydra_ckpt.layout.specs import TensorSpec
 
 # All shapes of up to three dimensions, and enough with four that two strided levels lie outside of the innermost runs.
@@ -40,7 +40,7 @@ def boxes_of(shape: tuple[int, ...]) -> Iterator[Box]:
         yield Box(tuple(start for start, _ in choice), tuple(size for _, size in choice))
 
 
-def bytes_in(region: Region) -> Iterator[int]:
+def bytes_in(region: ByteRuns) -> Iterator[int]:
     for index in range(region.count):
         start = region.offset + index * region.stride
         yield from range(start, start + region.run)
@@ -95,7 +95,7 @@ def test_every_small_division_writes_each_row_once_and_evenly() -> None:
         specs = [TensorSpec("a", "F32", (first, 2)), TensorSpec("b", "BF16", (second, 3))]
         rows: Counter[tuple[str, int]] = Counter()
         for rank in range(count):
-            held = [Holding(spec, Box.whole(spec.shape), (rank, count)) for spec in specs]
+            held = [LocalShard(spec, Box.whole(spec.shape), (rank, count)) for spec in specs]
             for position, share in shares(held).items():
                 assert share.box == held[position].box.rows(share.start, share.stop)
                 rows.update((share.spec.name, row) for row in range(share.start, share.stop))
@@ -118,25 +118,25 @@ def test_how_many_replicas_write() -> None:
 
 def test_writers_are_spread_over_the_replicas() -> None:
     spec = TensorSpec("a", "U8", (64, 1))
-    writers = [rank for rank in range(20) if shares([Holding(spec, Box.whole(spec.shape), (rank, 20))])]
+    writers = [rank for rank in range(20) if shares([LocalShard(spec, Box.whole(spec.shape), (rank, 20))])]
     assert writers == [0, 2, 5, 7, 10, 12, 15, 17]  # 8 of 20, every 2.5th
 
 
 def test_what_replicas_may_not_divide_is_written_by_the_first() -> None:
     spec = TensorSpec("buffer", "F32", (6,))
     for rank in range(3):
-        held = Holding(spec, Box.whole((6,)), (rank, 3), divisible=False)
+        held = LocalShard(spec, Box.whole((6,)), (rank, 3), divisible=False)
         assert [(s.start, s.stop) for s in shares([held]).values()] == ([(0, 6)] if rank == 0 else [])
 
 
 def test_the_number_of_writers_of_a_sharded_file() -> None:
-    def crowd(mesh: tuple[int, ...], dims: tuple[int | None, ...]) -> int:
-        return replicas.crowd(Sharding(mesh, (0,) * len(mesh), dims, (False,) * len(mesh)))
+    def ranks_per_file(mesh: tuple[int, ...], dims: tuple[int | None, ...]) -> int:
+        return replicas.ranks_per_file(Sharding(mesh, (0,) * len(mesh), dims, (False,) * len(mesh)))
 
-    assert crowd((4, 16), (None, 0)) == 64
-    assert crowd((32, 16), (None, 0)) == 16 * 8
-    assert crowd((2, 16), (1, 0)) == 32
-    assert crowd((4, 16), (None, None)) == 1  # not sharded
+    assert ranks_per_file((4, 16), (None, 0)) == 64
+    assert ranks_per_file((32, 16), (None, 0)) == 16 * 8
+    assert ranks_per_file((2, 16), (1, 0)) == 32
+    assert ranks_per_file((4, 16), (None, None)) == 1  # not sharded
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ def test_the_index_is_sorted_and_has_the_size_of_the_tensors() -> None:
 def test_cells_keep_to_the_grid_and_strided_ones_to_whole_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "CELL_BYTES", 8)
     for offset, run in product(range(20), range(1, 30)):
-        found = list(cells(Region(offset, run)))
+        found = list(cells(ByteRuns(offset, run)))
         assert [byte for cell in found for byte in bytes_in(cell)] == list(range(offset, offset + run))
         assert all(cell.nbytes <= 8 and cell.offset // 8 == (cell.end - 1) // 8 for cell in found)
         assert all(cell.end % 8 == 0 for cell in found[:-1])
     for run, count in product(range(1, 20), range(2, 12)):
-        region = Region(3, run, count, 25)
+        region = ByteRuns(3, run, count, 25)
         found = list(cells(region))
         assert [byte for cell in found for byte in bytes_in(cell)] == list(bytes_in(region))
         assert all(cell.run == run and cell.count <= max(8 // run, 1) for cell in found)
@@ -192,7 +192,7 @@ def test_shards_along_any_dimension_cover_a_file_once_and_with_one_missing_or_tw
         layouts = lay_out([[spec]], "model", "model")
         for dim in range(len(shape)):
             ranks = [Sharding((parts,), (rank,), (dim,), (False,)) for rank in range(parts)]
-            held = [shares([Holding(spec, rank.box(shape))]) for rank in ranks]
+            held = [shares([LocalShard(spec, rank.box(shape))]) for rank in ranks]
             plans = [WritePlan(tuple(layouts), (), mine, tuple(fill_files(layouts, mine)), "") for mine in held]
             assert sum(each.coverage for each in plans) % (1 << 64) == full_coverage(layouts), (shape, dim)
             for each in plans:
@@ -208,7 +208,7 @@ def test_coverage_of_a_block_s_file_is_zero_in_sum_only_if_it_is_filled() -> Non
     begin = len(file.header)
 
     def coverage(led: bool, *ranges: tuple[int, int]) -> int:
-        pieces = tuple(plan.Piece(0, Region(begin + a, b - a), 0, 0) for a, b in ranges)
+        pieces = tuple(plan.WriteItem(0, ByteRuns(begin + a, b - a), 0, 0) for a, b in ranges)
         return WritePlan((), (), {}, pieces, "", block_files=(file,), led=frozenset({0} if led else ())).coverage
 
     def total(*coverages: int) -> int:
@@ -223,7 +223,7 @@ def test_coverage_of_a_block_s_file_is_zero_in_sum_only_if_it_is_filled() -> Non
 def test_own_files_need_no_proof_and_count_in_the_bytes() -> None:
     spec = TensorSpec("a", "U8", (10,))
     layouts = lay_out([[spec]], "model", "model")
-    mine = shares([Holding(spec, Box.whole((10,)))])
+    mine = shares([LocalShard(spec, Box.whole((10,)))])
     own = WritePlan((), tuple(layouts), mine, tuple(fill_files(layouts, mine)), "")
     assert (own.coverage, own.nbytes, own.created) == (0, 10, [0])
     files = tuple(layouts)
@@ -256,46 +256,48 @@ def test_a_fingerprint_differs_for_every_field_and_every_order() -> None:
 SPECS = [TensorSpec(name, "F32", (2, 3)) for name in ("a", "b", "c")]
 
 
-def alias_of(name: str, source: str, row: int) -> Alias:
+def alias_of(name: str, source: str, row: int) -> SliceMapping:
     """The first or second row of a tensor of two as a row of another."""
-    return Alias(name, (2, 3), (row, 0), source, Box((row, 0), (1, 3)), (0, 1))
+    return SliceMapping(name, (2, 3), (row, 0), source, Box((row, 0), (1, 3)), (0, 1))
 
 
 def test_the_pieces_of_a_joined_tensor_follow_each_other_where_its_first_source_is() -> None:
-    given = [alias_of("joined", "c", 1), Alias.same(SPECS[1]), alias_of("joined", "a", 0)]
-    found = Naming.ordered(given, SPECS)
+    given = [alias_of("joined", "c", 1), SliceMapping.same(SPECS[1]), alias_of("joined", "a", 0)]
+    found = TensorMapping.ordered(given, SPECS)
     assert [(alias.name, alias.source) for alias in found.aliases] == [("b", "b"), ("joined", "c"), ("joined", "a")]
     assert [spec.name for spec in found.specs(SPECS)] == ["b", "joined"]
-    found = Naming.ordered(given[::-1], SPECS)
+    found = TensorMapping.ordered(given[::-1], SPECS)
     assert [(alias.name, alias.source) for alias in found.aliases] == [("joined", "a"), ("joined", "c"), ("b", "b")]
 
 
 def test_a_naming_is_completed_with_the_tensors_that_have_none() -> None:
-    found = Naming((alias_of("joined", "c", 1), alias_of("joined", "a", 0)), {"joined": "BF16"}).completed(SPECS[:2])
+    found = TensorMapping((alias_of("joined", "c", 1), alias_of("joined", "a", 0)), {"joined": "BF16"}).completed(
+        SPECS[:2]
+    )
     assert [(alias.name, alias.source) for alias in found.aliases] == [("joined", "a"), ("b", "b")]
     assert found.dtypes == {"joined": "BF16"}
 
 
 def test_a_naming_keeps_a_tensor_only_if_all_of_it_is_there_bit_for_bit() -> None:
-    whole = Naming((alias_of("x", "a", 0), alias_of("y", "a", 1)))
+    whole = TensorMapping((alias_of("x", "a", 0), alias_of("y", "a", 1)))
     assert whole.keeps(SPECS[:1])
     assert not whole.keeps(SPECS[:2])
-    assert not Naming(whole.aliases[:1]).keeps(SPECS[:1])
-    assert not Naming((whole.aliases[0],) * 2).keeps(SPECS[:1])  # the same row twice is not both
-    assert not Naming(whole.aliases, {"y": "BF16"}).keeps(SPECS[:1])
-    assert Naming(whole.aliases, {"y": "F32"}).keeps(SPECS[:1])
+    assert not TensorMapping(whole.aliases[:1]).keeps(SPECS[:1])
+    assert not TensorMapping((whole.aliases[0],) * 2).keeps(SPECS[:1])  # the same row twice is not both
+    assert not TensorMapping(whole.aliases, {"y": "BF16"}).keeps(SPECS[:1])
+    assert TensorMapping(whole.aliases, {"y": "F32"}).keeps(SPECS[:1])
 
 
 def test_what_is_plain() -> None:
-    assert Naming.unchanged(SPECS).is_plain
-    assert not Naming((Alias.same(SPECS[0], "other"),)).is_plain
-    assert not Naming((Alias.same(SPECS[0]),), {"a": "BF16"}).is_plain
-    assert not Naming((alias_of("a", "a", 0),)).is_plain
+    assert TensorMapping.unchanged(SPECS).is_plain
+    assert not TensorMapping((SliceMapping.same(SPECS[0], "other"),)).is_plain
+    assert not TensorMapping((SliceMapping.same(SPECS[0]),), {"a": "BF16"}).is_plain
+    assert not TensorMapping((alias_of("a", "a", 0),)).is_plain
 
 
 def test_an_alias_and_its_way_back_agree_on_every_box() -> None:
-    transposed = Alias("t", (3, 2), (0, 0), "a", Box((0, 1), (2, 2)), (1, 0))
-    indexed = Alias("i", (1, 3), (0, 0), "a", Box((1, 0), (1, 3)), (None, 1))
+    transposed = SliceMapping("t", (3, 2), (0, 0), "a", Box((0, 1), (2, 2)), (1, 0))
+    indexed = SliceMapping("i", (1, 3), (0, 0), "a", Box((1, 0), (1, 3)), (None, 1))
     for alias, held in product((transposed, indexed, alias_of("r", "a", 1)), boxes_of((2, 3))):
         part, common = alias.part(held), alias.box.intersect(held)
         assert (part is None) == (common is None)
@@ -307,11 +309,13 @@ def test_an_alias_and_its_way_back_agree_on_every_box() -> None:
 
 def test_tensors_of_two_models_correspond_by_the_export_that_both_have() -> None:
     """One model has the export's `x` (4 x 3) as two tensors of two rows, the other as three rows and one."""
-    two = Naming(tuple(Alias("x", (4, 3), (2 * n, 0), f"h{n}", Box((0, 0), (2, 3)), (0, 1)) for n in range(2)))
-    rows = Naming(
+    two = TensorMapping(
+        tuple(SliceMapping("x", (4, 3), (2 * n, 0), f"h{n}", Box((0, 0), (2, 3)), (0, 1)) for n in range(2))
+    )
+    rows = TensorMapping(
         (
-            Alias("x", (4, 3), (0, 0), "top", Box((0, 0), (3, 3)), (0, 1)),
-            Alias("x", (4, 3), (3, 0), "last", Box((0, 0), (1, 3)), (0, 1)),
+            SliceMapping("x", (4, 3), (0, 0), "top", Box((0, 0), (3, 3)), (0, 1)),
+            SliceMapping("x", (4, 3), (3, 0), "last", Box((0, 0), (1, 3)), (0, 1)),
         )
     )
     specs = {f"h{n}": TensorSpec(f"h{n}", "F32", (2, 3)) for n in range(2)}
@@ -323,17 +327,19 @@ def test_tensors_of_two_models_correspond_by_the_export_that_both_have() -> None
         ("h1", 1, 1, "last", 0),
     ]
     assert [a.shape for a in found.aliases] == [(3, 3), (3, 3), (1, 3)]
-    assert two.onto(Naming.unchanged(SPECS), specs).aliases == ()
+    assert two.onto(TensorMapping.unchanged(SPECS), specs).aliases == ()
 
 
 def valid() -> dict[str, Any]:
-    return Naming((alias_of("x", "a", 0), alias_of("x", "b", 1)), {"x": "BF16"}, {"x": "f"}, {"x": (6,)}).to_data()
+    return TensorMapping(
+        (alias_of("x", "a", 0), alias_of("x", "b", 1)), {"x": "BF16"}, {"x": "f"}, {"x": (6,)}
+    ).to_data()
 
 
 def test_a_naming_survives_its_file() -> None:
-    assert Naming.from_data(json.loads(json.dumps(valid()))).to_data() == valid()
+    assert TensorMapping.from_data(json.loads(json.dumps(valid()))).to_data() == valid()
     on_grid = replace(alias_of("x", "a", 0), grid=(2, 3))
-    assert Naming.from_data(json.loads(json.dumps(Naming((on_grid,)).to_data()))).aliases == (on_grid,)
+    assert TensorMapping.from_data(json.loads(json.dumps(TensorMapping((on_grid,)).to_data()))).aliases == (on_grid,)
 
 
 @pytest.mark.parametrize(
@@ -359,14 +365,14 @@ def test_a_naming_that_does_not_fit_is_invalid(column: int, value: list[Any]) ->
     data = valid()
     data["aliases"][1][column] = value
     with pytest.raises(ValueError, match=r"."):
-        Naming.from_data(data)
+        TensorMapping.from_data(data)
 
 
 def test_a_dimension_may_not_be_used_twice_even_if_the_sizes_fit() -> None:
     piece = ["x", [2, 3], [0, 0], "a", [0, 0], [1, 1], [0, 0]]
     with pytest.raises(ValueError, match="does not fit"):
-        Naming.from_data({"aliases": [piece], "dtypes": {}, "files": {}})
-    assert Naming.from_data({"aliases": [[*piece[:-1], [0, 1]]], "dtypes": {}, "files": {}}).aliases
+        TensorMapping.from_data({"aliases": [piece], "dtypes": {}, "files": {}})
+    assert TensorMapping.from_data({"aliases": [[*piece[:-1], [0, 1]]], "dtypes": {}, "files": {}}).aliases
 
 
 @pytest.mark.parametrize(
@@ -375,6 +381,6 @@ def test_a_dimension_may_not_be_used_twice_even_if_the_sizes_fit() -> None:
 )
 def test_a_naming_of_the_wrong_kind_is_invalid(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Naming.from_data({**valid(), key: value})
+        TensorMapping.from_data({**valid(), key: value})
     with pytest.raises(ValueError, match=r"."):
-        Naming.from_data({name: item for name, item in valid().items() if name != "dtypes"})
+        TensorMapping.from_data({name: item for name, item in valid().items() if name != "dtypes"})

@@ -16,7 +16,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from hydra_ckpt.distributed.reaching import (
-    Place,
+    RankAddress,
     UnreachableError,
     addresses_of_this_host,
     candidates,
@@ -24,7 +24,7 @@ from hydra_ckpt.distributed.reaching import (
     reach,
 )
 
-PLACE = Place("localhost", "boot 1", ("10.1.2.3", "192.168.7.7", "fd00::7"), 29500, "incarnation")
+PLACE = RankAddress("localhost", "boot 1", ("10.1.2.3", "192.168.7.7", "fd00::7"), 29500, "incarnation")
 
 
 def test_ranks_that_share_a_network_use_the_loopback() -> None:
@@ -110,7 +110,7 @@ def _take(server: socket.socket) -> None:
 
 
 def test_rank_0_is_reached_through_the_loopback(store: TCPStore) -> None:
-    place = Place("here", network_of_this_process(), (), store.port, "incarnation")
+    place = RankAddress("here", network_of_this_process(), (), store.port, "incarnation")
     reached = reach(place, 20.0)
     assert (reached.address, reached.own) == ("127.0.0.1", "127.0.0.1")
     assert reached.store.get("incarnation") == b"1"
@@ -118,22 +118,22 @@ def test_rank_0_is_reached_through_the_loopback(store: TCPStore) -> None:
 
 def test_rank_0_is_reached_by_the_address_that_works(store: TCPStore) -> None:
     # 192.0.2.0/24 is nobody's: refused, unreachable or without an answer, as the system likes it.
-    place = Place("no-such-host.invalid", "elsewhere", ("192.0.2.1", "127.0.0.1"), store.port, "incarnation")
+    place = RankAddress("no-such-host.invalid", "elsewhere", ("192.0.2.1", "127.0.0.1"), store.port, "incarnation")
     assert reach(place, 30.0).address == "127.0.0.1"
 
 
 def test_another_programs_store_is_not_taken_for_rank_0s(store: TCPStore) -> None:
-    place = Place("no-such-host.invalid", "elsewhere", ("127.0.0.1",), store.port, "of another run")
+    place = RankAddress("no-such-host.invalid", "elsewhere", ("127.0.0.1",), store.port, "of another run")
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1: another program's store answers at this address"):
         reach(place, 1.0)
 
 
 def test_a_program_that_says_nothing_ends_at_the_limit(silent: int) -> None:
-    place = Place("no-such-host.invalid", "elsewhere", ("127.0.0.1",), silent, "incarnation")
+    place = RankAddress("no-such-host.invalid", "elsewhere", ("127.0.0.1",), silent, "incarnation")
     with pytest.raises(UnreachableError, match=f"rank 0's store at port {silent} of no-such-host.invalid"):
         reach(place, 1.5)
 
 
 def test_a_host_without_an_address_is_said_so() -> None:
     with pytest.raises(UnreachableError, match="no address is known"):
-        reach(Place("no-such-host.invalid", "elsewhere", (), 1, "incarnation"), 1.0)
+        reach(RankAddress("no-such-host.invalid", "elsewhere", (), 1, "incarnation"), 1.0)

@@ -69,7 +69,7 @@ CALLS: dict[str, Callable[[Channel], Any]] = {
     "receive": lambda channel: channel.receive("a message", (lambda: 1) if channel.is_coordinator else None),
     "scatter": lambda channel: channel.scatter("a message", [1, 1] if channel.is_coordinator else None),
     "a long message": lambda channel: channel.agree("a message", "x" * (1 << 26), len),  # more than sockets hold
-    "farewell": lambda channel: channel.farewell(),
+    "farewell": lambda channel: channel.drain(),
 }
 
 
@@ -116,7 +116,7 @@ def _late(root: Path) -> list[str]:
     dist.barrier()
     channel.open()
     told.append(str(channel.agree("the second", 1, sum)))
-    channel.farewell()
+    channel.drain()
     return told
 
 
@@ -135,7 +135,7 @@ def _at_work() -> list[Any]:
         return "done"
 
     found = channel.coordinator_step("something long", work)
-    channel.farewell()
+    channel.drain()
     return [found, channel.agree("the store does not grow", 1, sum)]
 
 

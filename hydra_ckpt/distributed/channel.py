@@ -71,7 +71,7 @@ class Channel(ABC):
         """Collective: the coordinator sends each rank its own payload; others pass None."""
 
     @abstractmethod
-    def farewell(self) -> None:
+    def drain(self) -> None:
         """Collective: rank 0, which hosts the store, returns once all other ranks have every answer, or are late."""
 
     @abstractmethod
@@ -175,7 +175,7 @@ class SoloChannel(Channel):
         """This rank's payload."""
         return (payloads or [None])[0]
 
-    def farewell(self) -> None:
+    def drain(self) -> None:
         """No other rank to wait for."""
 
     def close(self) -> None:

@@ -22,7 +22,14 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 
 from hydra_ckpt.distributed.channel import Channel, SoloChannel
 from hydra_ckpt.distributed.courier import Courier, bounded
-from hydra_ckpt.distributed.reaching import LOOPBACK, Place, Reached, UnreachableError, network_of_this_process, reach
+from hydra_ckpt.distributed.reaching import (
+    LOOPBACK,
+    RankAddress,
+    Reached,
+    UnreachableError,
+    network_of_this_process,
+    reach,
+)
 from hydra_ckpt.distributed.store_channel import StoreChannel
 from hydra_ckpt.errors import CheckpointError
 
@@ -165,22 +172,24 @@ class Group:
             self._courier.close()
 
 
-def _open_store(process_group: dist.ProcessGroup | None, rank: int, limit_s: float) -> tuple[Place, TCPStore | None]:
+def _open_store(
+    process_group: dist.ProcessGroup | None, rank: int, limit_s: float
+) -> tuple[RankAddress, TCPStore | None]:
     """Collective: rank 0 creates the store; all ranks get its place."""
     store: TCPStore | None = None
     note: list[Any] = [None]
     if rank == 0:
         # Ranks on other hosts must be able to reach it.
         store = TCPStore("0.0.0.0", 0, None, is_master=True, wait_for_workers=False)  # noqa: S104
-        place = Place.here(store.port, os.urandom(6).hex())
+        place = RankAddress.here(store.port, os.urandom(6).hex())
         store.set(place.incarnation, "1")
         note = [asdict(place)]
     first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
     _together(process_group, lambda: dist.broadcast_object_list(note, src=first, group=process_group), limit_s)
-    return Place(**note[0]), store
+    return RankAddress(**note[0]), store
 
 
-def _try_to_reach(place: Place, limit_s: float) -> Reached | str:
+def _try_to_reach(place: RankAddress, limit_s: float) -> Reached | str:
     """The connection to rank 0, or why there is none, which the other ranks must be told."""
     try:
         return reach(place, limit_s)

@@ -36,7 +36,7 @@ _PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankAddress:
     """Where rank 0's store is. Plain data.
 
     Attributes:
@@ -54,7 +54,7 @@ class Place:
     incarnation: str
 
     @classmethod
-    def here(cls, port: int, incarnation: str) -> Place:
+    def here(cls, port: int, incarnation: str) -> RankAddress:
         """The place of a store on this host."""
         return cls(socket.gethostname(), network_of_this_process(), tuple(addresses_of_this_host()), port, incarnation)
 
@@ -103,7 +103,7 @@ def _is_local(text: str) -> bool:
     return address.is_loopback or address.is_link_local
 
 
-def candidates(place: Place, network: str, master: str | None) -> list[str]:
+def candidates(place: RankAddress, network: str, master: str | None) -> list[str]:
     """The addresses to try for rank 0, the most likely first.
 
     Args:
@@ -128,7 +128,7 @@ def _look_up(name: str, port: int) -> list[str]:
     return [str(row[4][0]) for row in rows]
 
 
-def reach(place: Place, limit_s: float) -> Reached:
+def reach(place: RankAddress, limit_s: float) -> Reached:
     """Connect to rank 0's store at the first of its addresses that works.
 
     Args:
@@ -159,7 +159,7 @@ def reach(place: Place, limit_s: float) -> Reached:
         time.sleep(_BETWEEN_ROUNDS_S)
 
 
-def _try(place: Place, address: str, limit_s: float) -> Reached:
+def _try(place: RankAddress, address: str, limit_s: float) -> Reached:
     # The store would keep retrying if nothing listens; a plain connection is refused at once.
     with socket.create_connection((address, place.port), limit_s) as probe:
         own = str(probe.getsockname()[0])
@@ -169,6 +169,6 @@ def _try(place: Place, address: str, limit_s: float) -> Reached:
     return Reached(store, address, own)
 
 
-def _described(place: Place, tried: Sequence[str], reasons: dict[str, str]) -> str:
+def _described(place: RankAddress, tried: Sequence[str], reasons: dict[str, str]) -> str:
     each = "; ".join(f"{address}: {reasons.get(address, 'not tried')}" for address in tried)
     return f"rank 0's store at port {place.port} of {place.name} cannot be reached ({each or 'no address is known'})"

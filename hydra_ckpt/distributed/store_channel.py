@@ -140,8 +140,8 @@ class StoreChannel(Channel):
             self._spent.append(f"{key}/0")
         return payloads[0]
 
-    def farewell(self) -> None:
-        """Collective; see `Channel.farewell`."""
+    def drain(self) -> None:
+        """Collective; see `Channel.drain`."""
         key, limit_s = f"{self._lane}/farewell", min(_FAREWELL_S, self._limit_s)
         store = self._connection
         try:

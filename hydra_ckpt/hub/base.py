@@ -24,7 +24,7 @@ from hydra_ckpt.hub.conversion import naming_of, tables_of
 from hydra_ckpt.hub.matching import Matching
 from hydra_ckpt.hub.materializing import initialize, materialize
 from hydra_ckpt.hub.reference import Reference, find_reference
-from hydra_ckpt.hub.weights import Dequantized, PickledWeights, SafetensorsWeights, Wanted, Weights
+from hydra_ckpt.hub.weights import Dequantized, PickledWeights, ReadRequest, SafetensorsWeights, Weights
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.local import Exporter, Localizer
 from hydra_ckpt.state.model_map import ModelMap
@@ -212,7 +212,7 @@ class _Loader:
         named = chosen if self._naming.is_plain else Exporter(self._naming)(chosen)
         pieces = [item for item in named if item.spec.name in self._fit.stored]
         wanted = [
-            Wanted(
+            ReadRequest(
                 self._fit.stored[piece.spec.name],
                 piece.box,
                 piece.tensor,
@@ -234,7 +234,7 @@ class _Loader:
             log.info("not in the model, so not loaded: %s", ", ".join(self._fit.unexpected))
         return BaseReport(self._reference.directory, tuple(left), tuple(self._fit.unexpected), total)
 
-    def _refuse_untied(self, wanted: Sequence[Wanted]) -> None:
+    def _refuse_untied(self, wanted: Sequence[ReadRequest]) -> None:
         """Check that weights are equal that the model ties but the reference stores under two names."""
         others = {self._fit.stored[place]: other for place, other in self._fit.doubled}
         for item in wanted:

@@ -21,7 +21,7 @@ _PACKAGES = ("hydra-ckpt", "torch", "transformers", "peft", "diffusers")
 
 
 @dataclass(frozen=True)
-class Made:
+class SaveInfo:
     """The save that an export belongs to.
 
     Attributes:
@@ -37,7 +37,7 @@ class Made:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_card(model: nn.Module, made: Made, base_model: str | None) -> bytes:
+def model_card(model: nn.Module, made: SaveInfo, base_model: str | None) -> bytes:
     """A card with the front matter that the hub reads (https://huggingface.co/docs/hub/model-cards).
 
     Args:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.skeletons import skeleton
-from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.model_map import ModelMap
 from hydra_ckpt.state.tracing import Trace
@@ -149,7 +149,9 @@ def tables_of(model: nn.Module) -> Tables | None:
     return Tables(unwrap(model)) if is_transformers_model(model) else None
 
 
-def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
+def naming_of(
+    mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None
+) -> TensorMapping:
     """The names of these tensors in a live model's files: from its adapter, otherwise from transformers.
 
     Raises:
@@ -160,7 +162,7 @@ def naming_of(mapped: ModelMap, model: nn.Module, specs: Sequence[TensorSpec], t
     return hub_naming(model, specs, tables) if adapted is None else adapted.completed(specs)
 
 
-def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> Naming:
+def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | None = None) -> TensorMapping:
     """The names and shapes under which `save_pretrained` would write a model's tensors.
 
     Args:
@@ -174,13 +176,13 @@ def hub_naming(model: nn.Module, specs: Sequence[TensorSpec], tables: Tables | N
     """
     tables = tables or tables_of(model)
     if tables is None:
-        return Naming.unchanged(specs)
+        return TensorMapping.unchanged(specs)
     ignored = set(getattr(unwrap(model), "_keys_to_ignore_on_save", None) or ())
     kept = [spec for spec in specs if spec.name not in ignored]
-    return Naming.unchanged(kept) if tables.are_empty else _converted(tables, kept)
+    return TensorMapping.unchanged(kept) if tables.are_empty else _converted(tables, kept)
 
 
-def _converted(tables: Tables, specs: Sequence[TensorSpec]) -> Naming:
+def _converted(tables: Tables, specs: Sequence[TensorSpec]) -> TensorMapping:
     traced = Trace(specs)
     with torch.no_grad(), traced:
         converted = tables.exported(dict(traced.sources))
@@ -191,10 +193,10 @@ def _converted(tables: Tables, specs: Sequence[TensorSpec]) -> Naming:
     if left:
         aliases += _as_in_memory(tables, left, [name for name, pieces in found.items() if pieces is None])
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
-    return Naming.ordered(aliases, specs, shapes=shapes)
+    return TensorMapping.ordered(aliases, specs, shapes=shapes)
 
 
-def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str]) -> list[Alias]:
+def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str]) -> list[SliceMapping]:
     """Tensors whose conversion permutes elements keep their names, if loading then takes them unchanged."""
     wrong = [spec.name for spec in left if tables.converts(spec.name)]
     if wrong:
@@ -208,4 +210,4 @@ def _as_in_memory(tables: Tables, left: Sequence[TensorSpec], lost: Sequence[str
         ", ".join(spec.name for spec in left),
     )
     log.debug("not rearrangements: %s", lost)
-    return [Alias.same(spec) for spec in left]
+    return [SliceMapping.same(spec) for spec in left]

@@ -16,10 +16,10 @@ from typing import Any
 
 from hydra_ckpt.config import hub_cache
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError, KeyMismatchError, counted, some_of
-from hydra_ckpt.hub.model_export import FLOATS, ModelExport, Wanted
+from hydra_ckpt.hub.model_export import FLOATS, ModelExport, ReferenceHints
 from hydra_ckpt.hub.skeletons import configured, skeleton
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.model_map import ModelMap
@@ -99,7 +99,7 @@ def export_foreign(
     tensors = _tensors(directory, found.tensors, part, None if model is None else model.names)
     small: Mapping[str, bytes] = {}
     if model is None:
-        naming = Naming.unchanged(item.spec for item in tensors.values())
+        naming = TensorMapping.unchanged(item.spec for item in tensors.values())
     else:
         tensors = _matched(directory, tensors, model.mapped, found.lengths)
         naming, small = _as_reference(model, tensors, dtype)
@@ -211,7 +211,7 @@ def _matched(
 
 def _as_reference(
     model: _Model, tensors: Mapping[str, StoredTensor], dtype: str | None
-) -> tuple[Naming, dict[str, bytes]]:
+) -> tuple[TensorMapping, dict[str, bytes]]:
     """Names, dtypes, files and small files as exported by a run that started from the reference."""
     export = ModelExport(
         HubOptions(
@@ -234,5 +234,5 @@ def _as_reference(
     for most, _ in sizes.most_common(1):
         if most in FLOATS.values():
             model.core.to(TORCH_DTYPE[most])  # the exported configuration records this dtype
-    naming = export.naming(model.core, specs, Wanted(**export.wanted(model.core)))
+    naming = export.naming(model.core, specs, ReferenceHints(**export.wanted(model.core)))
     return naming, export.assets(model.core, naming, "", has_tokenizer=False)

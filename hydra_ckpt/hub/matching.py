@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import nn
 
 from hydra_ckpt.hub.conversion import Tables
-from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
 from hydra_ckpt.layout.specs import TensorSpec
 
 
@@ -28,7 +28,7 @@ class Matching:
         self,
         model: nn.Module,
         tables: Tables | None,
-        naming: Naming,
+        naming: TensorMapping,
         specs: Mapping[str, TensorSpec],
         aliases: Mapping[str, str],
         names: Collection[str],
@@ -83,10 +83,10 @@ class Matching:
         return name
 
     @property
-    def naming(self) -> Naming:
+    def naming(self) -> TensorMapping:
         """The naming for reading pieces, once all names in the reference have been matched."""
         if not self._as_in_memory:
             return self._naming
         kept = [alias for alias in self._naming.aliases if alias.source not in self._as_in_memory]
-        same = (Alias.same(self._specs[name]) for name in sorted(self._as_in_memory))
-        return Naming((*kept, *same), shapes=self._naming.shapes)
+        same = (SliceMapping.same(self._specs[name]) for name in sorted(self._as_in_memory))
+        return TensorMapping((*kept, *same), shapes=self._naming.shapes)

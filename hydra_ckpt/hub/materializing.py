@@ -21,7 +21,7 @@ from hydra_ckpt.storage.memory import fresh_like
 
 
 @dataclass(frozen=True)
-class Home:
+class ModuleSlot:
     """The place of a parameter or buffer, persistent or not: a module, and the name in it."""
 
     module: nn.Module
@@ -42,7 +42,7 @@ class Home:
         self._there[self.name] = tensor
 
 
-def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection[str]) -> list[Home]:
+def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection[str]) -> list[ModuleSlot]:
     """Allocate memory for tensors on the meta device, on the device of the model's mesh or otherwise on the CPU.
 
     Args:
@@ -74,7 +74,9 @@ def materialize(parts: Sequence[nn.Module], mapped: ModelMap, loaded: Collection
     return fresh
 
 
-def initialize(parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[Home], loaded: Collection[str]) -> None:
+def initialize(
+    parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[ModuleSlot], loaded: Collection[str]
+) -> None:
     """Let transformers initialize tensors that are new and were not read: heads, and buffers in no file.
 
     Args:
@@ -96,9 +98,9 @@ def initialize(parts: Sequence[nn.Module], mapped: ModelMap, fresh: Sequence[Hom
         tensor.__dict__.pop("_is_hf_initialized", None)
 
 
-def _homes(part: nn.Module) -> list[Home]:
+def _homes(part: nn.Module) -> list[ModuleSlot]:
     return [
-        Home(module, name, is_parameter)
+        ModuleSlot(module, name, is_parameter)
         for module in part.modules()
         for is_parameter, held in ((True, module._parameters), (False, module._buffers))
         for name, tensor in held.items()
@@ -106,9 +108,9 @@ def _homes(part: nn.Module) -> list[Home]:
     ]
 
 
-def _tied(homes: Sequence[Home]) -> list[tuple[Home, Home]]:
+def _tied(homes: Sequence[ModuleSlot]) -> list[tuple[ModuleSlot, ModuleSlot]]:
     """The first place of each tensor, with every other one."""
-    first: dict[int, Home] = {}
+    first: dict[int, ModuleSlot] = {}
     return [(first[id(home.tensor)], home) for home in homes if first.setdefault(id(home.tensor), home) is not home]
 
 

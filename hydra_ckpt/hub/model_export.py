@@ -17,11 +17,11 @@ from hydra_ckpt.hub.assets import (
     model_assets,
     reference_assets,
 )
-from hydra_ckpt.hub.card import Made, model_card
+from hydra_ckpt.hub.card import SaveInfo, model_card
 from hydra_ckpt.hub.conversion import hub_naming, is_transformers_model, tables_of
 from hydra_ckpt.hub.matching import Matching
 from hydra_ckpt.hub.reference import Reference, at, find_reference
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.resolved import HubOptions
 from hydra_ckpt.state.peft import is_peft_model, refuse_adapters
@@ -34,7 +34,7 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReferenceHints:
     """What an export takes from a reference model; plain data, so that rank 0 can send it to the other ranks.
 
     Attributes:
@@ -59,7 +59,7 @@ class ModelExport:
         self._required = required
 
     def wanted(self, model: nn.Module) -> dict[str, Any]:
-        """Coordinator only: what the reference model specifies, as plain data; see `Wanted`.
+        """Coordinator only: what the reference model specifies, as plain data; see `ReferenceHints`.
 
         Raises:
             CheckpointNotFoundError: The configured reference does not exist.
@@ -81,8 +81,12 @@ class ModelExport:
         return {"dtypes": {name: item.spec.dtype for name, item in stored.items()}, "files": dict(reference.file_map)}
 
     def naming(
-        self, model: nn.Module, specs: Sequence[TensorSpec], wanted: Wanted, adapted: Naming | None = None
-    ) -> Naming:
+        self,
+        model: nn.Module,
+        specs: Sequence[TensorSpec],
+        wanted: ReferenceHints,
+        adapted: TensorMapping | None = None,
+    ) -> TensorMapping:
         """Names, layout and dtypes of an export.
 
         Args:
@@ -101,7 +105,7 @@ class ModelExport:
             if self._required:
                 raise
             log.warning("%s", error)
-            found = Naming.unchanged(specs)
+            found = TensorMapping.unchanged(specs)
         wanted = _translated(wanted, model, found, specs)
         dtypes = {spec.name: self._dtype(spec, wanted) for spec in found.specs(specs)}
         own = {spec.name: spec.dtype for spec in found.specs(specs)}
@@ -109,13 +113,13 @@ class ModelExport:
         changed.update(found.dtypes)
         return replace(found, dtypes=changed, files={name: wanted.files[name] for name in own if name in wanted.files})
 
-    def _dtype(self, spec: TensorSpec, wanted: Wanted) -> str:
+    def _dtype(self, spec: TensorSpec, wanted: ReferenceHints) -> str:
         """The dtype to export; only floating point changes, and only to floating point."""
         asked = self._options.export_dtype
         found = wanted.dtypes.get(spec.name, spec.dtype) if asked is None else FLOATS[asked]
         return found if {found, spec.dtype} <= set(FLOATS.values()) else spec.dtype
 
-    def card(self, model: nn.Module, made: Made) -> dict[str, bytes]:
+    def card(self, model: nn.Module, made: SaveInfo) -> dict[str, bytes]:
         """Coordinator only: the model card, if configured."""
         if not self._options.model_card:
             return {}
@@ -124,7 +128,7 @@ class ModelExport:
         known = getattr(getattr(inner, "config", None), "_name_or_path", None)
         return {"README.md": model_card(core, made, self._options.repo_id or known)}
 
-    def assets(self, model: nn.Module, naming: Naming, adapter: str, *, has_tokenizer: bool) -> dict[str, bytes]:
+    def assets(self, model: nn.Module, naming: TensorMapping, adapter: str, *, has_tokenizer: bool) -> dict[str, bytes]:
         """Coordinator only: the small files of a model's export by name.
 
         Args:
@@ -174,7 +178,9 @@ class ModelExport:
             return None  # the model records its origin, but that no longer exists
 
 
-def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequence[TensorSpec]) -> Wanted:
+def _translated(
+    wanted: ReferenceHints, model: nn.Module, naming: TensorMapping, specs: Sequence[TensorSpec]
+) -> ReferenceHints:
     """What a reference specifies, by the export's names; its own may differ, for example without a head."""
     exported = naming.by_name
     if wanted.dtypes.keys() <= exported.keys() or exported.keys() <= wanted.dtypes.keys():
@@ -182,10 +188,10 @@ def _translated(wanted: Wanted, model: nn.Module, naming: Naming, specs: Sequenc
     match = Matching(unwrap(model), tables_of(model), naming, {spec.name: spec for spec in specs}, {}, wanted.dtypes)
     places = {name: place for name in wanted.dtypes if (place := match(name)) is not None and place in exported}
     files = {places[name]: file for name, file in wanted.files.items() if name in places}
-    return Wanted({place: wanted.dtypes[name] for name, place in places.items()}, files)
+    return ReferenceHints({place: wanted.dtypes[name] for name, place in places.items()}, files)
 
 
-def _main_dtype(naming: Naming) -> str | None:
+def _main_dtype(naming: TensorMapping) -> str | None:
     """The most common new dtype among values that change theirs, as config.json spells it; None if none does."""
     sizes: dict[str, int] = {}
     for alias in naming.aliases:

@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointNotFoundError
 from hydra_ckpt.hub.assets import json_bytes
 from hydra_ckpt.hub.writing import Exported, Source, refuse_occupied, write_export
-from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.file_parts import open_part
 from hydra_ckpt.storage.ledger import Ledger
@@ -109,7 +109,7 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[S
     )
 
 
-def _is_average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> bool:
+def _is_average(naming: TensorMapping, part: str, extra: Mapping[str, StoredTensor]) -> bool:
     try:
         _average(naming, part, extra)
     except CheckpointNotFoundError:
@@ -117,7 +117,7 @@ def _is_average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) ->
     return True
 
 
-def _average(naming: Naming, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _average(naming: TensorMapping, part: str, extra: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors, by the model's names, of an extra that holds the model's tensors under one prefix."""
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in naming.by_source.items()}
     ends = (
@@ -146,7 +146,7 @@ def _model(checkpoint: Checkpoint, model: str, ledger: Ledger | None) -> Source:
     naming = None if whole else _stored_naming(checkpoint, model)
     if naming is None:
         own = {item.spec.name: item.chunks[0].file for item in part.tensors.values()} if whole else {}
-        naming = Naming(tuple(Alias.same(item.spec) for item in part.tensors.values()), files=own)
+        naming = TensorMapping(tuple(SliceMapping.same(item.spec) for item in part.tensors.values()), files=own)
     stem = Path(record.files[0]).name.split("-00001-of-")[0].removesuffix(".safetensors") if whole else "model"
     return Source(part.tensors, naming, stem, part.read, part.block_bytes)
 
@@ -156,7 +156,7 @@ def _is_whole(record: PartRecord) -> bool:
     return is_export(record.files)
 
 
-def _stored_naming(checkpoint: Checkpoint, model: str) -> Naming | None:
+def _stored_naming(checkpoint: Checkpoint, model: str) -> TensorMapping | None:
     name = f"{model}/{names.NAMING}"
     record = checkpoint.manifest.files.get(name)
     if record is None:

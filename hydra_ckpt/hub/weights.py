@@ -30,7 +30,7 @@ _ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadRequest:
     """A box of a reference's tensor, and the tensor that receives it: of the same shape and any dtype.
 
     The box may refer to a finer grid of the tensor, of shape `grid`.
@@ -49,7 +49,7 @@ class Weights(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]:
         """The specs of all tensors, by name."""
 
-    def read(self, wanted: Sequence[Wanted]) -> int:
+    def read(self, wanted: Sequence[ReadRequest]) -> int:
         """Read boxes; returns the bytes read."""
 
 
@@ -70,11 +70,11 @@ class SafetensorsWeights:
         ordered = sorted(self._stored.values(), key=lambda item: (item.chunks[0].file, item.chunks[0].offset))
         return {item.spec.name: item.spec for item in ordered}
 
-    def read(self, wanted: Sequence[Wanted]) -> int:
+    def read(self, wanted: Sequence[ReadRequest]) -> int:
         """See `Weights`."""
         return fetch(self._root, (found for item in wanted for found in self._fetches(item)))
 
-    def _fetches(self, item: Wanted) -> Iterator[Fetch]:
+    def _fetches(self, item: ReadRequest) -> Iterator[Fetch]:
         stored = self._stored[item.name]
         stored = stored.on_grid(item.grid) if item.grid else stored
         for part in _blocks(item.box, stored.spec):
@@ -104,14 +104,14 @@ class PickledWeights:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, wanted: Sequence[Wanted]) -> int:
+    def read(self, wanted: Sequence[ReadRequest]) -> int:
         """See `Weights`."""
         sources = [narrow(self._on_grid(item), item.box) for item in wanted]
         for item, source in zip(wanted, sources, strict=True):
             item.into.copy_(source)
         return sum(source.nbytes for source in sources)
 
-    def _on_grid(self, item: Wanted) -> torch.Tensor:
+    def _on_grid(self, item: ReadRequest) -> torch.Tensor:
         tensor = self._tensors[item.name]
         return tensor.reshape(item.grid) if item.grid else tensor
 
@@ -190,13 +190,13 @@ class Dequantized:
             if name not in scales and not (self._scales and name.endswith(_ACTIVATION_SCALES))
         }
 
-    def read(self, wanted: Sequence[Wanted]) -> int:
+    def read(self, wanted: Sequence[ReadRequest]) -> int:
         """See `Weights`; a target of FP8 gets the stored values."""
         scaled = [item for item in wanted if self._is_scaled(item)]
         plain = [item for item in wanted if not self._is_scaled(item)] if scaled else wanted
         return self._weights.read(plain) + sum(self._read_scaled(item) for item in scaled)
 
-    def _is_scaled(self, item: Wanted) -> bool:
+    def _is_scaled(self, item: ReadRequest) -> bool:
         stored = self._weights.specs[item.name].dtype
         if stored not in _FP8 or item.into.dtype == TORCH_DTYPE[stored]:
             return False
@@ -204,19 +204,19 @@ class Dequantized:
             raise CheckpointConfigError(f"{item.name} is FP8, but there is no scale for it ({item.name}_scale_inv)")
         return True
 
-    def _read_scaled(self, item: Wanted) -> int:
+    def _read_scaled(self, item: ReadRequest) -> int:
         name, box = item.name, item.box
         spec = self._weights.specs[name]
         if item.grid:
             whole = torch.empty(spec.shape, dtype=item.into.dtype, device="cpu")
-            total = self._read_scaled(Wanted(name, Box.whole(spec.shape), whole))
+            total = self._read_scaled(ReadRequest(name, Box.whole(spec.shape), whole))
             item.into.copy_(narrow(whole.view(item.grid), box))
             return total
         scales, total = self._read_all(self._scales[name])
         factors = self._factors(spec, scales)
         for part in _blocks(box, TensorSpec(name, "F32", spec.shape)):
             stored = torch.empty(part.sizes, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
-            total += self._weights.read([Wanted(name, part, stored)])
+            total += self._weights.read([ReadRequest(name, part, stored)])
             values = stored.to(torch.float32)
             if factors is None:
                 values *= scales.reshape(())
@@ -231,9 +231,9 @@ class Dequantized:
         if spec.dtype in ("U8", "F8_E8M0"):
             # Powers of two stored as exponents, as in the microscaling formats.
             raw = torch.empty(spec.shape, dtype=TORCH_DTYPE[spec.dtype], device="cpu")
-            count = self._weights.read([Wanted(name, Box.whole(spec.shape), raw)])
+            count = self._weights.read([ReadRequest(name, Box.whole(spec.shape), raw)])
             return (raw.to(torch.float32) if spec.dtype == "F8_E8M0" else (raw.to(torch.float32) - 127).exp2()), count
-        return found, self._weights.read([Wanted(name, Box.whole(spec.shape), found)])
+        return found, self._weights.read([ReadRequest(name, Box.whole(spec.shape), found)])
 
     def _factors(self, spec: TensorSpec, scales: torch.Tensor) -> torch.Tensor | None:
         """The scales, with as many dimensions as the weight; None if one scale applies to all elements."""

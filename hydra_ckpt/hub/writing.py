@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
 from hydra_ckpt.files import Files
 from hydra_ckpt.hub.model_export import FLOATS
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, index_json, lay_out
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.storage.merge import content, write_through
@@ -47,7 +47,7 @@ class Source:
     """
 
     tensors: Mapping[str, StoredTensor]
-    naming: Naming
+    naming: TensorMapping
     stem: str
     read: Callable[[list[Fetch]], int]
     block_bytes: int

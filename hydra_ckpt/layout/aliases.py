@@ -7,8 +7,8 @@ other, so it applies to shards as it does to whole tensors, and in both directio
 Example: in memory `gate_up` has 4 x 3 elements; the export has its rows 0 and 1 as `gate` and 2 and 3 as `up`. A rank
 that holds rows 1 and 2 has the second row of `gate` and the first of `up`:
 
-    >>> gate = Alias("gate", (2, 3), (0, 0), "gate_up", Box((0, 0), (2, 3)), dims=(0, 1))
-    >>> up = Alias("up", (2, 3), (0, 0), "gate_up", Box((2, 0), (2, 3)), dims=(0, 1))
+    >>> gate = SliceMapping("gate", (2, 3), (0, 0), "gate_up", Box((0, 0), (2, 3)), dims=(0, 1))
+    >>> up = SliceMapping("up", (2, 3), (0, 0), "gate_up", Box((2, 0), (2, 3)), dims=(0, 1))
     >>> held = Box((1, 0), (2, 3))
     >>> for alias in (gate, up):
     ...     inner, placed = alias.part(held)
@@ -37,7 +37,7 @@ from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Alias:
+class SliceMapping:
     """A box of a tensor as (a part of) another one.
 
     Attributes:
@@ -61,7 +61,7 @@ class Alias:
     grid: tuple[int, ...] = ()
 
     @classmethod
-    def same(cls, spec: TensorSpec, name: str | None = None) -> Alias:
+    def same(cls, spec: TensorSpec, name: str | None = None) -> SliceMapping:
         """A whole tensor as it is, under this name or its own."""
         whole = Box.whole(spec.shape)
         return cls(name or spec.name, spec.shape, whole.offsets, spec.name, whole, tuple(range(len(spec.shape))))
@@ -88,7 +88,7 @@ class Alias:
         )
         return Box(offsets, tuple(1 if dim is None else inner.sizes[dim] for dim in self.dims))
 
-    def onto(self, theirs: Alias, shape: tuple[int, ...]) -> Alias | None:
+    def onto(self, theirs: SliceMapping, shape: tuple[int, ...]) -> SliceMapping | None:
         """The elements that two tensors give to the same one, as a part of the other's source; None if there are none.
 
         Args:
@@ -101,7 +101,7 @@ class Alias:
             return None
         same = {dim: self.dims[position] for position, dim in enumerate(theirs.dims) if dim is not None}
         dims = tuple(same.get(dim) for dim in range(len(shape)))
-        return Alias(theirs.source, shape, place[0].offsets, self.source, ours[0], dims, self.grid)
+        return SliceMapping(theirs.source, shape, place[0].offsets, self.source, ours[0], dims, self.grid)
 
     def sought(self, wanted: Box) -> tuple[Box, Box] | None:
         """The elements of the alias that are in a box of the other tensor.
@@ -121,7 +121,7 @@ class Alias:
 
 
 @dataclass(frozen=True)
-class Naming:
+class TensorMapping:
     """The names, layout and element types of a model's tensors in an export.
 
     Attributes:
@@ -131,24 +131,24 @@ class Naming:
         shapes: Shapes by exported name, if the aliases give a finer grid of them.
     """
 
-    aliases: tuple[Alias, ...]
+    aliases: tuple[SliceMapping, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def unchanged(cls, specs: Iterable[TensorSpec]) -> Naming:
+    def unchanged(cls, specs: Iterable[TensorSpec]) -> TensorMapping:
         """Every tensor under its own name."""
-        return cls(tuple(Alias.same(spec) for spec in specs))
+        return cls(tuple(SliceMapping.same(spec) for spec in specs))
 
     @classmethod
     def ordered(
         cls,
-        aliases: Iterable[Alias],
+        aliases: Iterable[SliceMapping],
         specs: Iterable[TensorSpec],
         dtypes: Mapping[str, str] = MappingProxyType({}),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-    ) -> Naming:
+    ) -> TensorMapping:
         """Aliases in the order of the tensors they are taken from, all pieces of one exported tensor together.
 
         Args:
@@ -163,14 +163,14 @@ class Naming:
         finer = {a.name: shapes[a.name] for a in aliases if shapes.get(a.name, a.shape) != a.shape}
         return cls(tuple(sorted(aliases, key=lambda alias: first[alias.name])), dtypes, shapes=finer)
 
-    def completed(self, specs: Sequence[TensorSpec]) -> Naming:
+    def completed(self, specs: Sequence[TensorSpec]) -> TensorMapping:
         """The same for these tensors only; tensors without an alias keep their names."""
         known = {spec.name for spec in specs}
         aliases = [alias for alias in self.aliases if alias.source in known]
-        aliases += [Alias.same(spec) for spec in specs if spec.name not in self.by_source]
-        return Naming.ordered(aliases, specs, self.dtypes, self.shapes)
+        aliases += [SliceMapping.same(spec) for spec in specs if spec.name not in self.by_source]
+        return TensorMapping.ordered(aliases, specs, self.dtypes, self.shapes)
 
-    def onto(self, other: Naming, specs: Mapping[str, TensorSpec]) -> Naming:
+    def onto(self, other: TensorMapping, specs: Mapping[str, TensorSpec]) -> TensorMapping:
         """From this one's tensors to those of another naming, by the exported tensors that both are parts of.
 
         Args:
@@ -184,20 +184,20 @@ class Naming:
                 piece = alias.onto(theirs, specs[theirs.source].shape) if fits else None
                 if piece is not None:
                     found.append(piece)
-        return Naming(tuple(found))
+        return TensorMapping(tuple(found))
 
     @cached_property
-    def by_source(self) -> Mapping[str, Sequence[Alias]]:
+    def by_source(self) -> Mapping[str, Sequence[SliceMapping]]:
         """Aliases by the tensor they are taken from."""
-        found: dict[str, list[Alias]] = defaultdict(list)
+        found: dict[str, list[SliceMapping]] = defaultdict(list)
         for alias in self.aliases:
             found[alias.source].append(alias)
         return found
 
     @cached_property
-    def by_name(self) -> Mapping[str, Sequence[Alias]]:
+    def by_name(self) -> Mapping[str, Sequence[SliceMapping]]:
         """Aliases by the exported tensor they are part of."""
-        found: dict[str, list[Alias]] = defaultdict(list)
+        found: dict[str, list[SliceMapping]] = defaultdict(list)
         for alias in self.aliases:
             found[alias.name].append(alias)
         return found
@@ -222,7 +222,7 @@ class Naming:
         found = {alias.name: self.spec(alias, dtypes[alias.source]) for alias in self.aliases}
         return tuple(found.values())
 
-    def spec(self, alias: Alias, dtype: str) -> TensorSpec:
+    def spec(self, alias: SliceMapping, dtype: str) -> TensorSpec:
         """The exported tensor that an alias is part of, its source being of this element type."""
         return TensorSpec(alias.name, self.dtypes.get(alias.name, dtype), alias.shape, self.shapes.get(alias.name))
 
@@ -237,7 +237,7 @@ class Naming:
         return {"aliases": rows, "dtypes": dict(self.dtypes), "files": dict(self.files), "shapes": shapes}
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Naming:
+    def from_data(cls, data: Mapping[str, Any]) -> TensorMapping:
         """What `to_data` returned.
 
         Raises:
@@ -245,7 +245,7 @@ class Naming:
         """
         try:
             aliases = tuple(
-                Alias(
+                SliceMapping(
                     str(name),
                     _ints(shape),
                     _ints(corner),
@@ -277,7 +277,7 @@ def _dims(values: Iterable[Any]) -> tuple[int | None, ...]:
     return tuple(None if value is None else int(value) for value in values)
 
 
-def _check(alias: Alias, shape: tuple[int, ...]) -> None:
+def _check(alias: SliceMapping, shape: tuple[int, ...]) -> None:
     ranks = {len(alias.shape), len(alias.corner), len(alias.dims)}
     used = [dim for dim in alias.dims if dim is not None]
     numbers = (*alias.shape, *alias.corner, *alias.box.offsets, *alias.box.sizes, *used)

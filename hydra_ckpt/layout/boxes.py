@@ -7,14 +7,14 @@ bytes begin at byte 4096 of a file, these rows are one run of 48 bytes from byte
     >>> rank_1.box((6, 4))
     Box(offsets=(3, 0), sizes=(3, 4))
     >>> list(regions(rank_1.box((6, 4)), (6, 4), itemsize=4, base=4096))
-    [Region(offset=4144, run=48, count=1, stride=0)]
+    [ByteRuns(offset=4144, run=48, count=1, stride=0)]
 
 If the columns are split instead, rank 1 holds columns 2 and 3: six runs of 8 bytes, one every 16 bytes, the first at
 byte 4096 + 2 * 4 = 4104. That is still one region:
 
     >>> columns = Sharding(mesh_shape=(2,), coordinate=(1,), dims=(1,), strided=(False,))
     >>> list(regions(columns.box((6, 4)), (6, 4), itemsize=4, base=4096))
-    [Region(offset=4104, run=8, count=6, stride=16)]
+    [ByteRuns(offset=4104, run=8, count=6, stride=16)]
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class ByteRuns:
     """`count` runs of `run` bytes in a file, the first at `offset`, one every `stride` bytes."""
 
     offset: int
@@ -140,14 +140,14 @@ class Region:
         return self.offset + (self.count - 1) * self.stride + self.run
 
 
-def regions(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) -> Iterator[Region]:
+def regions(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) -> Iterator[ByteRuns]:
     """The bytes of a box of a row-major tensor that starts at `base`, in the box's own row-major order."""
     if box.numel == 0:
         return
     if box.sizes[1:] == shape[1:]:  # whole rows: by far the most frequent case, and fast
         row = itemsize * prod(shape[1:])
         rows, first = (box.sizes[0], box.offsets[0]) if shape else (1, 0)
-        yield Region(base + first * row, rows * row)
+        yield ByteRuns(base + first * row, rows * row)
         return
     strides = [itemsize] * len(shape)
     for dim in reversed(range(len(shape) - 1)):
@@ -167,4 +167,4 @@ def regions(box: Box, shape: tuple[int, ...], itemsize: int, base: int = 0) -> I
     stride = strides[outer] if count > 1 else 0
     for index in product(*(range(box.sizes[dim]) for dim in range(max(level, 0)))):
         shift = sum(i * strides[dim] for dim, i in enumerate(index))
-        yield Region(start + shift, run, count, stride)
+        yield ByteRuns(start + shift, run, count, stride)

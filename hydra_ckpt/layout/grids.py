@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
-from hydra_ckpt.layout.aliases import Alias
+from hydra_ckpt.layout.aliases import SliceMapping
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.specs import TensorSpec
 
@@ -66,7 +66,7 @@ class NoGridError(ValueError):
     """No grid makes boxes of all parts."""
 
 
-def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) -> list[Alias]:
+def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) -> list[SliceMapping]:
     """The aliases that a tensor consists of, in the coarsest grid in which all of them are boxes.
 
     Args:
@@ -90,7 +90,7 @@ def aliases_on_grid(name: str, shape: tuple[int, ...], walks: Sequence[Walk]) ->
     return [_alias(name, grid, cuts, walk, factors) for walk, factors in zip(walks, found, strict=True)]
 
 
-def aliases_through(name: str, shape: tuple[int, ...], walk: Walk, parts: Sequence[Walk]) -> list[Alias]:
+def aliases_through(name: str, shape: tuple[int, ...], walk: Walk, parts: Sequence[Walk]) -> list[SliceMapping]:
     """The same for a tensor that is permuted after it was joined from others.
 
     Args:
@@ -119,13 +119,13 @@ def _finer(part: Walk, shape: tuple[int, ...], grid: tuple[int, ...]) -> Walk:
     return replace(part, shape=found[0].sizes, corner=found[0].offsets)
 
 
-def _composed(outer: Alias, inner: Alias) -> Iterator[Alias]:
+def _composed(outer: SliceMapping, inner: SliceMapping) -> Iterator[SliceMapping]:
     """An alias of an alias's tensor."""
     found = outer.part(inner.placed(inner.box))
     source = None if found is None else inner.sought(found[0])
     if found is not None and source is not None:
         dims = tuple(None if dim is None else inner.dims[dim] for dim in outer.dims)
-        yield Alias(outer.name, outer.shape, found[1].offsets, inner.source, source[0], dims, inner.grid)
+        yield SliceMapping(outer.name, outer.shape, found[1].offsets, inner.source, source[0], dims, inner.grid)
 
 
 def flat_boxes(shape: tuple[int, ...], grid: tuple[int, ...], held: Box) -> Iterator[tuple[Box, Box]]:
@@ -255,7 +255,9 @@ def _divided(length: int, cuts: set[int]) -> list[int]:
     return [outer // inner for inner, outer in pairwise(ordered)][::-1]
 
 
-def _alias(name: str, grid: tuple[int, ...], cuts: Sequence[set[int]], walk: Walk, factors: list[Factor]) -> Alias:
+def _alias(
+    name: str, grid: tuple[int, ...], cuts: Sequence[set[int]], walk: Walk, factors: list[Factor]
+) -> SliceMapping:
     corner: list[int] = []
     sizes: list[int] = []
     for start, length, cut in zip(walk.corner, walk.shape, cuts, strict=True):
@@ -283,7 +285,9 @@ def _alias(name: str, grid: tuple[int, ...], cuts: Sequence[set[int]], walk: Wal
         extent[dim] = size
         dims.append(dim)
     own = () if source_grid == walk.source.shape else source_grid
-    return Alias(name, grid, tuple(corner), walk.source.name, Box(tuple(offsets), tuple(extent)), tuple(dims), own)
+    return SliceMapping(
+        name, grid, tuple(corner), walk.source.name, Box(tuple(offsets), tuple(extent)), tuple(dims), own
+    )
 
 
 def _source_grid(shape: tuple[int, ...], strides: Sequence[int]) -> tuple[int, ...]:

@@ -5,9 +5,9 @@ Example of a save: `w` begins at byte 4096 of its file, and rank 1 of 2 writes r
     >>> from hydra_ckpt.layout.file_layout import lay_out
     >>> w = TensorSpec("w", "F32", (6, 4))
     >>> files = lay_out([[w]], "model", "model")
-    >>> halves = [Share(w, Box((0, 0), (3, 4)), 0, 3), Share(w, Box((3, 0), (3, 4)), 3, 6)]
+    >>> halves = [WriteShare(w, Box((0, 0), (3, 4)), 0, 3), WriteShare(w, Box((3, 0), (3, 4)), 3, 6)]
     >>> list(fill_files(files, {0: halves[1]}))
-    [Piece(file=0, region=Region(offset=4144, run=48, count=1, stride=0), share=0, start=0)]
+    [WriteItem(file=0, region=ByteRuns(offset=4144, run=48, count=1, stride=0), share=0, start=0)]
 
 Each rank sends one number instead of its ranges. If the ranges of all ranks tile the files, these add up to a number
 that the coordinator computes alone; here 4096 to 4144 and 4144 to 4192 do:
@@ -24,8 +24,8 @@ file and the first row of the second one:
     >>> stored = StoredTensor(w, tuple(StoredChunk(half.box, f"shard-{n}", 4096) for n, half in enumerate(halves)))
     >>> for read in reads(stored, Box((2, 0), (2, 4))):
     ...     print(read.file, read.box.offsets, read.regions)
-    shard-0 (2, 0) (Region(offset=4128, run=16, count=1, stride=0),)
-    shard-1 (3, 0) (Region(offset=4096, run=16, count=1, stride=0),)
+    shard-0 (2, 0) (ByteRuns(offset=4128, run=16, count=1, stride=0),)
+    shard-1 (3, 0) (ByteRuns(offset=4096, run=16, count=1, stride=0),)
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from functools import cached_property
 
 import numpy as np
 
-from hydra_ckpt.layout.boxes import Box, Region, regions
+from hydra_ckpt.layout.boxes import Box, ByteRuns, regions
 from hydra_ckpt.layout.file_layout import FileLayout
-from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.replicas import WriteShare
 from hydra_ckpt.layout.specs import TensorSpec
 
 CELL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WriteItem:
     """Bytes with one digest: a region of a file, filled from one share.
 
     Attributes:
@@ -57,7 +57,7 @@ class Piece:
     """
 
     file: int
-    region: Region
+    region: ByteRuns
     share: int
     start: int
 
@@ -80,10 +80,10 @@ class WritePlan:
 
     files: tuple[FileLayout, ...]
     own_files: tuple[FileLayout, ...]
-    shares: Mapping[int, Share]
-    pieces: tuple[Piece, ...]
+    shares: Mapping[int, WriteShare]
+    pieces: tuple[WriteItem, ...]
     fingerprint: str
-    foreign: Mapping[str, Mapping[int, Share]] = field(default_factory=dict)
+    foreign: Mapping[str, Mapping[int, WriteShare]] = field(default_factory=dict)
     block_files: tuple[FileLayout, ...] = ()
     led: frozenset[int] = frozenset()
     direct: frozenset[int] = frozenset()
@@ -96,7 +96,7 @@ class WritePlan:
 
     @property
     def all_files(self) -> tuple[FileLayout, ...]:
-        """Shared files, this rank's own, its blocks': what `Piece.file` indexes."""
+        """Shared files, this rank's own, its blocks': what `WriteItem.file` indexes."""
         return self.files + self.own_files + self.block_files
 
     @property
@@ -133,8 +133,8 @@ def full_coverage(files: Sequence[FileLayout]) -> int:
     return sum(_boundary_sum(index, _data_region(file)) for index, file in enumerate(files)) % (1 << 64)
 
 
-def _data_region(file: FileLayout) -> Region:
-    return Region(len(file.header), file.nbytes - len(file.header))
+def _data_region(file: FileLayout) -> ByteRuns:
+    return ByteRuns(len(file.header), file.nbytes - len(file.header))
 
 
 def _seed(path: str) -> int:
@@ -142,7 +142,7 @@ def _seed(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "little") + (1 << 32)
 
 
-def _boundary_sum(file: int, region: Region) -> int:
+def _boundary_sum(file: int, region: ByteRuns) -> int:
     starts = region.offset + np.arange(region.count, dtype=np.uint64) * np.uint64(region.stride)
     ends = starts + np.uint64(region.run)
     return int(_mix(file, ends).sum(dtype=np.uint64)) - int(_mix(file, starts).sum(dtype=np.uint64))
@@ -157,7 +157,9 @@ def _mix(file: int, positions: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def fill_files(files: Sequence[FileLayout], shares: Mapping[int, Share], first_file: int = 0) -> Iterator[Piece]:
+def fill_files(
+    files: Sequence[FileLayout], shares: Mapping[int, WriteShare], first_file: int = 0
+) -> Iterator[WriteItem]:
     """The pieces that put whole-tensor shares where they belong in files of whole tensors."""
     located = {spec.name: (index, file.offsets[spec.name]) for index, file in enumerate(files) for spec in file.tensors}
     for position, share in shares.items():
@@ -167,23 +169,23 @@ def fill_files(files: Sequence[FileLayout], shares: Mapping[int, Share], first_f
         start = 0
         for region in regions(share.box, share.spec.shape, share.spec.itemsize, base):
             for cell in cells(region):
-                yield Piece(first_file + index, cell, position, start)
+                yield WriteItem(first_file + index, cell, position, start)
                 start += cell.nbytes
 
 
-def cells(region: Region) -> Iterator[Region]:
+def cells(region: ByteRuns) -> Iterator[ByteRuns]:
     """Cut a region into parts of at most `CELL_BYTES`: runs on the file's grid, strided ones by whole runs."""
     if region.count == 1:
         position, end = region.offset, region.offset + region.run
         while position < end:
             stop = min(end, (position // CELL_BYTES + 1) * CELL_BYTES)
-            yield Region(position, stop - position)
+            yield ByteRuns(position, stop - position)
             position = stop
         return
     step = max(CELL_BYTES // region.run, 1)
     for first in range(0, region.count, step):
         count = min(step, region.count - first)
-        yield Region(region.offset + first * region.stride, region.run, count, region.stride if count > 1 else 0)
+        yield ByteRuns(region.offset + first * region.stride, region.run, count, region.stride if count > 1 else 0)
 
 
 def fingerprint(texts: Iterable[str]) -> str:
@@ -234,7 +236,7 @@ class Read:
 
     file: str
     box: Box
-    regions: tuple[Region, ...]
+    regions: tuple[ByteRuns, ...]
 
 
 def reads(stored: StoredTensor, wanted: Box) -> list[Read]:

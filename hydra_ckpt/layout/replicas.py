@@ -6,7 +6,7 @@ into stretches of 112 / 4 = 28 bytes, the cuts at 28, 56 and 84 move up to the n
 
     >>> w, bias = TensorSpec("w", "F32", (6, 4)), TensorSpec("bias", "F32", (4,))
     >>> for rank in range(4):
-    ...     held = [Holding(spec, Box.whole(spec.shape), replica=(rank, 4)) for spec in (w, bias)]
+    ...     held = [LocalShard(spec, Box.whole(spec.shape), replica=(rank, 4)) for spec in (w, bias)]
     ...     print(rank, {share.spec.name: (share.start, share.stop) for share in shares(held).values()})
     0 {'w': (0, 2)}
     1 {'w': (2, 4)}
@@ -37,7 +37,7 @@ _FILE_STRETCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class LocalShard:
     """A part of a tensor that this rank holds, perhaps together with others.
 
     Attributes:
@@ -61,7 +61,7 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WriteShare:
     """What this rank writes of a holding: its rows from `start` to `stop` of the first dimension.
 
     Attributes:
@@ -82,14 +82,14 @@ class Share:
         return self.box.numel * self.spec.itemsize
 
 
-def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
+def shares(holdings: Sequence[LocalShard]) -> dict[int, WriteShare]:
     """This rank's shares by the position of the holding; a holding that others write has none.
 
     The holdings of a group, laid end to end in the order given (the order of the files), are cut into equal
     stretches, one per replica, so few replicas share a file. Cuts fall between rows, which keeps shares boxes. If there
     are many replicas, only as many write as get a stretch large enough to be worth it.
     """
-    mine: dict[int, Share] = {}
+    mine: dict[int, WriteShare] = {}
     divided: dict[Hashable, list[int]] = defaultdict(list)
     for position, holding in enumerate(holdings):
         if holding.box.numel == 0:
@@ -106,7 +106,7 @@ def shares(holdings: Sequence[Holding]) -> dict[int, Share]:
     return mine
 
 
-def _divide(holdings: Sequence[Holding], positions: Iterable[int]) -> dict[int, Share]:
+def _divide(holdings: Sequence[LocalShard], positions: Iterable[int]) -> dict[int, WriteShare]:
     """Cut one group's holdings; every replica computes the same cuts."""
     positions = list(positions)
     index, count = holdings[positions[0]].replica
@@ -142,15 +142,15 @@ def stretches(replicas: int, held: int, whole: int) -> int:
     return min(replicas, max(_ALWAYS, held // least))
 
 
-def crowd(sharding: Sharding) -> int:
+def ranks_per_file(sharding: Sharding) -> int:
     """How many ranks would write to a file of a sharded tensor: of each shard as many replicas as always share it."""
     return sharding.shards * min(sharding.replica[1], _ALWAYS) if sharding.order else 1
 
 
-def _row_count(holding: Holding) -> int:
+def _row_count(holding: LocalShard) -> int:
     return holding.box.sizes[0] if holding.box.sizes else 1
 
 
-def _rows(holding: Holding, start: int, stop: int) -> Share:
+def _rows(holding: LocalShard, start: int, stop: int) -> WriteShare:
     box = holding.box.rows(start, stop) if holding.box.sizes else holding.box
-    return Share(holding.spec, box, start, stop)
+    return WriteShare(holding.spec, box, start, stop)

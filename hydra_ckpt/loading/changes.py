@@ -65,7 +65,7 @@ def saved_config(checkpoint: Path) -> Any:
         return None
 
 
-def tell(checkpoint: Path, found: Sequence[Difference]) -> None:
+def log_changes(checkpoint: Path, found: Sequence[Difference]) -> None:
     """Log the differences once; those that prevent an exact continuation are a warning."""
     harmless = [str(item) for item in found if not item.kind]
     if harmless:

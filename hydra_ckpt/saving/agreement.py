@@ -30,7 +30,7 @@ from typing import Any
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import TopologyError, leave_out
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import describe, fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.local import LocalTensor
@@ -55,7 +55,7 @@ class Agreement:
         leader: The first rank that holds the same tensors as this one.
         peer: This rank's index among the ranks that hold the same tensors, and their number.
         adapted: Part to what the adapters of all ranks say its files hold.
-        crowds: Part and name of a tensor to the number of ranks that would write into a file holding all of it.
+        ranks_per_file: Part and name of a tensor to the number of ranks that would write into a file holding all of it.
     """
 
     specs: Mapping[str, tuple[TensorSpec, ...]]
@@ -67,8 +67,8 @@ class Agreement:
     one_host: bool = True
     leader: int = 0
     peer: tuple[int, int] = (0, 1)
-    adapted: Mapping[str, Naming] = field(default_factory=dict)
-    crowds: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    adapted: Mapping[str, TensorMapping] = field(default_factory=dict)
+    ranks_per_file: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 Parts = Mapping[str, Sequence[LocalTensor]]
@@ -79,7 +79,7 @@ def agree(
     channel: Channel,
     stage: int,
     global_order: Sequence[str] | None,
-    adapted: Mapping[str, Naming] = MappingProxyType({}),
+    adapted: Mapping[str, TensorMapping] = MappingProxyType({}),
     objects: Sequence[str] = (),
 ) -> Agreement:
     """Collective: agree on what all ranks hold.
@@ -104,15 +104,15 @@ def agree(
     gathered = channel.gather("agreeing on the layout", note)
     positions = channel.scatter("agreeing on the layout", None if gathered is None else _positions(gathered))
     specs: Mapping[str, Sequence[TensorSpec]] = local
-    crowds: Mapping[tuple[str, str], int] = {
-        (part, item.spec.name): item.place.crowd for part, items in parts.items() for item in items
+    ranks_per_file: Mapping[tuple[str, str], int] = {
+        (part, item.spec.name): item.place.ranks_per_file for part, items in parts.items() for item in items
     }
     elsewhere: frozenset[tuple[str, str]] = frozenset()
     together: dict[tuple[str, str], tuple[int, ...]] = {}
     leads = positions["leader"] == channel.rank
     if positions["several"]:
         union = _union(parts, said, objects, channel, stage, leads)
-        crowds, adapted, together = union.crowds, union.adapted, union.together(positions["leader"])
+        ranks_per_file, adapted, together = union.ranks_per_file, union.adapted, union.together(positions["leader"])
         specs = {part: list(found) for part, found in union.writers.items()}
         elsewhere = union.elsewhere(local, positions["leader"])
     ordered = {part: tuple(_in_order(part, items, global_order)) for part, items in specs.items()}
@@ -129,7 +129,7 @@ def agree(
         positions["leader"],
         tuple(positions["peer"]),
         adapted,
-        crowds,
+        ranks_per_file,
     )
 
 
@@ -171,14 +171,14 @@ class _Union:
 
     Attributes:
         writers: Part to its tensors, each with the leader of the stage that writes it.
-        crowds: See `Agreement.crowds`.
+        ranks_per_file: See `Agreement.ranks_per_file`.
         adapted: See `Agreement.adapted`.
         shared: Part and name of tensors that several stages hold, sharded alike, with the leaders of these stages.
     """
 
     writers: Mapping[str, Mapping[TensorSpec, int]]
-    crowds: Mapping[tuple[str, str], int]
-    adapted: Mapping[str, Naming]
+    ranks_per_file: Mapping[tuple[str, str], int]
+    adapted: Mapping[str, TensorMapping]
     shared: Sequence[tuple[str, str, Sequence[int]]]
 
     def elsewhere(self, local: Mapping[str, Sequence[TensorSpec]], leader: int) -> frozenset[tuple[str, str]]:
@@ -200,7 +200,10 @@ def _union(
 ) -> _Union:
     """Collective: bring together what the kinds of ranks hold; only one rank of each kind speaks."""
     data = {
-        part: [(item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.crowd, _how(item)) for item in items]
+        part: [
+            (item.spec.name, item.spec.dtype, list(item.spec.shape), item.place.ranks_per_file, _how(item))
+            for item in items
+        ]
         for part, items in parts.items()
     }
     payload = {"stage": stage, "parts": data, "adapted": said, "objects": list(objects)} if leads else None
@@ -209,9 +212,9 @@ def _union(
         part: {TensorSpec(name, dtype, tuple(shape)): writer for name, dtype, shape, _, writer in rows}
         for part, rows in merged["parts"].items()
     }
-    crowds = {(part, row[0]): row[3] for part, rows in merged["parts"].items() for row in rows}
-    adapted = {part: Naming.from_data(data) for part, data in merged["adapted"].items()}
-    return _Union(writers, crowds, adapted, [tuple(row) for row in merged["shared"]])
+    ranks_per_file = {(part, row[0]): row[3] for part, rows in merged["parts"].items() for row in rows}
+    adapted = {part: TensorMapping.from_data(data) for part, data in merged["adapted"].items()}
+    return _Union(writers, ranks_per_file, adapted, [tuple(row) for row in merged["shared"]])
 
 
 def _how(item: LocalTensor) -> str:
@@ -234,9 +237,9 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     clashes = []
     for rank, payload in ordered:
         for part, rows in payload["parts"].items():
-            for name, dtype, shape, crowd, how in rows:
+            for name, dtype, shape, ranks_per_file, how in rows:
                 held[part, name, how].append(rank)
-                known = merged[part].setdefault(name, (name, dtype, shape, crowd, rank))
+                known = merged[part].setdefault(name, (name, dtype, shape, ranks_per_file, rank))
                 if known[1:3] != (dtype, shape):
                     clashes.append(f"{part}: {name} is {dtype} {shape} on rank {rank}, elsewhere {known[1]} {known[2]}")
     adapted = _merge_adapted({rank: payload["adapted"] for rank, payload in ordered}, clashes)

@@ -51,7 +51,7 @@ class Background:
     ) -> None:
         self._channel, self._directory, self._known = channel, directory, known
         self._weights, self._stats, self._is_async = weights, stats, is_async
-        self._worker = Worker("hydra_ckpt-save", channel.farewell)
+        self._worker = Worker("hydra_ckpt-save", channel.drain)
         self.longest_save_s = 0.0
 
     def submit(self, pending: PendingSave, request: SaveRequest, transaction: Transaction, staged: Staged) -> None:

@@ -6,7 +6,7 @@ import tempfile
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.hub.assets import tokenizer_assets
-from hydra_ckpt.hub.card import Made
+from hydra_ckpt.hub.card import SaveInfo
 from hydra_ckpt.hub.model_export import ModelExport
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.outputs import Agreed
@@ -27,7 +27,7 @@ class SmallFiles:
         self._tokenizer_files: tuple[object, dict[str, bytes]] = (None, {})
 
     def collect(
-        self, captured: Captured, agreed: Agreed, consolidated: bool, export_only: bool, made: Made | None
+        self, captured: Captured, agreed: Agreed, consolidated: bool, export_only: bool, made: SaveInfo | None
     ) -> dict[str, bytes]:
         """Coordinator only: the small files by path in the checkpoint.
 

@@ -11,10 +11,10 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.saving.agreement import Agreement, Parts
-from hydra_ckpt.saving.drift import Judgement, Told, judge, unequal
+from hydra_ckpt.saving.drift import Judgement, ReplicaReport, judge, unequal
 from hydra_ckpt.saving.watching import Watchlist, label_of
 from hydra_ckpt.state.capture import Captured
-from hydra_ckpt.state.local import LocalTensor, Place
+from hydra_ckpt.state.local import LocalTensor, ShardPlacement
 from hydra_ckpt.state.plain import ABSENT, is_state, state_at
 from hydra_ckpt.storage.folding import digest, digest_each, is_constant, whole
 from hydra_ckpt.store import names
@@ -43,7 +43,7 @@ class Differences:
     anywhere: set[str] = field(default_factory=set)
     apart: set[Hashable] = field(default_factory=set)
     drifted: set[str] = field(default_factory=set)
-    _places: dict[tuple[str, Place], Place] = field(default_factory=dict)
+    _places: dict[tuple[str, ShardPlacement], ShardPlacement] = field(default_factory=dict)
 
     def arranged(self, parts: Parts) -> dict[str, list[LocalTensor]]:
         """The tensors, with one more part for those stored once per rank. Nothing that differs is divisible."""
@@ -62,12 +62,12 @@ class Differences:
                     items[position] = replace(item, divisible=False)
         return {**found, names.OWN: own} if own else found
 
-    def _own_place(self, part: str, place: Place) -> Place:
-        """A tensor's place in the per-rank files; the same object for the same place, see `Place`."""
+    def _own_place(self, part: str, place: ShardPlacement) -> ShardPlacement:
+        """A tensor's place in the per-rank files; the same object for the same place, see `ShardPlacement`."""
         known = self._places.get((part, place))
         if known is None:
             spec = replace(place.spec, name=label_of(part, place.spec.name))
-            known = replace(place, spec=spec, replica=(0, 1), group=(), crowd=1, sharding=None)
+            known = replace(place, spec=spec, replica=(0, 1), group=(), ranks_per_file=1, sharding=None)
             self._places[part, place] = known
         return known
 
@@ -182,7 +182,7 @@ class Comparer:
         for group in look.watchlist.groups:
             if group.key in each:
                 constant = () if group.is_own else look.watchlist.constant(look.captured.parts, group.key)
-                told[group.key] = Told(
+                told[group.key] = ReplicaReport(
                     look.leader, group.is_own, str(group.place), each[group.key], constant, group.between_stages
                 ).to_data()
 

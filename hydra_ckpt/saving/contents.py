@@ -12,9 +12,9 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.distributed.vote import Vote
 from hydra_ckpt.errors import CheckpointError
-from hydra_ckpt.hub.card import Made
-from hydra_ckpt.hub.model_export import ModelExport, Wanted
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.hub.card import SaveInfo
+from hydra_ckpt.hub.model_export import ModelExport, ReferenceHints
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.agreement import Parts, agree
 from hydra_ckpt.saving.companion_files import SmallFiles
@@ -25,7 +25,7 @@ from hydra_ckpt.saving.outputs import Agreed, Outputs, Planned
 from hydra_ckpt.saving.save import Content
 from hydra_ckpt.saving.watching import label_of
 from hydra_ckpt.saving.write_planning import (
-    is_of_rows,
+    is_row_contiguous,
     signature,
 )
 from hydra_ckpt.state.capture import Captured
@@ -161,7 +161,7 @@ class Contents:
         consolidated: bool,
         export_only: bool,
         from_shards: bool = False,
-        made: Made | None = None,
+        made: SaveInfo | None = None,
     ) -> tuple[Content, Sources]:
         """What this rank contributes.
 
@@ -225,13 +225,13 @@ class Contents:
         namings = {}
         for part, found in specs.items():
             if self._config.write.is_peft:
-                namings[part] = Naming.unchanged(found)  # the names are already right
+                namings[part] = TensorMapping.unchanged(found)  # the names are already right
             else:
                 said = self._channel.coordinator_step(
                     "looking at the reference model", partial(self._export.wanted, models[part][0])
                 )
                 adapted = agreement.adapted.get(part)
-                namings[part] = self._export.naming(models[part][0], found, Wanted(**said), adapted)
+                namings[part] = self._export.naming(models[part][0], found, ReferenceHints(**said), adapted)
         kept = frozenset(part for part, naming in namings.items() if naming.is_plain or naming.keeps(specs[part]))
         exporters = {part: Exporter(naming) for part, naming in namings.items()}
         agreed = Agreed(agreement, namings, exporters, kept)
@@ -242,11 +242,13 @@ class Contents:
         )
         own, error = False, None
         try:
-            own = all(is_of_rows(item) for items in self._everything(captured.parts, agreed) for item in items)
+            own = all(is_row_contiguous(item) for items in self._everything(captured.parts, agreed) for item in items)
         except Exception as failure:
             error = CheckpointError(f"looking at the parts of tensors: {type(failure).__name__}: {failure}")
             error.__cause__ = failure
-        return replace(agreed, of_rows=self._channel.conclude("comparing how tensors are split", error, own, all))
+        return replace(
+            agreed, row_contiguous=self._channel.conclude("comparing how tensors are split", error, own, all)
+        )
 
     def _everything(self, parts: Parts, agreed: Agreed) -> Iterator[Sequence[LocalTensor]]:
         """All tensors that may be written, in their own form and as exported."""

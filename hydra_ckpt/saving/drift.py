@@ -14,7 +14,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Told:
+class ReplicaReport:
     """What a rank reports about a group that differs.
 
     Attributes:
@@ -69,10 +69,10 @@ class _Group:
     """A group that differs, with what each of its ranks reported."""
 
     key: str
-    told: Mapping[int, Told]
+    told: Mapping[int, ReplicaReport]
 
     @property
-    def first(self) -> Told:
+    def first(self) -> ReplicaReport:
         return next(iter(self.told.values()))
 
     def values(self, label: str) -> dict[int, int | None]:
@@ -95,7 +95,7 @@ def judge(
     """Coordinator only: distinguish drift from values that belong to each rank.
 
     Args:
-        rows: For each rank the groups it reports: key to `Told` as plain data.
+        rows: For each rank the groups it reports: key to `ReplicaReport` as plain data.
         places: For each rank its coordinate along the expert dimensions of `moe_mesh`, or None.
         unequal_at_start: Parameters that were not equal when the run began.
         is_first: Whether the ranks compare for the first time.
@@ -140,10 +140,10 @@ def judge(
 
 
 def _groups(rows: Sequence[Mapping[str, Any] | None]) -> Iterator[_Group]:
-    found: dict[str, dict[int, Told]] = defaultdict(dict)
+    found: dict[str, dict[int, ReplicaReport]] = defaultdict(dict)
     for rank, row in enumerate(rows):
         for key, data in (row or {}).items():
-            found[key][rank] = Told(**data)
+            found[key][rank] = ReplicaReport(**data)
     for key, told in found.items():
         yield _Group(key, told)
 

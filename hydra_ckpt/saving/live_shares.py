@@ -24,14 +24,14 @@ class Sources:
 
     Attributes:
         tensors: Position of the share to exactly the live rows it writes.
-        late: Positions that may be copied as late as the next optimizer step.
+        deferred: Positions that may be copied as late as the next optimizer step.
         casts: Dtypes to write, where they differ from the tensors' own.
         plan: Fixes everything but the values; the same object as long as nothing else changes.
         label: What messages call the tensor at a position.
     """
 
     tensors: Mapping[int, torch.Tensor]
-    late: frozenset[int]
+    deferred: frozenset[int]
     casts: Mapping[int, torch.dtype]
     plan: object = None
     label: Callable[[int], str] = str
@@ -46,7 +46,7 @@ def model_sources(sources: Sources, plan: WritePlan) -> Sources:
 def sources_of(parts: Parts, plan: WritePlan) -> Sources:
     """What this rank writes, of the live tensors of these parts."""
     tensors = tensors_of(parts)
-    found, casts, late = {}, {}, []
+    found, casts, deferred = {}, {}, []
     for position, share in plan.shares.items():
         item = tensors[position]
         sizes = item.place.box.sizes  # faster than querying the tensor
@@ -55,9 +55,9 @@ def sources_of(parts: Parts, plan: WritePlan) -> Sources:
         dtype = TORCH_DTYPE[share.spec.dtype]
         if dtype != item.tensor.dtype:
             casts[position] = dtype
-        if item.late:
-            late.append(position)
-    return Sources(found, frozenset(late), casts, plan, partial(_label, parts))
+        if item.deferred:
+            deferred.append(position)
+    return Sources(found, frozenset(deferred), casts, plan, partial(_label, parts))
 
 
 def _label(parts: Parts, position: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.plan import WritePlan
 from hydra_ckpt.layout.specs import TensorSpec
@@ -42,14 +42,14 @@ class Agreed:
         namings: Model part to how its export names and stores the tensors.
         exporters: Model part to what applies its naming.
         kept: Parts whose export holds every tensor bit for bit, so training can resume from it.
-        of_rows: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
+        row_contiguous: Whether all ranks hold whole rows of every tensor, and so fill files without a memory map.
     """
 
     agreement: Agreement
-    namings: Mapping[str, Naming]
+    namings: Mapping[str, TensorMapping]
     exporters: Mapping[str, Exporter]
     kept: frozenset[str]
-    of_rows: bool = False
+    row_contiguous: bool = False
 
     @cached_property
     def naming_files(self) -> dict[str, bytes]:
@@ -137,7 +137,7 @@ class Outputs:
             layouts,
             self._channel.rank,
             self._channel.world_size,
-            of_rows=agreed.of_rows,
+            row_contiguous=agreed.row_contiguous,
             read_again=merging,
         )
         merged = tuple(self._merged(part, agreed) for part in models) if merging else ()
@@ -163,7 +163,7 @@ class Outputs:
         layout = self._export_layout(part, naming)
         return Merged(part, tuple(lay_out_part(layout, replace(agreed.agreement, specs={part: specs}))), naming)
 
-    def _export_layout(self, part: str, naming: Naming) -> PartLayout:
+    def _export_layout(self, part: str, naming: TensorMapping) -> PartLayout:
         if self._write.is_peft:
             return adapter_layout(part)
         layout = consolidated_layout(part, self._diffusers_compatible)

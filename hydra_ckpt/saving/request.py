@@ -15,7 +15,7 @@ from hydra_ckpt.store import names
 _MOST = 10**15
 
 
-def whole(name: str, value: Any) -> int:
+def non_negative_int(name: str, value: Any) -> int:
     """A step or an epoch as a plain int.
 
     Args:

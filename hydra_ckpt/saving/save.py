@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.file_layout import FileLayout, index_json
 from hydra_ckpt.layout.plan import WritePlan, full_coverage
 from hydra_ckpt.saving.write_planning import PartLayout
@@ -54,7 +54,7 @@ class Merged:
 
     part: str
     files: tuple[FileLayout, ...]
-    naming: Naming
+    naming: TensorMapping
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.distributed.group import Group
 from hydra_ckpt.errors import CheckpointError, CheckpointExistsError
 from hydra_ckpt.files import keeps_ranges_apart
-from hydra_ckpt.hub.card import Made
+from hydra_ckpt.hub.card import SaveInfo
 from hydra_ckpt.report import Stats
 from hydra_ckpt.resolved import ResolvedConfig
 from hydra_ckpt.saving.background import Background
@@ -166,7 +166,7 @@ class Saver:
                 consolidated=request.consolidated,
                 export_only=request.adds_export,
                 from_shards=from_shards,
-                made=Made(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
+                made=SaveInfo(request.step, request.epoch, request.metrics, dict(self._config.hydra_texts)),
             )
             staged = self._stage(captured.optimizers, sources)
             pending.when_staged = staged.let_change
@@ -293,7 +293,7 @@ class Saver:
             return Staged.borrowed(sources, self._pool)
         self._warm.wait()
         overlaps = self._hooks.hook(optimizers) and not self._config.write.wait_for_staging
-        return Staged.copied(sources, self._pool, sources.late if overlaps else frozenset())
+        return Staged.copied(sources, self._pool, sources.deferred if overlaps else frozenset())
 
     def _transaction(
         self, request: SaveRequest, content: Content, staged: Staged, optimizers: list[str]

@@ -46,7 +46,7 @@ class Staged:
         return staged
 
     @classmethod
-    def copied(cls, sources: Sources, pool: BufferPool, late: frozenset[int]) -> Staged:
+    def copied(cls, sources: Sources, pool: BufferPool, deferred: frozenset[int]) -> Staged:
         """Copy now, except for what may wait until `finish`.
 
         An error (no memory) is kept and raised in the background, which reports it to the other ranks.
@@ -55,10 +55,10 @@ class Staged:
         staged._label = sources.label
         try:
             _check_memory(pool.layout(sources.tensors, sources.casts, sources.plan).nbytes, pool)
-            staging = Staging(sources.tensors, pool, sources.casts, late, sources.plan)
+            staging = Staging(sources.tensors, pool, sources.casts, deferred, sources.plan)
             staged._snapshot = staging.snapshot
             staging.begin()
-            if late:
+            if deferred:
                 staged._staging = staging
             else:
                 staging.finish()

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS, BlockFiles, Member, block_files
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, by_file, by_size, lay_out
-from hydra_ckpt.layout.plan import Piece, WritePlan, fill_files, fingerprint
-from hydra_ckpt.layout.replicas import Holding, Share, shares
+from hydra_ckpt.layout.plan import WriteItem, WritePlan, fill_files, fingerprint
+from hydra_ckpt.layout.replicas import LocalShard, WriteShare, shares
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement, Parts
-from hydra_ckpt.state.local import LocalTensor, Place
+from hydra_ckpt.state.local import LocalTensor, ShardPlacement
 from hydra_ckpt.storage.header import BOXES_KEY, encode_boxes
 from hydra_ckpt.storage.stage_names import on_rank
 from hydra_ckpt.store import names
@@ -112,7 +112,7 @@ def make_plan(
     rank: int,
     world_size: int,
     *,
-    of_rows: bool = False,
+    row_contiguous: bool = False,
     read_again: bool = False,
 ) -> WritePlan:
     """What this rank writes. The position of a share is its tensor's index in `tensors_of`.
@@ -123,7 +123,7 @@ def make_plan(
         layouts: Where the parts go.
         rank: This rank.
         world_size: All ranks.
-        of_rows: Whether all ranks hold whole rows of every tensor, see `is_of_rows`.
+        row_contiguous: Whether all ranks hold whole rows of every tensor, see `is_row_contiguous`.
         read_again: Whether the same save reads the files back.
     """
     by_part = _shares(parts, {layout.part for layout in layouts}, agreement)
@@ -132,9 +132,11 @@ def make_plan(
     first = len(files) + len(own_files)
     in_blocks, block_pieces, led = _block_files(layouts, by_part, parts, agreement, first)
     blocked = [f"{layout.part}/{spec.name}" for layout in layouts for spec in _blocked(layout, agreement)]
-    choice = fingerprint([agreement.fingerprint, *map(str, layouts), str((world_size, of_rows, read_again)), *blocked])
+    choice = fingerprint(
+        [agreement.fingerprint, *map(str, layouts), str((world_size, row_contiguous, read_again)), *blocked]
+    )
     # Files that no rank writes in short runs, so that none needs a memory map.
-    unmapped = range(first + len(in_blocks)) if of_rows else range(len(files), first)
+    unmapped = range(first + len(in_blocks)) if row_contiguous else range(len(files), first)
     return WritePlan(
         tuple(files),
         tuple(own_files),
@@ -149,11 +151,11 @@ def make_plan(
 
 
 def _shared_files(
-    layouts: Sequence[PartLayout], by_part: Mapping[str, Mapping[int, Share]], agreement: Agreement
-) -> tuple[list[FileLayout], list[Piece]]:
+    layouts: Sequence[PartLayout], by_part: Mapping[str, Mapping[int, WriteShare]], agreement: Agreement
+) -> tuple[list[FileLayout], list[WriteItem]]:
     """The files that all ranks fill together, and this rank's pieces of them."""
     files: list[FileLayout] = []
-    pieces: list[Piece] = []
+    pieces: list[WriteItem] = []
     for layout in layouts:
         if not layout.distcp and not layout.own:
             laid = lay_out_part(layout, agreement)
@@ -163,11 +165,15 @@ def _shared_files(
 
 
 def _own_files(
-    layouts: Sequence[PartLayout], by_part: Mapping[str, Mapping[int, Share]], rank: int, world_size: int, first: int
-) -> tuple[list[FileLayout], list[Piece]]:
+    layouts: Sequence[PartLayout],
+    by_part: Mapping[str, Mapping[int, WriteShare]],
+    rank: int,
+    world_size: int,
+    first: int,
+) -> tuple[list[FileLayout], list[WriteItem]]:
     """The files that this rank fills alone, and its pieces of them; `first` is the number of the first file."""
     files: list[FileLayout] = []
-    pieces: list[Piece] = []
+    pieces: list[WriteItem] = []
     for layout in layouts:
         if layout.own and not layout.distcp:
             mine = by_part.get(layout.part, {})
@@ -181,14 +187,14 @@ def _own_files(
 
 def _block_files(
     layouts: Sequence[PartLayout],
-    by_part: Mapping[str, Mapping[int, Share]],
+    by_part: Mapping[str, Mapping[int, WriteShare]],
     parts: Parts,
     agreement: Agreement,
     first: int,
-) -> tuple[list[FileLayout], list[Piece], set[int]]:
+) -> tuple[list[FileLayout], list[WriteItem], set[int]]:
     """The files of this rank's blocks, its pieces of them, and which of them it creates."""
     files: list[FileLayout] = []
-    pieces: list[Piece] = []
+    pieces: list[WriteItem] = []
     led: set[int] = set()
     for layout in layouts:
         for found in _own_blocks(layout, parts.get(layout.part, ()), agreement):
@@ -199,7 +205,7 @@ def _block_files(
     return files, pieces, led
 
 
-def is_of_rows(item: LocalTensor) -> bool:
+def is_row_contiguous(item: LocalTensor) -> bool:
     """Whether this rank holds whole rows of the tensor, and so one run of bytes in its file."""
     return item.box.sizes[1:] == item.spec.shape[1:] or not item.box.numel
 
@@ -212,9 +218,9 @@ def lay_out_part(layout: PartLayout, agreement: Agreement) -> list[FileLayout]:
     return lay_out(groups, layout.directory, layout.stem) if groups else []
 
 
-def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict[str, dict[int, Share]]:
+def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict[str, dict[int, WriteShare]]:
     """Part to this rank's shares by position. All parts are divided together, so no replica writes some of each."""
-    holdings: list[Holding] = []
+    holdings: list[LocalShard] = []
     places: list[tuple[str, int]] = []
     position = 0
     for part, items in parts.items():
@@ -222,7 +228,7 @@ def _shares(parts: Parts, wanted: Collection[str], agreement: Agreement) -> dict
             holdings += _holdings(part, items, agreement)
             places += [(part, position + number) for number in range(len(items))]
         position += len(items)
-    found: dict[str, dict[int, Share]] = defaultdict(dict)
+    found: dict[str, dict[int, WriteShare]] = defaultdict(dict)
     for index, share in shares(holdings).items():
         part, place = places[index]
         found[part][place] = share
@@ -234,14 +240,14 @@ def tensors_of(parts: Parts) -> list[LocalTensor]:
     return list(itertools.chain.from_iterable(parts.values()))
 
 
-def replica_of(place: Place, agreement: Agreement) -> tuple[int, int]:
+def replica_of(place: ShardPlacement, agreement: Agreement) -> tuple[int, int]:
     """This rank's index among all ranks that hold the same, on any mesh, and the number of those ranks."""
     copy, copies = agreement.copies[place.mesh]
     index, count = place.replica
     return copy * count + index, copies * count
 
 
-def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[Holding]:
+def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> list[LocalShard]:
     holdings = []
     for item in items:
         place = item.place
@@ -252,7 +258,7 @@ def _holdings(part: str, items: Sequence[LocalTensor], agreement: Agreement) -> 
         elif (part.removeprefix(BESIDE), place.origin or place.spec.name) in agreement.elsewhere:
             # Ranks of the other kind count as the replicas before these, and write all of it.
             replica, divisible = (replica[1] + replica[0], 2 * replica[1]), False
-        holdings.append(Holding(place.spec, place.box, replica, (place.mesh, place.group), divisible))
+        holdings.append(LocalShard(place.spec, place.box, replica, (place.mesh, place.group), divisible))
     return holdings
 
 
@@ -261,7 +267,11 @@ def _blocked(layout: PartLayout, agreement: Agreement) -> list[TensorSpec]:
     if not layout.block:
         return []
     specs = agreement.specs.get(layout.part, ())
-    return [spec for spec in specs if spec.nbytes and agreement.crowds.get((layout.part, spec.name), 1) > layout.block]
+    return [
+        spec
+        for spec in specs
+        if spec.nbytes and agreement.ranks_per_file.get((layout.part, spec.name), 1) > layout.block
+    ]
 
 
 def _own_blocks(layout: PartLayout, items: Sequence[LocalTensor], agreement: Agreement) -> list[BlockFiles]:
@@ -288,29 +298,29 @@ def _with_boxes(file: FileLayout, boxes: Mapping[str, tuple[tuple[int, ...], Box
     return FileLayout(file.path, file.tensors, {"format": "pt", BOXES_KEY: encode_boxes(held)})
 
 
-def _in_block(share: Share, found: BlockFiles) -> Share:
+def _in_block(share: WriteShare, found: BlockFiles) -> WriteShare:
     """A share relative to the block's box, if the block holds any of the tensor."""
     shape_and_box = found.boxes.get(share.spec.name)
     if shape_and_box is None:
         return share
     block = shape_and_box[1]
     spec = TensorSpec(share.spec.name, share.spec.dtype, block.sizes)
-    return Share(spec, share.box.within(block), share.start, share.stop)
+    return WriteShare(spec, share.box.within(block), share.start, share.stop)
 
 
-def _own_file(layout: PartLayout, mine: Mapping[int, Share], rank: int, world_size: int) -> FileLayout:
+def _own_file(layout: PartLayout, mine: Mapping[int, WriteShare], rank: int, world_size: int) -> FileLayout:
     boxes = {share.spec.name: (share.spec.shape, share.box) for share in mine.values()}
     specs = sorted((_as_whole(share).spec for share in mine.values()), key=lambda spec: -spec.itemsize)
     path = f"{layout.directory}/{layout.stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
     return _with_boxes(FileLayout(path, tuple(specs)), boxes)
 
 
-def _renamed(share: Share, rank: int) -> Share:
+def _renamed(share: WriteShare, rank: int) -> WriteShare:
     """A share under this rank's own name, for values that differ between ranks."""
     return replace(share, spec=replace(share.spec, name=on_rank(rank, share.spec.name)))
 
 
-def _as_whole(share: Share) -> Share:
+def _as_whole(share: WriteShare) -> WriteShare:
     """A share as a separate tensor."""
     spec = TensorSpec(share.spec.name, share.spec.dtype, share.box.sizes)
-    return Share(spec, Box.whole(spec.shape), share.start, share.stop)
+    return WriteShare(spec, Box.whole(spec.shape), share.start, share.stop)

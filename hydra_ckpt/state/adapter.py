@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import TopologyError
-from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.tracing import Trace
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE, safetensors_dtype
@@ -125,7 +125,7 @@ def has_adapter(model: nn.Module) -> bool:
     return getattr(model, "state_dict_adapter", None) is not None
 
 
-def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
+def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> TensorMapping:
     """What the files of a model hold according to `model.state_dict_adapter`.
 
     Args:
@@ -146,19 +146,19 @@ def adapter_naming(model: nn.Module, specs: Sequence[TensorSpec]) -> Naming:
     return naming
 
 
-def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[Naming, list[str]]:
+def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[TensorMapping, list[str]]:
     """The naming, and everything that is wrong with it."""
     trace = Trace(specs)
     with torch.no_grad(), trace:
         try:
             converted = adapter.to_hf(dict(trace.sources))
         except Exception as error:  # noqa: BLE001 - foreign code
-            return Naming(()), [f"to_hf fails on tensors without memory: {type(error).__name__}: {error}"]
+            return TensorMapping(()), [f"to_hf fails on tensors without memory: {type(error).__name__}: {error}"]
     forced = getattr(adapter, "forced_hf_dtype_mapping", None)
     types = {name: trace.dtype_of(item) for name, item in converted.items()}
     for name, dtype in forced(trace.sources).items() if forced is not None else ():
         types[name] = TORCH_DTYPE.get(dtype) or getattr(torch, dtype)
-    aliases: list[Alias] = []
+    aliases: list[SliceMapping] = []
     dtypes: dict[str, str] = {}
     problems = []
     for name, item in converted.items():
@@ -175,13 +175,15 @@ def _traced(adapter: Any, specs: Sequence[TensorSpec]) -> tuple[Naming, list[str
                 problems.append(f"{name}: {source} cannot be stored as {types[name]} without loss")
             elif source != types[name]:
                 dtypes[name] = safetensors_dtype(name, types[name])
-    naming = Naming.ordered(aliases, specs, dtypes, {name: tuple(item.shape) for name, item in converted.items()})
+    naming = TensorMapping.ordered(
+        aliases, specs, dtypes, {name: tuple(item.shape) for name, item in converted.items()}
+    )
     for spec in specs:
         problems += _uncovered(spec, naming.by_source.get(spec.name, ()))
     return naming, problems + _not_restored(adapter, trace.sources, converted)
 
 
-def _uncovered(spec: TensorSpec, parts: Sequence[Alias]) -> list[str]:
+def _uncovered(spec: TensorSpec, parts: Sequence[SliceMapping]) -> list[str]:
     """What is dropped or doubled of one tensor."""
     if not parts:
         return [f"{spec.name}: to_hf drops it"]
@@ -197,10 +199,10 @@ def _uncovered(spec: TensorSpec, parts: Sequence[Alias]) -> list[str]:
     return problems
 
 
-def _neighbours(parts: Sequence[Alias]) -> dict[Hashable, list[Alias]]:
+def _neighbours(parts: Sequence[SliceMapping]) -> dict[Hashable, list[SliceMapping]]:
     """Pieces that may overlap: those of one expert. Comparing each with each takes long with hundreds of experts."""
     leads = all(part.box.sizes and part.box.sizes[0] == 1 for part in parts)
-    groups: dict[Hashable, list[Alias]] = defaultdict(list)
+    groups: dict[Hashable, list[SliceMapping]] = defaultdict(list)
     for part in parts:
         groups[part.grid, part.box.offsets[:1] if leads else ()].append(part)
     return groups

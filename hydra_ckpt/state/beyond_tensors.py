@@ -12,7 +12,7 @@ from torch import nn
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out, some_of
 from hydra_ckpt.state.growing import accepted, outlasting
 from hydra_ckpt.state.module_oracle import (
-    Told,
+    OwnEntries,
     customizes,
     customizes_loading,
     give_back,
@@ -43,7 +43,7 @@ class BeyondTensors:
     omits: Callable[[str], bool]
     ours: tuple[str, ...] | None = None
 
-    def told(self, called: str) -> Told:
+    def told(self, called: str) -> OwnEntries:
         """What the model's own state_dict returns beyond what was walked; nothing for most.
 
         Args:
@@ -59,7 +59,7 @@ class BeyondTensors:
             if module._version != 1
         }
         if not self.customizes_saving:
-            return Told([], metadata)
+            return OwnEntries([], metadata)
         entries = []
         for core in self.walk.cores:
             told = told_by(core, called)
@@ -72,7 +72,7 @@ class BeyondTensors:
             for name, local in getattr(told, "_metadata", {}).items():
                 if local != {"version": 1}:
                     metadata[canonical(f"{name}.").removesuffix(".")] = local
-        return Told(entries, metadata)
+        return OwnEntries(entries, metadata)
 
     def _refuse_unloadable(
         self, called: str, core: nn.Module, entries: Iterable[str], loading: tuple[str, ...]
@@ -153,7 +153,7 @@ class BeyondTensors:
             name
             for core, entries in zip(cores, saved or [{} for _ in cores], strict=True)
             for name in give_back(
-                core, called, Told([dict(entries)], known, resized), *walked, self._is_ours, older, left
+                core, called, OwnEntries([dict(entries)], known, resized), *walked, self._is_ours, older, left
             )
         ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import fingerprint
 from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
@@ -56,7 +56,7 @@ class Captured:
     shared: dict[str, Any]
     plain: dict[str, Any]
     own: Taken
-    adapted: Mapping[str, Naming] = field(default_factory=dict)
+    adapted: Mapping[str, TensorMapping] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
     models: Mapping[str, tuple[nn.Module, str]] = field(default_factory=dict)
     optimizers: Sequence[Any] = ()

@@ -12,18 +12,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
-from hydra_ckpt.layout.aliases import Alias, Naming
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
 from hydra_ckpt.layout.boxes import Box, Sharding
 from hydra_ckpt.layout.grids import flat_boxes
 from hydra_ckpt.layout.plan import fingerprint
-from hydra_ckpt.layout.replicas import crowd
+from hydra_ckpt.layout.replicas import ranks_per_file
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import check_storable, safetensors_dtype
 from hydra_ckpt.storage.memory import bytes_of, narrow, view_as
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class ShardPlacement:
     """The position of a tensor's local part in the whole: what stays the same from save to save.
 
     A `Localizer` makes one for each, and returns the same one again, so places are compared by identity.
@@ -35,7 +35,7 @@ class Place:
         replica: Index among the ranks of the mesh that hold the same box, and their number.
         group: Equal for tensors of one mesh replicated along the same dimensions.
         origin: Name of the live tensor it is part of, if it has another name in an export.
-        crowd: How many ranks of the mesh would write to a file of the whole tensor.
+        ranks_per_file: How many ranks of the mesh would write to a file of the whole tensor.
         sharding: How; None for a plain tensor, and on a rank outside the mesh.
     """
 
@@ -45,7 +45,7 @@ class Place:
     replica: tuple[int, int] = (0, 1)
     group: Hashable = ()
     origin: str = ""
-    crowd: int = 1
+    ranks_per_file: int = 1
     sharding: Sharding | None = None
 
 
@@ -57,13 +57,13 @@ class LocalTensor:
         place: Its position in the whole.
         tensor: That part, of the sizes of the place's box, sharing memory with the live object.
         divisible: Whether all replicas certainly hold the same values.
-        late: Whether nothing but an optimizer step changes it, so that copying it may wait until then.
+        deferred: Whether nothing but an optimizer step changes it, so that copying it may wait until then.
     """
 
-    place: Place
+    place: ShardPlacement
     tensor: torch.Tensor
     divisible: bool = True
-    late: bool = False
+    deferred: bool = False
 
     @property
     def spec(self) -> TensorSpec:
@@ -89,7 +89,7 @@ class _Kept:
         """A new one."""
         return cls(tensor, item, _facts(item.tensor))
 
-    def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool) -> bool:
+    def holds(self, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, deferred: bool) -> bool:
         """Whether the same live tensor, with its memory where it was, would give the same result again."""
         item = self.item
         return (
@@ -97,7 +97,7 @@ class _Kept:
             and type(local) in _PLAIN
             and _facts(local) == self.facts
             and item.divisible == divisible
-            and item.late == late
+            and item.deferred == deferred
         )
 
 
@@ -116,12 +116,12 @@ class Localizer:
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
-        self._last: dict[str, tuple[tuple[object, ...], Place]] = {}
-        self._places: dict[Hashable, dict[str, Place]] = {}
+        self._last: dict[str, tuple[tuple[object, ...], ShardPlacement]] = {}
+        self._places: dict[Hashable, dict[str, ShardPlacement]] = {}
         self._meshes: dict[DeviceMesh, tuple[str, tuple[int, ...] | None]] = {}
 
     def __call__(
-        self, name: str, tensor: torch.Tensor, *, divisible: bool = True, late: bool = False, lasting: bool = False
+        self, name: str, tensor: torch.Tensor, *, divisible: bool = True, deferred: bool = False, lasting: bool = False
     ) -> LocalTensor:
         """A live tensor or DTensor as a `LocalTensor`.
 
@@ -129,7 +129,7 @@ class Localizer:
             name: Its name in the checkpoint.
             tensor: The live tensor.
             divisible: See `LocalTensor`.
-            late: See `LocalTensor`.
+            deferred: See `LocalTensor`.
             lasting: Whether it is the same object from save to save, and may be remembered until `forget`.
 
         Raises:
@@ -141,10 +141,10 @@ class Localizer:
             check_storable(name, tensor)
         local = _local(tensor)
         if not lasting:
-            return self._make(name, tensor, local, divisible=divisible, late=late)
+            return self._make(name, tensor, local, divisible=divisible, deferred=deferred)
         kept = self._kept.get(name)
-        if kept is None or not kept.holds(tensor, local, divisible=divisible, late=late):
-            kept = _Kept.of(tensor, self._make(name, tensor, local, divisible=divisible, late=late))
+        if kept is None or not kept.holds(tensor, local, divisible=divisible, deferred=deferred):
+            kept = _Kept.of(tensor, self._make(name, tensor, local, divisible=divisible, deferred=deferred))
             self._kept[name] = kept
         return kept.item
 
@@ -153,7 +153,7 @@ class Localizer:
         self._kept = {}
 
     def _make(
-        self, name: str, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, late: bool
+        self, name: str, tensor: torch.Tensor, local: torch.Tensor, *, divisible: bool, deferred: bool
     ) -> LocalTensor:
         known: tuple[object, ...] = (tensor.dtype, tensor.shape)
         if isinstance(tensor, DTensor):
@@ -170,9 +170,9 @@ class Localizer:
             )
         if type(local) in _PLAIN and local.numel() and not local.is_meta and not local.data_ptr():
             raise CheckpointConfigError(f"{name}: its memory was freed (resize_(0)); give it values before the save")
-        return LocalTensor(place, local.detach(), divisible, late)
+        return LocalTensor(place, local.detach(), divisible, deferred)
 
-    def _find(self, name: str, tensor: torch.Tensor, known: tuple[object, ...]) -> Place:
+    def _find(self, name: str, tensor: torch.Tensor, known: tuple[object, ...]) -> ShardPlacement:
         # Many tensors of a model have one shape and one placement.
         alike = self._places.setdefault(known, {})
         place = alike.get(name)
@@ -185,17 +185,21 @@ class Localizer:
             alike[name] = place
         return place
 
-    def _place(self, name: str, tensor: torch.Tensor) -> Place:
+    def _place(self, name: str, tensor: torch.Tensor) -> ShardPlacement:
         spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), tuple(tensor.shape))
         if not isinstance(tensor, DTensor):
-            return Place(spec, Box.whole(spec.shape))
+            return ShardPlacement(spec, Box.whole(spec.shape))
         mesh, coordinate = self._mesh(tensor.device_mesh)
         sharding = _sharding(name, tensor, coordinate or (0,) * tensor.device_mesh.ndim)
         if coordinate is None:
-            return Place(spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh, crowd=crowd(sharding))
+            return ShardPlacement(
+                spec, Box((0,) * tensor.dim(), (0,) * tensor.dim()), mesh, ranks_per_file=ranks_per_file(sharding)
+            )
         group = (mesh, tuple(position for position, dim in enumerate(sharding.dims) if dim is None))
         box, replica = sharding.box(spec.shape), sharding.replica
-        return Place(spec, box, mesh, replica, group, crowd=crowd(sharding), sharding=sharding)
+        return ShardPlacement(
+            spec, box, mesh, replica, group, ranks_per_file=ranks_per_file(sharding), sharding=sharding
+        )
 
     def _mesh(self, mesh: DeviceMesh) -> tuple[str, tuple[int, ...] | None]:
         """A digest of the mesh's shape and ranks, and this rank's coordinate in it."""
@@ -241,10 +245,10 @@ class Exporter:
         naming: How the tensors are exported.
     """
 
-    def __init__(self, naming: Naming) -> None:
+    def __init__(self, naming: TensorMapping) -> None:
         self._naming = naming
         self._order = {id(alias): number for number, alias in enumerate(naming.aliases)}
-        self._known: dict[Place, list[_Piece]] = {}
+        self._known: dict[ShardPlacement, list[_Piece]] = {}
 
     def __call__(self, items: Iterable[LocalTensor]) -> list[LocalTensor]:
         """The exported tensors in the naming's order; `spec` has the exported element type, `tensor` the live one."""
@@ -252,7 +256,7 @@ class Exporter:
         found.sort(key=lambda pair: pair[0].number)
         return [replace(item, place=piece.place, tensor=piece.view(item.tensor)) for piece, item in found]
 
-    def _pieces(self, place: Place) -> list[_Piece]:
+    def _pieces(self, place: ShardPlacement) -> list[_Piece]:
         pieces = self._known.get(place)
         if pieces is None:
             pieces = self._known[place] = []
@@ -282,8 +286,8 @@ class _Piece:
     """
 
     number: int
-    alias: Alias
-    place: Place
+    alias: SliceMapping
+    place: ShardPlacement
     own: Box
     grid: tuple[int, ...]
     inner: Box

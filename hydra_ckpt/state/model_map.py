@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.state.adapter import adapter_naming, has_adapter
 from hydra_ckpt.state.beyond_tensors import BeyondTensors
 from hydra_ckpt.state.local import Localizer, LocalTensor
-from hydra_ckpt.state.slots import Slot
+from hydra_ckpt.state.slots import TensorSlot
 from hydra_ckpt.state.walk import Walk
 from hydra_ckpt.storage.dtypes import safetensors_dtype
 from hydra_ckpt.storage.subclasses import addresses
@@ -37,10 +37,10 @@ class ModelMap:
     """
 
     walk: Walk
-    slots: list[Slot]
+    slots: list[TensorSlot]
     beyond: BeyondTensors
     names: dict[int, str]
-    _beside: list[Slot] = field(default_factory=list)  # buffers that are stored as extra state
+    _beside: list[TensorSlot] = field(default_factory=list)  # buffers that are stored as extra state
     _is_whole: bool = True
     _adapted_specs: list[TensorSpec] | None = None
 
@@ -99,7 +99,7 @@ class ModelMap:
         )
 
     @cached_property
-    def adapted(self) -> Naming | None:
+    def adapted(self) -> TensorMapping | None:
         """What the files hold according to the parts' adapters; None if no part has one.
 
         Raises:
@@ -111,7 +111,7 @@ class ModelMap:
         found = [adapter_naming(core, [spec for spec in specs if spec.name in own]) for core, own in self.walk.adapting]
         dtypes = {name: dtype for naming in found for name, dtype in naming.dtypes.items()}
         shapes = {name: shape for naming in found for name, shape in naming.shapes.items()}
-        return Naming.ordered([alias for naming in found for alias in naming.aliases], specs, dtypes, shapes)
+        return TensorMapping.ordered([alias for naming in found for alias in naming.aliases], specs, dtypes, shapes)
 
     def specs(self) -> list[TensorSpec]:
         """Every stored tensor's name, element type and global shape."""
@@ -121,12 +121,12 @@ class ModelMap:
             for slot in self.slots
         ]
 
-    def locals(self, localize: Localizer, late: Container[int] = frozenset()) -> list[LocalTensor]:
+    def locals(self, localize: Localizer, deferred: Container[int] = frozenset()) -> list[LocalTensor]:
         """This rank's part of every stored tensor, as it is now.
 
         Args:
             localize: Finds the positions of tensors.
-            late: Identities of parameters that only a hooked optimizer changes.
+            deferred: Identities of parameters that only a hooked optimizer changes.
         """
         self.walk.reshard()
         return [
@@ -134,7 +134,7 @@ class ModelMap:
                 slot.name,
                 slot.tensor,
                 divisible=slot.is_parameter,  # buffers differ between data-parallel ranks
-                late=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in late,
+                deferred=slot.is_parameter and slot.tensor.requires_grad and id(slot.tensor) in deferred,
                 lasting=True,
             )
             for slot in self.slots

@@ -73,7 +73,7 @@ def told_by(module: nn.Module, called: str) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class Told:
+class OwnEntries:
     """What a model's own state_dict returns beyond its tensors.
 
     Attributes:
@@ -147,7 +147,7 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
 def give_back(
     module: nn.Module,
     called: str,
-    told: Told,
+    told: OwnEntries,
     walked: Mapping[str, torch.Tensor],
     apart: Collection[str],
     is_ours: Callable[[str], bool],

@@ -52,7 +52,7 @@ class Described:
     def locals(self, localize: Localizer) -> list[LocalTensor]:
         """The state's tensors as this rank holds them."""
         return [
-            localize(name, tensor, divisible=name not in self.alone, late=name not in self.unsteady, lasting=True)
+            localize(name, tensor, divisible=name not in self.alone, deferred=name not in self.unsteady, lasting=True)
             for name, tensor in self.tensors.items()
         ]
 

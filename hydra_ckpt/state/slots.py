@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TensorSlot:
     """A place in a module where a tensor lives.
 
     Attributes:
@@ -45,7 +45,7 @@ class Unit:
     """
 
     module: FSDPModule
-    sharded: list[tuple[Slot, torch.Tensor]]
+    sharded: list[tuple[TensorSlot, torch.Tensor]]
 
     @classmethod
     def of(cls, module: FSDPModule) -> Unit:
@@ -61,11 +61,11 @@ class Unit:
             self.module.reshard()
 
 
-def _parameters(module: nn.Module) -> Iterator[Slot]:
+def _parameters(module: nn.Module) -> Iterator[TensorSlot]:
     """The parameters of a module that belong to no FSDP module further in."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield Slot(name, module, name, is_parameter=True)
+            yield TensorSlot(name, module, name, is_parameter=True)
     for child in module._modules.values():
         if child is not None and not isinstance(child, FSDPModule):
             yield from _parameters(child)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hydra_ckpt.layout.aliases import Alias
+from hydra_ckpt.layout.aliases import SliceMapping
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.grids import NoGridError, Walk, aliases_on_grid, aliases_through
 from hydra_ckpt.layout.specs import TensorSpec
@@ -85,7 +85,7 @@ class Trace(TorchFunctionMode):
         found = self._casts.get(id(tensor))
         return tensor.dtype if found is None else found[1]
 
-    def pieces_of(self, name: str, tensor: torch.Tensor) -> list[Alias] | None:
+    def pieces_of(self, name: str, tensor: torch.Tensor) -> list[SliceMapping] | None:
         """What a converted tensor consists of; None if that cannot be said in boxes."""
         parts = [(tensor, (0,) * tensor.dim())]
         joined = self._joined.get(_storage(tensor))
@@ -99,7 +99,7 @@ class Trace(TorchFunctionMode):
 
     def _on_grid(
         self, name: str, tensor: torch.Tensor, parts: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
-    ) -> list[Alias] | None:
+    ) -> list[SliceMapping] | None:
         """The same for elements that are moved about, in a finer grid; None if there is none."""
         try:
             walks = [self._walk(part, tuple(part.shape), corner) for part, corner in parts]
@@ -124,12 +124,14 @@ class Trace(TorchFunctionMode):
             raise NoGridError
         return Walk(spec, int(view.storage_offset()), tuple(view.shape), view.stride(), shape, corner)
 
-    def _view(self, name: str, view: torch.Tensor, shape: tuple[int, ...], corner: tuple[int, ...]) -> Alias | None:
+    def _view(
+        self, name: str, view: torch.Tensor, shape: tuple[int, ...], corner: tuple[int, ...]
+    ) -> SliceMapping | None:
         spec = self._specs.get(_storage(view))
         if spec is None or not spec.name:
             return None
         if view.shape == spec.shape and view.is_contiguous():
-            return Alias(name, shape, corner, spec.name, Box.whole(spec.shape), tuple(range(view.dim())))
+            return SliceMapping(name, shape, corner, spec.name, Box.whole(spec.shape), tuple(range(view.dim())))
         if not view.numel():
             return None
         strides = [prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape))]
@@ -146,7 +148,7 @@ class Trace(TorchFunctionMode):
             if dim is not None:
                 sizes[dim] = size
             dims.append(dim)
-        return Alias(name, shape, corner, spec.name, Box(tuple(starts), tuple(sizes)), tuple(dims))
+        return SliceMapping(name, shape, corner, spec.name, Box(tuple(starts), tuple(sizes)), tuple(dims))
 
 
 def _dimension(

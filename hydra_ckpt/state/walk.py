@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.state.adapter import has_adapter
-from hydra_ckpt.state.slots import Slot, Unit, Walked, persistent
+from hydra_ckpt.state.slots import TensorSlot, Unit, Walked, persistent
 from hydra_ckpt.state.wrappers import core_of, inside, still_inside, unwrap
 from hydra_ckpt.storage.dtypes import check_elements_apart, check_storable
 
@@ -37,17 +37,17 @@ class Walk:
         adapting: Parts with a state-dict adapter, and the names of their tensors.
     """
 
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[TensorSlot] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
     modules: list[Walked] = field(default_factory=list)
     cores: list[nn.Module] = field(default_factory=list)
-    everything: list[Slot] = field(default_factory=list)
-    unsaved: list[Slot] = field(default_factory=list)
+    everything: list[TensorSlot] = field(default_factory=list)
+    unsaved: list[TensorSlot] = field(default_factory=list)
     adapting: list[tuple[nn.Module, frozenset[str]]] = field(default_factory=list)
-    _tied_buffers: list[tuple[Slot, Slot]] = field(default_factory=list)
+    _tied_buffers: list[tuple[TensorSlot, TensorSlot]] = field(default_factory=list)
     _dropped: list[str] = field(default_factory=list)
 
     @classmethod
@@ -64,7 +64,7 @@ class Walk:
         """
         found = cls()
         sources: dict[str, str] = {}
-        places: dict[str, Slot] = {}
+        places: dict[str, TensorSlot] = {}
         adapting: list[tuple[nn.Module, set[tuple[int, str]]]] = []
         for module in modules:
             core = unwrap(module)
@@ -113,10 +113,10 @@ class Walk:
         for unit in self.units:
             unit.reshard()
 
-    def _choose_names(self, slots: list[Slot]) -> None:
+    def _choose_names(self, slots: list[TensorSlot]) -> None:
         """Store a tied tensor under the name that transformers keeps; if it drops none, under its first."""
         drops = re.compile("|".join(f"(?:{pattern})" for pattern in self._dropped) or "(?!)")
-        by_tensor: dict[int, list[Slot]] = {}
+        by_tensor: dict[int, list[TensorSlot]] = {}
         for slot in slots:
             by_tensor.setdefault(id(slot.tensor), []).append(slot)
         for names in by_tensor.values():
@@ -138,7 +138,7 @@ class Walk:
         self.slots = [replace(slot, name=moved[slot.name]) if slot.name in moved else slot for slot in self.slots]
         self.names = {identity: moved.get(name, name) for identity, name in self.names.items()}
 
-    def _find(self, module: nn.Module, prefix: str, omits: Callable[[str], bool]) -> Iterator[Slot]:
+    def _find(self, module: nn.Module, prefix: str, omits: Callable[[str], bool]) -> Iterator[TensorSlot]:
         """The places of the stored tensors below a module; everything else found is added here."""
         while (inner := inside(module)) is not None:
             self.modules.append(Walked.of(prefix, module, is_wrapper=True))
@@ -152,7 +152,7 @@ class Walk:
         for name, tensor, is_parameter in here:
             if tensor is None:
                 continue
-            slot = Slot(prefix + name, module, name, is_parameter)
+            slot = TensorSlot(prefix + name, module, name, is_parameter)
             if omits(slot.name):
                 self.unsaved.append(slot)
                 continue

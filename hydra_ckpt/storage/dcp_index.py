@@ -29,7 +29,7 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class IndexedChunk:
     """A part of an entry in a file.
 
     Attributes:
@@ -57,7 +57,7 @@ class Entry:
 
     path: KeyPath
     spec: TensorSpec | None
-    pieces: tuple[Piece, ...]
+    pieces: tuple[IndexedChunk, ...]
 
 
 def read_index(directory: Path) -> list[Entry]:
@@ -170,7 +170,7 @@ def _tensor(
     return Entry(path, spec, tuple(pieces))
 
 
-def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -> Piece:
+def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -> IndexedChunk:
     file, first, length = state["relative_path"], state["offset"], state["length"]
     if type(file) is not str:
         raise TypeError(f"the file of {name} is no name")
@@ -179,7 +179,7 @@ def _piece(directory: Path, name: str, box: Box | None, state: dict[str, Any]) -
             directory / file, f"{name} is stored compressed or encrypted, which is not supported"
         )
     [first, length] = _ints((first, length))
-    return Piece(box, file, first, length)
+    return IndexedChunk(box, file, first, length)
 
 
 def _ints(values: Any, count: int | None = None) -> tuple[int, ...]:

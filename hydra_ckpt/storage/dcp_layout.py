@@ -16,7 +16,7 @@ from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, counted
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.file_layout import FileLayout, by_size, lay_out
 from hydra_ckpt.layout.plan import WritePlan, fill_files, full_coverage
-from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.replicas import WriteShare
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dtypes import check_name, safetensors_dtype
 
@@ -50,7 +50,7 @@ class Written:
     own_files: tuple[tuple[str, int], ...] = ()
 
 
-def share_of(item: WriteItem) -> Share | None:
+def share_of(item: WriteItem) -> WriteShare | None:
     """A write item as the share of a tensor; None for a value.
 
     Raises:
@@ -60,24 +60,24 @@ def share_of(item: WriteItem) -> Share | None:
     return None if data is None else _share(item.index.fqn, data.properties, data.size, data.chunk)
 
 
-def shares_in(metadata: Metadata) -> Iterator[Share]:
+def shares_in(metadata: Metadata) -> Iterator[WriteShare]:
     """Every chunk of every tensor that DCP's metadata lists."""
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, BytesStorageMetadata):
             yield from (_share(name, entry.properties, entry.size, chunk) for chunk in entry.chunks)
 
 
-def _share(name: str, properties: TensorProperties, size: Sequence[int], chunk: ChunkStorageMetadata) -> Share:
+def _share(name: str, properties: TensorProperties, size: Sequence[int], chunk: ChunkStorageMetadata) -> WriteShare:
     check_name(name)
     if properties.layout != torch.strided:
         kind = str(properties.layout).removeprefix("torch.")
         raise CheckpointConfigError(f"{name}: tensors of the layout {kind} cannot be stored; save a dense one")
     spec = TensorSpec(name, safetensors_dtype(name, properties.dtype), tuple(size))
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-    return Share(spec, box, 0, box.sizes[0] if box.sizes else 1)
+    return WriteShare(spec, box, 0, box.sizes[0] if box.sizes else 1)
 
 
-def lay_out_shares(shares: Iterable[Share], max_file_bytes: int) -> tuple[FileLayout, ...]:
+def lay_out_shares(shares: Iterable[WriteShare], max_file_bytes: int) -> tuple[FileLayout, ...]:
     """The files of whole tensors that all ranks' shares fill.
 
     Raises:
@@ -104,8 +104,8 @@ def lay_out_shares(shares: Iterable[Share], max_file_bytes: int) -> tuple[FileLa
 def plan_of(
     files: tuple[FileLayout, ...],
     own_files: tuple[FileLayout, ...],
-    shares: Mapping[int, Share],
-    own_shares: Mapping[int, Share] | None = None,
+    shares: Mapping[int, WriteShare],
+    own_shares: Mapping[int, WriteShare] | None = None,
 ) -> WritePlan:
     """A plan that puts shares into shared files, and others into files of this rank."""
     own_shares = own_shares or {}

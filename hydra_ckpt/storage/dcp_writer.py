@@ -21,7 +21,7 @@ from hydra_ckpt.files import Files
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.file_layout import DEFAULT_FILE_BYTES, FileLayout, lay_out
 from hydra_ckpt.layout.plan import WritePlan
-from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.replicas import WriteShare
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.storage.dcp_draft import (
     Assignment,
@@ -198,7 +198,7 @@ class SafetensorsWriter(StorageWriter):
             self._assign(saving, (share for share in shares if share is not None))
         return [replace(plan, storage_data=session()) for plan in plans]
 
-    def _assign(self, saving: _Saving, shares: Iterable[Share]) -> None:
+    def _assign(self, saving: _Saving, shares: Iterable[WriteShare]) -> None:
         try:
             layouts = lay_out_shares(shares, self._max_file_bytes)
             for directory in (STATE, names.DIGESTS):
@@ -283,7 +283,7 @@ class SafetensorsWriter(StorageWriter):
             results.append(WriteResult(item.index, shares[key].nbytes if key in shares else 0, report))
         return results
 
-    def _own_files(self, shares: Mapping[int, Share]) -> tuple[FileLayout, ...]:
+    def _own_files(self, shares: Mapping[int, WriteShare]) -> tuple[FileLayout, ...]:
         specs = [share.spec for share in shares.values()]
         return tuple(lay_out([specs], TENSORS, f"rank-{self._rank:05d}")) if specs else ()
 
@@ -350,13 +350,13 @@ def _remove(files: Files, path: Path, process: int) -> None:
         discard(files, path)
 
 
-def _whole(name: str, tensor: torch.Tensor) -> Share:
+def _whole(name: str, tensor: torch.Tensor) -> WriteShare:
     shape = tuple(tensor.shape)
     spec = TensorSpec(name, safetensors_dtype(name, tensor.dtype), shape)
-    return Share(spec, Box.whole(shape), 0, shape[0] if shape else 1)
+    return WriteShare(spec, Box.whole(shape), 0, shape[0] if shape else 1)
 
 
-def _host_tensor(planner: SavePlanner, item: WriteItem, share: Share) -> torch.Tensor:
+def _host_tensor(planner: SavePlanner, item: WriteItem, share: WriteShare) -> torch.Tensor:
     """The item's data as it was planned.
 
     Raises:

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.boxes import Region
+from hydra_ckpt.layout.boxes import ByteRuns
 
 _RECORD = np.dtype(
     [("file", "<u4"), ("count", "<u4"), ("offset", "<u8"), ("run", "<u8"), ("stride", "<u8"), ("digest", "<u8")]
@@ -29,7 +29,7 @@ class Digested:
     """A region of a file and the digest its bytes must have."""
 
     file: int
-    region: Region
+    region: ByteRuns
     digest: int
 
 
@@ -44,7 +44,7 @@ class Check:
     """
 
     file: str
-    region: Region
+    region: ByteRuns
     digest: int
 
     def compare(self, root: Path, data: memoryview) -> None:
@@ -101,7 +101,7 @@ def decode(path: Path, data: bytes, sizes: Mapping[str, int]) -> tuple[list[str]
         )
     records = []
     for file, count, offset, run, stride, digest in np.frombuffer(body, _RECORD).tolist():
-        region = Region(offset, run, count, stride)
+        region = ByteRuns(offset, run, count, stride)
         if file >= len(limits) or not count or not run or region.end > limits[file] or (count > 1 and stride < run):
             raise CorruptCheckpointError(path, f"a digest covers bytes that do not exist: file {file}, {region}")
         records.append(Digested(file, region, digest))

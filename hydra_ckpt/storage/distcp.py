@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.boxes import Box, ByteRuns
 from hydra_ckpt.layout.plan import CELL_BYTES, StoredChunk, StoredTensor
-from hydra_ckpt.layout.replicas import Share
+from hydra_ckpt.layout.replicas import WriteShare
 from hydra_ckpt.layout.specs import ITEMSIZE, TensorSpec
 from hydra_ckpt.storage.digests import Digested, digest_of
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
@@ -48,7 +48,7 @@ Row = list[Any]
 class _SharePlanner(SavePlanner):
     """Gives this rank's shares to DCP's writer."""
 
-    def __init__(self, shares: Mapping[int, Share], sources: Mapping[int, memoryview]) -> None:
+    def __init__(self, shares: Mapping[int, WriteShare], sources: Mapping[int, memoryview]) -> None:
         self._shares = {_index(share.spec.name, share.box): (share, sources[key]) for key, share in shares.items()}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -80,7 +80,7 @@ def _index(name: str, box: Box) -> MetadataIndex:
     return MetadataIndex(name, torch.Size(box.offsets))
 
 
-def _item(index: MetadataIndex, share: Share) -> WriteItem:
+def _item(index: MetadataIndex, share: WriteShare) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(share.box.offsets), torch.Size(share.box.sizes))
     properties = TensorProperties(dtype=TORCH_DTYPE[share.spec.dtype])
     data = TensorWriteData(chunk, properties, torch.Size(share.spec.shape))
@@ -88,7 +88,7 @@ def _item(index: MetadataIndex, share: Share) -> WriteItem:
 
 
 def write_shares(
-    directory: Path, shares: Mapping[int, Share], sources: Mapping[int, memoryview], rank: int
+    directory: Path, shares: Mapping[int, WriteShare], sources: Mapping[int, memoryview], rank: int
 ) -> list[Row]:
     """Write this rank's shares of one part as a `.distcp` file, durably.
 
@@ -120,7 +120,7 @@ def digest_file(path: Path, file: int) -> list[Digested]:
     with path.open("rb", buffering=0) as source:
         offset = 0
         while data := source.read(CELL_BYTES):
-            records.append(Digested(file, Region(offset, len(data)), digest_of(data)))
+            records.append(Digested(file, ByteRuns(offset, len(data)), digest_of(data)))
             offset += len(data)
     return records
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hydra_ckpt.layout.boxes import Region
+from hydra_ckpt.layout.boxes import ByteRuns
 from hydra_ckpt.layout.plan import cells
 from hydra_ckpt.storage.digests import Check
 
@@ -25,7 +25,7 @@ class Ledger:
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = checks
         self._done: set[int] = set()
-        self._strided: dict[tuple[str, Region], int] = {}
+        self._strided: dict[tuple[str, ByteRuns], int] = {}
         self._plain: dict[str, list[tuple[int, int, int]]] = {}  # offset, end, index
         for index, check in enumerate(checks):
             region = check.region
@@ -36,7 +36,7 @@ class Ledger:
         for starts in self._plain.values():
             starts.sort()
 
-    def pieces(self, file: str, region: Region) -> Iterator[tuple[Region, int | None]]:
+    def pieces(self, file: str, region: ByteRuns) -> Iterator[tuple[ByteRuns, int | None]]:
         """A region cut so that each piece has the bytes of one digest, or belongs to no complete digest (None)."""
         if region.count > 1:
             for cell in cells(region):
@@ -51,11 +51,11 @@ class Ledger:
             if offset < position:
                 continue  # an overlapping digest; it is compared with what is left
             if offset > position:
-                yield Region(position, offset - position), None
-            yield Region(offset, end - offset), index
+                yield ByteRuns(position, offset - position), None
+            yield ByteRuns(offset, end - offset), index
             position = end
         if position < limit:
-            yield Region(position, limit - position), None
+            yield ByteRuns(position, limit - position), None
 
     def compare(self, root: Path, index: int, data: memoryview) -> None:
         """Compare the bytes of one digest.

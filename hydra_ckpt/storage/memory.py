@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
-from hydra_ckpt.layout.aliases import Alias
+from hydra_ckpt.layout.aliases import SliceMapping
 from hydra_ckpt.layout.boxes import Box
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -132,7 +132,7 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
 
 
-def view_as(alias: Alias, tensor: torch.Tensor, box: Box) -> torch.Tensor:
+def view_as(alias: SliceMapping, tensor: torch.Tensor, box: Box) -> torch.Tensor:
     """A box of a source's tensor, viewed as the part of the other tensor; shares memory."""
     tensor = narrow(tensor, box)
     kept = [dim for dim in alias.dims if dim is not None]

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from hydra_ckpt.files import Files
-from hydra_ckpt.layout.aliases import Alias, Naming
-from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.aliases import SliceMapping, TensorMapping
+from hydra_ckpt.layout.boxes import Box, ByteRuns
 from hydra_ckpt.layout.file_layout import FileLayout
 from hydra_ckpt.layout.plan import CELL_BYTES, StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
@@ -35,7 +35,7 @@ def merge_shards(
     shards: Sequence[str],
     target: Path,
     layouts: Sequence[FileLayout],
-    naming: Naming,
+    naming: TensorMapping,
     *,
     staging_dir: Path | None,
     first_file: int,
@@ -74,7 +74,7 @@ def merge_shards(
 
 def content(
     layout: FileLayout,
-    naming: Naming,
+    naming: TensorMapping,
     stored: Mapping[str, StoredTensor],
     read: Callable[[list[Fetch]], int],
     block_bytes: int = BLOCK_BYTES,
@@ -101,7 +101,7 @@ def content(
 def _block(
     spec: TensorSpec,
     box: Box,
-    naming: Naming,
+    naming: TensorMapping,
     stored: Mapping[str, StoredTensor],
     read: Callable[[list[Fetch]], int],
 ) -> torch.Tensor:
@@ -119,7 +119,7 @@ def _block(
     return block
 
 
-def _part(source: StoredTensor, alias: Alias, box: Box, read: Callable[[list[Fetch]], int]) -> torch.Tensor:
+def _part(source: StoredTensor, alias: SliceMapping, box: Box, read: Callable[[list[Fetch]], int]) -> torch.Tensor:
     """A box of a source; if it is a box only in a grid, the whole source is read for it."""
     sizes = source.spec.shape if alias.grid else box.sizes
     part = torch.empty(sizes, dtype=TORCH_DTYPE[source.spec.dtype], device="cpu")
@@ -165,4 +165,4 @@ def write_through(
 def _digests(number: int, position: int, block: memoryview) -> Iterator[Digested]:
     for start in range(0, len(block), CELL_BYTES):
         cell = block[start : start + CELL_BYTES]
-        yield Digested(number, Region(position + start, len(cell)), digest_of(cell))
+        yield Digested(number, ByteRuns(position + start, len(cell)), digest_of(cell))

@@ -31,7 +31,7 @@ _NO_CASTS: Mapping[int, torch.dtype] = {}
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferSlice:
     """The place of one tensor, or of several of a kind side by side, in a buffer.
 
     Attributes:
@@ -67,8 +67,8 @@ class Layout:
     """
 
     kinds: tuple[tuple[object, ...], ...]
-    packs: tuple[tuple[tuple[int, ...], Place], ...]
-    single: Mapping[int, Place]
+    packs: tuple[tuple[tuple[int, ...], BufferSlice], ...]
+    single: Mapping[int, BufferSlice]
     nbytes: int
 
     @classmethod
@@ -88,13 +88,13 @@ class Layout:
         for keys in groups.values():
             if len(keys) >= _LEAST_PACKED:
                 like = tensors[keys[0]]
-                packs.append((tuple(keys), Place(end, like.dtype, (len(keys), *like.shape))))
+                packs.append((tuple(keys), BufferSlice(end, like.dtype, (len(keys), *like.shape))))
                 end = _next(packs[-1][1])
         packed = {key for keys, _ in packs for key in keys}
         single = {}
         for key, dtype, _, shape, _ in kinds:
             if key not in packed:
-                single[key] = Place(end, dtype, tuple(shape))
+                single[key] = BufferSlice(end, dtype, tuple(shape))
                 end = _next(single[key])
         return cls(kinds, tuple(packs), single, end)
 
@@ -108,7 +108,7 @@ def _kinds(
     )
 
 
-def _next(place: Place) -> int:
+def _next(place: BufferSlice) -> int:
     return place.start + -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.boxes import Box, Region
+from hydra_ckpt.layout.boxes import Box, ByteRuns
 from hydra_ckpt.layout.plan import Read, StoredTensor, reads
 from hydra_ckpt.storage.dtypes import TORCH_DTYPE
 from hydra_ckpt.storage.header import open_inside
@@ -54,7 +54,7 @@ class OpenFiles:
             self._open[file] = descriptor, os.fstat(descriptor).st_size
         return self._open[file]
 
-    def read_into(self, file: str, region: Region, target: memoryview) -> None:
+    def read_into(self, file: str, region: ByteRuns, target: memoryview) -> None:
         """Fill `target` with the region's bytes.
 
         Raises:
@@ -70,7 +70,7 @@ class OpenFiles:
         except OSError as error:
             raise unreadable(self.root / file, error) from error
 
-    def _read(self, file: str, descriptor: int, region: Region, target: memoryview) -> None:
+    def _read(self, file: str, descriptor: int, region: ByteRuns, target: memoryview) -> None:
         if region.count > 1:
             _gather(descriptor, region, target)
             return
@@ -84,7 +84,7 @@ class OpenFiles:
             position += count
 
 
-def _gather(descriptor: int, region: Region, target: memoryview) -> None:
+def _gather(descriptor: int, region: ByteRuns, target: memoryview) -> None:
     page = region.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with mmap.mmap(descriptor, region.end - page, offset=page, access=mmap.ACCESS_READ) as window:
         shape, strides = (region.count, region.run), (region.stride, 1)

@@ -83,7 +83,7 @@ class Staging:
         tensors: Live tensors by key.
         pool: Lends the buffer.
         casts: Element types of the copies, where they are not the tensors' own.
-        late: Keys of tensors that may be copied later. Small ones are copied at once.
+        deferred: Keys of tensors that may be copied later. Small ones are copied at once.
         plan: See `BufferPool.layout`.
     """
 
@@ -92,14 +92,16 @@ class Staging:
         tensors: Mapping[int, torch.Tensor],
         pool: BufferPool,
         casts: Mapping[int, torch.dtype] = _NO_CASTS,
-        late: Collection[int] = frozenset(),
+        deferred: Collection[int] = frozenset(),
         plan: object = None,
     ) -> None:
         layout = pool.layout(tensors, casts, plan)
         self._buffer = pool.take(layout.nbytes)
         self._slots = self._buffer.slots(layout)
         self._tensors, self._casts = tensors, casts
-        self._late = {key: tensors[key] for key in layout.single if key in late and tensors[key].nbytes > SMALL_BYTES}
+        self._deferred = {
+            key: tensors[key] for key in layout.single if key in deferred and tensors[key].nbytes > SMALL_BYTES
+        }
         self._lanes = Lanes.of(tensors.values())
         self._rest: list[Pair] = []
         self._samples: Samples | None = None
@@ -111,7 +113,7 @@ class Staging:
     @property
     def comes_late(self) -> bool:
         """Whether live tensors are left that must not change before `finish`."""
-        return bool(self._late)
+        return bool(self._deferred)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -121,24 +123,24 @@ class Staging:
         """
         targets = self._slots.targets
         packed = _pack(self._slots, self._tensors)
-        early = [(targets[key], self._tensors[key]) for key in self._slots.layout.single if key not in self._late]
+        early = [(targets[key], self._tensors[key]) for key in self._slots.layout.single if key not in self._deferred]
         self._lanes.follow()
         self._lanes.copy(early)
         self._lanes.lead()
-        self._versions = {key: _version(tensor) for key, tensor in self._late.items()}
-        self._sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in self._late.items()}
-        self._samples = Samples(self._late, self._casts, self._buffer)
+        self._versions = {key: _version(tensor) for key, tensor in self._deferred.items()}
+        self._sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in self._deferred.items()}
+        self._samples = Samples(self._deferred, self._casts, self._buffer)
         self._lanes.follow()
-        late = [(targets[key], tensor) for key, tensor in self._late.items()]
-        self._rest = [*packed, *self._samples.pending, *late]
+        deferred = [(targets[key], tensor) for key, tensor in self._deferred.items()]
+        self._rest = [*packed, *self._samples.pending, *deferred]
 
     @torch.no_grad()
     def finish(self) -> None:
         """In any thread: copy what is left; afterwards the live tensors may change."""
         self._freed = [
-            key for key, tensor in self._late.items() if tensor.untyped_storage().nbytes() < self._sizes[key]
+            key for key, tensor in self._deferred.items() if tensor.untyped_storage().nbytes() < self._sizes[key]
         ]
-        freed = {id(self._late[key]) for key in self._freed}
+        freed = {id(self._deferred[key]) for key in self._freed}
         self._lanes.copy([pair for pair in self._rest if id(pair[1]) not in freed])
         self._lanes.synchronize()
         self._rest, self._tensors = [], {}
@@ -150,7 +152,7 @@ class Staging:
 
         A change counts only when it is complete, so one that was under way during the copy may show later.
         """
-        return [key for key, tensor in self._late.items() if _version(tensor) != self._versions[key]]
+        return [key for key, tensor in self._deferred.items() if _version(tensor) != self._versions[key]]
 
     def torn(self) -> list[int]:
         """Keys of late tensors whose copies do not agree with the samples taken at the beginning.
@@ -162,7 +164,7 @@ class Staging:
 
     def forget(self) -> None:
         """Let go of the live tensors: from now on they may change."""
-        self._late = {}
+        self._deferred = {}
 
 
 def _version(tensor: torch.Tensor) -> int:

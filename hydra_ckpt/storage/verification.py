@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.boxes import Region
+from hydra_ckpt.layout.boxes import ByteRuns
 from hydra_ckpt.storage.digests import Check, decode, hex_digest
 from hydra_ckpt.storage.read import OpenFiles
 from hydra_ckpt.store.manifest import FileRecord
@@ -31,7 +31,7 @@ def read_small(root: Path, file: str, record: FileRecord) -> bytes:
         except MemoryError:
             raise CorruptCheckpointError(root / file, f"has {size} bytes, more than there is memory for") from None
         if size:
-            files.read_into(file, Region(0, size), memoryview(data))
+            files.read_into(file, ByteRuns(0, size), memoryview(data))
     found = hex_digest(bytes(data))
     if found != record.xxh3:
         raise CorruptCheckpointError(root / file, "its digest does not match", expected=record.xxh3, found=found)
@@ -54,7 +54,7 @@ def checks(root: Path, files: Mapping[str, FileRecord], digests: Sequence[str]) 
             covered[named[record.file]] += record.region.nbytes
     for name, file in files.items():
         if file.xxh3 is not None:
-            found.append(Check(name, Region(0, file.bytes), int(file.xxh3, 16)))
+            found.append(Check(name, ByteRuns(0, file.bytes), int(file.xxh3, 16)))
         elif covered[name] != file.bytes:
             raise CorruptCheckpointError(
                 root / name, "its digests do not cover all of it", expected=file.bytes, found=covered[name]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hydra_ckpt.errors import CheckpointError
 from hydra_ckpt.files import Files, OpenFile
-from hydra_ckpt.layout.boxes import Region
-from hydra_ckpt.layout.plan import Piece, WritePlan
+from hydra_ckpt.layout.boxes import ByteRuns
+from hydra_ckpt.layout.plan import WriteItem, WritePlan
 from hydra_ckpt.storage.digests import Digested, digest_of
 
 _RETRY_S = 0.01
@@ -35,7 +35,7 @@ def _create(files: Files, root: Path, plan: WritePlan, index: int, *, named_last
         file.sync()
     if named_last:
         files.rename(path, target)
-    return Digested(index, Region(0, len(layout.header)), digest_of(layout.header))
+    return Digested(index, ByteRuns(0, len(layout.header)), digest_of(layout.header))
 
 
 def create_own_files(files: Files, root: Path, plan: WritePlan, *, patience_s: float = 60.0) -> list[Digested]:
@@ -105,11 +105,11 @@ def digests_below(plan: WritePlan, sources: Mapping[int, memoryview], prefix: st
     ]
 
 
-def _data(piece: Piece, sources: Mapping[int, memoryview]) -> memoryview:
+def _data(piece: WriteItem, sources: Mapping[int, memoryview]) -> memoryview:
     return sources[piece.share][piece.start : piece.start + piece.region.nbytes]
 
 
-def _write(file: OpenFile, piece: Piece, sources: Mapping[int, memoryview]) -> Digested:
+def _write(file: OpenFile, piece: WriteItem, sources: Mapping[int, memoryview]) -> Digested:
     region, data = piece.region, _data(piece, sources)
     if region.count == 1:
         file.write_at(region.offset, data)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hydra_ckpt.errors import CheckpointConfigError
-from hydra_ckpt.saving.request import whole
+from hydra_ckpt.saving.request import non_negative_int
 from hydra_ckpt.state.dataloader import ResumableLoader
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Progress:
         """
         if not self._checks:
             return step, epoch
-        step, epoch = whole("step", step), whole("epoch", epoch)
+        step, epoch = non_negative_int("step", step), non_negative_int("epoch", epoch)
         if step < self.step:
             raise CheckpointConfigError(
                 f"on_step_end(step={step}) after step {self.step}: pass the number of completed optimizer steps, "
@@ -59,7 +59,7 @@ class Progress:
 
     def end_epoch(self, epoch: int) -> None:
         """Complete an epoch."""
-        self.epoch = (whole("epoch", epoch) if self._checks else epoch) + 1
+        self.epoch = (non_negative_int("epoch", epoch) if self._checks else epoch) + 1
         self._epoch_has_ended = True
 
     def next_epoch(self, dataloader: Any) -> int:

@@ -40,8 +40,8 @@ from hydra_ckpt.distributed.channel import SoloChannel
 from hydra_ckpt.files import Files
 from hydra_ckpt.layout.blocks import BLOCK_SHARDS
 from hydra_ckpt.layout.boxes import Box, Sharding
-from hydra_ckpt.layout.plan import Piece, WritePlan, full_coverage
-from hydra_ckpt.layout.replicas import crowd
+from hydra_ckpt.layout.plan import WriteItem, WritePlan, full_coverage
+from hydra_ckpt.layout.replicas import ranks_per_file
 from hydra_ckpt.layout.specs import TensorSpec
 from hydra_ckpt.saving.agreement import Agreement, Parts, agree
 from hydra_ckpt.saving.save import Content, DraftWriter
@@ -53,7 +53,7 @@ from hydra_ckpt.saving.write_planning import (
     signature,
     state_layout,
 )
-from hydra_ckpt.state.local import Localizer, LocalTensor, Place
+from hydra_ckpt.state.local import Localizer, LocalTensor, ShardPlacement
 from hydra_ckpt.storage.staging import Snapshot
 from hydra_ckpt.store.draft import Draft
 from hydra_ckpt.store.manifest import Manifest, to_bytes
@@ -146,10 +146,12 @@ class World:
         for part, name, weight, dtype in cached_state(self.layers):
             spec = spec_of(name, weight.shape, dtype)
             if plain or not weight.shape:
-                place = Place(spec, whole(weight.shape))
+                place = ShardPlacement(spec, whole(weight.shape))
             else:
                 box, spread, group = geometry(self.shape, coordinate, weight.shape, weight.tp_dim)
-                place = Place(spec, box, "mesh", spread.replica, group, crowd=crowd(spread), sharding=spread)
+                place = ShardPlacement(
+                    spec, box, "mesh", spread.replica, group, ranks_per_file=ranks_per_file(spread), sharding=spread
+                )
             found[part].append(LocalTensor(place, nothing))
         return found
 
@@ -266,7 +268,7 @@ class Counts:
         return max(busy) / statistics.mean(busy)
 
 
-def system_calls(piece: Piece) -> int:
+def system_calls(piece: WriteItem) -> int:
     """Writes, or mapping and unmapping, of one piece."""
     return 2 if piece.region.count > 1 else -(-piece.region.nbytes // _WRITE_BYTES)
 

@@ -8,7 +8,7 @@ import torch
 
 from hydra_ckpt.errors import some_of
 from hydra_ckpt.hub.conversion import naming_of
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.boxes import Box
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.layout.specs import TensorSpec
@@ -186,7 +186,9 @@ class ModelMatcher(Matcher):
                         f"the adapter {adapter!r} was trained with other settings: {text}" for text in changed
                     ]
 
-    def _naming(self, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]) -> Naming | None:
+    def _naming(
+        self, name: str, stored: Mapping[str, StoredTensor], specs: Sequence[TensorSpec]
+    ) -> TensorMapping | None:
         """From a model's live tensors to the stored ones; None if the names are the same."""
         mapped, part = self.source.extractor.maps(self.source.state)[name], part_of(name)
         saved = Saved(stored, self.source.naming(part), self.source.is_export(part))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import StoredTensor
 
 
@@ -24,7 +24,7 @@ class Saved:
     """
 
     stored: Mapping[str, StoredTensor]
-    naming: Naming | None
+    naming: TensorMapping | None
     is_export: bool
 
 
@@ -38,12 +38,12 @@ class Translation:
         different: Name to what is wrong with a tensor's shape.
     """
 
-    naming: Naming | None
+    naming: TensorMapping | None
     missing: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
 
 
-def translate(names: Collection[str], saved: Saved, live: Callable[[], Naming]) -> Translation:
+def translate(names: Collection[str], saved: Saved, live: Callable[[], TensorMapping]) -> Translation:
     """Match by names: those in memory, if the saved model had the same, otherwise those in the exports.
 
     Args:
@@ -69,7 +69,7 @@ def translate(names: Collection[str], saved: Saved, live: Callable[[], Naming]) 
     return _meet(own, saved.naming, saved.stored)
 
 
-def _meet(live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]) -> Translation:
+def _meet(live: TensorMapping, saved: TensorMapping, stored: Mapping[str, StoredTensor]) -> Translation:
     """From live tensors to saved ones of another layout, by the exported tensors that both are parts of."""
     found = Translation(live.onto(saved, {name: item.spec for name, item in stored.items()}))
     theirs, ours = _shapes(saved), _shapes(live)
@@ -84,7 +84,7 @@ def _meet(live: Naming, saved: Naming, stored: Mapping[str, StoredTensor]) -> Tr
     return found
 
 
-def _unmet(live: Naming, met: Naming | None) -> list[str]:
+def _unmet(live: TensorMapping, met: TensorMapping | None) -> list[str]:
     """Tensors that the two exports rearrange in ways that cannot be mapped to each other."""
     assert met is not None  # made by `_meet`
     sizes = {name: sum(alias.box.numel for alias in aliases) for name, aliases in met.by_source.items()}
@@ -95,6 +95,6 @@ def _unmet(live: Naming, met: Naming | None) -> list[str]:
     ]
 
 
-def _shapes(naming: Naming) -> dict[str, tuple[int, ...]]:
+def _shapes(naming: TensorMapping) -> dict[str, tuple[int, ...]]:
     """Exported tensors with their shapes."""
     return {name: naming.shapes.get(name, aliases[0].shape) for name, aliases in naming.by_name.items()}

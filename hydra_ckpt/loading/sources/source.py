@@ -12,7 +12,7 @@ import torch
 
 from hydra_ckpt.distributed.channel import Channel
 from hydra_ckpt.errors import CorruptCheckpointError
-from hydra_ckpt.layout.aliases import Naming
+from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import StoredTensor
 from hydra_ckpt.loading.notes import Notes
 from hydra_ckpt.loading.sources.per_rank import PerRank
@@ -176,7 +176,7 @@ class Source:
         record = self.checkpoint.manifest.parts.get(part)
         return record is not None and is_export(record.files)
 
-    def naming(self, part: str) -> Naming | None:
+    def naming(self, part: str) -> TensorMapping | None:
         """The names of the saved model's tensors in its export, if they differ."""
         name = f"{part}/{names.NAMING}"
         listed = self.checkpoint.manifest.files
