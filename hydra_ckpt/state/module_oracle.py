@@ -292,6 +292,8 @@ def _expected(module: nn.Module, told: Collection[str]) -> dict[str, torch.Tenso
         told: The names that its state_dict() returns, which wrappers of PyTorch may have shortened.
     """
     found = {}
+    while (child := passed(module).child) is not None:
+        module = child  # where the names of the tensors begin
     for place, inner in module.named_modules(remove_duplicate=False):
         kept = {name: item for name, item in inner._buffers.items() if name not in inner._non_persistent_buffers_set}
         for name, item in {**inner._parameters, **kept}.items():
