@@ -15,7 +15,6 @@ Three rules make that true:
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -25,21 +24,12 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
     SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
-from hydra_ckpt.state.seeded_batches import (
-    BatchRequest,
-    SeededBatches,
-    WorkerStart,
-    derive,
-    generators_kept,
-    seed_generators,
-)
+from hydra_ckpt.state.sample_order import GENERATOR_SAMPLERS, UNKNOWN_ORDER, fingerprint_of, order_of
+from hydra_ckpt.state.seeded_batches import BatchRequest, SeededBatches, WorkerStart, derive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -52,8 +42,6 @@ T = TypeVar("T")
 
 _STATE_VERSION = 1
 _STATE_KEYS = frozenset({"version", "seed", "epoch", "batches", "position", "samples"})
-# Samplers whose whole randomness is one torch generator, which we provide.
-_GENERATOR_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def resumable(loader: DataLoader[T], seed: int = 0, *, rank: int = 0, world_size: int = 1) -> ResumableLoader[T]:
@@ -113,6 +101,7 @@ class ResumableLoader(Generic[T]):
         self._position = 0
         self._batches = 0
         self._goes_on = self._resumed = self._is_spent = False
+        self._known_order: tuple[tuple[int, int], Sequence[Any] | str] | None = None
         self._requests = _Requests()
         self._generator = torch.Generator()
         self._loader = self._rebuild(loader)
@@ -136,7 +125,8 @@ class ResumableLoader(Generic[T]):
                 )
             self._position = self._batches = 0
         self._resumed, self._goes_on = self._goes_on, False
-        order = _order(self._sampler, self.seed, self.epoch)
+        order = order_of(self._sampler, self.seed, self.epoch)
+        self._known_order = (self.seed, self.epoch), order
         self._requests.left = self._requests_left(order)
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
         left = self._batches_in(len(order) - self._position)
@@ -157,8 +147,11 @@ class ResumableLoader(Generic[T]):
             self.epoch, self._position, self._batches = epoch, 0, 0
             self._goes_on = self._is_spent = False
 
-    def state_dict(self) -> dict[str, int]:
-        """The stream's position, as plain data, equal on every rank. `position` counts the samples of all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's position, as plain data, equal on every rank.
+
+        `position` counts the samples of all ranks; `order` is equal for equal orders of this epoch.
+        """
         return {
             "version": _STATE_VERSION,
             "seed": self.seed,
@@ -166,15 +159,25 @@ class ResumableLoader(Generic[T]):
             "batches": self._batches,
             "position": self._position,
             "samples": len(self._sampler),
+            "order": self._fingerprint(self.seed, self.epoch),
+            "sampler": type(self._sampler).__name__,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _fingerprint(self, seed: int, epoch: int) -> str:
+        """The fingerprint of an epoch's order; of the one being iterated, it is that at its beginning."""
+        known = self._known_order[1] if self._known_order and self._known_order[0] == (seed, epoch) else None
+        if not isinstance(known, str):
+            known = fingerprint_of(order_of(self._sampler, seed, epoch) if known is None else known)
+            self._known_order = (seed, epoch), known
+        return known
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken, at the next `iter()`, with the seed of `state`.
 
         Batch size and number of ranks may have changed; the remaining samples still come in the same order.
 
         Raises:
-            CheckpointConfigError: The state is of another kind, or belongs to an epoch of another length.
+            CheckpointConfigError: The state is of another kind, or belongs to an epoch of another length or order.
         """
         self._check(state)
         self.is_between_epochs = self._is_spent = False
@@ -184,7 +187,7 @@ class ResumableLoader(Generic[T]):
         self._position, self._batches = state["position"], state["batches"]
         self._goes_on = True
 
-    def _check(self, state: dict[str, int]) -> None:
+    def _check(self, state: dict[str, Any]) -> None:
         if not state.keys() >= _STATE_KEYS or state["version"] != _STATE_VERSION:
             raise CheckpointConfigError(
                 f"the dataloader's state in the checkpoint, {state}, was not written by this version of resumable(); "
@@ -197,6 +200,22 @@ class ResumableLoader(Generic[T]):
                 f"dataset now gives {samples}: the remaining samples would be different. Restore the data, or resume "
                 "without the dataloader"
             )
+        if state["samples"] == samples:
+            self._check_order(state)
+
+    def _check_order(self, state: dict[str, Any]) -> None:
+        """Refuse a state whose epoch has another order here. States of earlier versions do not say what it was."""
+        self._known_order = None  # the sampler may have changed
+        saved = state.get("order", UNKNOWN_ORDER)
+        if saved == UNKNOWN_ORDER or self._fingerprint(state["seed"], state["epoch"]) in (saved, UNKNOWN_ORDER):
+            return
+        here, there = type(self._sampler).__name__, state.get("sampler", "another one")
+        raise CheckpointConfigError(
+            f"the checkpoint is at sample {state['position']} of epoch {state['epoch']}, whose samples were in another "
+            f"order ({there}) than they are here ({here}): the remaining samples would be different. Build the loader "
+            "as in the run that saved (shuffle=, sampler=, with the weights or indices that it had then), or "
+            "resume without the dataloader"
+        )
 
     @property
     def _global_batch(self) -> int:
@@ -254,21 +273,6 @@ def _sampler_of(loader: DataLoader[Any]) -> Any:
     return batching.sampler if isinstance(batching, BatchSampler) else loader.sampler
 
 
-def _order(sampler: Any, seed: int, epoch: int) -> Sequence[Any]:
-    """The dataset indices of one epoch, of all ranks together, in the order in which they are consumed."""
-    if isinstance(sampler, SequentialSampler):
-        return range(len(sampler))
-    if isinstance(sampler, _GENERATOR_SAMPLERS):
-        sampler = copy.copy(sampler)
-        sampler.generator = torch.Generator().manual_seed(derive(seed, epoch, "order"))
-        with torch.device("cpu"):  # as the generator is
-            return list(sampler)
-    sampler.set_epoch(epoch)
-    with generators_kept():
-        seed_generators(seed, epoch, "order")
-        return list(sampler)
-
-
 def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
     """Raises CheckpointConfigError, saying what to do, for a loader whose order cannot be reproduced."""
     kind, batching, sampler = type(loader).__name__, loader.batch_sampler, _sampler_of(loader)
@@ -290,7 +294,7 @@ def _refuse_what_cannot_be_exact(loader: DataLoader[Any]) -> None:
             "a DistributedSampler knows only one rank's samples",
             "use shuffle= on the loader and pass rank= and world_size= to resumable()",
         )
-    if type(sampler) not in (SequentialSampler, *_GENERATOR_SAMPLERS) and not hasattr(sampler, "set_epoch"):
+    if type(sampler) not in (SequentialSampler, *GENERATOR_SAMPLERS) and not hasattr(sampler, "set_epoch"):
         _refuse(
             f"only {type(sampler).__name__} itself knows its order",
             "give it a set_epoch(epoch) method that alone decides the order, or use shuffle=",
