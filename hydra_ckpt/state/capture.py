@@ -180,7 +180,7 @@ class Extractor:
     def capture(self, state: AppState) -> Captured:
         """Extract the current state; tensors stay live, everything else is copied.
 
-        Random numbers that objects draw meanwhile do not count: the run continues as if it had not been saved.
+        Random numbers that objects draw meanwhile are drawn again by the run: a save changes none of them.
 
         Raises:
             CheckpointError: Something can be stored neither as JSON nor as a tensor.

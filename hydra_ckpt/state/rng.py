@@ -33,7 +33,7 @@ def kept() -> Iterator[dict[str, Any]]:
     """Put every generator back at the end; gives their state.
 
     Objects may draw numbers when they are asked for their state: a data loader may make its iterator then. A run that
-    was resumed is asked at other times than one that was never stopped, and must draw the same numbers afterwards.
+    was resumed is asked at other times than an uninterrupted one, and must draw the same numbers afterwards.
     """
     state = capture()
     try:
