@@ -167,7 +167,7 @@ def held(checkpointer: Checkpointer) -> Iterator[None]:
     def wait() -> None:
         gate.wait(60)
 
-    checkpointer._saver.afterwards(wait)  # noqa: SLF001 - there is no public way to slow a save down
+    checkpointer._saver.background.afterwards(wait)  # noqa: SLF001 - there is no public way to slow a save down
     try:
         yield
     finally:

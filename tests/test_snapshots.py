@@ -56,7 +56,7 @@ def engine(root: Path, **options: Any) -> Checkpointer:
 def held(checkpointer: Checkpointer) -> Iterator[None]:
     """Keep the background from copying until the end of the block."""
     gate = threading.Event()
-    checkpointer._saver.afterwards(lambda: gate.wait(60 * PATIENCE) and None)
+    checkpointer._saver.background.afterwards(lambda: gate.wait(60 * PATIENCE) and None)
     try:
         yield
     finally:
@@ -286,7 +286,7 @@ SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def torn(tensor: torch.Tensor, pool: BufferPool, write: Callable[[], object], cast: Any = None) -> bool:
-    staging = Staging({3: tensor}, pool, {3: cast} if cast else {}, late={3})
+    staging = Staging({3: tensor}, pool, {3: cast} if cast else {}, deferred={3})
     staging.begin()
     assert staging.comes_late
     write()
@@ -356,7 +356,7 @@ def test_small_tensors_of_a_kind_lie_side_by_side() -> None:
     }
     layout = Layout.of(tensors)
     assert [keys for keys, _ in layout.packs] == [(0, 1, 2, 3, 4, 5, 9)]
-    staging = Staging(tensors, BufferPool(), late=set(tensors))
+    staging = Staging(tensors, BufferPool(), deferred=set(tensors))
     staging.begin()
     for key in (*small, 6, 9):
         expected = bytes(staging.snapshot.sources[key])
