@@ -148,3 +148,15 @@ def test_a_value_of_another_metric_or_of_weights_alone_does_not_count(tmp_path: 
     assert run(tmp_path / "c", 4, [9.0] * 8, restore_from=source, restore_parts=["model"]) == 9.0
     assert run(tmp_path / "d", 8, VALUES, restore_from=source, best_metric_mode="max") == 2.5
     assert run(tmp_path / "e", 8, VALUES, restore_from=source, best_metric_key="other") is None
+
+
+def test_best_is_decided_again_when_a_step_s_metric_is_given_again(tmp_path: Path) -> None:
+    state = make_state()
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(tmp_path)), every_n_steps=1) as callback:
+        callback.on_train_begin(state)
+        for step, (train_loss, validated) in enumerate([(0.1, 0.9), (0.3, 0.5)], start=1):
+            callback.on_step_end(step, metrics={"loss": train_loss})
+            callback.on_validation_end({"loss": validated})
+        callback.on_train_end()
+        assert callback.best is not None
+        assert callback.best.step == 2

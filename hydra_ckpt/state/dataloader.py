@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 
 from hydra_ckpt.errors import CheckpointConfigError, TopologyError
+from hydra_ckpt.jobs.worker_signals import blocked_in_workers
 from hydra_ckpt.state.sample_order import GENERATOR_SAMPLERS, UNKNOWN_ORDER, fingerprint_of, order_of
 from hydra_ckpt.state.seeded_batches import BatchRequest, SeededBatches, WorkerStart, derive
 
@@ -130,7 +131,7 @@ class ResumableLoader(Generic[T]):
         self._requests.left = self._requests_left(order)
         self._generator.manual_seed(derive(self.seed, self.epoch, "workers"))
         left = self._batches_in(len(order) - self._position)
-        with torch.device("cpu"):  # as its generator is; what loads the data has the caller's default
+        with blocked_in_workers(), torch.device("cpu"):  # as its generator is; what loads the data has its own default
             batches = iter(self._loader)
         for number, batch in enumerate(batches, start=1):
             # Counted before the caller works on it: a save made in the loop's body includes this batch.

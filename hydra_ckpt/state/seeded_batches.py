@@ -84,7 +84,8 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         """Called by torch in each worker process, after it has seeded it."""
-        leave_to_parent(self._signals)
+        if self._signals:
+            leave_to_parent(self._signals)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededBatches):
             # The class refuses assignment; what a worker sets on "its" dataset must reach the user's, not our wrapper.

@@ -290,6 +290,10 @@ class Directory:
             other = best if best is not None and best.name != checkpoint.name else None
             self._best, self._best_name = (other.metrics[key], other.name) if other else (None, None)
         self._metric = key
+        if checkpoint.name == self._best_name and metrics[key] != self._best:  # given again, with another value
+            best = scan(self.root).best(key, self._keep.best_metric_mode) or checkpoint
+            move_pointer(self._held, self.root, names.BEST, best.name)
+            self._best, self._best_name = best.metrics.get(key), best.name
         if metric.is_better(metrics[key], self._best, self._keep.best_metric_mode):
             move_pointer(self._held, self.root, names.BEST, checkpoint.name)
             self._best, self._best_name = metrics[key], checkpoint.name
