@@ -59,6 +59,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter == "\n" or not _steers(letter) else _escape(letter) for letter in text)
 
 
+def one_line(text: str) -> str:
+    """A printable text on one line, for logs and tables, where a line break could forge a line."""
+    return printable(text).replace("\n", "\\n")
+
+
 def _steers(letter: str) -> bool:
     # Control characters, bidirectional marks, lone surrogates, private use, line separators.
     return not letter.isprintable() and letter != " "

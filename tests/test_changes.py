@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt import AppState, Checkpointer, CheckpointingConfig
-from hydra_ckpt.jobs.differences import differences, kind_of
+from hydra_ckpt.jobs.differences import differences, kind_of, shown
 from hydra_ckpt.jobs.yaml_text import parse_config
 from hydra_ckpt.loading.changes import changes, log_changes
 from hydra_ckpt.store import names
@@ -71,6 +71,16 @@ def test_differences_are_listed_by_full_key() -> None:
         f"text: {'x' * 60}… -> y",
     ]
     assert differences(before, before) == []
+
+
+def test_all_settings_of_a_large_configuration_are_compared_and_the_first_differences_shown() -> None:
+    before = {"aa": {f"k{number:05}": number for number in range(30_000)}, "lr": 0.1, "b": {"c": 1}, "b.c": 2}
+    assert list(map(str, differences(before, {**before, "lr": 0.2}))) == ["lr: 0.1 -> 0.2"]
+    assert list(map(str, differences(before, {**before, "b": {"c": 3}}))) == ["b.c: 1 -> 3"]
+    found = differences(before, {"lr": 0.1})
+    assert len(found) == 30_002
+    assert shown(found).endswith("aa.k00029: 29 -> (absent); and 29972 more")
+    assert len(str(differences({"k" * 5000: 1}, {})[-1])) < 300
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hydra_ckpt import AppState, CheckpointCallback, CheckpointExistsError, CheckpointingConfig, CheckpointNotFoundError
+from hydra_ckpt.store.manifest import read_sealed, seal
 from hydra_ckpt.testing import run_distributed
 from tests.sweep_app import REPOSITORY, App
 from tests.test_launch import launcher
@@ -195,6 +196,45 @@ def test_a_checkpoint_of_another_tool(tmp_path: Path) -> None:
     assert train(root, 1, **settings) == 2
     shutil.rmtree(source)
     assert train(root, 1, **settings) == 3
+
+
+def test_equal_models_of_another_tool_are_told_apart(tmp_path: Path) -> None:
+    """An archive or an image may give all files the same time."""
+    import torch.distributed.checkpoint as dcp
+
+    for name in ("one", "other"):
+        dcp.save({"model": torch.nn.Linear(4, 1).state_dict()}, checkpoint_id=tmp_path / name, no_dist=True)
+        os.utime(tmp_path / name / ".metadata", (1e9, 1e9))
+    settings = {"restore_parts": ["model"], "allow_legacy_pickle_restore": True}
+    (tmp_path / "link").symlink_to("one")
+    assert train(tmp_path / "run", 2, restore_from=str(tmp_path / "one"), **settings) == 0
+    with pytest.raises(CheckpointExistsError):
+        train(tmp_path / "run", 1, restore_from=str(tmp_path / "other"), **settings)
+    assert train(tmp_path / "run", 1, restore_from=str(tmp_path / "link"), **settings) == 2
+
+
+@pytest.mark.parametrize("path", ["/x\x1b[2J\nERROR forged", "x" * 10_000, 5], ids=["escapes", "long", "number"])
+def test_an_origin_that_anyone_may_have_written(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture, path: Any
+) -> None:
+    root = tmp_path / "run"
+    train(root, 1, restore_from=str(base))
+    manifest = root / "epoch_0_step_4" / "manifest.json"
+    body = read_sealed(manifest)
+    body["details"]["begun_from"]["path"] = path
+    manifest.chmod(0o644)
+    manifest.write_bytes(seal({key: value for key, value in body.items() if not key.startswith("~")}))
+    caplog.clear()
+    if isinstance(path, str) and len(path) < 100:
+        assert train(root, 1, restore_from=str(base)) == 4
+        [line] = [message for message in caplog.messages if "this run began from" in message]
+        assert r"/x\x1b[2J\nERROR forged" in line
+        assert line.isprintable()
+        return
+    with pytest.raises(CheckpointExistsError):
+        train(root, 1, restore_from=str(base))
+    assert train(root, 1) == 4
+    assert "begun_from" not in read_sealed(root / "epoch_0_step_5" / "manifest.json")["details"]
 
 
 def start_on_each_rank(root: Path, base: Path) -> int:

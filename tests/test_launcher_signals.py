@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 
 import optuna
 import pytest
@@ -63,3 +64,37 @@ def test_a_stopped_trial_has_not_failed_though_nobody_reads_stderr(tmp_path: Pat
         process.wait(timeout=100)
     assert app.states == ["stopped"]
     assert [trial.state.name for trial in optuna.load_study(study_name="s", storage=storage).trials] == ["RUNNING"]
+
+
+@pytest.mark.parametrize("held", ["preparing", "between"])
+def test_a_launcher_that_runs_one_job_at_a_time_obeys_a_signal_before_training(tmp_path: Path, held: str) -> None:
+    """joblib runs the jobs in the launcher's own process if `n_jobs` is 1."""
+    app = App(tmp_path / "app")
+    hold = '    (Path.cwd() / "held").touch()\n    while not (Path.cwd() / "go").exists():\n        time.sleep(0.05)\n'
+    text = (app.root / "app.py").read_text()
+    if held == "preparing":
+        text = text.replace("    torch.manual_seed(cfg.seed)\n", hold + "    torch.manual_seed(cfg.seed)\n")
+    else:
+        text = text.replace("        ckpt.on_train_end()\n", "        ckpt.on_train_end()\n" + indent(hold, "    "))
+    (app.root / "app.py").write_text(text)
+    command = [sys.executable, "app.py", "-m", "hydra.sweep.dir=sweep", "hydra/launcher=joblib"]
+    command += ["hydra.launcher.n_jobs=1", "lr=0.1,0.2", "+callbacks.checkpoint.requeue_exit_code=85"]
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=app.root, env=environment, start_new_session=True, **output)
+    try:
+        while not (app.root / "held").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        while not list(app.sweep.glob(".hydra_ckpt_halt_all.json")):  # the handler has run
+            assert process.poll() is None
+            time.sleep(0.05)
+        (app.root / "go").touch()
+        told, _ = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 85, told
+    assert app.runs == ["0 0"]
+    assert app.states == ["stopped" if held == "preparing" else "finished", "waiting"]

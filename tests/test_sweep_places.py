@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from hydra_ckpt.launchers.claims import Start
+from hydra_ckpt.launchers.places import directory_of
 from hydra_ckpt.sweeps.directories import job_directories, mark
 from hydra_ckpt.sweeps.planned import PlannedJob, not_begun, write_plan
 from hydra_ckpt.sweeps.record import RECORD, JobRecord
@@ -99,3 +102,19 @@ def test_a_plan_is_of_the_last_start_and_equal_jobs_count_once_each(tmp_path: Pa
     write_plan(tmp_path / "sweep", same)
     write_plan(tmp_path / "sweep", [])
     assert not_begun(tmp_path / "sweep", []) == []
+
+
+def test_the_directory_of_a_job_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hydra.job.chdir=true, code in a job may resolve Hydra's configuration again."""
+    job = tmp_path / "sweep" / "0"
+    job.mkdir(parents=True)
+    JobRecord.begin(("lr=0.1",), {}).end("stopped").write(job)
+    hydra = {"job": {"num": 3}, "runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "sweep"}}
+    config = OmegaConf.create({"hydra": {**hydra, "overrides": {"task": ["lr=0.1"]}}})
+    monkeypatch.chdir(job)
+    assert directory_of(Start("start", 1), config) == "0"
+    config.hydra.job.num, config.hydra.overrides.task = 4, ["lr=0.2"]
+    assert [directory_of(Start("start", 1), config) for _ in range(2)] == ["1", "1"]
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["0", "1"]

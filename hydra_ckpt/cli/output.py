@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hydra_ckpt.errors import printable
+from hydra_ckpt.errors import one_line, printable
 from hydra_ckpt.store.manifest import Manifest
 from hydra_ckpt.sweeps.summary import finite
 
@@ -30,7 +30,7 @@ def console() -> Console:
 
 def cell(text: str, style: str = "") -> Text:
     """A text for a table, on one line, without terminal control characters."""
-    return Text(printable(text).replace("\n", "\\n"), style=style)
+    return Text(one_line(text), style=style)
 
 
 def print_line(out: Console, text: str, style: str | None = None) -> None:

@@ -19,7 +19,7 @@ from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.loading.changes import saved_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint, scan
-from hydra_ckpt.store.origin import ORIGIN
+from hydra_ckpt.store.origin import Origin
 from hydra_ckpt.store.pointers import pointers_in, read_pointer
 from hydra_ckpt.store.small_files import read_small_file
 
@@ -147,8 +147,8 @@ def _print(data: dict[str, Any], created: float, out: Console) -> None:
 
 def _origin(details: dict[str, Any]) -> str:
     """The checkpoint of another run, or an earlier one, that the run was told to begin from."""
-    found = details.get(ORIGIN)
-    return str(found.get("path", "")) if isinstance(found, dict) else ""
+    found = Origin.recorded_in(details)
+    return found.path if found is not None else ""
 
 
 def _rows(data: dict[str, Any], created: float) -> list[tuple[str, str]]:

@@ -7,18 +7,17 @@ Applications name things as they like, so kinds of settings are recognized by th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from hydra_ckpt.errors import printable
 
 _ABSENT = "(absent)"
 _SHOWN_CHARACTERS = 60
-# Configurations come from directories that anyone may have written: only this much of them is compared.
-_MAX_KEYS = 20_000
-_MAX_DEPTH = 50
+_SHOWN_KEY_CHARACTERS = 200
+_SHOWN_DIFFERENCES = 30
+_MAX_DEPTH = 50  # what is deeper is compared whole
 
 # Kinds of settings by a key's last word or its path. The first match counts.
 _HARMLESS = re.compile(
@@ -56,7 +55,7 @@ class Difference:
     kind: str
 
     def __str__(self) -> str:
-        return printable(f"{self.key}: {self.before} -> {self.now}")
+        return printable(f"{_cut(self.key, _SHOWN_KEY_CHARACTERS)}: {self.before} -> {self.now}")
 
 
 def differences(before: Any, now: Any) -> list[Difference]:
@@ -66,14 +65,22 @@ def differences(before: Any, now: Any) -> list[Difference]:
         before: A configuration as plain data.
         now: Another one.
     """
-    then, later = (dict(islice(_flat(side), _MAX_KEYS)) for side in (before, now))
+    then, later = (dict(_flat(side)) for side in (before, now))
     found = []
-    for key in sorted({*then, *later}):
-        if key in then and key in later and (then[key] == later[key] or str(then[key]) == str(later[key])):
+    for path in sorted({*then, *later}):
+        if path in then and path in later and (then[path] == later[path] or str(then[path]) == str(later[path])):
             continue
-        old, new = (_text(side[key]) if key in side else _ABSENT for side in (then, later))
+        old, new = (_text(side[path]) if path in side else _ABSENT for side in (then, later))
+        key = ".".join(path)
         found.append(Difference(key, old, new, kind_of(key)))
     return found
+
+
+def shown(found: Sequence[object]) -> str:
+    """Differences, or what says more about them, as one text; only the first ones if there are many."""
+    more = len(found) - _SHOWN_DIFFERENCES
+    texts = [str(item) for item in found[:_SHOWN_DIFFERENCES]]
+    return "; ".join([*texts, f"and {more} more"] if more > 0 else texts)
 
 
 def kind_of(key: str) -> str:
@@ -94,14 +101,19 @@ def about_beginning(key: str) -> bool:
     return key in ("checkpoint.restore_from", "checkpoint.restore_parts", "checkpoint.on_conflict")
 
 
-def _flat(node: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node and depth < _MAX_DEPTH:
+def _flat(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All settings with their paths; a key may itself contain dots."""
+    if isinstance(node, Mapping) and node and len(path) < _MAX_DEPTH:
         for key, value in node.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+            yield from _flat(value, (*path, str(key)))
     else:
-        yield prefix, node
+        yield path, node
 
 
 def _text(value: Any) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    return _cut(text, _SHOWN_CHARACTERS)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

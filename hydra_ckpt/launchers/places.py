@@ -80,7 +80,7 @@ def directory_of(start: Start, config: DictConfig) -> str:
         config: The job's configuration.
     """
     hydra = config.hydra
-    number, sweep_dir = int(hydra.job.num), Path(hydra.sweep.dir)
+    number, sweep_dir = int(hydra.job.num), Path(hydra.runtime.cwd, hydra.sweep.dir)  # jobs may change directory
     claim, mine = Claim(start.name, number), values_of(map(str, hydra.overrides.task))
     with locked(sweep_dir):
         same = [path for path in job_directories(sweep_dir) if values_of_job(path) == mine]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, CorruptCheckpointError
-from hydra_ckpt.jobs.differences import Difference, about_saving, differences
+from hydra_ckpt.jobs.differences import Difference, about_saving, differences, shown
 from hydra_ckpt.jobs.yaml_text import MAX_BYTES, parse_config
 from hydra_ckpt.store import names
 from hydra_ckpt.store.catalog import Checkpoint
@@ -17,7 +17,6 @@ from hydra_ckpt.store.small_files import read_small_file
 log = logging.getLogger(__name__)
 
 CONFIG_TEXT = "config.yaml"
-_SHOWN = 30
 
 
 def changes(checkpoint: Path, texts: Mapping[str, str], optimizers: Sequence[str], world_size: int) -> list[Difference]:
@@ -69,15 +68,13 @@ def log_changes(checkpoint: Path, found: Sequence[Difference]) -> None:
     """Log the differences once; those that prevent an exact continuation are a warning."""
     harmless = [str(item) for item in found if not item.kind]
     if harmless:
-        more = [f"and {len(harmless) - _SHOWN} more"] if len(harmless) > _SHOWN else []
-        shown = "; ".join([*harmless[:_SHOWN], *more])
-        log.info("settings that differ from those of %s: %s", checkpoint.name, shown)
+        log.info("settings that differ from those of %s: %s", checkpoint.name, shown(harmless))
     decisive = [f"{item} ({item.kind})" for item in found if item.kind]
     if decisive:
         log.warning(
             "this run does not continue from %s exactly as the original run would have, because of: %s",
             checkpoint.name,
-            "; ".join(decisive),
+            shown(decisive),
         )
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError
+from hydra_ckpt.errors import CheckpointError, CheckpointNotFoundError, one_line
 from hydra_ckpt.storage.pickled import index_of, is_foreign
 from hydra_ckpt.store.catalog import Checkpoint, scan
 from hydra_ckpt.store.directory import Directory
-from hydra_ckpt.store.origin import FRESH, LAUNCHES, ORIGIN, Origin, launches, launches_in, token_of
+from hydra_ckpt.store.origin import FRESH, LAUNCHES, ORIGIN, Origin, launches, launches_in, token_of, token_of_foreign
 from hydra_ckpt.sweeps.active import active_job
 from hydra_ckpt.sweeps.record import RECORD
 
@@ -84,8 +84,7 @@ class Beginning:
         index = index_of(resolved)
         if index is None:
             return Origin(selector, str(resolved), token_of(resolved))
-        known = index.stat()  # the indices of equal models are equal
-        return Origin(selector, str(resolved), f"{known.st_size} {known.st_mtime_ns}")
+        return Origin(selector, str(resolved), token_of_foreign(index))
 
     def _own(self, wanted: Origin, passed_over: Mapping[str, str]) -> dict[str, Any] | None:
         """The newest intact checkpoint of the run that has begun from an origin.
@@ -142,7 +141,11 @@ def _tell(chosen: Checkpoint, wanted: Origin) -> None:
         "restore_from=%s: this run began from %s and continues from its own newest checkpoint, %s (step %d). To begin "
         "again, set another checkpoint.checkpoint_dir (or another run directory), or %sstart it by hand with "
         "checkpoint.on_conflict=set_aside",
-        *(wanted.selector, (found.path if found else "") or "nothing", chosen.path, chosen.step, by_hand),
+        one_line(wanted.selector),
+        one_line(found.path if found else "") or "nothing",
+        one_line(str(chosen.path)),
+        chosen.step,
+        by_hand,
     )
 
 

@@ -22,13 +22,15 @@ from hydra_ckpt.store.manifest import MAX_BYTES, TOKEN
 from hydra_ckpt.store.owner import process_identity
 from hydra_ckpt.store.small_files import read_small_file
 
-__all__ = ["FRESH", "LAUNCHES", "ORIGIN", "Origin", "launches", "launches_in", "token_of"]
+__all__ = ["FRESH", "LAUNCHES", "ORIGIN", "Origin", "launches", "launches_in", "token_of", "token_of_foreign"]
 
 ORIGIN = "begun_from"
 """In a manifest's `details`: the `Origin`."""
 LAUNCHES = "launched_by"
 """In a manifest's `details`: identities of what started the run, to recognize a restart by the same launcher."""
 FRESH = "none"
+_MAX_CHARACTERS = 8192  # of a recorded value; paths have at most 4096
+_MAX_LAUNCHES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Origin:
     Attributes:
         selector: `restore_from` as it was configured; FRESH if that asks for a fresh start.
         path: The checkpoint it led to, absolute, without links; empty for a fresh start.
-        token: Tells that checkpoint from others; equal in a copy. Empty for a fresh start, or if it is gone.
+        token: Tells that checkpoint from others; equal in a copy, but not for a checkpoint of another tool. Empty for a
+            fresh start, or if it is gone.
     """
 
     selector: str
@@ -48,11 +51,16 @@ class Origin:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Origin | None:
         """What the run that wrote a checkpoint began from; None if that is not recorded."""
-        data = checkpoint.manifest.details.get(ORIGIN)
+        return cls.recorded_in(checkpoint.manifest.details)
+
+    @classmethod
+    def recorded_in(cls, details: Mapping[str, Any]) -> Origin | None:
+        """What a manifest's `details` say that the run began from; None if they do not, or not as we write it."""
+        data = details.get(ORIGIN)
         if not isinstance(data, dict):
             return None
         texts = {item.name: data.get(item.name) for item in fields(cls)}
-        return cls(**texts) if all(isinstance(text, str) for text in texts.values()) else None  # type: ignore[arg-type]
+        return cls(**texts) if all(map(_is_value, texts.values())) else None  # type: ignore[arg-type]
 
     def as_data(self) -> dict[str, str]:
         """As plain data."""
@@ -73,6 +81,27 @@ class Origin:
             return same or alike
         gone = not self.token and self.selector != FRESH
         return not sets_aside and (same or (alike and gone))
+
+
+def _is_value(value: Any) -> bool:
+    """Whether a value may be one that we recorded; manifests come from anyone."""
+    return isinstance(value, str) and len(value) <= _MAX_CHARACTERS
+
+
+def token_of_foreign(index: Path) -> str:
+    """The token of a checkpoint of another tool at its place, which has no identity elsewhere.
+
+    Checkpoints of equal models have equal indices, and equal times as well if an archive or an image has set them.
+
+    Args:
+        index: The checkpoint's index, without links.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    known = index.stat()
+    text = f"{known.st_size} {known.st_mtime_ns} {index}"
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogateescape"))
 
 
 def token_of(checkpoint: Path) -> str:
@@ -103,4 +132,4 @@ def launches() -> dict[str, bool]:
 def launches_in(details: Mapping[str, Any]) -> Collection[str]:
     """The identities that a checkpoint records."""
     found = details.get(LAUNCHES)
-    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else ()
+    return [item for item in found[:_MAX_LAUNCHES] if _is_value(item)] if isinstance(found, list) else ()

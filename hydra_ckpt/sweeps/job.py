@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointExistsError
-from hydra_ckpt.jobs.differences import about_beginning, about_saving, differences
+from hydra_ckpt.jobs.differences import about_beginning, about_saving, differences, shown
 from hydra_ckpt.jobs.launch import first_rank_says
 from hydra_ckpt.jobs.run import HydraRun, LauncherKind
 from hydra_ckpt.store import names
@@ -127,7 +127,7 @@ def _decide(run: HydraRun, config: Any, on_change: str | None) -> dict[str, Any]
     if not unlike:
         return {"series": record.series, "continues": True} if begins_alike and record.series else _new_series()
     if (on_change or ("raise" if run.sweep_dir is not None else "run")) == "raise":
-        told = "; ".join(map(str, unlike))
+        told = shown(unlike)
         return {
             "refuse": f"{run.output_dir} belongs to a job with another configuration ({told}). Choose another "
             "hydra.sweep.dir, keep the order of the jobs, or remove this directory; "

@@ -121,7 +121,7 @@ class Halt:
     running: bool
 
 
-_begun = False  # whether this process launches a sweep, and replaces its jobs' exceptions: see `begin_sweep`
+_launching: int | None = None  # the ID of the process that called `begin_sweep`; forked processes inherit it
 
 
 def begin_sweep(sweep_dir: Path) -> None:
@@ -130,8 +130,8 @@ def begin_sweep(sweep_dir: Path) -> None:
     Args:
         sweep_dir: The sweep's directory. Orders that an earlier start left there are withdrawn.
     """
-    global _begun  # noqa: PLW0603 - Hydra calls the jobs that run in this process
-    _begun = True
+    global _launching  # noqa: PLW0603 - Hydra calls the jobs that run in this process
+    _launching = os.getpid()
     for name in _HALTS.values():
         try:
             (sweep_dir / name).unlink(missing_ok=True)
@@ -147,7 +147,7 @@ def ends_in_exception(run: HydraRun) -> bool:
     """
     if run.sweep_dir is None:
         return False
-    return run.launcher is not LauncherKind.ONE_BY_ONE or (run.is_judged and _begun)
+    return run.launcher is not LauncherKind.ONE_BY_ONE or (run.is_judged and _is_launcher())
 
 
 def halt(run: HydraRun, order: Halt) -> None:
@@ -196,4 +196,10 @@ def _read(path: Path, launcher: str) -> Halt | None:
 
 def _launcher(run: HydraRun) -> int:
     """The ID of the process that launches the jobs: this one, or its parent."""
-    return os.getpid() if run.launcher is LauncherKind.ONE_BY_ONE else os.getppid()
+    # joblib runs jobs in the launcher's own process if it runs one at a time.
+    return os.getpid() if run.launcher is LauncherKind.ONE_BY_ONE or _is_launcher() else os.getppid()
+
+
+def _is_launcher() -> bool:
+    """Whether this process launches a sweep, and replaces its jobs' exceptions: see `begin_sweep`."""
+    return _launching == os.getpid()

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hydra_ckpt.errors import printable
+from hydra_ckpt.errors import one_line
 
 __all__ = ["summary_table"]
 
@@ -25,7 +25,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for job in summary["jobs"]:
         own = " ".join(item for item in job["overrides"] if item not in common)
         row = [job["job"], own, job["state"], *_checkpoints(job), _metric(job), _export(job)]
-        cells = [Text(printable(cell).replace("\n", "\\n")) for cell in row]
+        cells = [Text(one_line(cell)) for cell in row]
         cells[2].stylize(_COLOURS.get(job["state"], "yellow"))
         table.add_row(*cells, Text("BEST" if job["job"] == best else "", style="green"))
     return table
