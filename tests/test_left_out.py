@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, KeyMismatchError, LoadReport
+from hydra_ckpt import AppState, CheckpointingConfig, KeyMismatchError, LoadReport
 
 
 def save_and_load(root: Path, saved: AppState, fresh: AppState, **options: Any) -> LoadReport:
