@@ -57,5 +57,5 @@ def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
 
     torch.compiler imports torch._dynamo, which takes seconds; creating an optimizer has already imported it.
     """
-    untraced: Callable[..., None] = torch.compiler.disable(hook)
+    untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return untraced

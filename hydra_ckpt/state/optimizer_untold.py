@@ -49,7 +49,7 @@ def _can_be_stored(value: Any, sink: Sink) -> bool:
 
 def _told_as(key: str, told: Any) -> Iterator[Any]:
     """What a state dict has under a name, at any depth."""
-    if isinstance(told, Mapping):
+    if isinstance(told, dict):
         if key in told:
             yield told[key]
         for value in told.values():
