@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class StepHooks:
 
     def __init__(self, before_step: Callable[[], None]) -> None:
         self._before_step = before_step
-        self._hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._hooked: MutableMapping[torch.optim.Optimizer, bool] = WeakIdKeyDictionary()
         self._handles: list[Any] = []
         self._has_warned = False
 
@@ -30,7 +30,7 @@ class StepHooks:
         for optimizer in optimizers:
             if optimizer not in self._hooked and _takes_hooks(optimizer):
                 self._handles.append(optimizer.register_step_pre_hook(_untraced(lambda *_: self._before_step())))
-                self._hooked.add(optimizer)
+                self._hooked[optimizer] = True
         unhookable = [type(optimizer).__qualname__ for optimizer in optimizers if optimizer not in self._hooked]
         if unhookable and not self._has_warned:
             self._has_warned = True

@@ -309,7 +309,7 @@ def _alike(saved: Any, live: Any) -> bool:
     return not list(differing(saved, live))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passed:
     """What a wrapper's state dict passes on as its own.
 
@@ -321,6 +321,10 @@ class Passed:
     child: nn.Module | None = None
     adds: bool = False
 
+    def is_as(self, other: Passed) -> bool:
+        """Whether both are the same; a module may overload `==`."""
+        return self.child is other.child and self.adds == other.adds
+
 
 def passed(module: nn.Module) -> Passed:
     """The child whose state dict a wrapper passes on as its own, as Lightning Fabric's does."""
@@ -329,7 +333,7 @@ def passed(module: nn.Module) -> Passed:
     told = told_by(module, type(module).__qualname__)
     for child in module._modules.values():
         inner = None if child is None else told_by(child, type(child).__qualname__)
-        if not inner or not inner.keys() <= told.keys():
+        if inner is None or len(inner) == 0 or not inner.keys() <= told.keys():
             continue
         adds = inner.keys() != told.keys()
         if adds and not _holds_all(child, module):
@@ -341,8 +345,8 @@ def passed(module: nn.Module) -> Passed:
 
 def _holds_all(child: nn.Module | None, module: nn.Module) -> bool:
     """Whether a module has no tensors and modules besides those of one child."""
-    below = set() if child is None else set(child.modules())
-    others = [one for one in module.modules() if one is not module and one not in below]
+    below = set() if child is None else set(map(id, child.modules()))
+    others = [one for one in module.modules() if one is not module and id(one) not in below]
     return not others and not any(
         tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
     )

@@ -19,6 +19,7 @@ from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import described
 from hydra_ckpt.state.optimizer_oracle import PARAMETER, is_plain, own_state
+from hydra_ckpt.state.optimizer_untold import untold_options
 from hydra_ckpt.storage.encoding import OWN, Sink, encode, refuse_shared_names
 from hydra_ckpt.storage.facts import is_ordinary
 from hydra_ckpt.storage.sharing import NOTHING_SHARED, Apart, Encoded
@@ -39,7 +40,8 @@ class Described:
         unsteady: Names of those that others change besides the optimizer's step.
         alone: Names of those that may differ between ranks that hold the same parameters.
         own: What only this rank can store, by name.
-        omitted: Dotted names of what was left out, as `checkpoint.allow_unsaved` asks.
+        omitted: Dotted names of what was left out: as `checkpoint.allow_unsaved` asks, or because it cannot be stored
+            and the optimizer's own `state_dict` leaves it out too.
     """
 
     data: dict[str, Any]
@@ -145,6 +147,9 @@ def _describe_holder(
         place = f"{members[0] if members else f'{holder.number}.{index}'}{inside}{OPTIONS}"
         here = sink.another()
         options = {key: value for key, value in group.items() if key != "params" and not here.omits(f"{place}.{key}")}
+        for key in untold_options(holder.optimizer, options, here):
+            del options[key]
+            here.omitted.append(here.dotted(f"{place}.{key}"))
         here.unsaved = ()  # a part of an option is not left out
         groups.append({"params": members, "options": encode(options, place, here)})
         _take(found, sink, here, group["params"][0] if members else None, from_step=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra_ckpt.state.holders import Holder, holders
-from hydra_ckpt.state.optimizer import name_of
+from hydra_ckpt.state.optimizer import OPTIONS, name_of
 from hydra_ckpt.state.optimizer_homes import home_of, section
 from hydra_ckpt.state.optimizer_lacking import forgets, is_as_saved, told_beyond
 from hydra_ckpt.storage.decoding import tensor_names
@@ -106,6 +106,7 @@ def fit(
     optimizers: Mapping[str, Any],
     names: Mapping[int, str],
     homes: Sequence[int | None],
+    unsaved: Collection[str] = (),
 ) -> Fit:
     """Find the saved options and state of every live group.
 
@@ -114,13 +115,14 @@ def fit(
         optimizers: What the live optimizers are called, to these.
         names: Identity of a parameter to its name.
         homes: For each the number of the saved one of the same key or position. Only what has no parameters needs it.
+        unsaved: Dotted names of what the save left out.
 
     Raises:
         CheckpointError: A live optimizer holds a parameter that belongs to no model of the AppState.
     """
     found = Fit(holders(optimizers, names))
     for holder in found.live:
-        _fit_holder(found, section(described, holder.path), holder, names, homes)
+        _fit_holder(found, section(described, holder.path), holder, names, homes, unsaved)
     for number, place in enumerate(homes):
         if place is None and not any(holder.parameters for holder in found.live if holder.number == number):
             found.absent.add(number)
@@ -158,13 +160,44 @@ def _called(live: Sequence[Holder], number: int) -> str:
     return next(holder.called for holder in live if holder.number == number)
 
 
+@dataclass(frozen=True)
+class _SavedGroup:
+    """A saved group of options.
+
+    Attributes:
+        index: Its number.
+        options: Its options, encoded.
+        kind: The class of its optimizer; empty if nothing says it.
+        left_out: Names of options that the save left out.
+    """
+
+    index: int
+    options: Mapping[str, Any]
+    kind: str
+    left_out: frozenset[str]
+
+
+def _left_out(group: Mapping[str, Any], path: str, unsaved: Collection[str]) -> frozenset[str]:
+    """Names of the options of a saved group that the save left out."""
+    if not unsaved or not group["params"]:
+        return frozenset()
+    place = f".{group['params'][0]}{f'.~{path}' if path else ''}.{OPTIONS}."
+    return frozenset(name.partition(place)[2] for name in unsaved if place in name)
+
+
 def _fit_holder(
-    found: Fit, described: Mapping[str, Any], holder: Holder, names: Mapping[int, str], homes: Sequence[int | None]
+    found: Fit,
+    described: Mapping[str, Any],
+    holder: Holder,
+    names: Mapping[int, str],
+    homes: Sequence[int | None],
+    unsaved: Collection[str],
 ) -> None:
     saved = {
-        name: (index, group["options"], optimizer["class"])
+        name: known
         for optimizer in described["optimizers"]
         for index, group in enumerate(optimizer["groups"])
+        for known in [_SavedGroup(index, group["options"], optimizer["class"], _left_out(group, holder.path, unsaved))]
         for name in group["params"]
     }
     rows: list[dict[str, Any] | None] = []
@@ -259,27 +292,29 @@ def _empty_group(
 
 
 def _fit_group(
-    found: Fit, holder: Holder, index: int, group: Mapping[str, Any], saved: Mapping[str, tuple[int, Any, str]]
+    found: Fit, holder: Holder, index: int, group: Mapping[str, Any], saved: Mapping[str, _SavedGroup]
 ) -> dict[str, Any] | None:
     """The saved options of a group's parameters, if they are the same for all and of the same kind of optimizer."""
-    groups = {id(options): (options, kind) for _, options, kind in saved.values()}
-    for options, kind in groups.values():
-        if (why := _incompatible(kind, set(options), holder.optimizer, set(group))) is not None:
+    left_out: frozenset[str] = frozenset().union(*(one.left_out for one in saved.values()))
+    for one in {id(one): one for one in saved.values()}.values():
+        why = _incompatible(one.kind, one.options.keys() - left_out, holder.optimizer, group.keys() - left_out)
+        if why is not None:
             found.different[place_of(holder)] = why
             found.refused.add(holder.number)
-    kinds = {_kind(number, options): options for number, options, _ in saved.values()}
+    kinds = {_kind(one.index, one.options): one.options for one in saved.values()}
     if len(kinds) > 1:
-        first = {_kind(number, options): name for name, (number, options, _) in reversed([*saved.items()])}
+        first = {_kind(one.index, one.options): name for name, one in reversed([*saved.items()])}
         found.different[place_of(holder, index)] = (
             "its parameters had different options in the checkpoint (for example, "
             f"{' and '.join(sorted(first.values())[:2])} had). Group them as in the run that saved"
         )
         return None
     options = next(iter(kinds.values()), None)
-    if options is not None:
-        dotted = ".".join(filter(None, (holder.called, holder.path, "param_groups", str(index))))
-        found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - _LABELS))
-    return options
+    if options is None:
+        return None
+    dotted = ".".join(filter(None, (holder.called, holder.path, "param_groups", str(index))))
+    found.lacking.extend(f"{dotted}.{key}" for key in sorted(group.keys() - options.keys() - left_out - _LABELS))
+    return dict(options)
 
 
 def _incompatible(saved: str, options: set[str], live: Any, here: set[str]) -> str | None:

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from omegaconf import ListConfig
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hydra_ckpt.errors import CheckpointConfigError, leave_out
 from hydra_ckpt.state.holders import Holder
+from hydra_ckpt.storage.configs import is_config
 from hydra_ckpt.storage.encoding import Sink, encode
 from hydra_ckpt.storage.facts import attributes, narrowed
-from hydra_ckpt.storage.kinds import tagged
+from hydra_ckpt.storage.kinds import NotExactError, tagged
 from hydra_ckpt.storage.sharing import Sharing, memory_pattern
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part, take_apart
 
@@ -138,6 +140,8 @@ def is_same(one: Any, other: Any) -> bool:
     """The same objects in the same places; plain values count by type and value."""
     if one is other:
         return True
+    if is_config(one) or is_config(other):
+        return type(one) is type(other) and _are_tagged_alike(one, other)
     if isinstance(one, torch.Tensor) or type(one) is not type(other):
         return isinstance(one, Mapping) and isinstance(other, Mapping) and _same_items(one, other)
     if isinstance(one, Mapping):
@@ -151,6 +155,13 @@ def is_same(one: Any, other: Any) -> bool:
     try:
         return _encode_alike(one, other) if tagged(one) is not None else bool(one == other)
     except Exception:  # noqa: BLE001 - a foreign object's own comparison
+        return False
+
+
+def _are_tagged_alike(one: Any, other: Any) -> bool:
+    try:
+        return repr(tagged(one)) == repr(tagged(other))
+    except NotExactError:
         return False
 
 
@@ -205,7 +216,10 @@ class _Comparison:
         """Where two values are not the same."""
         if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
             yield from self._unlike_tensors(saved, live, place)
-        elif isinstance(saved, Mapping | list | tuple | deque) and id(saved) in self._partners:
+        elif is_config(saved) and is_config(live) and id(saved) not in self._partners:
+            self._partners[id(saved)] = id(live)
+            yield from () if is_same(saved, live) else (place,)
+        elif isinstance(saved, Mapping | list | tuple | deque | ListConfig) and id(saved) in self._partners:
             if self._partners[id(saved)] != id(live):  # it is in several places
                 yield f"{place} (it is another object than where it was the same)"
         elif isinstance(saved, Mapping) and isinstance(live, Mapping):

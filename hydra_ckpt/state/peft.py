@@ -8,14 +8,14 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hydra_ckpt.errors import CheckpointConfigError, some_of
 from hydra_ckpt.state.model_map import ModelMap
@@ -255,7 +255,7 @@ def _own_embeddings(model: nn.Module, adapter: str) -> set[int]:
 
 
 # The vocabulary of base models in their files, once it is known.
-_BASE_SIZES: WeakKeyDictionary[nn.Module, tuple[int | None]] = WeakKeyDictionary()
+_BASE_SIZES: MutableMapping[nn.Module, tuple[int | None]] = WeakIdKeyDictionary()
 
 
 def _is_resized(base: Any, name: str | None, revision: str | None) -> bool:

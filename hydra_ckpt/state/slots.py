@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,10 +109,17 @@ class Walked:
         """Whether it still has the same class, modules, parameters and places of buffers."""
         return (
             type(self.module) is self.kind
-            and list(self.module._modules.items()) == self.children
+            and _are_the_same(list(self.module._modules.items()), self.children)
             and _identities(self.module) == self.parameters
             and persistent(self.module) == self.buffers
         )
+
+
+def _are_the_same(now: Sequence[tuple[str, nn.Module | None]], before: Sequence[tuple[str, nn.Module | None]]) -> bool:
+    """Whether the same modules have the same names; a module may overload `==`."""
+    return len(now) == len(before) and all(
+        name == known and child is held for (name, child), (known, held) in zip(now, before, strict=True)
+    )
 
 
 def _identities(module: nn.Module) -> dict[str, int]:

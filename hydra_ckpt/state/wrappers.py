@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hydra_ckpt.errors import CheckpointConfigError
 from hydra_ckpt.state.module_oracle import WRAPPERS, Passed, passed
@@ -51,7 +51,7 @@ def inside(module: nn.Module) -> nn.Module | None:
 
 def still_inside(module: nn.Module) -> bool:
     """Whether a wrapper still passes on what is inside it, as it did; if not, it is looked at again."""
-    if module not in _PASSED or passed(module) == _PASSED[module]:
+    if module not in _PASSED or passed(module).is_as(_PASSED[module]):
         return True
     del _PASSED[module]
     return False
@@ -74,8 +74,8 @@ def core_of(module: nn.Module) -> nn.Module:
     return core
 
 
-# Wrappers of other libraries, with what they pass on as their own state.
-_PASSED: WeakKeyDictionary[nn.Module, Passed] = WeakKeyDictionary()
+# Wrappers of other libraries, with what they pass on as their own state. By identity: a module may overload `==`.
+_PASSED: MutableMapping[nn.Module, Passed] = WeakIdKeyDictionary()
 
 
 def refuse_fsdp1(modules: Iterable[nn.Module]) -> None:

@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, ListConfig
 
 from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.storage.configs import NotPlainError, from_config, to_config
 from hydra_ckpt.storage.dtypes import SAFETENSORS_DTYPE
 
 Tagged = tuple[str, Any]
@@ -220,6 +222,13 @@ def _to_generator(state: torch.Tensor) -> torch.Generator:
     return generator
 
 
+def _from_config(value: Any) -> Tagged:
+    try:
+        return "config", from_config(value)
+    except NotPlainError as error:
+        raise NotExactError(str(error)) from None
+
+
 def _dtype(name: str) -> torch.dtype:
     return next(dtype for dtype in SAFETENSORS_DTYPE if str(dtype) == f"torch.{name}")
 
@@ -249,6 +258,7 @@ _ENCODERS: dict[type, Callable[[Any], Tagged]] = {
     torch.memory_format: lambda value: ("torch", str(value).removeprefix("torch.")),
     torch.Generator: _from_generator,
     io.BytesIO: _from_stream,
+    **dict.fromkeys((DictConfig, ListConfig), _from_config),
 }
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
@@ -284,5 +294,6 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "torch": _TORCH_NAMES.__getitem__,
     "generator": _to_generator,
     "stream": _to_stream,
+    "config": to_config,
 }
 """From a tag to what makes the value of its decoded content."""

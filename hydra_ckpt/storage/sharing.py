@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hydra_ckpt.errors import CheckpointError
+from hydra_ckpt.storage.configs import is_config
 from hydra_ckpt.storage.subclasses import is_wrapper, local_part
 
 _LEAVES = {bool, bytes, complex, float, int, str, type(None)}
@@ -217,8 +218,9 @@ def _look_through(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
     kind = type(value)
     if kind in _LEAVES:
         return
-    is_dict = kind is dict or isinstance(value, Mapping)
-    if is_dict or isinstance(value, _MUTABLE):
+    is_whole = is_config(value)  # nothing in it is stored by itself
+    is_dict = kind is dict or (isinstance(value, Mapping) and not is_whole)
+    if is_dict or is_whole or isinstance(value, _MUTABLE):
         if id(value) in seen:
             repeated.add(id(value))
             return

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from hydra_ckpt.errors import counted
+from hydra_ckpt.errors import counted, some_of
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
 from hydra_ckpt.loading.installing.install_around import AroundInstaller
@@ -135,9 +135,11 @@ class Installer:
         if "model" in available and self.source.extractor.is_peft:
             notes.trusted += [f"{called(name)}.base_model" for name in state.models]
             notes.texts.append("the base model is not in the checkpoint; it must be the one that was trained with")
-        notes.missing += [
+        omitted = [
             name for name in self.source.shared.get("unsaved", []) if name.split(".")[0] in {*available, "model"}
         ]
+        notes.missing += omitted
+        notes.texts += [f"left out of the checkpoint, so left as it was built: {some_of(omitted)}"] if omitted else []
 
 
 def _is_of_torch(scheduler: Any) -> bool:

@@ -29,7 +29,7 @@ class OptimizerMatcher(Matcher):
         described, named = self.source.shared["optimizer"], self.source.state.named_optimizers
         parameters = self.source.extractor.parameter_names(self.source.state)
         homes = self.source.counterparts("optimizer", len(described["optimizers"]), len(named))
-        found = self.plan.fit = fit(described, named, parameters, homes)
+        found = self.plan.fit = fit(described, named, parameters, homes, self.source.shared.get("unsaved", ()))
         self._skip_wrappers(described, homes)
         stored = self.source.per_rank.overlay(names.OPTIMIZER, self.source.stored(names.OPTIMIZER))
         gone = {*self.plan.mismatch.missing, *self.plan.mismatch.different}
