@@ -64,6 +64,21 @@ class Notes:
             self.trusted.append(what)
         self.texts.append(f"{by} changed {some_of(sorted(names))} while it loaded its state")
 
+    def parted(self, what: str, places: Mapping[str, str]) -> None:
+        """Note an object that holds copies of what it shared with others when it was saved.
+
+        Args:
+            what: The object.
+            places: Where in it, to whose it was.
+        """
+        if what in self.exact:
+            self.exact.remove(what)
+            self.trusted.append(what)
+        shown = some_of(sorted(f"{place} ({target})" for place, target in places.items()))
+        self.texts.append(
+            f"{what} shared with other objects what it holds copies of now, which no longer follow them: {shown}"
+        )
+
     def leave(self, left: Collection[str], unexpected: Collection[str]) -> None:
         """Note what stays as it was built, and what is not used, because it does not match."""
         self.missing += left

@@ -84,6 +84,11 @@ class Around:
         is_out = not dotted.startswith("model") and is_left_out(dotted, self.unsaved)
         self._statements.append(_Statement(kind, key, dotted, None if is_out else state_dict()))
 
+    @property
+    def states(self) -> list[tuple[str, Any]]:
+        """What messages call each object, and the state that it has returned."""
+        return [(one.dotted, one.state) for one in self._statements if one.kind not in ("entries", "metadata")]
+
     def encode(self) -> dict[str, dict[Key, Any]]:
         """The states as JSON data, by kind and key.
 

@@ -43,6 +43,7 @@ class BeyondTensors:
     omits: Callable[[str], bool]
     ours: tuple[str, ...] | None = None
 
+    @torch.no_grad()  # in a load as in a save: what a hook computes from a DTensor would differ otherwise
     def told(self, called: str) -> OwnEntries:
         """What the model's own state_dict returns beyond what was walked; nothing for most.
 

@@ -19,6 +19,7 @@ from hydra_ckpt.state import optimizer as optimizer_state
 from hydra_ckpt.state import rng
 from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.around import Around, is_left_out, told_by
+from hydra_ckpt.state.linking import Linking, Links
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import meshes_of
 from hydra_ckpt.state.model_map import ModelMap
@@ -88,6 +89,7 @@ class Extractor:
     _is_resumable: bool = False
     _has_warned: bool = False
     _apart: list[Apart] = field(default_factory=list)
+    _links: Links = field(default_factory=Links)
 
     def check(self, state: AppState) -> None:
         """Check that the models are of kinds that can be saved; no `state_dict()` is called.
@@ -167,6 +169,11 @@ class Extractor:
             for identity, name in mapped.names.items()
         }
 
+    def linking(self, state: AppState) -> Linking:
+        """The live objects, to find out what they have in common."""
+        maps = {called(name): mapped for name, mapped in self.maps(state).items()}
+        return Linking.of(state, maps, self.parameter_names(state))
+
     def held(self, state: AppState) -> str:
         """A digest of the names of all tensors of this rank's part of the models."""
         return fingerprint(
@@ -235,6 +242,10 @@ class Extractor:
         parts[names.EXTRAS] = [self.localize(name, tensor, divisible=False) for name, tensor in around.tensors.items()]
         shards.update(around.own)
         omitted += around.omitted
+        told_own = [(name, {"own": own}) for name, own in described.told.items()] if state.optimizers else []
+        statements = [*told_own, *around.states]
+        if links := self._links.of(self.linking(state), list(state.named_optimizers), self._apart, statements):
+            shared["links"] = links
         shared["unsaved"] = omitted
         own = {
             "rng": generators,

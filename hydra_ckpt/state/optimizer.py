@@ -42,6 +42,7 @@ class Described:
         own: What only this rank can store, by name.
         omitted: Dotted names of what was left out: as `checkpoint.allow_unsaved` asks, or because it cannot be stored
             and the optimizer's own `state_dict` leaves it out too.
+        told: What messages call an optimizer, to its own state_dict() if that returns more than was walked.
     """
 
     data: dict[str, Any]
@@ -50,6 +51,7 @@ class Described:
     alone: set[str] = field(default_factory=set)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     omitted: list[str] = field(default_factory=list)
+    told: dict[str, Any] = field(default_factory=dict)
 
     def locals(self, localize: Localizer) -> list[LocalTensor]:
         """The state's tensors as this rank holds them."""
@@ -252,10 +254,11 @@ def _add_own(
     here = sink.another(references)
     here.sharing = None  # it is told more than what was walked
     here.inside = f"optimizer {number}{SEPARATOR}"
-    tree = own_state(optimizer, inside, [*sink.values(), *sink.own.values()], here)
+    both = own_state(optimizer, inside, [*sink.values(), *sink.own.values()], here)
     sink.omitted += here.omitted
-    if tree is None:
+    if both is None:
         return
+    found.told[sink.called], tree = both
     found.data.setdefault("own", {})[str(number)] = tree
     meshes = found.data.setdefault("meshes", {})
     for name, tensor in here.items():

@@ -41,8 +41,10 @@ _HOOKS = (
 )
 
 
-def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.Tensor], sink: Sink) -> Any | None:
-    """An optimizer's own state_dict, encoded; None if it returns nothing beyond what its holders have.
+def own_state(
+    optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.Tensor], sink: Sink
+) -> tuple[Any, Any] | None:
+    """An optimizer's own state_dict, and the same encoded; None if it returns nothing beyond what its holders have.
 
     Args:
         optimizer: The optimizer of an AppState.
@@ -69,7 +71,7 @@ def own_state(optimizer: Any, inside: Sequence[Holder], walked: Sequence[torch.T
     if not _customizes_loading(optimizer) and any(tells_only(told, holder) for holder in inside):
         return None
     sink.sharing = Sharing.of(told, walked, sink.known.keys() - set(map(id, walked)))
-    return encode(told, sink.inside, sink)
+    return told, encode(told, sink.inside, sink)
 
 
 def is_plain(optimizer: Any) -> bool:

@@ -60,6 +60,10 @@ def combine(documents: Sequence[Document], holds: str, stage: int, schedulers: i
     for document in documents:
         for model, aliases in document.get("ties", {}).items():
             combined["ties"].setdefault(model, {}).update(aliases)
+    combined["links"] = {
+        name: [link for one in documents for link in one.get("links", {}).get(name, ())]
+        for name in {name for one in documents for name in one.get("links", {})}
+    }
     for kind in ("unsaved", "drifted"):
         combined[kind] = sorted({name for document in documents for name in document.get(kind, [])})
     combined["of_other_stages"] = [

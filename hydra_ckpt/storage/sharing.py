@@ -96,7 +96,7 @@ class Sharing:
             for item in cluster:
                 if item is not stored:
                     offset = (local_part(item).data_ptr() - start) // base.element_size()
-                    views[id(item)] = View(stored, offset, is_whole=_geometry(item) == _geometry(base))
+                    views[id(item)] = View(stored, offset, is_whole=geometry(item) == geometry(base))
         return cls(frozenset(repeated), views, clashes)
 
     @cached_property
@@ -133,6 +133,11 @@ class Apart:
     def __init__(self) -> None:
         self.encoded: dict[str, Encoded] = {}
         self._seen: tuple[Any, ...] | None = None
+
+    @property
+    def seen(self) -> Any:
+        """The same object as long as the tensors are the same, over the same memory; None if that is unknown."""
+        return self._seen
 
     def sharing(self, states: Collection[Mapping[Any, Any]], options: Collection[Mapping[str, Any]]) -> Sharing:
         """What an optimizer holds more than once.
@@ -189,11 +194,11 @@ def shared_memory(values: Collection[Any]) -> Callable[[torch.Tensor], bool]:
     tensors = [item for item in seen.values() if isinstance(item, torch.Tensor)]
     several = {id(item) for cluster in _clusters(tensors) for item in cluster} | repeated
     parts = [local_part(item) for item in tensors if id(item) in several]
-    addresses = {part.data_ptr() for part in parts if _has_memory(part)}
+    addresses = {part.data_ptr() for part in parts if has_memory(part)}
 
     def is_shared(tensor: torch.Tensor) -> bool:
         part = local_part(tensor)
-        return id(tensor) in several or (_has_memory(part) and part.data_ptr() in addresses)
+        return id(tensor) in several or (has_memory(part) and part.data_ptr() in addresses)
 
     return is_shared
 
@@ -212,6 +217,13 @@ def memory_pattern(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         offset = 0 if tensors[first] is item else local_part(item).data_ptr() - local_part(tensors[first]).data_ptr()
         found.append((first, offset))
     return found
+
+
+def objects_in(value: Any) -> dict[int, Any]:
+    """The tensors, and the containers that can change, in a value, by identity."""
+    seen: dict[int, Any] = {}
+    _look_through(value, seen, set())
+    return seen
 
 
 def _look_through(value: Any, seen: dict[int, Any], repeated: set[int]) -> None:
@@ -259,11 +271,11 @@ def _around(tensor: torch.Tensor) -> Iterator[Any]:
 def _clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors that share elements, together. Those that share with no other are in none."""
     yield from _empty_clusters(tensors)
-    found = [(item, part) for item in tensors if _has_memory(part := local_part(item))]
+    found = [(item, part) for item in tensors if has_memory(part := local_part(item))]
     if len(found) < 2:
         return
     starts = np.array([part.data_ptr() for _, part in found], np.uint64)
-    ends = starts + np.array([_stretch(part) for _, part in found], np.uint64)
+    ends = starts + np.array([stretch(part) for _, part in found], np.uint64)
     order = np.argsort(starts, kind="stable")
     reached = np.maximum.accumulate(ends[order])
     overlaps = starts[order][1:] < reached[:-1]
@@ -271,7 +283,7 @@ def _clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         return
     # A cluster begins at each stretch of memory that does not begin inside another one.
     for cluster in np.split(order, np.flatnonzero(~overlaps) + 1):
-        if len(cluster) > 1 and _meet([found[place][1] for place in cluster]):
+        if len(cluster) > 1 and meet([found[place][1] for place in cluster]):
             yield [found[place][0] for place in sorted(cluster)]
 
 
@@ -285,12 +297,13 @@ def _empty_clusters(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]
     yield from (cluster for cluster in found.values() if len(cluster) > 1)
 
 
-def _has_memory(part: torch.Tensor) -> bool:
+def has_memory(part: torch.Tensor) -> bool:
+    """Whether a plain tensor has elements in memory."""
     is_strided = type(part) in _PLAIN and part.layout is torch.strided and not part.is_nested
     return is_strided and not part.is_meta and part.numel() > 0
 
 
-def _stretch(part: torch.Tensor) -> int:
+def stretch(part: torch.Tensor) -> int:
     """Bytes from the first element of a tensor to the end of its last one. Example: (2, 3) of floats, 24."""
     if part.is_contiguous():
         return part.nbytes
@@ -298,13 +311,13 @@ def _stretch(part: torch.Tensor) -> int:
     return (last + 1) * part.element_size()
 
 
-def _meet(parts: list[torch.Tensor]) -> bool:
+def meet(parts: list[torch.Tensor]) -> bool:
     """Whether any element is in two of them. Example: two columns of one matrix overlap, but do not meet."""
     if all(part.is_contiguous() for part in parts):
         return True
     sizes = {part.element_size() for part in parts}
     start = min(part.data_ptr() for part in parts)
-    length = (max(part.data_ptr() + _stretch(part) for part in parts) - start) // min(sizes)
+    length = (max(part.data_ptr() + stretch(part) for part in parts) - start) // min(sizes)
     if len(sizes) > 1 or length > _MOST_ELEMENTS:
         return True
     size, taken = sizes.pop(), np.zeros(length, np.bool_)
@@ -325,14 +338,14 @@ def _meet(parts: list[torch.Tensor]) -> bool:
 def _base(cluster: list[torch.Tensor], known: Collection[int]) -> torch.Tensor | None:
     """What all tensors of a cluster are made of: one of them that holds all, or a row of all elements; or None."""
     first = min(cluster, key=lambda item: local_part(item).data_ptr())
-    if all(_geometry(item) == _geometry(first) for item in cluster):
+    if all(geometry(item) == geometry(first) for item in cluster):
         return next((item for item in cluster if id(item) in known), cluster[0])
     size, start = first.element_size(), local_part(first).data_ptr()
     for item in cluster:
         is_plain = not isinstance(item, DTensor) and not item.is_conj() and not item.is_neg()
         if not is_plain or item.dtype != first.dtype or (item.data_ptr() - start) % size:
             return None
-    length = max(item.data_ptr() - start + _stretch(item) for item in cluster) // size
+    length = max(item.data_ptr() - start + stretch(item) for item in cluster) // size
     for item in sorted(cluster, key=lambda item: id(item) not in known):
         if item.numel() == length and item.data_ptr() == start and item.is_contiguous():
             return item
@@ -348,7 +361,7 @@ def _counts_together(base: torch.Tensor, cluster: list[torch.Tensor]) -> bool:
     return all((item._base if item._is_view() else item) is family for item in cluster)  # noqa: SLF001
 
 
-def _geometry(item: torch.Tensor) -> tuple[Any, ...]:
+def geometry(item: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same but for their identity, on all ranks."""
     part = local_part(item)
     placed = (item.device_mesh, item.placements, item.shape) if isinstance(item, DTensor) else None

@@ -12,6 +12,7 @@ from hydra_ckpt.errors import counted, some_of
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
 from hydra_ckpt.loading.installing.install_around import AroundInstaller
+from hydra_ckpt.loading.installing.install_links import LinkInstaller
 from hydra_ckpt.loading.installing.install_models import ModelInstaller
 from hydra_ckpt.loading.installing.install_optimizers import OptimizerInstaller
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
@@ -45,9 +46,13 @@ class Installer:
         source, plan = self.source, self.plan
         available, parts = source.available(), source.parts
         values = Values(source, plan)
+        links = LinkInstaller(source)
         guard = Guard(source, plan, self.read_again, is_needed=self._runs_code(available))
-        models, around = ModelInstaller(source, plan, values, guard), AroundInstaller(source, plan, values)
-        optimizers = OptimizerInstaller(source, plan, values)
+        models, around = (
+            ModelInstaller(source, plan, values, guard, links),
+            AroundInstaller(source, plan, values, links),
+        )
+        optimizers = OptimizerInstaller(source, plan, values, links)
         guard.begin()
         if "model" in available:
             models.install(plan.absent)
@@ -64,6 +69,8 @@ class Installer:
         for name, found in unlike.items():
             source.notes.took(name, list(dict.fromkeys(found)))
         guard.end()
+        links.join_optimizers()
+        links.check()
         if "rng" in parts:
             self._rng(source.checkpoint, source.topology, source.channel.world_size)
         if "progress" in parts:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra_ckpt.errors import CheckpointError, some_of
 from hydra_ckpt.loading.installing.decoded import Values
+from hydra_ckpt.loading.installing.install_links import LinkInstaller
 from hydra_ckpt.loading.installing.untouched import Before, Options
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
@@ -49,11 +50,13 @@ class AroundInstaller:
         source: The checkpoint, read.
         plan: What was read.
         values: The saved values.
+        links: What objects have in common with others.
     """
 
     source: Source
     plan: LoadPlan
     values: Values
+    links: LinkInstaller
     _given: list[_Given] = field(default_factory=list)
 
     def install(self, available: Collection[str]) -> None:
@@ -80,7 +83,7 @@ class AroundInstaller:
         """Let an object load its state."""
         if isinstance(tree, dict) and tree.get("~") == UNSAVED:
             return  # left out entirely: it stays as it was built
-        whole, before = self.values.whole(dotted, item, tree), self.values.before(tree)
+        whole, before = self.links.joining(dotted, self.values.whole(dotted, item, tree)), self.values.before(tree)
         with self._watching_options(dotted):
             has_shared = self._load_shared(dotted, item, whole)
         if self.source.other_stages:  # it was given the state of all stages, and keeps its own

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hydra_ckpt.loading.installing.decoded import Values
 from hydra_ckpt.loading.installing.guard import Guard
+from hydra_ckpt.loading.installing.install_links import LinkInstaller
 from hydra_ckpt.loading.installing.untouched import Before
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
@@ -26,12 +28,14 @@ class ModelInstaller:
         plan: What was read.
         values: The saved values.
         guard: Watches what objects do while they load.
+        links: What objects have in common with others.
     """
 
     source: Source
     plan: LoadPlan
     values: Values
     guard: Guard
+    links: LinkInstaller
     _unlike: dict[str, list[str]] = field(default_factory=dict)
     _entries: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -133,7 +137,7 @@ class ModelInstaller:
         self, dotted: str, mapped: ModelMap, saved: Mapping[str, Any], made: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """A new copy of a model's saved extra states; values left out come from the live ones."""
-        found = self.values.present(saved, made)
+        found: dict[str, Any] = self.links.joining(dotted, partial(self.values.present, saved))(made=made)
         if missing_from([saved[name] for name in found]):
             fill(found, mapped.extra_state(dotted))
         return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hydra_ckpt.loading.installing.decoded import Values
+from hydra_ckpt.loading.installing.install_links import LinkInstaller
 from hydra_ckpt.loading.installing.untouched import Before
 from hydra_ckpt.loading.planning.load_plan import LoadPlan
 from hydra_ckpt.loading.sources.source import Source
@@ -43,11 +44,13 @@ class OptimizerInstaller:
         source: The checkpoint, read.
         plan: What was read.
         values: The saved values.
+        links: What objects have in common with others.
     """
 
     source: Source
     plan: LoadPlan
     values: Values
+    links: LinkInstaller
     _given: dict[str, _Given] = field(default_factory=dict)
 
     def install(self, found: Fit, empty: Mapping[str, Collection[str]]) -> None:
@@ -71,6 +74,7 @@ class OptimizerInstaller:
         for number, tree in found.own.items():
             dotted, optimizer = named[number]
             decoded = self.values.whole(dotted, optimizer, tree, {PARAMETER: live.__getitem__})
+            decoded = self.links.joining(dotted, decoded, is_own=True)
             before = self.values.before(tree)
             unlike = give_back(dotted, optimizer, decoded, found, walk)
             self._given[dotted] = _Given(optimizer, decoded, before, unlike)
