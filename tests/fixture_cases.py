@@ -372,6 +372,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _position(loader: Any) -> Any:
+    """What the first version reported of a loader's position."""
+    later = ("order", "sampler")
+    return loader and {key: value for key, value in loader.state_dict().items() if key not in later}
+
+
 def describe(state: AppState) -> dict[str, str]:
     """Every value of this rank as text: plain data as it is, tensors by type, shape and digest."""
     whole = {
@@ -379,7 +385,7 @@ def describe(state: AppState) -> dict[str, str]:
         "optimizer": [_optimizer(state, optimizer) for optimizer in state.optimizers],
         "lr_scheduler": [scheduler.state_dict() for scheduler in state.lr_schedulers],
         "extras": {name: extra.state_dict() for name, extra in state.extras.items()},
-        "dataloader": state.dataloader.state_dict() if state.dataloader is not None else None,
+        "dataloader": _position(state.dataloader),
         "rng": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
     }
     return dict(_flat("", whole))
