@@ -339,3 +339,8 @@ def test_a_save_in_the_middle_of_an_accumulation_warns_of_its_gradients(
     warnings = [text for text in caplog.messages if "in the middle of gradient accumulation" in text]
     assert len(warnings) == 1
     assert "gradient_accumulation_steps=2" in warnings[0]
+
+
+def test_an_accelerator_that_has_prepared_nothing_is_refused_with_the_remedy() -> None:
+    with pytest.raises(CheckpointConfigError, match=r"nothing is prepared yet. Call it after the last prepare\(\)"):
+        AppState.from_accelerator(Accelerator(cpu=True))

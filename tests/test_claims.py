@@ -171,6 +171,52 @@ def test_extras_that_differ_between_ranks_are_named_with_a_remedy(tmp_path: Path
         assert "Build the same model" not in text
 
 
+class Listing(nn.Linear):
+    """Has a list of tensors in its state_dict, as metrics have."""
+
+    def __init__(self, held: list[torch.Tensor]) -> None:
+        super().__init__(1, 1)
+        self.held = held
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}held.{number}": item for number, item in enumerate(self.held)})
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        self.held = [state.pop(key) for key in list(state) if key.startswith(f"{prefix}held.")]
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def _unequal_in_model(root: Path, kind: str) -> list[str]:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    tensors = [torch.ones(1), torch.ones(3 + rank)]
+    model = {"entries": lambda: Listing(tensors), "extra_state": lambda: Module(held=tensors)}[kind]()
+    state = AppState(nn.Sequential(model))
+    with pytest.raises(CheckpointError) as caught:
+        save(root, state, rank=rank)
+    text = str(caught.value)
+    patterns = [part.partition('"]')[0] for part in text.split('allow_unsaved=["')[1:]]
+    save(root / "2", state, rank=rank, allow_unsaved=patterns)  # the remedy works
+    return [text, *patterns]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "pattern"),
+    [
+        ("entries", "model.0.held.1", "model.0.held.*"),
+        ("extra_state", "model.0._extra_state.1", "model.0._extra_state"),
+    ],
+)
+def test_state_of_modules_that_differs_between_ranks_is_named_with_a_remedy(
+    tmp_path: Path, kind: str, name: str, pattern: str
+) -> None:
+    for text, *patterns in run_distributed(_unequal_in_model, 2, tmp_path, kind):
+        assert patterns == [pattern]
+        assert f"only on rank 0: {name} F32 [3]" in text
+        assert "gather or pad tensors" in text
+
+
 # --- what is exact
 
 

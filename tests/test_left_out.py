@@ -103,6 +103,15 @@ class Showing(Hiding):
     hides = False
 
 
+class Hooked(torch.optim.SGD):
+    """A hook takes the function out, and PyTorch's own loading does not put it back."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, 0.1, momentum=0.9)
+        self.param_groups[0]["_call"] = function
+        self.register_state_dict_post_hook(lambda _, told: told["param_groups"][0].pop("_call") and None)
+
+
 class Around(torch.optim.Optimizer):
     """Wraps such an optimizer, as heavyball's SAMWrapper does."""
 
@@ -126,6 +135,7 @@ class Around(torch.optim.Optimizer):
     [
         (Hiding, "optimizer.weight.options._call"),
         (Telling, "optimizer.weight.options._call"),
+        (Hooked, "optimizer.weight.options._call"),
         (Around, "optimizer.weight.~inner.options._call"),
     ],
 )

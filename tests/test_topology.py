@@ -255,13 +255,13 @@ def test_a_layout_that_changes_on_one_rank_is_refused_on_all_and_later_saves_wor
         assert found["one rank"] == results[0]["one rank"]
         kind, text = found["one rank"]
         assert kind == "TopologyError"
-        assert "of ranks 0 and 1, only on rank 0: extras: e:x F32 [3]" in text
-        assert "of ranks 0 and 1, only on rank 1: extras: e:x F32 [4]" in text
-        assert "of ranks 0 and 1, only on rank 1: extras: e:y F32 [1]" in text
+        assert "of ranks 0 and 1, only on rank 0: extras.e.x F32 [3]" in text
+        assert "of ranks 0 and 1, only on rank 1: extras.e.x F32 [4]" in text
+        assert "of ranks 0 and 1, only on rank 1: extras.e.y F32 [1]" in text
         assert found["known layouts"][0] == "TopologyError"
         # All ranks that differ are listed.
-        assert "only on rank 1: extras: e:x F32 [4]" in found["every rank"][1]
-        assert "only on rank 2: extras: e:x F32 [5]" in found["every rank"][1]
+        assert "only on rank 1: extras.e.x F32 [4]" in found["every rank"][1]
+        assert "only on rank 2: extras.e.x F32 [5]" in found["every rank"][1]
         assert "extras.e.x: a builtins.object can be stored neither" in found["unlike troubles"][1]
         assert found["remembered"] <= 4
     assert [item.step for item in scan(tmp_path).checkpoints] == [1, 3, 6, *range(8, 20)]

@@ -23,18 +23,18 @@ import itertools
 import json
 import socket
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from hydra_ckpt.distributed.channel import Channel
-from hydra_ckpt.errors import TopologyError, leave_out
+from hydra_ckpt.errors import TopologyError
 from hydra_ckpt.layout.aliases import TensorMapping
 from hydra_ckpt.layout.plan import describe, fingerprint
 from hydra_ckpt.layout.specs import TensorSpec
+from hydra_ckpt.saving.unequal_stages import refuse_unequal_stages
 from hydra_ckpt.state.local import LocalTensor
-from hydra_ckpt.storage.stage_names import unqualified
 from hydra_ckpt.store import names
 
 
@@ -230,7 +230,7 @@ def _merge(payloads: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         TopologyError: See `agree`.
     """
     speaking = {rank: payload for rank, payload in enumerate(payloads) if payload is not None}
-    _refuse_unequal_stages(speaking)
+    refuse_unequal_stages(speaking)
     ordered = sorted(speaking.items(), key=lambda item: (item[1]["stage"], item[0]))
     merged: dict[str, dict[str, Any]] = defaultdict(dict)
     held: dict[tuple[str, str, str], list[int]] = defaultdict(list)
@@ -274,58 +274,6 @@ def _merge_adapted(said: Mapping[int, Mapping[str, Any]], clashes: list[str]) ->
             found["dtypes"].update(data["dtypes"])
             found["shapes"].update(data["shapes"])
     return merged
-
-
-def _refuse_unequal_stages(speaking: Mapping[int, dict[str, Any]]) -> None:
-    first: dict[int, tuple[int, set[tuple[str, str]]]] = {}
-    lines: list[str] = []
-    different: set[tuple[str, str]] = set()
-    for rank, payload in speaking.items():
-        keys = {
-            (part, f"{name} {dtype} {list(shape)}")
-            for part, rows in payload["parts"].items()
-            for name, dtype, shape, *_ in rows
-        }
-        keys |= {
-            (part, f"{name} made from {source} {offsets} {sizes} by the adapter")
-            for part, data in payload["adapted"].items()
-            for name, _, _, source, offsets, sizes, *_ in data["aliases"]
-        }
-        keys |= {("objects", label) for label in payload["objects"]}
-        known_rank, known = first.setdefault(payload["stage"], (rank, keys))
-        if known != keys:
-            pair = f"of ranks {known_rank} and {rank}"
-            different |= known ^ keys
-            lines += [f"{pair}, only on rank {known_rank}: {part}: {key}" for part, key in sorted(known - keys)]
-            lines += [f"{pair}, only on rank {rank}: {part}: {key}" for part, key in sorted(keys - known)]
-    if lines:
-        raise TopologyError(
-            "ranks of the same pipeline stage hold different tensors; nothing was written.\n  "
-            + "\n  ".join(lines)
-            + "".join(f"\n  {remedy}" for remedy in _remedies(list(speaking.values()), different))
-        )
-
-
-def _remedies(payloads: Collection[Mapping[str, Any]], different: Collection[tuple[str, str]]) -> list[str]:
-    """What to do about tensors that only some ranks of a stage hold.
-
-    Args:
-        payloads: What each kind of ranks reported.
-        different: Part and name of each, or `objects` and its label.
-    """
-    labels = {label for payload in payloads for label in payload["objects"]}
-    found: dict[str, None] = {}
-    alike = "give it the same keys, and tensors of the same shapes and types, on every rank"
-    for part, name in sorted(different):
-        owner = unqualified(name).partition(":")[0]
-        extra = f"extras.{owner}" if part == names.EXTRAS else name
-        if part in (names.EXTRAS, "objects") and extra.startswith("extras.") and extra in labels:
-            found[f"{extra}: {alike}, {leave_out(extra)}"] = None
-        elif part in (names.EXTRAS, names.OPTIMIZER):
-            found[f"{'optimizer' if part == names.OPTIMIZER else owner}: {alike}"] = None
-        else:
-            found["Build the same model on every rank, or pass each stage's pp_rank to build()"] = None
-    return list(found)
 
 
 def _in_order(part: str, specs: Sequence[TensorSpec], order: Sequence[str] | None) -> list[TensorSpec]:

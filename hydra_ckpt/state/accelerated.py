@@ -29,8 +29,13 @@ def prepared(
         models: Names of the prepared models; None for numbers.
 
     Raises:
-        CheckpointConfigError: `models` does not name exactly the models that were prepared.
+        CheckpointConfigError: No model was prepared, or `models` does not name exactly those that were.
     """
+    if not accelerator._models:
+        raise CheckpointConfigError(
+            "AppState.from_accelerator: the Accelerator holds no model, so nothing is prepared yet. Call it after the "
+            "last prepare()"
+        )
     loaders = _distinct(accelerator._dataloaders)
     training = _training_loader(loaders) if dataloader is None else dataloader
     found = dict(extras)

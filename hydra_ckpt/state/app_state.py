@@ -108,7 +108,7 @@ class AppState:
             models: Names of the prepared models. Without it, several are `model_0`, `model_1` and so on.
 
         Raises:
-            CheckpointConfigError: `models` does not name exactly the models that were prepared.
+            CheckpointConfigError: No model was prepared, or `models` does not name exactly those that were.
         """
         from hydra_ckpt.state.accelerated import prepared
 

@@ -44,7 +44,9 @@ def install(
             continue
         # What two had in common load_state_dict() may have parted.
         state = by_place[saved.outer or (saved.number, saved.path)]
-        for group, chosen in zip(holder.groups, groups, strict=False):
+        for group, chosen, built in zip(holder.groups, groups, saved.groups, strict=False):
+            left_out = found.left_out.get(id(built), frozenset()) & (built.keys() - group.keys())
+            group.update({key: built[key] for key in left_out})  # load_state_dict() may have dropped them
             group.update(chosen or {})
         if saved.number in found.forgetting and not saved.path:
             _forget_own(holder)

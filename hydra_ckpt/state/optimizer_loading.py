@@ -41,6 +41,7 @@ class Fit:
             name; they stay as they are.
         lacked: Own state that optimizers of other classes had not, by dotted name.
         dropped: Groups whose options stay as they are, by dotted name.
+        left_out: Identity of a live group to the names of the options that the save left out; they stay as built.
         forgetting: Numbers of optimizers that lose their own state, because the saved ones had none.
         notes: What has changed, in words.
     """
@@ -58,6 +59,7 @@ class Fit:
     lacking: list[str] = field(default_factory=list)
     lacked: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    left_out: dict[int, frozenset[str]] = field(default_factory=dict)
     forgetting: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -296,6 +298,7 @@ def _fit_group(
 ) -> dict[str, Any] | None:
     """The saved options of a group's parameters, if they are the same for all and of the same kind of optimizer."""
     left_out: frozenset[str] = frozenset().union(*(one.left_out for one in saved.values()))
+    found.left_out[id(group)] = left_out
     for one in {id(one): one for one in saved.values()}.values():
         why = _incompatible(one.kind, one.options.keys() - left_out, holder.optimizer, group.keys() - left_out)
         if why is not None:
