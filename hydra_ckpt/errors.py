@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,14 +74,24 @@ def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
 
 
-def never_refuse_letters() -> None:
+def prepare_streams() -> None:
     """Let this process's standard streams write letters that their encoding lacks as escapes, and not raise.
 
-    For programs of our own. Python does so for stderr only; `PYTHONIOENCODING` may say otherwise.
+    For programs of our own. Python does so for stderr only; `PYTHONIOENCODING` may say otherwise. A stream that was
+    closed at the start (`>&-`), which Python replaces by None, becomes the null device, so that no other file gets its
+    descriptor.
     """
+    # Each gets the lowest free descriptor: its own, in this order.
+    sys.stdin = sys.stdin or _nowhere("r")
+    sys.stdout = sys.stdout or _nowhere("w")
+    sys.stderr = sys.stderr or _nowhere("w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _nowhere(mode: str) -> Any:
+    return open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123 - open until the process ends
 
 
 def counted(number: int, noun: str) -> str:

@@ -342,7 +342,12 @@ def test_a_trial_is_left_to_its_own_sweep_also_if_that_cannot_be_seen_or_was_mov
 
 def job_config(sweep: Path, number: int) -> DictConfig:
     """What the directory of a job with `lr=0.5` is chosen by."""
-    hydra = {"job": {"num": number}, "sweep": {"dir": str(sweep)}, "overrides": {"task": ["lr=0.5"]}}
+    hydra = {
+        "job": {"num": number},
+        "runtime": {"cwd": str(sweep.parent)},
+        "sweep": {"dir": sweep.name},
+        "overrides": {"task": ["lr=0.5"]},
+    }
     return OmegaConf.create({"hydra": hydra})
 
 

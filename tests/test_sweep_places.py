@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,33 @@ def test_jobs_outside_are_found_through_links_and_a_damaged_list_leaves_the_othe
         assert [path.name for path in job_directories(real)] == ["0"]
     mark(real, jobs / "2")
     assert [path.name for path in job_directories(real)] == ["0", "2"]
+
+
+@pytest.mark.parametrize("damage", ["[", "{}", "a link", "a pipe"])
+def test_a_list_of_jobs_outside_that_cannot_be_read_is_not_overwritten(tmp_path: Path, damage: str) -> None:
+    sweep, jobs = tmp_path / "sweep", [tmp_path / "jobs" / str(number) for number in range(3)]
+    sweep.mkdir()
+    for path in jobs:
+        path.mkdir(parents=True)
+        JobRecord.begin((), {}).end("finished").write(path)
+    for path in jobs[:2]:
+        mark(sweep, path)
+    listed, saved = sweep / ".hydra_ckpt_jobs_outside.json", tmp_path / "saved.json"
+    whole = listed.read_text()
+    listed.rename(saved)
+    if damage == "a link":
+        listed.symlink_to(saved)
+    elif damage == "a pipe":
+        os.mkfifo(listed)
+    else:
+        listed.write_text(damage)
+    mark(sweep, jobs[2])
+    mark(sweep, jobs[2])
+    assert [path.name for path in job_directories(sweep)] == ["2"]
+    [kept] = sweep.glob(".hydra_ckpt_jobs_outside.*.json")
+    kept.unlink()
+    kept.write_text(whole)  # it can be read again
+    assert sorted(path.name for path in job_directories(sweep)) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "STOP ..", "SIGKILL"])

@@ -65,3 +65,30 @@ def test_a_sweep_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, reader:
     line = f"set -o pipefail; {sys.executable} app.py {' '.join(arguments)} {redirect}"
     subprocess.run(["bash", "-c", line], cwd=app.root, env=environment, check=False, timeout=100)
     assert app.states == ["finished"]
+
+
+def test_the_tool_works_with_closed_streams(tmp_path: Path) -> None:
+    root, out, missing = tmp_path / "run", tmp_path / "out", tmp_path / "missing"
+    with CheckpointCallback(CheckpointingConfig(checkpoint_dir=str(root)), every_n_steps=1) as callback:
+        callback.on_train_begin(make_state())
+        callback.on_step_end(1)
+        callback.on_train_end()
+    saved = root / "epoch_0_step_1"
+    commands = {f"list {root}": 0, f"export {root} {out}": 0, f"diff {saved} {saved}": 0, f"list {missing}": 2}
+    runs = {f"{item} >&-": code for item, code in commands.items()}
+    runs |= {f"verify {root} <&- >&- 2>&-": 0, f"list {missing} 2>&-": 2}
+    line = "\n".join(f"{sys.executable} -m hydra_ckpt.cli {item}; echo $? >> codes" for item in runs)
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "codes").read_text().split() == [str(code) for code in runs.values()], done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stdout == b""  # errors do not become output
+
+
+def test_a_summary_is_not_printed_to_a_closed_stream(tmp_path: Path) -> None:
+    app = App(tmp_path / "app")
+    arguments = ["-m", "hydra.sweep.dir=sweep", "hydra/callbacks=hydra_ckpt_summary", "lr=0.3"]
+    environment = {**os.environ, "RUNS": str(app.root / "runs"), "PYTHONPATH": str(REPOSITORY)}
+    line = f"{sys.executable} app.py {' '.join(arguments)} >&-"
+    done = subprocess.run(["bash", "-c", line], cwd=app.root, env=environment, capture_output=True, check=False)
+    assert (done.returncode, app.states) == (0, ["finished"]), done.stderr
+    assert b"AttributeError" not in done.stderr

@@ -25,7 +25,7 @@ from hydra_ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
-    never_refuse_letters,
+    prepare_streams,
     printable,
 )
 
@@ -66,7 +66,7 @@ app.command("repair")(repair)
 
 def main() -> None:
     """Entry point of the console script. For our own errors it prints the message without a traceback."""
-    never_refuse_letters()
+    prepare_streams()
     try:
         app()
     except CheckpointError as error:

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from hydra_ckpt.errors import CheckpointConfigError, never_refuse_letters
+from hydra_ckpt.errors import CheckpointConfigError, prepare_streams
 from hydra_ckpt.recipe.refusals import refusal
 from hydra_ckpt.registry import register
 from hydra_ckpt.sweeps.job import resumable_job
@@ -65,7 +65,7 @@ def main() -> None:
     A refused setting is reported in one line. Any other error, or HYDRA_FULL_ERROR=1, shows the stack trace.
     """
     register()
-    never_refuse_letters()
+    prepare_streams()
     if os.environ.get(_FULL_ERROR) == "1":
         _job()
         return

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra_ckpt.errors import CorruptCheckpointError
+from hydra_ckpt.errors import CorruptCheckpointError, printable
 from hydra_ckpt.files import Files, locked, write_atomically
 from hydra_ckpt.store import names
 from hydra_ckpt.store.small_files import read_small_file
@@ -22,8 +22,10 @@ _HYDRA = ".hydra"
 # How deep jobs are looked for; deeper where a job has left this file.
 _DEPTH = 4
 _MARK = ".hydra_ckpt_jobs_below"
-# Jobs that are not below the sweep's directory, as a list of paths relative to it.
+# Jobs that are not below the sweep's directory, as a list of paths relative to it. A list that could not be read is
+# kept under another name, and read again later: perhaps the disk failed for a moment.
 _OUTSIDE = ".hydra_ckpt_jobs_outside.json"
+_OUTSIDE_KEPT = ".hydra_ckpt_jobs_outside.{}.json"
 _MAX_BYTES = 16 << 20
 
 
@@ -61,21 +63,51 @@ def mark(sweep_dir: Path, job: Path) -> None:
             (sweep_dir.joinpath(*parts[:count]) / _MARK).touch()
         return
     with locked(sweep_dir):
-        known = _outside(sweep_dir)
-        if name not in known:
-            text = json.dumps(sorted([*known, name]))
-            write_atomically(Files(), sweep_dir / _OUTSIDE, text.encode(), names.nonce())
+        if name not in _outside(sweep_dir):
+            _add_outside(sweep_dir, name)
+
+
+def _add_outside(sweep_dir: Path, name: str) -> None:
+    """Add a job to the list. A list that cannot be read is moved, not replaced."""
+    path = sweep_dir / _OUTSIDE
+    try:
+        known = _read_outside(path)
+    except (OSError, CorruptCheckpointError) as error:
+        kept = path.with_name(_OUTSIDE_KEPT.format(names.nonce()))
+        Files().rename(path, kept)
+        log.warning("a list of jobs cannot be read and was renamed %s: %s", kept.name, printable(str(error)))
+        known = []
+    text = json.dumps(sorted([*known, name]))
+    write_atomically(Files(), path, text.encode(), names.nonce())
 
 
 def _outside(sweep_dir: Path) -> list[str]:
+    """All jobs that are listed; what cannot be read is left out, with a warning."""
+    found: dict[str, None] = {}
+    for path in (sweep_dir / _OUTSIDE, *sorted(sweep_dir.glob(_OUTSIDE_KEPT.format("*")))):
+        try:
+            found |= dict.fromkeys(_read_outside(path))
+        except (OSError, CorruptCheckpointError) as error:
+            log.warning("jobs outside %s are left out: %s", sweep_dir, printable(str(error)))
+    return list(found)
+
+
+def _read_outside(path: Path) -> list[str]:
+    """The jobs in a list; none if there is no such file.
+
+    Raises:
+        OSError: It cannot be read.
+        CorruptCheckpointError: It cannot be read, or is not a list.
+    """
     try:
-        found = json.loads(read_small_file(sweep_dir / _OUTSIDE, _MAX_BYTES))
+        found = json.loads(read_small_file(path, _MAX_BYTES))
     except FileNotFoundError:
         return []
-    except (OSError, CorruptCheckpointError, ValueError, RecursionError, MemoryError) as error:
-        log.warning("jobs outside %s are left out: %s", sweep_dir, error)
-        return []
-    return [name for name in found if isinstance(name, str) and "\0" not in name] if isinstance(found, list) else []
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
+    if not isinstance(found, list):
+        raise CorruptCheckpointError(path, "is not a list of paths")
+    return [name for name in found if isinstance(name, str) and "\0" not in name]
 
 
 def _can_be_job(path: Path) -> bool:

@@ -70,6 +70,8 @@ class SummaryCallback(Callback):
 
 def _print(summary: dict[str, Any], sweep_dir: Path) -> None:
     """Print the summary. Letters that stdout cannot encode become escapes; if nobody reads it, nothing happens."""
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):  # as by `>&-`
+        return
     # In a log, other programs read the lines, so they must not be wrapped.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     with console.capture() as captured:
