@@ -110,19 +110,19 @@ class _Streams:
     def __setstate__(self, handles: list[Any]) -> None:
         self._numbers = [handle.detach() for handle in handles]
 
-    def install(self) -> None:
+    def install(self, encoding: str | None) -> None:
         for standard, number in enumerate(self._numbers):
             os.dup2(number, standard)
         for number in self._numbers:
             os.close(number)
         sys.stdin = os.fdopen(0, closefd=False)
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
+        sys.stdout = os.fdopen(1, "w", closefd=False, encoding=encoding)
+        sys.stderr = os.fdopen(2, "w", closefd=False, encoding=encoding, errors="backslashreplace", buffering=1)
 
 
 def _become(start: _Start, streams: _Streams) -> None:
     """Turn this process, fresh from the server, into the program."""
-    streams.install()
+    streams.install(start.environment.get("PYTHONIOENCODING"))
     if start.new_session:
         os.setsid()
     os.chdir(start.cwd)
