@@ -19,6 +19,10 @@ from hydra_ckpt.report import LoadReport
 from hydra_ckpt.storage.ledger import join
 
 log = logging.getLogger(__name__)
+_OTHER_NAMES = (
+    " If the model's own loading takes the older names, load an export of the checkpoint (hydra-ckpt export) into it "
+    "once with its load_state_dict(), and save again: load_strict=false would leave these weights as they were built."
+)
 
 
 class Load:
@@ -85,7 +89,8 @@ class Load:
                 unexpected=found.unexpected,
                 mismatched=found.different,
                 remedy="Load it into the model and optimizer it was saved from, choose another checkpoint or fewer "
-                "parts (restore_from, restore_parts), or load only what fits with checkpoint.load_strict=false.",
+                "parts (restore_from, restore_parts), or load only what fits with checkpoint.load_strict=false."
+                + (_OTHER_NAMES if found.missing and found.unexpected else ""),
             )
         return plans[0]
 

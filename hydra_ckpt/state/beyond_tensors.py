@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hydra_ckpt.errors import CheckpointConfigError, CheckpointError, leave_out, some_of
-from hydra_ckpt.state.growing import accepted, outlasting
+from hydra_ckpt.state.growing import accepted, outlasting, renamed
 from hydra_ckpt.state.module_oracle import (
     OwnEntries,
     customizes,
@@ -125,6 +125,13 @@ class BeyondTensors:
             return set()
         return accepted(self.walk.inner_modules, odd)
 
+    def renamed(self, odd: Mapping[str, torch.Tensor], missing: Collection[str]) -> tuple[set[str], set[str]]:
+        """Which tensors of other names the hooks take, and which missing ones they make; see `growing.renamed`."""
+        tied = {*self.walk.aliases, *self.walk.aliases.values()}
+        if self.ours is not None or len(self.walk.cores) > 1 or not tied.isdisjoint({*odd, *missing}):
+            return set(), set()
+        return renamed(self.walk.inner_modules, odd, missing)
+
     def give_back(
         self,
         called: str,
@@ -132,6 +139,7 @@ class BeyondTensors:
         metadata: Mapping[str, Any] | None,
         resized: Mapping[str, torch.Tensor],
         left: Collection[str] = (),
+        made: Collection[str] = (),
     ) -> list[str]:
         """Give each part its entries, or let it do what else it does when it loads; see `module_oracle.give_back`.
 
@@ -139,8 +147,9 @@ class BeyondTensors:
             called: The model's name, for messages.
             saved: For each part its entries; or nothing.
             metadata: Metadata of the modules' state, including versions other than 1; None if unknown.
-            resized: Buffers of another size than the live ones.
+            resized: Buffers of another size than the live ones, and tensors of other names.
             left: Names of tensors that were not loaded.
+            made: Names of tensors that hooks make from `resized`.
 
         Returns:
             Names of those that the module reports differently afterwards.
@@ -154,7 +163,7 @@ class BeyondTensors:
             name
             for core, entries in zip(cores, saved or [{} for _ in cores], strict=True)
             for name in give_back(
-                core, called, OwnEntries([dict(entries)], known, resized), *walked, self._is_ours, older, left
+                core, called, OwnEntries([dict(entries)], known, resized), *walked, self._is_ours, older, left, made
             )
         ]
 

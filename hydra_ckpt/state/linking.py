@@ -13,7 +13,9 @@ from hydra_ckpt.state.app_state import AppState
 from hydra_ckpt.state.holders import Holder, holders
 from hydra_ckpt.state.links import Link, Targets, options_of, states_of
 from hydra_ckpt.state.model_map import ModelMap
-from hydra_ckpt.storage.sharing import Apart
+from hydra_ckpt.storage.sharing import Apart, objects_in
+
+_Memory = tuple[list[int], list[torch.Size], list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Linking:
 
 @dataclass
 class Links:
-    """Finds links at each save; optimizers whose tensors are where they were are not looked at again."""
+    """Finds links at each save; tensors that are where they were at the last one are not looked at again."""
 
-    _before: dict[str, tuple[Any, list[int], list[Link]]] = field(default_factory=dict)
+    _before: dict[str, tuple[Any, _Memory, list[Link]]] = field(default_factory=dict)
+    _apart: dict[str, tuple[_Memory, _Memory]] = field(default_factory=dict)  # what was linked to nothing
 
     def of(
         self, linking: Linking, optimizers: Sequence[str], apart: Sequence[Apart], told: Sequence[tuple[str, Any]]
@@ -81,27 +84,40 @@ class Links:
             told: Dotted name of each other object, and its state.
         """
         found: dict[str, list[Link]] = {}
-        addresses = _addresses([slot.tensor for slots in linking.targets.places.values() for slot in slots])
+        places, options = linking.targets.places.values(), linking.targets.options.values()
+        held = [slot.tensor for slots in places for slot in slots]
+        memory = _memory_of([*held, *(item for item in options if isinstance(item, torch.Tensor))])
         for dotted, known in zip(optimizers, apart, strict=False):
-            found[dotted] = [*self._of_state(linking, dotted, known.seen, addresses), *linking.of_options(dotted)]
+            found[dotted] = [*self._of_state(linking, dotted, known.seen, memory), *linking.of_options(dotted)]
         for dotted, state in told:
-            found.setdefault(dotted, []).extend(linking.of_other(dotted, state))
+            found.setdefault(dotted, []).extend(self._of_other(linking, dotted, state, memory))
         return {dotted: [link.data() for link in links] for dotted, links in found.items() if links}
 
-    def _of_state(self, linking: Linking, dotted: str, seen: Any, addresses: list[int] | None) -> list[Link]:
+    def _of_other(self, linking: Linking, dotted: str, told: Any, memory: _Memory | None) -> list[Link]:
+        objects = objects_in(told)
+        mine = _memory_of([item for item in objects.values() if isinstance(item, torch.Tensor)])
+        before = self._apart.pop(dotted, None)
+        is_apart = mine is not None and memory is not None and before == (mine, memory)
+        found = [] if is_apart and not linking.targets.hold_any(objects) else linking.of_other(dotted, told)
+        if mine is not None and memory is not None and not found:
+            self._apart[dotted] = (mine, memory)
+        return found
+
+    def _of_state(self, linking: Linking, dotted: str, seen: Any, memory: _Memory | None) -> list[Link]:
         before = self._before.get(dotted)
-        if before is not None and seen is not None and before[0] is seen and before[1] == addresses:
+        if before is not None and seen is not None and before[0] is seen and before[1] == memory:
             return before[2]
         found = linking.of_state(dotted)
         self._before.pop(dotted, None)
-        if seen is not None and addresses is not None:
-            self._before[dotted] = (seen, addresses, found)
+        if seen is not None and memory is not None:
+            self._before[dotted] = (seen, memory, found)
         return found
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the memory of tensors is; None if one has none."""
+def _memory_of(tensors: Sequence[torch.Tensor]) -> _Memory | None:
+    """Where the memory of tensors is, and how much they have of it; None if one has none."""
+    parts = [item._local_tensor if type(item) is DTensor else item for item in tensors]  # noqa: SLF001
     try:
-        return [(item._local_tensor if type(item) is DTensor else item).data_ptr() for item in tensors]  # noqa: SLF001
+        return [part.data_ptr() for part in parts], [part.shape for part in parts], [part.stride() for part in parts]
     except RuntimeError:  # a tensor subclass or a sparse tensor
         return None

@@ -136,11 +136,16 @@ class Targets:
         tensors = {name: item for name, item in self.options.items() if isinstance(item, torch.Tensor)}
         return _Memory.of({**self.tensors, **tensors})
 
+    def hold_any(self, objects: Mapping[int, Any]) -> bool:
+        """Whether a group, or anything among the options, is one of these objects."""
+        return any(id(item) in objects for items in (self.groups, self.options) for item in items.values())
+
     def _touches(self, objects: Mapping[int, Any]) -> bool:
         tensors = [item for item in objects.values() if isinstance(item, torch.Tensor)]
-        others = (self.groups, self.options, self.tensors if tensors else {})
-        return any(id(item) in objects for items in others for item in items.values()) or (
-            bool(tensors) and self._memory.touches(tensors)
+        if self.hold_any(objects):
+            return True
+        return bool(tensors) and (
+            any(id(item) in objects for item in self.tensors.values()) or self._memory.touches(tensors)
         )
 
     def _told(self, owner: str, item: Any) -> tuple[str, Any] | None:

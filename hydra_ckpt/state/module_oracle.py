@@ -40,6 +40,11 @@ def customizes_loading(module: nn.Module) -> bool:
     return _any_foreign(hooks)
 
 
+def has_loading_hooks(module: nn.Module) -> bool:
+    """Whether anything runs as a module loads, PyTorch's own hooks included."""
+    return customizes_loading(module) or bool(module._load_state_dict_pre_hooks)
+
+
 # Hooks from here only gather, reshard, rename, or read older versions.
 _KNOWN_HOOKS = ("torch.distributed", "torch.nn.utils")
 
@@ -153,6 +158,7 @@ def give_back(
     is_ours: Callable[[str], bool],
     older: Collection[str],
     left: Collection[str],
+    made: Collection[str] = (),
 ) -> Iterator[str]:
     """Give a module its own entries through its `load_state_dict`; its tensors have been loaded already.
 
@@ -165,6 +171,7 @@ def give_back(
         is_ours: Whether an entry of this name belongs to what is stored; the others stay as they are.
         older: Modules whose state was saved by another version of them. They convert their tensors themselves.
         left: Names of tensors and entries that were not loaded, and stay as they are.
+        made: Names of tensors that its hooks make from entries of other names.
 
     Yields:
         Names of the entries that the module reports differently afterwards.
@@ -191,13 +198,17 @@ def give_back(
     for name in given:
         if _plain(name) in changed and isinstance(given[name], torch.Tensor):
             given[name] = given[name].detach().clone()  # it will be written to while it is read
-    changed = changed.difference(left) | told.resized.keys()
+    changed = changed.difference(left) | told.resized.keys() | set(made)
+    given = OrderedDict((name, value) for name, value in given.items() if _plain(name) not in made)
+    others = {name: tensor for name, tensor in walked.items() if name not in made}
+    unused = {id(walked[name]) for name in made}
     refused = _load(
-        module, called, given, again.keys() - saved.keys(), _metadata(live, told.metadata, older), walked, saved
+        module, called, given, again.keys() - saved.keys(), _metadata(live, told.metadata, older), others, saved, unused
     )
     put_back(changed)
     if refused is not None:
         yield f"load_state_dict() ({refused})"
+    yield from (f"{name} (made from entries of other names)" for name in sorted(made))
     yield from (f"{place or 'the model'} (converted from another version of its class)" for place in sorted(older))
     after = told_by(module, called)
     put_back(changed)
@@ -243,10 +254,12 @@ def _load(
     metadata: Any,
     walked: Mapping[str, torch.Tensor],
     saved: Mapping[str, Any],
+    made: Collection[int] = (),
 ) -> str | None:
     """Call load_state_dict with what the module returned; if it refuses that, with the names of its tensors' places.
 
-    A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless.
+    A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless. It is never given
+    those whose identities are in `made`, which its hooks make.
 
     Returns:
         Why it refuses everything, if it had no further entries and so has all its tensors; None if it does not refuse.
@@ -260,8 +273,9 @@ def _load(
         if name in saved or not isinstance(item, torch.Tensor) or name.endswith(_EXTRA_STATE)
     }
     errors: list[Exception] = []
+    expected = {name: item for name, item in _expected(module, given).items() if id(item) not in made}
     once = {name: item for name, item in given.items() if name not in again}  # they were not there when it was saved
-    for state in (once, given, {**given, **absent}, {**placed, **absent}, {**_expected(module, given), **further}):
+    for state in (once, given, {**given, **absent}, {**placed, **absent}, {**expected, **further}):
         # A copy, because hooks take state dicts apart.
         pairs = ((name, item.detach() if isinstance(item, torch.Tensor) else item) for name, item in state.items())
         copy = OrderedDict(pairs)

@@ -78,7 +78,8 @@ class ModelInstaller:
             self.source.notes.missing += [f"{dotted}.{key}" for key in sorted(live - states.keys())]
         given = [values.present(part, values.given) for part in entries]
         decoded = None if metadata is None else values.decoded(metadata)
-        unlike += mapped.beyond.give_back(dotted, given, decoded, self.plan.resized.get(name, {}), self._left(dotted))
+        resized, made = self.plan.resized.get(name, {}), self.plan.made.get(name, ())
+        unlike += mapped.beyond.give_back(dotted, given, decoded, resized, self._left(dotted), made)
         return unlike + [key.rpartition(":")[2] for key in before.changed()]
 
     def unlike(self) -> Iterator[tuple[str, list[str]]]:

@@ -56,7 +56,9 @@ class LoadPlan:
         restored: Those of tensors that live on in an object, by its dotted name: each model, and the
             state that `optimizer` has for parameters.
         tensors: The tensors that encoded values refer to, by name; to be filled.
-        resized: For each model the saved buffers of another size than the live ones, which their modules will accept.
+        resized: For each model the saved buffers of another size than the live ones, which their modules will accept,
+            and tensors of other names, which their hooks rename.
+        made: For each model the names of tensors that hooks make from these.
         fit: The part of the optimizers' state that fits; None if none is loaded.
         schedulers: Dotted name of a live scheduler to its saved state, encoded.
         absent: Single objects that the checkpoint does not have, by dotted name.
@@ -67,6 +69,7 @@ class LoadPlan:
     restored: dict[str, Sequence[Fetch]] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     resized: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    made: dict[str, set[str]] = field(default_factory=dict)
     fit: Fit | None = None
     schedulers: dict[str, Any] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)

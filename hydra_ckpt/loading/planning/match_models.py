@@ -121,7 +121,7 @@ class ModelMatcher(Matcher):
         """Read tensors separately that the model lacks, or has in another size, if its modules accept them.
 
         Returns:
-            Their names.
+            Their names, and the names of the model's tensors that its modules make from them.
         """
         resized = [
             item.spec.name
@@ -135,11 +135,16 @@ class ModelMatcher(Matcher):
         # Without memory: the sizes are a file's.
         odd = {name: torch.empty(one.shape, dtype=TORCH_DTYPE[one.dtype], device="meta") for name, one in specs.items()}
         taken = mapped.beyond.accepted(odd)
+        ties = self.source.shared.get("ties", {}).get(model, {})
+        lost = [name for item in items if ties.get(name := item.spec.name, name) not in stored and name not in stored]
+        renamed, made = mapped.beyond.renamed({name: odd[name] for name in strange if name not in taken}, lost)
+        self.plan.made[model] = made
+        taken |= renamed
         for name in taken:
             target = torch.empty_like(odd[name], device="cpu")
             self.plan.resized.setdefault(model, {})[name] = target
             self.plan.fetches.append(Fetch(stored[name], Box.whole(specs[name].shape), target))
-        return taken
+        return taken | made
 
     def _match_own(self, model: str, prefix: str, mapped: ModelMap) -> set[str]:
         """A model's tensors that are not taken from the shared ones; fetches this rank's own."""
