@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
+import logging
 import mmap
 import os
 import re
@@ -22,6 +24,8 @@ import numpy as np
 
 from hydra_ckpt.direct import KINDS, PAGE, DirectWriter
 
+log = logging.getLogger(__name__)
+
 # The system call itself: where a file system has none of its own, `os.posix_fallocate` would write to every block, and
 # so over what others write to the file. None on platforms without it.
 _FALLOCATE = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -34,6 +38,8 @@ _WRITE_BYTES = 64 << 20
 # Less than this is sooner in the page cache than on its way to a device.
 _DIRECT_BYTES = 256 << 10
 _LOCK_WAIT_S = 20.0
+# What a file system answers that cannot flush a directory.
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _MOUNTS = Path("/proc/self/mounts")
 
 
@@ -158,6 +164,10 @@ class Files:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FLUSH:
+                raise
+            _warn_of_no_flush(path)
         finally:
             os.close(descriptor)
 
@@ -184,6 +194,16 @@ class Files:
         """Remove a directory and all below it; links are removed, not followed."""
         if stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path)
+
+
+@functools.cache
+def _warn_of_no_flush(path: Path) -> None:
+    """Once for each directory."""
+    log.warning(
+        "the file system of %s cannot flush directories, as some network and shared folders: after a power failure, new "
+        "checkpoints may be missing there",
+        path,
+    )
 
 
 def _reserve(descriptor: int, nbytes: int) -> bool:

@@ -352,7 +352,7 @@ class Save:
         manifest = Manifest(
             step=self.step,
             epoch=self.epoch,
-            created=time.time(),
+            created=max(time.time(), 0.0),
             world_size=self.writer.world_size,
             parts=parts,
             files=found,

@@ -118,7 +118,8 @@ class Directory:
             self.files.make_dir(self.root)
             self._may_hold = True
             previous = self._lease.acquire()
-            recover(self._held, self.root, previous.incarnation if previous else None, not_beyond=not_beyond)
+            former = previous.incarnation if previous else None
+            recover(self._held, self.root, former, self._owner.incarnation, not_beyond=not_beyond)
             self._hidden = {path.name for path in self.root.iterdir() if names.parse_hidden(path.name)}
         except CheckpointError:
             raise  # some of our errors are also OSErrors
@@ -285,7 +286,8 @@ class Directory:
         key = metric.deciding_key(metrics, self._configured)
         if key is None:
             return
-        if key != self._metric:
+        is_gone = self._best_name is not None and not (self.root / self._best_name).is_dir()
+        if key != self._metric or is_gone:
             best = scan(self.root).best(key, self._keep.best_metric_mode)
             other = best if best is not None and best.name != checkpoint.name else None
             self._best, self._best_name = (other.metrics[key], other.name) if other else (None, None)

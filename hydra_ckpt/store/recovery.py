@@ -18,13 +18,14 @@ from hydra_ckpt.store.pointers import move_pointer, read_pointer, remove_pointer
 log = logging.getLogger(__name__)
 
 
-def recover(files: Files, root: Path, previous: str | None, *, not_beyond: int | None = None) -> None:
+def recover(files: Files, root: Path, previous: str | None, incarnation: str, *, not_beyond: int | None = None) -> None:
     """Coordinator only, holding the lease: clean up the directory after a crash.
 
     Args:
         files: The file layer.
         root: The checkpoint directory.
         previous: The incarnation that held the lease before, if known.
+        incarnation: That of this run.
         not_beyond: The step the run has already loaded; complete drafts of later steps are removed, not published,
             because the run will write those steps itself.
     """
@@ -38,12 +39,20 @@ def recover(files: Files, root: Path, previous: str | None, *, not_beyond: int |
             _finish_or_sweep(files, path, name, not_beyond)
         elif kind == "deleting" and not (is_late(path.name, previous) and _put_back(files, path, name)):
             _sweep(files, path)
+            _adopt(files, path, name, incarnation)
     _move_left_pointers(files, scan(root))
 
 
 def _sweep(files: Files, path: Path) -> None:
     with left_if_stuck(path):
         discard(files, path)
+
+
+def _adopt(files: Files, path: Path, name: str, incarnation: str) -> None:
+    """Take over a retired checkpoint that could not be deleted; the next start would think that it was retired late."""
+    if path.exists():
+        with left_if_stuck(path):
+            files.rename(path, path.with_name(names.retired_name(name, "deleting", incarnation)))
 
 
 def is_late(name: str, previous: str | None) -> bool:
