@@ -200,7 +200,7 @@ class Files:
 def _warn_of_no_flush(path: Path) -> None:
     """Once for each directory."""
     log.warning(
-        "the file system of %s cannot flush directories, as some network and shared folders: after a power failure, new "
+        "the file system of %s cannot flush directories, like some network folders: after a power failure, new "
         "checkpoints may be missing there",
         path,
     )

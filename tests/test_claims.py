@@ -552,3 +552,18 @@ def test_what_is_not_left_out_stays_shared(tmp_path: Path) -> None:
     assert a["view"].item() == b["view"].item() == 2
     assert a["part"] is c["part"] is d[0]
     assert (a["left"], a["part"], b["part"], d[1]) == (9, part, {"p": 7, "q": 2}, {"p": 1, "q": 8})
+
+
+def test_an_optimizer_of_another_class_with_the_same_options_says_so(tmp_path: Path) -> None:
+    model, fresh = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.5)
+    other = torch.optim.AdamW(fresh.parameters(), lr=0.1, weight_decay=0.5)
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path)).build(0, 0, 0) as checkpointer:
+        checkpointer.save(AppState(model, optimizer), step=1).result()
+        report = checkpointer.load(AppState(fresh, other), restore_from="latest")
+    assert report is not None
+    assert report.trusted == ("optimizer",)
+    assert any(note.startswith("optimizer: Adam in the checkpoint, AdamW here") for note in report.notes)
+    assert other.param_groups[0]["decoupled_weight_decay"]  # as after PyTorch's own load_state_dict()

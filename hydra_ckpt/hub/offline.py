@@ -104,9 +104,10 @@ def _source(checkpoint: Checkpoint, part: str, ledger: Ledger | None) -> tuple[S
             read = partial(fetch, checkpoint.path, ledger=ledger)
             return Source(tensors, naming, source.stem, read, BLOCK_BYTES), models[0]
         averages = sorted(name for name, extra in extras.items() if _is_average(naming, name, extra))
-    raise CheckpointNotFoundError(
-        f"{checkpoint.path} has no part {part!r} to export; it has {', '.join([*models, *averages])}"
-    )
+    known = [*models, *averages]
+    none = "it holds no model, as directories of SafetensorsWriter; export a checkpoint of a run"
+    has = f"it has {', '.join(known)}" if known else none
+    raise CheckpointNotFoundError(f"{checkpoint.path} has no part {part!r} to export; {has}")
 
 
 def _is_average(naming: TensorMapping, part: str, extra: Mapping[str, StoredTensor]) -> bool:

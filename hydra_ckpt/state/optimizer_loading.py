@@ -44,6 +44,7 @@ class Fit:
         left_out: Identity of a live group to the names of the options that the save left out; they stay as built.
         forgetting: Numbers of optimizers that lose their own state, because the saved ones had none.
         notes: What has changed, in words.
+        replaced: Number of an optimizer to the class of the saved one, if that is another one with the same options.
     """
 
     live: list[Holder]
@@ -62,6 +63,7 @@ class Fit:
     left_out: dict[int, frozenset[str]] = field(default_factory=dict)
     forgetting: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    replaced: dict[int, str] = field(default_factory=dict)
 
     def leave(self, names: Collection[str]) -> None:
         """Leave the state of these parameters as it is: they themselves are not loaded."""
@@ -304,6 +306,8 @@ def _fit_group(
         if why is not None:
             found.different[place_of(holder)] = why
             found.refused.add(holder.number)
+        elif one.kind not in ("", type(holder.optimizer).__qualname__):
+            found.replaced[holder.number] = one.kind
     kinds = {_kind(one.index, one.options): one.options for one in saved.values()}
     if len(kinds) > 1:
         first = {_kind(one.index, one.options): name for name, one in reversed([*saved.items()])}

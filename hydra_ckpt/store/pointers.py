@@ -111,7 +111,11 @@ def protected(root: Path) -> Protected:
 
 def pointers_in(root: Path) -> set[str]:
     """Names of all pointers in a directory, including the user's own."""
-    return {path.name.removesuffix(".txt") for path in root.iterdir() if path.is_symlink() or path.suffix == ".txt"}
+    return {
+        path.name.removesuffix(".txt")
+        for path in root.iterdir()
+        if (path.is_symlink() or path.suffix == ".txt") and not names.is_prepared(path.name)
+    }
 
 
 def _text_of(root: Path, pointer: str) -> str:

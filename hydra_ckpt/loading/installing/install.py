@@ -128,6 +128,8 @@ class Installer:
             left = [name for name in saved["extras"] if name not in here["extras"]]
             notes.skipped += left
             notes.texts += [f"in the checkpoint, but not used here: {', '.join(left)}"] if left else []
+        elif "extras" in wanted and saved["extras"] and here["extras"]:
+            notes.texts.append(f"in the checkpoint, but not used here: {', '.join(saved['extras'])}")
         for part, dotted in here.items():
             known = saved.get(part, dotted if part in available else [])
             new = [name for name in dotted if (name not in known or name in absent) and name not in left]

@@ -78,9 +78,23 @@ class OptimizerInstaller:
             before = self.values.before(tree)
             unlike = give_back(dotted, optimizer, decoded, found, walk)
             self._given[dotted] = _Given(optimizer, decoded, before, unlike)
-        left = found.absent | found.refused | found.own.keys()
+        for number, kind in found.replaced.items() if found.replaced.keys() - found.refused else ():
+            self._note_other_class(*named[number], kind)
+        left = found.absent | found.refused | found.own.keys() | found.replaced.keys()
         for number, (dotted, _) in enumerate(named):
             self.source.notes.exact += [dotted] if number not in left else []
+
+    def _note_other_class(self, dotted: str, optimizer: Any, kind: str) -> None:
+        """Let an optimizer of another class than the saved one correct what it has taken over, and note it.
+
+        PyTorch's load_state_dict() does so too: AdamW sets `decoupled_weight_decay`, which is false in Adam's options.
+        """
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+        self.source.notes.trusted.append(dotted)
+        self.source.notes.texts.append(
+            f"{dotted}: {kind} in the checkpoint, {type(optimizer).__qualname__} here; its state and options were taken"
+        )
 
     def unlike(self) -> Iterator[tuple[str, list[str]]]:
         """Each optimizer that was given its own state_dict, and where it reports something else."""
