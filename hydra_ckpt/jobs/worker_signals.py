@@ -76,12 +76,10 @@ class WatchedSignals:
     def _in_process(self) -> None:
         """In a process of `multiprocessing` that was forked."""
         target = getattr(multiprocessing.current_process(), "_target", None)
-        if not str(getattr(target, "__module__", "")).startswith(_MODULES):
-            self._unblock()
-        elif self.numbers:
+        if self.numbers and str(getattr(target, "__module__", "")).startswith(_MODULES):
             _after_torch(lambda: leave_to_parent(self.numbers))
         else:
-            self._unblock()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
 
 
 watched_signals = WatchedSignals()
