@@ -72,7 +72,9 @@ def test_whatever_one_rank_hands_over_comes_back_as_it_was(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wrapper", ["none", "hooked", "override", "compile", "fabric", "returning"])
-@pytest.mark.parametrize("blocks", [("fabric", "hooked"), ("casting",), ("fabric", "casting", "extra tensor")])
+@pytest.mark.parametrize(
+    "blocks", [("fabric", "hooked"), ("casting",), ("fabric", "casting", "extra tensor"), ("pre-hooked",)]
+)
 def test_wrappers_inside_a_model_and_copies_of_another_type_are_not_refused(
     tmp_path: Path, blocks: tuple[str, ...], wrapper: str, dtype: str
 ) -> None:

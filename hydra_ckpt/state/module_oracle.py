@@ -202,8 +202,17 @@ def give_back(
     given = OrderedDict((name, value) for name, value in given.items() if _plain(name) not in made)
     others = {name: tensor for name, tensor in walked.items() if name not in made}
     unused = {id(walked[name]) for name in made}
+    expected = {name: item for name, item in _expected(module, given).items() if id(item) not in unused}
+    put_back(())  # to find wrappers, the module was asked again
     refused = _load(
-        module, called, given, again.keys() - saved.keys(), _metadata(live, told.metadata, older), others, saved, unused
+        module,
+        called,
+        given,
+        again.keys() - saved.keys(),
+        _metadata(live, told.metadata, older),
+        others,
+        saved,
+        expected,
     )
     put_back(changed)
     if refused is not None:
@@ -254,12 +263,11 @@ def _load(
     metadata: Any,
     walked: Mapping[str, torch.Tensor],
     saved: Mapping[str, Any],
-    made: Collection[int] = (),
+    expected: Mapping[str, torch.Tensor],
 ) -> str | None:
     """Call load_state_dict with what the module returned; if it refuses that, with the names of its tensors' places.
 
-    A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless. It is never given
-    those whose identities are in `made`, which its hooks make.
+    A module may keep tensors out of its state dict, or rename them, and ask for them nevertheless: see `_expected`.
 
     Returns:
         Why it refuses everything, if it had no further entries and so has all its tensors; None if it does not refuse.
@@ -273,7 +281,6 @@ def _load(
         if name in saved or not isinstance(item, torch.Tensor) or name.endswith(_EXTRA_STATE)
     }
     errors: list[Exception] = []
-    expected = {name: item for name, item in _expected(module, given).items() if id(item) not in made}
     once = {name: item for name, item in given.items() if name not in again}  # they were not there when it was saved
     for state in (once, given, {**given, **absent}, {**placed, **absent}, {**expected, **further}):
         # A copy, because hooks take state dicts apart.
