@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from hydra_ckpt import AppState, CheckpointingConfig, resumable
 from hydra_ckpt.testing import run_distributed
+from tests.holders import Holder
 
 
 @pytest.fixture
@@ -23,19 +24,6 @@ def default_meta() -> Iterator[None]:
     """Put the default device back."""
     yield
     torch.set_default_device(None)
-
-
-class Kept:
-    """An extra that holds anything."""
-
-    def __init__(self, held: Any = None) -> None:
-        self.held = held
-
-    def state_dict(self) -> Any:
-        return {"held": self.held}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.held = state["held"]
 
 
 HELD = {"t": torch.arange(6.0).view(2, 3).t(), "none": torch.empty(0), "list": [torch.ones(2, dtype=torch.bfloat16)]}
@@ -50,7 +38,7 @@ def objects(held: Any) -> tuple[AppState, nn.Module]:
         optimizer.step()
     loader = resumable(DataLoader(list(range(40)), batch_size=4, sampler=RandomSampler(range(40))))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    return AppState(model, optimizer, scheduler, loader, extras={"kept": Kept(held)}), model
+    return AppState(model, optimizer, scheduler, loader, extras={"kept": Holder(held)}), model
 
 
 @pytest.mark.parametrize("options", [{}, {"is_async": True}, {"model_save_format": "torch_save"}])
@@ -89,8 +77,8 @@ def _on_ranks(root: str) -> Any:
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    state = AppState(model, extras={"kept": Kept({"d": model.weight.detach().clone(), "own": dist.get_rank()})})
-    fresh = AppState(model, extras={"kept": Kept()})
+    state = AppState(model, extras={"kept": Holder({"d": model.weight.detach().clone(), "own": dist.get_rank()})})
+    fresh = AppState(model, extras={"kept": Holder()})
     with torch.device("meta"), CheckpointingConfig(checkpoint_dir=root).build(dist.get_rank(), 0, 0) as checkpointer:
         checkpointer.save(state, step=1).result()
         report = checkpointer.load(fresh, restore_from="latest")

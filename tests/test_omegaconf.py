@@ -15,19 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from hydra_ckpt import AppState, CheckpointError, CheckpointingConfig, LoadReport
-
-
-class Box:
-    """Takes its state over as it is."""
-
-    def __init__(self, held: Any = None) -> None:
-        self.held = held
-
-    def state_dict(self) -> Any:
-        return {"held": self.held}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.held = state["held"]
+from tests.holders import Holder
 
 
 class Colour(enum.Enum):
@@ -82,10 +70,10 @@ def full() -> DictConfig:
 )
 def test_a_container_comes_back_as_it_was(tmp_path: Path, make: Any) -> None:
     config = make()
-    fresh = Box()
+    fresh = Holder()
     report = save_and_load(
         tmp_path,
-        AppState(nn.Linear(1, 1), extras={"box": Box([config, config])}),
+        AppState(nn.Linear(1, 1), extras={"box": Holder([config, config])}),
         AppState(nn.Linear(1, 1), extras={"box": fresh}),
     )
     assert "extras.box" in report.exact
@@ -141,6 +129,6 @@ def test_milestones_from_hydra_continue(tmp_path: Path) -> None:
 def test_what_is_typed_or_needs_its_surroundings_is_refused_with_the_way_out(
     tmp_path: Path, held: Any, why: str
 ) -> None:
-    state = AppState(nn.Linear(1, 1), extras={"box": Box({"config": held})})
+    state = AppState(nn.Linear(1, 1), extras={"box": Holder({"config": held})})
     with pytest.raises(CheckpointError, match=rf"extras\.box\.held\.config: .*{why}.*to_container.*_convert_: all"):
         save_and_load(tmp_path, state, state)

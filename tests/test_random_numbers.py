@@ -64,7 +64,7 @@ class DrawingModule(nn.Linear):
 
 
 def objects(kind: str) -> AppState:
-    """Objects of which one draws."""
+    """A model and its objects; one of them draws random numbers."""
     model = DrawingModule(2, 2) if kind == "model" else nn.Linear(2, 2)
     optimizer = (DrawingSGD if kind == "optimizer" else torch.optim.SGD)(model.parameters(), lr=0.1)
     state = AppState(model, optimizer)

@@ -62,7 +62,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare every byte read with its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a Hugging Face directory, which `from_pretrained` can open, from any checkpoint.
+    """Make a Hugging Face directory, which `from_pretrained` can open, from any run's checkpoint.
 
     The files are those that the run itself would have written. Weights are streamed, whatever their size. For a
     checkpoint of `dcp.save` or accelerate, a model like it (--base) provides names, configuration and tokenizer.
