@@ -23,6 +23,7 @@ from hydra_ckpt.state.linking import Linking, Links
 from hydra_ckpt.state.local import Localizer, LocalTensor
 from hydra_ckpt.state.meshes import meshes_of
 from hydra_ckpt.state.model_map import ModelMap
+from hydra_ckpt.state.module_oracle import OwnEntries
 from hydra_ckpt.state.packing import Taken, take
 from hydra_ckpt.state.peft import adapters, check_kind, is_peft_model, only_adapter, refuse_lost, trained_embeddings
 from hydra_ckpt.state.plain import is_state, plain_of
@@ -220,17 +221,7 @@ class Extractor:
             parts[names.OPTIMIZER] = described.locals(self.localize)
             shards.update(described.own)
             omitted += described.omitted
-        around = Around(self.stage, self.unsaved, meshes_of(_tensors(state)))
-        for number, (name, scheduler) in enumerate(state.named_schedulers.items()):
-            around.ask("lr_scheduler", number, name, partial(told_by, name, scheduler))
-        for name, mapped in maps.items():
-            around.ask("extra_state", name, called(name), partial(mapped.extra_state, called(name)))
-        for name, found in told.items():
-            for number, part in enumerate(found.entries if any(found.entries) else ()):
-                around.ask("entries", f"{name}:{number}", called(name), partial(dict, part))
-            around.ask("metadata", name, called(name), partial(dict, found.metadata))
-        for name, extra in state.extras.items():
-            around.ask("extras", name, f"extras.{name}", partial(told_by, f"extras.{name}", extra))
+        around = self._asked(state, maps, told)
         encoded = around.encode()
         shared.update({kind: encoded[kind] for kind in ("extra_state", "metadata", "extras")})
         shared["lr_scheduler"] = list(encoded["lr_scheduler"].values())
@@ -266,6 +257,27 @@ class Extractor:
             state.optimizers,
             state.tokenizer,
         )
+
+    def _asked(self, state: AppState, maps: Mapping[str, ModelMap], told: Mapping[str, OwnEntries]) -> Around:
+        """The state around models and optimizers, by asking its objects.
+
+        Args:
+            state: The objects.
+            maps: Model name to where its tensors live.
+            told: Model name to what its own state_dict() returns beyond these.
+        """
+        around = Around(self.stage, self.unsaved, meshes_of(_tensors(state)))
+        for number, (name, scheduler) in enumerate(state.named_schedulers.items()):
+            around.ask("lr_scheduler", number, name, partial(told_by, name, scheduler))
+        for name, mapped in maps.items():
+            around.ask("extra_state", name, called(name), partial(mapped.extra_state, called(name)))
+        for name, found in told.items():
+            for number, part in enumerate(found.entries if any(found.entries) else ()):
+                around.ask("entries", f"{name}:{number}", called(name), partial(dict, part))
+            around.ask("metadata", name, called(name), partial(dict, found.metadata))
+        for name, extra in state.extras.items():
+            around.ask("extras", name, f"extras.{name}", partial(told_by, f"extras.{name}", extra))
+        return around
 
     def _described(self, state: AppState) -> dict[str, tuple[nn.Module, str]]:
         found = {}
